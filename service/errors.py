@@ -1,0 +1,170 @@
+"""Everything that can go wrong, split by blame; HTTP chooses the status (`service/routes/problems.py`), not this file.
+
+    FlawlineError
+    ├── CallerError                     the request's fault: sending it again does not help
+    │   ├── UnreadableFrame             not an image we accept, truncated, animated, wrong byte count
+    │   ├── FrameTooLarge               bytes or pixels over the limit, decided before decoding
+    │   ├── MediaTypeNotAllowed
+    │   ├── ParameterInvalid
+    │   ├── NotAuthenticated            no key, or a key we do not know
+    │   ├── NotAuthorised               a known key without this line or action
+    │   ├── NotFound
+    │   │   ├── UnknownLine
+    │   │   ├── UnknownVersion
+    │   │   ├── UnknownPolicy
+    │   │   └── UnknownInspection
+    │   └── QuotaExceeded               the caller's own quota
+    ├── MomentError                     the moment's fault: the same request may succeed later
+    │   ├── Overloaded                  queue full, or the deadline can't be met
+    │   ├── LineNotReady                loading, unhealthy or draining
+    │   └── DeadlinePassed              accepted, but the answer would come too late
+    └── OwnError                        our fault
+        ├── EngineFailed                the runtime raised, or returned something unusable
+        ├── BundleRefused               digest, schema, graph or golden set does not hold
+        └── CalibrationRefused          too few good parts for the wanted rate
+
+Each class has a stable `code`; each instance carries one sentence that says what to do. A sentence never repeats bytes
+of the caller. Rule: whatever ends here ends as `NO_VERDICT`.
+"""
+
+
+class FlawlineError(Exception):
+    """Base of all expected faults.
+
+    Args:
+        sentence: what happened and what to do, for the caller.
+        retry_after_s: seconds after which the same request may succeed, where that is known.
+    """
+
+    code = "internal"
+
+    def __init__(self, sentence: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+        self.retry_after_s = retry_after_s
+
+
+class CallerError(FlawlineError):
+    """The request is at fault; the same request will fail again."""
+
+    code = "caller_error"
+
+
+class UnreadableFrame(CallerError):
+    """The frame can't be decoded as exactly one image of an accepted kind."""
+
+    code = "unreadable_frame"
+
+
+class FrameTooLarge(CallerError):
+    """The body or the image is over a limit."""
+
+    code = "frame_too_large"
+
+
+class MediaTypeNotAllowed(CallerError):
+    """The content type is not among the accepted ones."""
+
+    code = "media_type_not_allowed"
+
+
+class ParameterInvalid(CallerError):
+    """A header, query or path parameter does not fit."""
+
+    code = "parameter_invalid"
+
+
+class NotAuthenticated(CallerError):
+    """No key, or a key that is not known."""
+
+    code = "not_authenticated"
+
+
+class NotAuthorised(CallerError):
+    """The key does not cover this line or action."""
+
+    code = "not_authorised"
+
+
+class NotFound(CallerError):
+    """The thing asked for does not exist here."""
+
+    code = "not_found"
+
+
+class UnknownLine(NotFound):
+    """No such line."""
+
+    code = "unknown_line"
+
+
+class UnknownVersion(NotFound):
+    """The line has no such bundle version."""
+
+    code = "unknown_version"
+
+
+class UnknownPolicy(NotFound):
+    """The line has no such policy version."""
+
+    code = "unknown_policy"
+
+
+class UnknownInspection(NotFound):
+    """The inspection never was, or is no longer kept."""
+
+    code = "unknown_inspection"
+
+
+class QuotaExceeded(CallerError):
+    """The caller used up its own quota."""
+
+    code = "quota_exceeded"
+
+
+class MomentError(FlawlineError):
+    """Not now; the same request may succeed later."""
+
+    code = "unavailable"
+
+
+class Overloaded(MomentError):
+    """No place left, or the deadline can't be met."""
+
+    code = "overloaded"
+
+
+class LineNotReady(MomentError):
+    """The line is loading, unhealthy or draining."""
+
+    code = "line_not_ready"
+
+
+class DeadlinePassed(MomentError):
+    """The frame was accepted, but its answer would come after the deadline."""
+
+    code = "deadline_passed"
+
+
+class OwnError(FlawlineError):
+    """The fault is ours."""
+
+    code = "internal"
+
+
+class EngineFailed(OwnError):
+    """The runtime raised or returned something that can't be used."""
+
+    code = "engine_failed"
+
+
+class BundleRefused(OwnError):
+    """The bundle does not hold what its manifest promises."""
+
+    code = "bundle_refused"
+
+
+class CalibrationRefused(OwnError):
+    """The good parts at hand can't support the wanted false-reject rate."""
+
+    code = "calibration_refused"
