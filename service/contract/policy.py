@@ -1,0 +1,175 @@
+"""Everything that turns a score and a map into a verdict; it lives outside the weights and has its own version.
+
+The only function of the project that may say `PASS`, `judge`, says it of finite numbers below both thresholds, and of
+nothing else. Region filters decide what is shown, never the verdict: a region that is too small to report does not make
+a part good.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+from service.contract.regions import Polygon, Region, Window, find_regions, rasterise
+from service.errors import BundleRefused, EngineFailed
+
+VersionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+
+
+class Verdict(StrEnum):
+    """What is said of a frame; everything that is not one of the first three is `NO_VERDICT`."""
+
+    PASS = "PASS"  # noqa: S105 - a verdict, not a password
+    REVIEW = "REVIEW"
+    FAIL = "FAIL"
+    NO_VERDICT = "NO_VERDICT"
+
+
+class ScoreRule(BaseModel):
+    """How a score is reduced from its map, so that it can be reduced again inside a region of interest.
+
+    `graph` means that only the network knows; then a region of interest is refused.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["top_fraction_mean", "maximum", "graph"]
+    fraction: float | None = Field(default=None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _fraction_belongs_to_its_kind(self) -> Self:
+        if (self.kind == "top_fraction_mean") != (self.fraction is not None):
+            raise ValueError("a fraction belongs to top_fraction_mean, and only there")
+        return self
+
+    def reduce(self, values: NDArray[np.float32]) -> float:
+        """Reduce inspected map values `(n,)` to one score.
+
+        Raises:
+            BundleRefused: if the rule is `graph`, or nothing is inspected.
+        """
+        if self.kind == "graph":
+            raise BundleRefused("This detector's score can't be computed inside a region of interest.")
+        if values.size == 0:
+            raise BundleRefused("The region of interest leaves no map value to inspect; enlarge it.")
+        if self.fraction is None:
+            return float(values.max())
+        count = max(1, int(values.size * self.fraction))
+        return float(np.partition(values, values.size - count)[values.size - count :].mean(dtype=np.float32))
+
+
+class Policy(BaseModel):
+    """A line's rules for verdicts.
+
+    Attributes:
+        version: name under which answers and requests refer to it.
+        review_threshold: from this score on a part is at least `REVIEW`.
+        fail_threshold: from this score on a part is `FAIL`; not below `review_threshold`.
+        region_threshold: map values from here on belong to regions, and are drawn warm in heatmaps.
+        map_floor: map value of an ordinary good pixel, drawn as nothing; below `region_threshold`.
+        region_of_interest: polygons in fractions of the frame, `(x, y)`; None inspects everything. Pixels outside
+            count neither for the score nor for regions.
+        min_region_area_px: smaller regions are not reported, in pixels of the original frame.
+        max_regions: at most so many regions are described; the number of all is always told.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: VersionName
+    review_threshold: FiniteFloat
+    fail_threshold: FiniteFloat
+    region_threshold: FiniteFloat
+    map_floor: FiniteFloat
+    region_of_interest: tuple[Polygon, ...] | None = None
+    min_region_area_px: float = Field(default=0, ge=0)
+    max_regions: int = Field(default=50, ge=0, le=1000)
+
+    @model_validator(mode="after")
+    def _thresholds_are_ordered(self) -> Self:
+        if self.review_threshold > self.fail_threshold:
+            raise ValueError("review_threshold must not be above fail_threshold")
+        if self.map_floor >= self.region_threshold:
+            raise ValueError("map_floor must be below region_threshold")
+        for polygon in self.region_of_interest or ():
+            if len(polygon) < 3 or not all(0 <= v <= 1 for point in polygon for v in point):
+                raise ValueError("a region of interest is polygons of at least three points in fractions of the frame")
+        return self
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a policy says of one frame.
+
+    Attributes:
+        verdict: `PASS`, `REVIEW` or `FAIL`.
+        score: the score that was compared, inside the region of interest where there is one.
+        regions: at most `max_regions`, highest peak first, in pixels of the original frame.
+        regions_total: how many there are.
+    """
+
+    verdict: Verdict
+    score: float
+    regions: list[Region]
+    regions_total: int
+
+
+def inspected_mask(policy: Policy, height: int, width: int) -> NDArray[np.bool_] | None:
+    """Return the region of interest on a map's grid, `(height, width)` bool, or None where everything is inspected."""
+    if policy.region_of_interest is None:
+        return None
+    return rasterise(policy.region_of_interest, height, width)
+
+
+def image_score(
+    score: float, anomaly_map: NDArray[np.float32], inspected: NDArray[np.bool_] | None, rule: ScoreRule
+) -> float:
+    """Return the score that a policy compares: the graph's own, or reduced again inside the region of interest.
+
+    Raises:
+        EngineFailed: if the score or an inspected map value is not finite.
+        BundleRefused: if a region of interest can't be applied.
+    """
+    if not (np.isfinite(score) and np.isfinite(anomaly_map).all()):
+        raise EngineFailed("The engine returned a score or map that is not finite; the part has no verdict.")
+    return score if inspected is None else rule.reduce(anomaly_map[inspected])
+
+
+def verdict_of(score: float, policy: Policy) -> Verdict:
+    """Compare a finite score with the two thresholds."""
+    if score >= policy.fail_threshold:
+        return Verdict.FAIL
+    if score >= policy.review_threshold:
+        return Verdict.REVIEW
+    return Verdict.PASS if score < policy.review_threshold else Verdict.NO_VERDICT
+
+
+def judge(
+    score: float,
+    anomaly_map: NDArray[np.float32],
+    policy: Policy,
+    rule: ScoreRule,
+    window: Window,
+    inspected: NDArray[np.bool_] | None,
+) -> Judgement:
+    """Turn one frame's score and map into a verdict and regions.
+
+    Args:
+        score: raw score of the graph.
+        anomaly_map: `(h, w)` float32.
+        policy: the line's rules.
+        rule: how scores are reduced from maps.
+        window: where the map lies on the original frame, `(top, left, height, width)` in its pixels.
+        inspected: `inspected_mask(policy, h, w)`, computed once a policy.
+
+    Raises:
+        EngineFailed: if a number is not finite.
+    """
+    score = image_score(score, anomaly_map, inspected, rule)
+    visible = anomaly_map if inspected is None else np.where(inspected, anomaly_map, np.float32(-np.inf))
+    regions, total = find_regions(
+        visible, policy.region_threshold, window, policy.min_region_area_px, policy.max_regions
+    )
+    return Judgement(verdict_of(score, policy), score, regions, total)

@@ -1,0 +1,36 @@
+"""What the batcher asks of a runtime: arrays in, arrays out. No HTTP, no lines, no clock."""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class EngineOutput(NamedTuple):
+    """One batch's raw answer.
+
+    Attributes:
+        scores: `(B,)` float32.
+        anomaly_maps: `(B, h, w)` float32.
+    """
+
+    scores: NDArray[np.float32]
+    anomaly_maps: NDArray[np.float32]
+
+
+class Engine(Protocol):
+    """A bundle's network on a device.
+
+    Attributes:
+        device: where it really runs, for example `cpu` or `cuda:0`.
+    """
+
+    device: str
+
+    def run(self, frames: NDArray[np.uint8]) -> EngineOutput:
+        """Judge frames `(B, H, W, 3)` uint8 RGB; safe to call from several threads at once.
+
+        Raises:
+            EngineFailed: if the runtime raises, or answers with other shapes or types than promised.
+        """
+        ...
