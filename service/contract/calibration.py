@@ -165,7 +165,7 @@ def _conformal_threshold(ascending: NDArray[np.float32], rate: float) -> Thresho
 
 
 def _upper_bound(n: int, above: int) -> float:
-    """Bound the false-reject rate of one calibration set: it is Beta(above + 1, n - above) distributed (or less, with ties).
+    """Bound the false-reject rate of one calibration set, which is Beta(above + 1, n - above) distributed, or below.
 
     The quantile is found by bisection on the binomial tail, `P(Beta(a + 1, n - a) <= x) = P(Bin(n, x) > a)`.
     """

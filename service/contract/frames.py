@@ -170,11 +170,11 @@ def decode_mask(data: bytes) -> NDArray[np.bool_]:
     """
     with _open(data, FrameLimits()) as image:
         try:
-            return np.asarray(image.convert("RGB") if image.mode == "P" else image).reshape(
-                image.height, image.width, -1
-            ).max(axis=2) > 0
+            values = np.asarray(image.convert("RGB") if image.mode == "P" else image)
         except _CODEC_ERRORS as error:
             raise UnreadableFrame("The mask image is damaged or truncated.") from error
+    marked: NDArray[np.bool_] = values.reshape(*values.shape[:2], -1).max(axis=2) > 0
+    return marked
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:

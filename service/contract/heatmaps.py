@@ -27,7 +27,8 @@ def heat(anomaly_map: NDArray[np.float32], policy: Policy) -> NDArray[np.float32
         policy: the line's rules.
     """
     span = 2 * (policy.region_threshold - policy.map_floor)
-    return np.clip((anomaly_map - policy.map_floor) / span, 0, 1, dtype=np.float32)
+    scaled: NDArray[np.float32] = np.clip((anomaly_map - policy.map_floor) / span, 0, 1).astype(np.float32)
+    return scaled
 
 
 def grey_heatmap(anomaly_map: NDArray[np.float32], policy: Policy) -> NDArray[np.uint8]:
@@ -64,7 +65,7 @@ def overlay(
     warmth[top:bottom, left:right] = resize_map(heat(anomaly_map, policy), bottom - top, right - left)
     colours = np.stack([np.interp(warmth, _RAMP_AT, [rgb[c] for rgb in _RAMP_RGB]) for c in range(3)], axis=-1)
     opacity = (0.75 * np.clip(warmth * 2 - 0.4, 0, 1))[..., None]
-    painted = np.rint(pixels * (1 - opacity) + colours * opacity).astype(np.uint8)
+    painted: NDArray[np.uint8] = np.rint(pixels * (1 - opacity) + colours * opacity).astype(np.uint8)
     outlines = [tuple((x * scale_x, y * scale_y) for x, y in region.polygon) for region in regions]
     draw_outlines(painted, outlines, _OUTLINE_RGB)
     return painted

@@ -80,7 +80,7 @@ def find_regions(
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     areas = stats[1:, cv2.CC_STAT_AREA] * scale_y * scale_x
     peaks = np.full(count, -np.inf, np.float32)
-    np.maximum.at(peaks, labels[mask], anomaly_map[mask])
+    np.maximum.at(peaks, np.asarray(labels, np.int64)[mask], anomaly_map[mask])
     kept = [label for label in range(1, count) if areas[label - 1] >= min_area_px]
     kept.sort(key=lambda label: -float(peaks[label]))
     regions = []
@@ -120,10 +120,8 @@ def outline_mask(mask: NDArray[np.bool_]) -> tuple[Polygon, ...]:
     """Turn a mask `(h, w)` into the outer outlines of its components, in fractions of the frame; holes are filled."""
     h, w = mask.shape
     labels, count = label_components(mask)
-    polygons = []
-    for label in range(1, count + 1):
-        polygons.append(tuple((x / w, y / h) for x, y in _outline(labels == label)))
-    return tuple(polygons)
+    outlines = (_outline(labels == label) for label in range(1, count + 1))
+    return tuple(tuple((x / w, y / h) for x, y in outline) for outline in outlines)
 
 
 def draw_outlines(pixels: NDArray[np.uint8], polygons: Sequence[Polygon], colour: tuple[int, int, int]) -> None:

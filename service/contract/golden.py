@@ -1,0 +1,132 @@
+"""The golden set: a few frames whose answers are known, replayed on the real device before a line goes live.
+
+A digest says that a file is the one that was written; only an inference says that this device, with this runtime,
+still gives the verdict that was validated.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
+
+from service.contract.bundle import GOLDEN_FILE, GOLDEN_MAPS_FILE, Bundle
+from service.contract.frames import Frame, FrameLimits, decode_image, fit_to_input
+from service.contract.policy import Verdict, inspected_mask, judge
+from service.errors import BundleRefused, FlawlineError
+
+Run = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], NDArray[np.float32]]]
+
+
+class GoldenAnswer(BaseModel):
+    """What is expected of one golden frame.
+
+    Attributes:
+        file: path of the PNG within the bundle.
+        description: what the frame shows, in words.
+        score: raw score of the graph.
+        verdict: under the bundle's default policy.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    description: str
+    score: FiniteFloat
+    verdict: Verdict
+
+
+_ANSWERS = TypeAdapter(tuple[GoldenAnswer, ...])
+
+
+@dataclass(frozen=True, eq=False)
+class GoldenSet:
+    """The parsed golden set of one bundle.
+
+    Attributes:
+        answers: one a frame.
+        frames: decoded pixels, one a frame.
+        anomaly_maps: `(n, h, w)` float32, expected.
+    """
+
+    answers: tuple[GoldenAnswer, ...]
+    frames: tuple[Frame, ...]
+    anomaly_maps: NDArray[np.float32]
+
+
+def write_golden(
+    answers: Sequence[GoldenAnswer], pngs: Sequence[bytes], anomaly_maps: NDArray[np.float32]
+) -> dict[str, bytes]:
+    """Return the files of a golden set by relative path.
+
+    Args:
+        answers: one a frame.
+        pngs: the frames' bytes, in the same order.
+        anomaly_maps: `(n, h, w)` float32, in the same order.
+    """
+    maps = io.BytesIO()
+    np.savez_compressed(maps, anomaly_maps=anomaly_maps)
+    return {
+        GOLDEN_FILE: _ANSWERS.dump_json(tuple(answers), indent=2) + b"\n",
+        GOLDEN_MAPS_FILE: maps.getvalue(),
+        **{answer.file: png for answer, png in zip(answers, pngs, strict=True)},
+    }
+
+
+def read_golden(bundle: Bundle) -> GoldenSet:
+    """Parse a verified bundle's golden set.
+
+    Raises:
+        BundleRefused: if it is empty, or its parts don't belong together.
+    """
+    try:
+        answers = _ANSWERS.validate_json(bundle.files[GOLDEN_FILE])
+        with np.load(io.BytesIO(bundle.files[GOLDEN_MAPS_FILE]), allow_pickle=False) as arrays:
+            maps = arrays["anomaly_maps"].astype(np.float32)
+        frames = tuple(
+            decode_image(bundle.files[answer.file], FrameLimits(), bundle.manifest.input.resize_target)
+            for answer in answers
+        )
+    except (ValidationError, OSError, ValueError, KeyError, EOFError, FlawlineError) as error:
+        raise BundleRefused("The golden set can't be read; export the bundle again.") from error
+    shape = (len(answers), bundle.manifest.output.map_height, bundle.manifest.output.map_width)
+    if not answers or maps.shape != shape or not np.isfinite(maps).all():
+        raise BundleRefused("The golden set is empty or incomplete; export the bundle again.")
+    return GoldenSet(answers, frames, maps)
+
+
+def replay(bundle: Bundle, golden: GoldenSet, run: Run) -> None:
+    """Judge every golden frame on a device and compare maps, scores and verdicts.
+
+    Args:
+        bundle: verified.
+        golden: its golden set.
+        run: frames `(B, H, W, 3)` uint8 to scores `(B,)` and maps `(B, h, w)`.
+
+    Raises:
+        BundleRefused: if an answer differs by more than the manifest's rule allows; the sentence names the frame.
+    """
+    manifest, policy = bundle.manifest, bundle.policy
+    inspected = inspected_mask(policy, manifest.output.map_height, manifest.output.map_width)
+    span = float(golden.anomaly_maps.max() - golden.anomaly_maps.min())
+    magnitude = max(abs(policy.fail_threshold), float(np.finfo(np.float32).tiny))
+    for answer, frame, expected in zip(golden.answers, golden.frames, golden.anomaly_maps, strict=True):
+        scores, maps = run(fit_to_input(frame.pixels, manifest.input)[None])
+        # Written so that a NaN fails the comparison.
+        if not float(np.abs(maps[0] - expected).max()) <= manifest.golden.map_tolerance * span:
+            raise _differs(answer, "anomaly map")
+        if not abs(float(scores[0]) - answer.score) <= manifest.golden.score_tolerance * magnitude:
+            raise _differs(answer, "score")
+        window = manifest.input.window(frame.height, frame.width)
+        judgement = judge(float(scores[0]), maps[0], policy, manifest.output.score_rule, window, inspected)
+        if judgement.verdict is not answer.verdict:
+            raise _differs(answer, "verdict")
+
+
+def _differs(answer: GoldenAnswer, what: str) -> BundleRefused:
+    return BundleRefused(
+        f"The golden frame {answer.file} gives another {what} on this device than at export; the network, the runtime "
+        "or the device is not the one that was validated."
+    )
