@@ -1,0 +1,427 @@
+"""Promises of the field's figures, held against scikit-learn and against plain loops over thresholds."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+from sklearn import metrics as reference
+
+from training.metrics import (
+    Curve,
+    Metric,
+    ScoreNotFinite,
+    aupro,
+    auroc,
+    average_precision,
+    f1_max,
+    image_metrics,
+    pixel_auroc,
+    pixel_average_precision,
+    pixel_curves,
+    pixel_f1_max,
+    pixel_metrics,
+    precision_recall_curve,
+    roc_curve,
+    saturation_area,
+    spro,
+)
+
+# A loaded machine must not fail a property, and a failure must come back on the next run.
+_deterministic = settings(deadline=None, derandomize=True, max_examples=60)
+
+# Few distinct values, so that ties inside and across the classes are common.
+_TIED_SCORES = st.one_of(st.integers(-3, 3).map(float), st.floats(-1e6, 1e6, width=32))
+
+
+@st.composite
+def _labelled_scores(draw):
+    labels = [0, 1, *draw(st.lists(st.integers(0, 1), max_size=30))]
+    scores = draw(st.lists(_TIED_SCORES, min_size=len(labels), max_size=len(labels)))
+    return np.array(scores), np.array(labels)
+
+
+@st.composite
+def _maps_and_masks(draw):
+    images = draw(st.integers(1, 3))
+    pixels = st.lists(st.integers(-3, 3), min_size=20, max_size=20)
+    bits = st.lists(st.booleans(), min_size=20, max_size=20)
+    maps = [np.array(draw(pixels), np.float32).reshape(4, 5) for _ in range(images)]
+    masks = [np.array(draw(bits), bool).reshape(4, 5) for _ in range(images)]
+    masks[0][0, 0], masks[0][3, 4] = True, False
+    return maps, masks
+
+
+def _reference_area(points, limit):
+    """Integrate `(x, y)` nodes up to the limit, one trapezoid after the other."""
+    area = 0.0
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 >= limit:
+            break
+        if x1 > limit:
+            y1 = y0 + (y1 - y0) * (limit - x0) / (x1 - x0)  # noqa: PLW2901 -- the last trapezoid is cut
+            x1 = limit  # noqa: PLW2901 -- the last trapezoid is cut
+        area += (x1 - x0) * (y0 + y1) / 2
+    return area / limit
+
+
+def _reference_overlap(maps, regions_of_image, free_of_image, limit, saturations_of_image=None):
+    """Compute AUPRO or sPRO by lowering a threshold through every distinct value."""
+    normal = sum(int(free.sum()) for free in free_of_image)
+    points = [(0.0, 0.0)]
+    for threshold in np.unique(np.concatenate([m.ravel() for m in maps]))[::-1]:
+        false = sum(int((m >= threshold)[free].sum()) for m, free in zip(maps, free_of_image, strict=True))
+        shares = []
+        for index, regions in enumerate(regions_of_image):
+            for number, region in enumerate(regions):
+                enough = int(region.sum()) if saturations_of_image is None else saturations_of_image[index][number]
+                enough = min(enough, int(region.sum()))
+                shares.append(min(int((maps[index] >= threshold)[region].sum()) / enough, 1.0))
+        points.append((false / normal, sum(shares) / len(shares)))
+    return _reference_area([*points, (1.0, 1.0)], limit)
+
+
+def _components(mask):
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    return [labels == number for number in range(1, count + 1)]
+
+
+@_deterministic
+@given(_labelled_scores())
+def test_image_figures_with_ties_equal_scikit_learn(case):
+    """AUROC, AP and F1-max equal an independent implementation, whatever ties there are."""
+    scores, labels = case
+    precision, recall, _ = reference.precision_recall_curve(labels, scores)
+    with np.errstate(invalid="ignore"):
+        f1 = np.nan_to_num(2 * precision * recall / (precision + recall))
+
+    found = [auroc(scores, labels).value, average_precision(scores, labels).value, f1_max(scores, labels).value]
+
+    expected = [reference.roc_auc_score(labels, scores), reference.average_precision_score(labels, scores), f1.max()]
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+@_deterministic
+@given(_maps_and_masks())
+def test_pixel_figures_with_ties_equal_scikit_learn_on_pooled_pixels(case):
+    """Pixel figures are the image figures of all pixels in one pool."""
+    maps, masks = case
+    scores, labels = np.concatenate([m.ravel() for m in maps]), np.concatenate([m.ravel() for m in masks])
+
+    found = [pixel_auroc(maps, masks).value, pixel_average_precision(maps, masks).value]
+
+    expected = [reference.roc_auc_score(labels, scores), reference.average_precision_score(labels, scores)]
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert pixel_f1_max(maps, masks).value == pytest.approx(f1_max(scores, labels).value, abs=1e-12)
+
+
+@_deterministic
+@given(_maps_and_masks(), st.sampled_from([0.05, 0.3, 0.77, 1.0]))
+def test_aupro_with_ties_equals_a_loop_over_all_thresholds(case, limit):
+    """The single sort gives the area that a plain loop over every threshold gives."""
+    maps, masks = case
+    expected = _reference_overlap(maps, [_components(m) for m in masks], [~m for m in masks], limit)
+
+    found = aupro(maps, masks, limit)
+
+    assert found.value == pytest.approx(expected, abs=1e-9)
+
+
+@_deterministic
+@given(_maps_and_masks(), st.integers(1, 25), st.integers(1, 25), st.sampled_from([0.05, 0.3, 1.0]))
+def test_spro_with_overlapping_channels_equals_a_loop_over_all_thresholds(case, first, second, limit):
+    """Saturation and pixels shared by two channels are counted as the plain loop counts them."""
+    maps, masks = case
+    shifted = [np.roll(mask, 1, axis=1) for mask in masks]
+    channels = [[c for c in pair if c.any()] for pair in zip(masks, shifted, strict=True)]
+    saturations = [[first, second][: len(pair)] for pair in channels]
+    free = [~(mask | other) for mask, other in zip(masks, shifted, strict=True)]
+    if not any(f.any() for f in free):
+        return
+
+    found = spro(maps, channels, saturations, limit)
+
+    assert found.value == pytest.approx(_reference_overlap(maps, channels, free, limit, saturations), abs=1e-9)
+
+
+def test_aupro_of_a_four_by_four_map_equals_the_sum_by_hand():
+    """The hand-computed example holds."""
+    anomaly_map = np.array([[9, 8, 0, 0], [1, 7, 0, 0], [0, 0, 0, 0], [0, 0, 0, 6]], np.float32)
+    mask = np.zeros((4, 4), bool)
+    mask[0, 0] = mask[1, 0] = mask[3, 3] = True
+    # Regions {9, 1} and {6}, 13 normal pixels.
+    # Nodes: (0, 0), (0, .25), (1/13, .25), (2/13, .25), (2/13, .75), (2/13, 1), (1, 1).
+    expected = (2 / 13 * 0.25 + (0.3 - 2 / 13) * 1.0) / 0.3
+
+    found = aupro([anomaly_map], [mask])
+
+    assert found.value == pytest.approx(expected, abs=1e-12)
+
+
+def test_every_figure_of_a_perfect_map_is_one():
+    """A map that separates the classes reaches 1 in each figure."""
+    mask = np.zeros((8, 8), bool)
+    mask[2:4, 2:5] = True
+    maps, masks = [mask.astype(np.float32), np.zeros((8, 8), np.float32)], [mask, np.zeros((8, 8), bool)]
+
+    figures = pixel_metrics(maps, masks, [1, 0])
+
+    assert {name: metric.value for name, metric in figures.items()} == {
+        "p_auroc": 1.0,
+        "p_ap": 1.0,
+        "p_f1max": 1.0,
+        "aupro": pytest.approx(1.0, abs=1e-12),
+    }
+
+
+def test_a_constant_map_gives_one_half_and_the_diagonal_and_says_degenerate():
+    """Equal values give AUROC 0.5, AP equal to the prevalence and AUPRO 0.15, each with a warning."""
+    mask = np.zeros((4, 5), bool)
+    mask[0, :2] = True
+
+    figures = pixel_metrics([np.full((4, 5), -3, np.float32)], [mask], [1])
+
+    assert figures["p_auroc"].value == 0.5
+    assert figures["p_ap"].value == pytest.approx(0.1)
+    assert figures["aupro"].value == pytest.approx(0.15, abs=1e-12)
+    assert all("degenerate" in (metric.reason or "") for metric in figures.values())
+
+
+@_deterministic
+@given(_maps_and_masks())
+def test_figures_of_increasing_transforms_are_unchanged(case):
+    """Only the order of values counts, negative ones included."""
+    maps, masks = case
+    bent = [(np.exp(m.astype(np.float32) / 2) - 40).astype(np.float32) for m in maps]
+
+    before, after = pixel_metrics(maps, masks, [1] * len(maps)), pixel_metrics(bent, masks, [1] * len(maps))
+
+    assert [m.value for m in before.values()] == [m.value for m in after.values()]
+
+
+@_deterministic
+@given(_labelled_scores())
+def test_auroc_of_swapped_labels_is_mirrored(case):
+    """Swapping the classes mirrors the AUROC at one half."""
+    scores, labels = case
+
+    found = auroc(scores, labels).value + auroc(scores, 1 - labels).value
+
+    assert found == pytest.approx(1.0, abs=1e-12)
+
+
+def test_aupro_of_a_small_and_a_large_region_weighs_them_alike():
+    """Finding only the region of one pixel covers as much as finding only the one of a hundred."""
+    mask = np.zeros((30, 30), bool)
+    mask[0, 0], mask[10:20, 10:20] = True, True
+    small, large = np.zeros((30, 30), np.float32), np.zeros((30, 30), np.float32)
+    small[0, 0], large[10:20, 10:20] = 1, 1
+
+    found = [aupro([m], [mask]).value for m in (small, large)]
+
+    assert found[0] == pytest.approx(found[1], abs=1e-12)
+    assert found[0] == pytest.approx(0.5 + 0.5 * 0.15, abs=1e-12)
+
+
+def test_aupro_of_diagonally_touching_pixels_counts_one_region():
+    """Regions are 8-connected."""
+    mask = np.zeros((6, 6), bool)
+    mask[0, 0] = mask[1, 1] = mask[4, 4] = True
+    anomaly_map = np.zeros((6, 6), np.float32)
+    anomaly_map[4, 4] = 1
+
+    found = aupro([anomaly_map], [mask])
+
+    assert found.value == pytest.approx(0.5 + 0.5 * 0.15, abs=1e-12)
+
+
+@_deterministic
+@given(_maps_and_masks())
+def test_spro_with_the_area_as_saturation_equals_aupro_of_single_components(case):
+    """Without saturation, and with one channel for each component, sPRO is PRO."""
+    maps, masks = case
+    channels = [_components(mask) for mask in masks]
+    saturations = [[int(c.sum()) for c in image] for image in channels]
+
+    found = spro(maps, channels, saturations, 0.3)
+
+    assert found.value == pytest.approx(aupro(maps, masks, 0.3).value, abs=1e-9)
+
+
+def test_spro_with_a_partial_cover_over_the_saturation_reaches_one():
+    """Finding as many pixels as the saturation asks for is as good as finding all."""
+    channel = np.zeros((6, 6), bool)
+    channel[1:3, 1:5] = True
+    anomaly_map = np.zeros((6, 6), np.float32)
+    anomaly_map[1, 1:4] = 1
+
+    found = spro([anomaly_map], [[channel]], [[3]])
+
+    assert found.value == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("area", "threshold", "relative", "expected"),
+    [(100, 0.255, True, 25), (100, 40, False, 40), (30, 40, False, 30), (3, 0.1, True, 1)],
+    ids=["share", "pixels", "more than the area", "never zero"],
+)
+def test_saturation_area_follows_the_defects_config(area, threshold, relative, expected):
+    """Relative thresholds are truncated, absolute ones are bounded by the area."""
+    assert saturation_area(area, threshold, relative=relative) == expected
+
+
+def test_aupro_with_more_normal_images_changes_the_false_positive_rate_only():
+    """A clean normal image lowers the false positive rate and leaves the cover as it is."""
+    mask = np.zeros((4, 4), bool)
+    mask[0, :2] = True
+    anomaly_map = np.array([[5, 1, 4, 3], *[[0] * 4] * 3], np.float32)
+    clean = np.full((4, 4), -1, np.float32)
+
+    before = pixel_curves([anomaly_map], [mask]).pro
+    after = pixel_curves([anomaly_map, clean], [mask, np.zeros((4, 4), bool)]).pro
+
+    assert sorted(set(before.y)) == sorted(set(after.y))
+    assert max(before.x[before.y < 1]) == pytest.approx(2 / 14)
+    assert max(after.x[after.y < 1]) == pytest.approx(2 / 30)
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"), [([1, 1], "no normal"), ([0, 0], "no anomalous")], ids=["all anomalous", "all normal"]
+)
+@pytest.mark.parametrize("figure", [auroc, average_precision, f1_max])
+def test_figures_of_a_single_class_have_a_reason_instead_of_a_value(figure, labels, reason):
+    """A missing class gives no number, and says so."""
+    found = figure([0.1, 0.2], labels)
+
+    assert found.value is None
+    assert reason in found.reason
+
+
+def test_aupro_without_any_region_has_a_reason_instead_of_a_value():
+    """Without a region there is nothing to cover."""
+    found = pixel_metrics([np.zeros((3, 3), np.float32)], [np.zeros((3, 3), bool)], [1])
+
+    assert found["aupro"] == Metric(None, "no mask marks a region")
+    assert found["p_auroc"].value is None
+
+
+def test_aupro_without_a_normal_pixel_has_a_reason_instead_of_a_value():
+    """Without a normal pixel there is no false positive rate."""
+    found = aupro([np.zeros((3, 3), np.float32)], [np.ones((3, 3), bool)])
+
+    assert found == Metric(None, "there is no normal sample")
+
+
+def test_pixel_metrics_of_an_anomalous_image_with_an_empty_mask_adds_no_region():
+    """An anomalous image without a marked pixel adds normal pixels only."""
+    mask = np.zeros((4, 4), bool)
+    mask[0, 0] = True
+    maps = [np.eye(4, dtype=np.float32), np.full((4, 4), -1, np.float32)]
+
+    found = pixel_metrics(maps, [mask, np.zeros((4, 4), bool)], [1, 1])
+
+    assert found["aupro"].value == pytest.approx(aupro(maps, [mask, np.zeros((4, 4), bool)]).value)
+    assert found["aupro"].interval is not None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_are_refused(value):
+    """NaN and infinity end with the typed error, in scores and in maps."""
+    anomaly_map = np.zeros((3, 3), np.float32)
+    anomaly_map[1, 1] = value
+
+    with pytest.raises(ScoreNotFinite, match="score 1"):
+        auroc([0.0, value], [0, 1])
+    with pytest.raises(ScoreNotFinite, match="image 0"):
+        pixel_metrics([anomaly_map], [np.zeros((3, 3), bool)], [0])
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: auroc([[0.1]], [[1]]), "one dimension"),
+        (lambda: auroc([0.1], [1, 0]), "expected 1 labels"),
+        (lambda: auroc([0.1, 0.2], [1, -1]), "0 .normal. or 1"),
+        (lambda: aupro([np.zeros((2, 2), np.float32)], [np.zeros((2, 3), bool)]), "shape"),
+        (lambda: aupro([np.zeros((2, 2), np.float32)], [np.zeros((2, 2), np.uint8)]), "must be bool"),
+        (lambda: aupro([np.zeros((2, 2), np.float32)], [np.eye(2, dtype=bool)], 0), "limit"),
+        (lambda: pixel_metrics([np.zeros((2, 2), np.float32)], [np.eye(2, dtype=bool)], [0]), "labelled normal"),
+        (lambda: spro([np.zeros((2, 2), np.float32)], [[np.eye(2, dtype=bool)]], [[]]), "saturation areas"),
+        (lambda: spro([np.zeros((2, 2), np.float32)], [[np.eye(2, dtype=bool)]], [[0]]), "must be positive"),
+    ],
+    ids=["rank", "count", "unknown label", "size", "type", "limit", "mask of a normal", "areas", "saturation"],
+)
+def test_inputs_that_do_not_fit_are_refused(call, sentence):
+    """A wrong input ends with a sentence instead of a figure."""
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def test_image_metrics_with_few_anomalous_images_have_an_interval_round_the_value():
+    """Below a hundred anomalous images each figure carries a repeatable bootstrap interval."""
+    generator = np.random.default_rng(5)
+    labels = np.repeat([0, 1], 40)
+    scores = generator.normal(size=80) + labels
+
+    first, second = image_metrics(scores, labels, seed=3), image_metrics(scores, labels, seed=3)
+
+    assert first == second
+    assert all(m.interval[0] <= m.value <= m.interval[1] for m in first.values())
+    # Hanley & McNeil (1982) give a standard error of about 0.05 here.
+    assert 0.1 < first["i_auroc"].interval[1] - first["i_auroc"].interval[0] < 0.3
+
+
+def test_image_metrics_with_many_anomalous_images_have_no_interval():
+    """From a hundred anomalous images on, figures stand alone."""
+    found = image_metrics(np.arange(200), np.repeat([0, 1], 100))
+
+    assert all(metric.interval is None for metric in found.values())
+
+
+def test_image_metrics_of_a_single_class_have_no_interval():
+    """What has no value has no interval either."""
+    found = image_metrics([1.0, 2.0], [1, 1])
+
+    assert all(metric.interval is None and metric.value is None for metric in found.values())
+
+
+def test_pixel_metrics_with_few_anomalous_images_have_an_interval_round_the_value():
+    """Pixel intervals come from resampled images and lie round the exact value."""
+    generator = np.random.default_rng(7)
+    masks = [np.zeros((32, 32), bool) for _ in range(30)]
+    for mask in masks[:15]:
+        top, left = generator.integers(0, 26, 2)
+        mask[top : top + 6, left : left + 6] = True
+    maps = [(generator.normal(size=(32, 32)) + 2 * mask).astype(np.float32) for mask in masks]
+
+    found = pixel_metrics(maps, masks, [1] * 15 + [0] * 15)
+
+    assert all(m.interval[0] - 1e-3 <= m.value <= m.interval[1] + 1e-3 for m in found.values())
+    assert all(0 < m.interval[1] - m.interval[0] < 0.2 for m in found.values())
+
+
+def test_thinned_curves_keep_their_ends_and_their_area():
+    """A thinned curve has few points, both ends, and nearly the exact area."""
+    generator = np.random.default_rng(11)
+    labels = generator.integers(0, 2, 5000)
+    scores = generator.normal(size=5000) + labels
+
+    curve = roc_curve(scores, labels, points=200)
+    precision = precision_recall_curve(scores, labels, points=200)
+
+    assert len(curve.x) <= 200
+    assert (curve.x[0], curve.y[0], curve.x[-1], curve.y[-1]) == (0, 0, 1, 1)
+    assert np.trapezoid(curve.y, curve.x) == pytest.approx(auroc(scores, labels).value, abs=2e-3)
+    assert len(precision.x) <= 200
+    assert precision.x[-1] == 1
+
+
+def test_curves_of_a_missing_class_are_empty():
+    """There is nothing to draw where nothing is defined."""
+    maps, masks = [np.zeros((2, 2), np.float32)], [np.zeros((2, 2), bool)]
+
+    found = pixel_curves(maps, masks)
+
+    assert all(isinstance(c, Curve) and c.x.size == 0 for c in (found.roc, found.precision_recall, found.pro))
