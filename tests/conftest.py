@@ -1,0 +1,98 @@
+"""The quiet room in which every test runs: no network, no settings from outside, fixed seeds, one thread of torch.
+
+A test's marker follows from its folder. Order is random (pytest-randomly) and work is spread (pytest-xdist), so nothing
+here keeps state from one test to the next.
+"""
+
+import ipaddress
+import os
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+_ROOT = Path(__file__).resolve().parent
+_KINDS = {
+    "architecture": "what may import what, and what must be written down",
+    "benchmarks": "measures, never asserts; run on demand",
+    "e2e": "a real process with a real bundle",
+    "integration": "the application over ASGI with a fake engine",
+    "parity": "torch, exported graph and served verdict agree",
+    "unit": "one file of the sources",
+}
+# Where tests look for material and for a second interpreter; all other variables of ours would change the service.
+_KEPT_VARIABLES = frozenset({"FLAWLINE_SHARED", "FLAWLINE_SERVICE_PYTHON"})
+_CONNECTING = frozenset({"socket.connect", "socket.sendto"})
+
+# The same examples on every run and machine: a failing change is the change's fault. Slow machines are no failure.
+settings.register_profile(
+    "flawline",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("flawline")
+
+
+class NetworkRefused(RuntimeError):
+    """A test tried to leave this machine."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the markers, close the network and empty the environment of our settings."""
+    for kind, meaning in _KINDS.items():
+        config.addinivalue_line("markers", f"{kind}: {meaning}; follows from the folder")
+    if hasattr(config.option, "randomly_reset_seed"):
+        config.option.randomly_reset_seed = False  # order stays random; seeds are ours, see `_quiet_room`
+    for name in [name for name in os.environ if name.startswith("FLAWLINE_") and name not in _KEPT_VARIABLES]:
+        del os.environ[name]
+    os.environ["HF_HUB_OFFLINE"] = "1"  # timm then says what is missing, rather than waiting for a network
+    sys.addaudithook(_refuse_network)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test the marker of its folder."""
+    for item in items:
+        if item.path.is_relative_to(_ROOT):
+            kind = item.path.relative_to(_ROOT).parts[0]
+            if kind in _KINDS:
+                item.add_marker(kind)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_room() -> None:
+    """Fix the seeds and threads that libraries keep for the whole process."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries may still read the old global state
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+
+
+def _refuse_network(event: str, arguments: Sequence[object]) -> None:
+    if event == "socket.getaddrinfo":
+        host = arguments[0]
+    elif event in _CONNECTING:
+        address = arguments[1]
+        host = address[0] if isinstance(address, tuple) else "localhost"  # a path is a socket of this machine
+    else:
+        return
+    if not _is_loopback(host):
+        raise NetworkRefused(f"Tests stay on this machine, but one asked for {host!r}.")
+
+
+def _is_loopback(host: object) -> bool:
+    name = host.decode("ascii", "replace") if isinstance(host, bytes) else host
+    if name in (None, "", "localhost", "0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+        return True
+    try:
+        return ipaddress.ip_address(str(name)).is_loopback
+    except ValueError:
+        return False
