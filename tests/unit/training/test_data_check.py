@@ -1,0 +1,131 @@
+"""Promises of the check that opens every file before training starts."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from service.contract.frames import FrameLimits, encode_jpeg, encode_png
+from training.data.check import check_dataset
+from training.data.detect import read_dataset
+from training.data.samples import DatasetFault
+from training.progress import SilentReporter
+
+
+def _write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def _picture(value, height=16, width=12):
+    return np.full((height, width, 3), value, np.uint8)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A small sound line of both codecs, with one mask."""
+    mask = np.zeros((16, 12), np.uint8)
+    mask[2:5, 2:5] = 255
+    _write(tmp_path / "train/good/0.png", encode_png(_picture(0)))
+    _write(tmp_path / "train/good/1.jpg", encode_jpeg(_picture(60)))
+    _write(tmp_path / "test/good/0.png", encode_png(_picture(120)))
+    _write(tmp_path / "test/hole/0.png", encode_png(_picture(180)))
+    _write(tmp_path / "ground_truth/hole/0_mask.png", encode_png(mask))
+    return tmp_path
+
+
+def _check(root, limits=FrameLimits()):  # noqa: B008 -- frozen
+    return check_dataset(read_dataset(root), limits, SilentReporter())
+
+
+def test_check_of_a_sound_line_counts_frames_by_kind(root):
+    """A sound line passes, without warnings."""
+    checked = _check(root)
+
+    assert checked.counts == {"test/good": 1, "test/hole": 1, "train/good": 2}
+    assert checked.warnings == ()
+    assert len(checked.digest) == 64
+
+
+def test_digest_depends_on_content_and_relative_names_only(root, tmp_path_factory):
+    """A copy elsewhere has the same digest; another name, image or mask has another one."""
+    before = _check(root).digest
+    copy = tmp_path_factory.mktemp("copy") / "line"
+    shutil.copytree(root, copy)
+    copied = _check(copy).digest
+    (copy / "train/good/0.png").rename(copy / "train/good/2.png")
+    renamed = _check(copy).digest
+    _write(copy / "ground_truth/hole/0_mask.png", encode_png(np.full((16, 12), 255, np.uint8)))
+    redrawn = _check(copy).digest
+
+    assert copied == before
+    assert len({before, renamed, redrawn}) == 3
+
+
+@pytest.mark.parametrize("name", ["train/good/1.jpg", "test/hole/0.png", "ground_truth/hole/0_mask.png"])
+@pytest.mark.parametrize("keep", [0, 0.6], ids=["empty", "truncated"])
+def test_check_with_a_damaged_file_names_it(root, name, keep):
+    """An empty or truncated image or mask is found, of either codec."""
+    data = (root / name).read_bytes()
+    _write(root / name, data[: int(len(data) * keep)])
+
+    with pytest.raises(DatasetFault, match=name):
+        _check(root)
+
+
+def test_check_with_a_mask_of_another_size_names_both_files(root):
+    """A mask must have its image's size."""
+    _write(root / "ground_truth/hole/0_mask.png", encode_png(np.full((12, 16), 255, np.uint8)))
+
+    with pytest.raises(DatasetFault, match=r"0_mask.png has 16x12 pixels and its image 12x16.*test/hole/0.png"):
+        _check(root)
+
+
+def test_check_with_a_frame_over_the_limit_names_it(root):
+    """A frame that the service would refuse is not trained on."""
+    with pytest.raises(DatasetFault, match=r"0.png.*more than 100 pixels"):
+        _check(root, FrameLimits(max_pixels=100))
+
+
+def test_check_with_the_same_content_in_two_splits_names_both(root):
+    """A test frame that was also fitted on would flatter every figure."""
+    shutil.copy(root / "train/good/0.png", root / "test/good/9.png")
+
+    with pytest.raises(DatasetFault, match=r"9.png \(test\) and .*train/good/0.png \(train\)"):
+        _check(root)
+
+
+def test_check_with_the_same_content_under_two_labels_names_both(root):
+    """One picture can't be good and anomalous."""
+    shutil.copy(root / "test/good/0.png", root / "test/hole/9.png")
+    shutil.copy(root / "ground_truth/hole/0_mask.png", root / "ground_truth/hole/9_mask.png")
+
+    with pytest.raises(DatasetFault, match="different labels"):
+        _check(root)
+
+
+def test_check_with_a_repeated_frame_in_one_split_warns(root):
+    """Copies inside a split are allowed and told."""
+    shutil.copy(root / "train/good/0.png", root / "train/good/9.png")
+
+    checked = _check(root)
+
+    assert [w.endswith("0.png.") and "9.png" in w for w in checked.warnings] == [True]
+
+
+def test_check_with_an_empty_mask_warns(root):
+    """An anomalous frame without a marked pixel is allowed and told."""
+    _write(root / "ground_truth/hole/0_mask.png", encode_png(np.zeros((16, 12), np.uint8)))
+
+    checked = _check(root)
+
+    assert ["marks no pixel" in w for w in checked.warnings] == [True]
+
+
+def test_check_with_a_file_that_vanished_names_it(root):
+    """A file that can't be opened any more is a fault of the data set."""
+    dataset = read_dataset(root)
+    (root / "train/good/0.png").unlink()
+
+    with pytest.raises(DatasetFault, match=r"0.png can't be read \(No such file"):
+        check_dataset(dataset, FrameLimits(), SilentReporter())

@@ -1,0 +1,85 @@
+"""Promises of the frame sources."""
+
+import numpy as np
+import pytest
+
+from service.contract.frames import FrameLimits, encode_png
+from service.contract.geometry import InputSpec, plain_input
+from training.data.loader import FileFrames, MemoryFrames, load_mask
+from training.data.samples import Sample
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """Five frames whose value tells them apart."""
+    found = [tmp_path / f"{i}.png" for i in range(5)]
+    for value, path in enumerate(found):
+        path.write_bytes(encode_png(np.full((10, 20, 3), value, np.uint8)))
+    return found
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 2**20], ids=["nothing kept", "kept"])
+def test_file_frames_taken_twice_come_in_the_order_of_the_indices(paths, memory_bytes):
+    """Frames come in the order asked for, each time."""
+    source = FileFrames(paths, plain_input(6, 8), FrameLimits(), memory_bytes=memory_bytes)
+
+    taken = [source.take([3, 0, 3]), source.take([4, 3])]
+    source.close()
+
+    assert len(source) == 5
+    assert taken[0].shape == (3, 6, 8, 3)
+    assert [batch[:, 0, 0, 0].tolist() for batch in taken] == [[3, 0, 3], [4, 3]]
+
+
+def test_file_frames_with_room_do_not_read_a_file_twice(paths):
+    """A frame that was kept no longer needs its file."""
+    source = FileFrames(paths, plain_input(6, 8), FrameLimits())
+    first = source.take([2])
+    paths[2].unlink()
+
+    second = source.take([2])
+    source.close()
+
+    assert np.array_equal(first, second)
+
+
+def test_file_frames_with_a_crop_cut_the_rim(paths):
+    """The source applies the bundle's own resize and crop."""
+    spec = InputSpec(height=4, width=4, resize_height=8, resize_width=8)
+    source = FileFrames(paths, spec, FrameLimits())
+
+    taken = source.take([0])
+    source.close()
+
+    assert taken.shape == (1, 4, 4, 3)
+
+
+def test_memory_frames_give_what_they_hold():
+    """Frames in memory are taken by number."""
+    pixels = np.arange(4, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
+
+    source = MemoryFrames(pixels)
+
+    assert len(source) == 4
+    assert source.take([2, 1])[:, 0, 0, 0].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((2, 3, 4, 4), np.uint8), np.zeros((2, 4, 4, 3), np.float32)], ids=["channels first", "float"]
+)
+def test_memory_frames_of_another_layout_are_refused(pixels):
+    """Only uint8 frames with the channels last are taken."""
+    with pytest.raises(ValueError, match=r"expected \(n, H, W, 3\) uint8"):
+        MemoryFrames(pixels)
+
+
+def test_load_mask_of_a_frame_without_one_marks_nothing(tmp_path):
+    """A good frame has an empty mask of its own size; a mask file is read as it is."""
+    path = tmp_path / "m.png"
+    path.write_bytes(encode_png(np.eye(4, dtype=np.uint8)))
+    bare, masked = (Sample(tmp_path / "x.png", "test", 1, "hole", p) for p in (None, path))
+
+    masks = [load_mask(sample, 4, 4) for sample in (bare, masked)]
+
+    assert not masks[0].any()
+    assert np.array_equal(masks[1], np.eye(4, dtype=bool))

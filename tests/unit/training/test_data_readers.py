@@ -1,0 +1,191 @@
+"""Promises of the data-set readers and of the choice among them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service.contract.frames import encode_png
+from tests.shared_material import require_shared
+from training.data.detect import LAYOUTS, read_dataset
+from training.data.samples import ANOMALOUS, NORMAL, DatasetFault
+
+
+def _put(root, *names):
+    """Write one small grey image for each name."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_png(np.full((4, 5), len(name), np.uint8)))
+
+
+def _names(root, samples):
+    return [s.path.relative_to(root).as_posix() for s in samples]
+
+
+def test_read_dataset_of_mvtec_folders_pairs_masks_by_name(tmp_path):
+    """Each anomalous frame gets the mask of its own name, whatever the suffix and the order."""
+    _put(tmp_path, "train/good/000.png", "test/good/000.png", "test/hole/b.PNG", "test/hole/a.jpeg")
+    _put(tmp_path, "ground_truth/hole/a_mask.png", "ground_truth/hole/b.bmp")
+
+    dataset = read_dataset(tmp_path)
+
+    assert dataset.layout == "mvtec"
+    assert dataset.name == tmp_path.name
+    assert dataset.has_masks
+    assert {(s.path.name, s.kind, s.label, s.mask_path and s.mask_path.name) for s in dataset.test} == {
+        ("000.png", "good", NORMAL, None),
+        ("a.jpeg", "hole", ANOMALOUS, "a_mask.png"),
+        ("b.PNG", "hole", ANOMALOUS, "b.bmp"),
+    }
+
+
+def test_read_dataset_of_mvtec_folders_without_masks_has_none(tmp_path):
+    """A line without ground truth is measured by images only."""
+    _put(tmp_path, "train/good/0.png", "test/good/0.png", "test/hole/0.png", "test/hole/1.png")
+
+    dataset = read_dataset(tmp_path)
+
+    assert not dataset.has_masks
+    assert [s.mask_path for s in dataset.test] == [None] * 3
+
+
+def test_read_dataset_passes_over_what_is_no_image(tmp_path):
+    """Tables, hidden files and thumbnails' databases are not samples."""
+    _put(tmp_path, "train/good/0.png", "train/good/deeper/1.tif", "train/good/.hidden.png", "test/good/2.png")
+    (tmp_path / "train/good/Thumbs.db").write_bytes(b"x")
+    (tmp_path / "boxes.csv").write_text("x1\n")
+
+    dataset = read_dataset(tmp_path)
+
+    assert _names(tmp_path, dataset.train_good) == ["train/good/0.png", "train/good/deeper/1.tif"]
+
+
+@pytest.mark.parametrize("folder", ["val", "validation"])
+def test_read_dataset_with_a_validation_folder_keeps_it_apart(tmp_path, folder):
+    """Good frames of the validation folder are neither fitted on nor tested."""
+    _put(tmp_path, "train/good/0.png", f"{folder}/good/1.png")
+
+    dataset = read_dataset(tmp_path)
+
+    assert dataset.layout == "plain"
+    assert _names(tmp_path, dataset.validation_good) == [f"{folder}/good/1.png"]
+
+
+def test_read_dataset_of_bare_images_takes_them_all_as_good(tmp_path):
+    """A folder of images is a folder of good frames, and nothing in it is tested."""
+    _put(tmp_path, "b.png", "a.webp")
+
+    dataset = read_dataset(tmp_path)
+
+    assert _names(tmp_path, dataset.train_good) == ["a.webp", "b.png"]
+    assert dataset.test == ()
+
+
+def test_read_dataset_of_the_flat_variant_tests_some_normal_frames(tmp_path):
+    """With `abnormal/` a fifth of the normal frames is tested beside it, and is not fitted on."""
+    _put(tmp_path, *(f"normal/{i:03d}.png" for i in range(20)), "abnormal/x.png")
+
+    dataset = read_dataset(tmp_path)
+
+    assert dataset.layout == "plain"
+    assert len(dataset.train_good) == 16
+    assert sorted(s.label for s in dataset.test) == [NORMAL] * 4 + [ANOMALOUS]
+    assert not set(dataset.train_good) & set(dataset.test)
+
+
+def test_read_dataset_of_the_flat_variant_without_abnormal_trains_on_all(tmp_path):
+    """Without anomalous frames nothing is taken away for a test."""
+    _put(tmp_path, *(f"normal/{i}.png" for i in range(5)))
+
+    dataset = read_dataset(tmp_path)
+
+    assert len(dataset.train_good) == 5
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        (["train/good/0.txt", "test/good/0.png"], "no good frame"),
+        (["train/good/0.png", "test/hole/0.png", "ground_truth/hole/1_mask.png"], "1_mask.png is a mask without"),
+        (["train/good/0.png", "test/good/0.png", "ground_truth/dent/7.png"], "7.png is a mask without"),
+        (["train/good/0.png", "test/good/0.png", "ground_truth/good/0_mask.png"], "0_mask.png is a mask for a good"),
+        (
+            ["train/good/0.png", "test/hole/0.png", "test/hole/1.png", "ground_truth/hole/1_mask.png"],
+            "0.png is anomalous and has no mask",
+        ),
+        (["train/good/0.png", "test/hole/0.png", "test/hole/0.jpg", "ground_truth/hole/0.png"], "have the same name"),
+        (["a/train/good/0.png", "a/test/good/0.png", "notes/0.txt"], "give one of a"),
+        (["readme.txt"], "no layout that we know"),
+        (["train/good/0.png", "test/good/1.png", "0.png"], None),
+    ],
+    ids=[
+        "no good frame",
+        "mask without image",
+        "mask without folder",
+        "mask of a good frame",
+        "some masks missing",
+        "two of one name",
+        "root of several lines",
+        "nothing",
+        "stray image beside the folders",
+    ],
+)
+def test_read_dataset_with_faulty_folders_names_the_file(tmp_path, files, sentence):
+    """A fault of the folders ends with the file's name and what to do; a stray image is no fault."""
+    _put(tmp_path, *files)
+
+    if sentence is None:
+        assert read_dataset(tmp_path).layout == "mvtec"
+    else:
+        with pytest.raises(DatasetFault, match=sentence):
+            read_dataset(tmp_path)
+
+
+def test_read_dataset_of_a_missing_folder_or_layout_says_so(tmp_path):
+    """A wrong path and a wrong layout name are told apart."""
+    with pytest.raises(DatasetFault, match="is no folder"):
+        read_dataset(tmp_path / "nowhere")
+    with pytest.raises(DatasetFault, match="known are mvtec, plain"):
+        read_dataset(tmp_path, "vista")
+
+
+def test_read_dataset_with_a_named_layout_does_not_guess(tmp_path):
+    """The named layout is used even where the folders look otherwise."""
+    _put(tmp_path, "train/good/0.png", "test/good/0.png")
+
+    dataset = read_dataset(tmp_path, "plain")
+
+    assert dataset.layout == "plain"
+
+
+def test_layouts_do_not_claim_the_same_folder(tmp_path):
+    """Every folder that a reader claims is claimed by it alone."""
+    _put(tmp_path, "m/train/good/0.png", "m/test/good/0.png", "p/train/good/0.png", "n/normal/0.png", "f/0.png")
+
+    claims = [[name for name, layout in LAYOUTS.items() if layout.matches(tmp_path / folder)] for folder in "mpnf"]
+
+    assert claims == [["mvtec"], ["plain"], ["plain"], ["plain"]]
+
+
+def test_dataset_fault_with_many_faults_names_the_first_and_counts_the_rest():
+    """A long list of faults stays readable and complete."""
+    fault = DatasetFault(*(f"Fault {i}." for i in range(8)))
+
+    assert str(fault).startswith("Fault 0. Fault 1.")
+    assert str(fault).endswith("And 3 more like these.")
+    assert len(fault.faults) == 8
+
+
+@pytest.mark.parametrize(
+    ("line", "masks", "good", "test"),
+    [("magnetic_tile", True, 280, 216), ("solar_cell", False, 240, 200), ("pcb", True, 120, 101)],
+    ids=["grey, sizes differ", "no masks", "table beside the folders"],
+)
+def test_read_dataset_of_a_real_line_finds_every_frame(line, masks, good, test):
+    """The three real lines are read completely."""
+    root: Path = require_shared(f"data/{line}")
+
+    dataset = read_dataset(root)
+
+    assert (dataset.has_masks, len(dataset.train_good), len(dataset.test)) == (masks, good, test)

@@ -1,0 +1,155 @@
+"""Promises of the split that keeps calibration frames away from fitting."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.data.samples import Dataset, DatasetFault, Sample
+from training.data.split import HoldOut, hold_out, split_good
+
+
+def _samples(names, group=None):
+    return [Sample(Path(f"train/good/{name}.png"), "train", 0, "good", group=group) for name in names]
+
+
+def _numbers(samples):
+    return [int(s.path.stem) for s in samples]
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    st.integers(2, 200),
+    st.floats(0.01, 0.99),
+    st.integers(1, 9),
+    st.integers(0, 5),
+    st.sampled_from(["blocks", "random"]),
+)
+def test_hold_out_puts_every_frame_on_exactly_one_side(count, fraction, blocks, seed, rule):
+    """No frame is lost or on both sides, neither side is empty, and the size is near the wanted one."""
+    samples = _samples(range(count))
+
+    kept, held = hold_out(samples, HoldOut(fraction, rule, blocks, seed=seed))
+
+    assert sorted(_numbers(kept) + _numbers(held)) == list(range(count))
+    assert kept
+    assert held
+    assert abs(len(held) - count * fraction) <= 1 + blocks
+
+
+def test_hold_out_by_default_takes_four_evenly_spread_blocks():
+    """Held-out frames are four runs of consecutive frames, in the order of their numbers."""
+    kept, held = hold_out(_samples(range(80)), HoldOut())
+
+    starts = [n for n in _numbers(held) if n - 1 not in _numbers(held)]
+    assert len(held) == 20
+    assert [b - a for a, b in itertools.pairwise(starts)] == [20, 20, 20]
+    assert len(kept) == 60
+
+
+def test_hold_out_with_another_seed_takes_other_blocks_and_repeats_itself():
+    """The seed moves the blocks, and the same seed gives the same blocks."""
+    samples = _samples(range(200))
+
+    splits = [hold_out(samples, HoldOut(seed=seed))[1] for seed in (1, 1, 2)]
+
+    assert splits[0] == splits[1]
+    assert splits[0] != splits[2]
+
+
+def test_hold_out_of_near_copies_moves_the_edges_into_the_gaps():
+    """Six exposures of one tile, with nearby numbers, stay on one side."""
+    tiles = [[f"exp{view}_num_{1000 * tile + 17 * view}" for view in range(6)] for tile in range(40)]
+
+    kept, held = hold_out(_samples(name for tile in tiles for name in tile), HoldOut())
+
+    tile_of = {name: index for index, tile in enumerate(tiles) for name in tile}
+    assert not {tile_of[s.path.stem] for s in kept} & {tile_of[s.path.stem] for s in held}
+
+
+def test_hold_out_sorts_by_the_last_number_and_not_by_the_alphabet():
+    """Frame 10 comes after frame 9, and the text before the number does not matter."""
+    kept, held = hold_out(_samples(["b_2", "a_10", "c_9", "a_1"]), HoldOut(0.5, blocks=1, seed=3))
+
+    order = ["a_1", "b_2", "c_9", "a_10"]
+    places = [order.index(s.path.stem) for s in held]
+    assert places[1] - places[0] == 1
+    assert len(kept) == 2
+
+
+def test_hold_out_of_names_without_numbers_follows_the_alphabet():
+    """Names without numbers are split as well."""
+    kept, held = hold_out(_samples(["b", "d", "a", "c"]), HoldOut(0.5, blocks=1))
+
+    names = [s.path.stem for s in held]
+    assert "".join(names) in "abcd"
+    assert len(kept) == 2
+
+
+def test_hold_out_by_group_pattern_keeps_groups_together():
+    """Frames with the same captured text are on the same side."""
+    samples = _samples(f"panel{i // 7}_{i}" for i in range(70))
+
+    kept, held = hold_out(samples, HoldOut(rule="groups", group_by=r"panel(\d+)_"))
+
+    sides = [{s.path.stem.split("_")[0] for s in side} for side in (kept, held)]
+    assert not sides[0] & sides[1]
+    assert len(held) in (14, 21)
+
+
+def test_hold_out_by_the_samples_own_groups_keeps_them_together():
+    """Without a pattern the group of the sample counts."""
+    samples = _samples("abc", group="left") + _samples("de", group="right")
+
+    kept, held = hold_out(samples, HoldOut(rule="groups"))
+
+    assert {s.group for s in kept} != {s.group for s in held}
+
+
+@pytest.mark.parametrize(
+    ("samples", "rule", "sentence"),
+    [
+        (_samples(["1"]), HoldOut(), "at least two good frames"),
+        (_samples(["a1", "a2"]), HoldOut(rule="groups", group_by="a"), "belong to the group 'a'"),
+        (_samples(["a1", "b2"]), HoldOut(rule="groups", group_by=r"a(\d)"), "b2.png does not match"),
+        (_samples(["1", "2"]), HoldOut(rule="groups"), "belongs to no group"),
+    ],
+    ids=["one frame", "one group", "no match", "no group"],
+)
+def test_hold_out_that_can_not_split_says_why(samples, rule, sentence):
+    """Too few frames or groups end with what to do."""
+    with pytest.raises(DatasetFault, match=sentence):
+        hold_out(samples, rule)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"fraction": 0.0}, {"fraction": 1.0}, {"blocks": 0}, {"group_by": "a"}],
+    ids=["nothing", "everything", "no block", "pattern without its rule"],
+)
+def test_hold_out_rule_that_nothing_can_follow_is_refused(values):
+    """Values out of range are refused before any file is read."""
+    with pytest.raises(ValueError, match=r"fraction|block|pattern"):
+        HoldOut(**values)
+
+
+def test_split_good_with_a_validation_folder_uses_it():
+    """The data set's own choice wins over the rule."""
+    validation = Sample(Path("validation/good/7.png"), "validation", 0, "good")
+    dataset = Dataset("line", Path(), "plain", (*_samples("12"), validation))
+
+    kept, held = split_good(dataset, HoldOut())
+
+    assert _numbers(kept) == [1, 2]
+    assert held == [validation]
+
+
+def test_split_good_without_a_validation_folder_follows_the_rule():
+    """Without such a folder some training frames are held out."""
+    dataset = Dataset("line", Path(), "plain", tuple(_samples(range(8))))
+
+    kept, held = split_good(dataset, HoldOut())
+
+    assert (len(kept), len(held)) == (6, 2)

@@ -1,0 +1,72 @@
+"""Promises of what a person sees while training runs."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from training.progress import LineReporter, SilentReporter, TerminalReporter, choose_reporter
+
+
+@pytest.fixture
+def page():
+    """Where the text goes."""
+    return io.StringIO()
+
+
+def test_line_reporter_writes_now_and_then_with_the_time_left(page):
+    """A log gets a line every ten seconds and one at the end."""
+    times = iter([0.0, 4.0, 10.0, 12.0, 40.0, 100.0])
+    reporter = LineReporter(Console(file=page), lambda: next(times))
+
+    with reporter.bar("fitting", 6, done=2) as bar:
+        for loss in (3.0, 2.0, 1.0, 0.5):
+            bar.advance(figures={"loss": loss})
+
+    assert page.getvalue().splitlines() == [
+        "fitting: 4/6, loss 2, 0:00:10 left",
+        "fitting: 6/6, loss 0.5 in 0:01:40",
+    ]
+
+
+def test_line_reporter_writes_notes_and_tables_as_they_are(page):
+    """Square brackets are text, not markup, and long lines are not broken."""
+    reporter = LineReporter(Console(file=page, width=20))
+
+    reporter.note("[red] " + "x" * 40)
+    reporter.table("Figures", ["name", "value"], [["AUROC", "0.9"]])
+
+    assert page.getvalue().splitlines() == ["[red] " + "x" * 40, "Figures", "name | value", "AUROC | 0.9"]
+
+
+def test_terminal_reporter_draws_bars_tables_and_notes(page):
+    """A terminal shows the name, the count, the figures and the cells."""
+    reporter = TerminalReporter(Console(file=page, force_terminal=True, width=120))
+
+    with reporter.bar("[fitting]", 2) as bar:
+        bar.advance(figures={"loss": 0.25})
+        bar.advance()
+    reporter.table("Figures", ["name"], [["[AUROC]"]])
+    reporter.note("[done]")
+
+    shown = page.getvalue()
+    assert all(text in shown for text in ("[fitting]", "2/2", "loss 0.25", "[AUROC]", "[done]"))
+
+
+def test_silent_reporter_takes_everything_and_says_nothing(capsys):
+    """Nothing reaches the terminal."""
+    reporter = SilentReporter()
+
+    with reporter.bar("fitting", 2) as bar:
+        bar.advance()
+    reporter.note("x")
+    reporter.table("x", [], [])
+
+    assert capsys.readouterr().out == ""
+
+
+def test_choose_reporter_draws_at_a_terminal_only(page):
+    """A pipe gets lines."""
+    chosen = [choose_reporter(Console(file=page, force_terminal=here)) for here in (True, False)]
+
+    assert [type(reporter) for reporter in chosen] == [TerminalReporter, LineReporter]

@@ -1,0 +1,99 @@
+"""Train, validation and test folders with masks beside them: what the MVTec and the plain layout share.
+
+    train/good/**                        good frames to fit on
+    validation/good/** or val/good/**    good frames kept out of fitting, optional
+    test/good/**, test/<kind>/**         optional
+    ground_truth/<kind>/**               masks, optional: `<stem>_mask.*` or `<stem>.*`
+
+Images are paired with masks by their name, never by sorted order.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from training.data.samples import ANOMALOUS, NORMAL, DatasetFault, Sample, Split
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+GOOD = "good"
+_VALIDATION_FOLDERS = ("validation", "val")
+_MASK_ENDING = "_mask"
+
+
+def find_images(folder: Path, *, nested: bool = True) -> list[Path]:
+    """Return the image files of a folder by their suffix, sorted; hidden files and folders are passed over."""
+    if not folder.is_dir():
+        return []
+    found = folder.rglob("*") if nested else folder.iterdir()
+    return sorted(
+        path
+        for path in found
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def good_samples(folder: Path, split: Split) -> list[Sample]:
+    """Return every image of a folder as a good frame."""
+    return [Sample(path, split, NORMAL, GOOD) for path in find_images(folder)]
+
+
+def read_split_folders(root: Path) -> list[Sample]:
+    """Read the folders named in this file's docstring; missing ones are empty.
+
+    Raises:
+        DatasetFault: if a mask belongs to no image or to a good one, or an image and its mask can't be paired clearly.
+    """
+    samples = good_samples(root / "train" / GOOD, "train")
+    for name in _VALIDATION_FOLDERS:
+        samples += good_samples(root / name / GOOD, "validation")
+    kinds = _folders(root / "test")
+    for kind in kinds:
+        if kind.name == GOOD:
+            samples += good_samples(kind, "test")
+        else:
+            samples += _anomalous_samples(kind, root / "ground_truth" / kind.name)
+    _refuse_stray_masks(root, {kind.name for kind in kinds})
+    return samples
+
+
+def _anomalous_samples(images: Path, masks: Path) -> list[Sample]:
+    mask_files = find_images(masks)
+    if not mask_files:
+        return [Sample(path, "test", ANOMALOUS, images.name) for path in find_images(images)]
+    mask_of = _by_name(masks, mask_files, _MASK_ENDING)
+    image_of = _by_name(images, find_images(images), "")
+    stray = sorted(set(mask_of) - set(image_of))
+    if stray:
+        raise DatasetFault(
+            *(f"{mask_of[key]} is a mask without an image; add {images / key} or remove the mask." for key in stray)
+        )
+    return [Sample(path, "test", ANOMALOUS, images.name, mask_of.get(key)) for key, path in image_of.items()]
+
+
+def _by_name(folder: Path, files: Iterable[Path], ending: str) -> dict[str, Path]:
+    """Key files by their path inside the folder, without suffix and ending."""
+    named: dict[str, Path] = {}
+    for path in files:
+        key = path.relative_to(folder).with_suffix("").as_posix().removesuffix(ending)
+        if key in named:
+            raise DatasetFault(f"{named[key]} and {path} have the same name, so masks can't be paired; rename one.")
+        named[key] = path
+    return named
+
+
+def _refuse_stray_masks(root: Path, kinds: set[str]) -> None:
+    for folder in _folders(root / "ground_truth"):
+        masks = find_images(folder)
+        if masks and folder.name == GOOD:
+            raise DatasetFault(f"{masks[0]} is a mask for a good image; remove it, or move the image to its defect.")
+        if masks and folder.name not in kinds:
+            raise DatasetFault(
+                f"{masks[0]} is a mask without an image; add {root / 'test' / folder.name} or remove the mask."
+            )
+
+
+def _folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -1,0 +1,124 @@
+"""Frames for fitting and evaluation: files to uint8 arrays, by the decoder and the resize that the service uses.
+
+A source can be read again and again, in any order. Decoded frames stay in memory while they fit.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.contract.frames import FrameLimits, decode_image, decode_mask, fit_to_input
+from service.contract.geometry import InputSpec
+from training.data.samples import Sample
+
+Pixels = NDArray[np.uint8]
+
+
+class FrameSource(Protocol):
+    """Frames that can be taken by number, as often as wanted."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Sequence[int]) -> Pixels:
+        """Return the frames as `(B, H, W, 3)` uint8 RGB, in the order of the indices."""
+        ...
+
+
+class MemoryFrames:
+    """Frames that lie in memory.
+
+    Args:
+        pixels: `(n, H, W, 3)` uint8 RGB.
+    """
+
+    def __init__(self, pixels: Pixels) -> None:
+        if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
+            raise ValueError(f"expected (n, H, W, 3) uint8, got {pixels.shape} {pixels.dtype}")
+        self._pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def take(self, indices: Sequence[int]) -> Pixels:
+        """Return the frames as `(B, H, W, 3)` uint8 RGB, in the order of the indices."""
+        return self._pixels[np.asarray(indices, dtype=np.int64)]
+
+
+class FileFrames:
+    """Frames that are decoded from files when they are taken, by several threads.
+
+    Args:
+        paths: image files.
+        spec: the network's input.
+        limits: what the decoder accepts.
+        threads: decoders at work.
+        memory_bytes: decoded frames are kept for the next time up to this bound.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        spec: InputSpec,
+        limits: FrameLimits,
+        *,
+        threads: int = 2,
+        memory_bytes: int = 2 * 2**30,
+    ) -> None:
+        self._paths = tuple(paths)
+        self._spec = spec
+        self._limits = limits
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="frames")
+        self._places = memory_bytes // (spec.height * spec.width * 3)
+        self._kept: dict[int, Pixels] = {}
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def take(self, indices: Sequence[int]) -> Pixels:
+        """Return the frames as `(B, H, W, 3)` uint8 RGB, in the order of the indices.
+
+        Raises:
+            FlawlineError: if a file is no longer the image that the check of the data set saw.
+            OSError: if a file can't be opened.
+        """
+        return np.stack(list(self._pool.map(self._frame, indices)))
+
+    def close(self) -> None:
+        """End the threads and forget the frames."""
+        self._pool.shutdown()
+        self._kept.clear()
+
+    def _frame(self, index: int) -> Pixels:
+        if (kept := self._kept.get(index)) is not None:
+            return kept
+        pixels = load_frame(self._paths[index], self._spec, self._limits)
+        # Two threads may pass this bound together; one frame more does not matter.
+        if len(self._kept) < self._places:
+            self._kept[index] = pixels
+        return pixels
+
+
+def load_frame(path: Path, spec: InputSpec, limits: FrameLimits) -> Pixels:
+    """Read one image file as the network takes it, `(H, W, 3)` uint8 RGB.
+
+    Raises:
+        FlawlineError: if the file is no image that the limits allow.
+        OSError: if the file can't be opened.
+    """
+    return fit_to_input(decode_image(path.read_bytes(), limits, spec.resize_target).pixels, spec)
+
+
+def load_mask(sample: Sample, height: int, width: int) -> NDArray[np.bool_]:
+    """Read the ground-truth mask of a sample of known size, `(height, width)` bool; all False where there is none.
+
+    Raises:
+        UnreadableFrame: if the mask can't be decoded.
+        OSError: if the file can't be opened.
+    """
+    if sample.mask_path is None:
+        return np.zeros((height, width), bool)
+    return decode_mask(sample.mask_path.read_bytes())

@@ -1,0 +1,119 @@
+"""What every data-set reader returns: samples with their split, label and mask, in one order.
+
+Plain values only: nothing here opens a file. Readers (`mvtec.py`, `plain.py`) come before, `check.py` and the split
+after.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["train", "validation", "test"]
+Label = Literal[0, 1, -1]
+
+NORMAL: Label = 0
+ANOMALOUS: Label = 1
+UNKNOWN: Label = -1
+
+# How many faulty files one message names; the rest is counted.
+_NAMED_FAULTS = 5
+
+
+class DatasetFault(Exception):
+    """The data set can't be trained on; the sentence names the file and says what to do.
+
+    Args:
+        faults: one sentence for each faulty file or folder, at least one.
+
+    Attributes:
+        faults: all of them, where the message names the first few.
+    """
+
+    def __init__(self, *faults: str) -> None:
+        left = len(faults) - _NAMED_FAULTS
+        more = [f"And {left} more like these."] if left > 0 else []
+        super().__init__(" ".join([*faults[:_NAMED_FAULTS], *more]))
+        self.faults = faults
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a data set.
+
+    Attributes:
+        path: the image file.
+        split: what the image is for.
+        label: 0 normal, 1 anomalous, -1 unknown.
+        kind: "good", or the name of the defect.
+        mask_path: ground-truth mask, where there is one.
+        group: pieces that belong together (views of one part) share it; they must not be split.
+    """
+
+    path: Path
+    split: Split
+    label: Label
+    kind: str
+    mask_path: Path | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All samples of one line, sorted by path.
+
+    Attributes:
+        name: last part of the root.
+        root: folder that holds all files.
+        layout: name of the reader.
+        samples: sorted by path.
+    """
+
+    name: str
+    root: Path
+    layout: str
+    samples: tuple[Sample, ...]
+
+    @property
+    def train_good(self) -> tuple[Sample, ...]:
+        """Good frames to fit on (and to hold some out of)."""
+        return tuple(s for s in self.samples if s.split == "train" and s.label == NORMAL)
+
+    @property
+    def validation_good(self) -> tuple[Sample, ...]:
+        """Good frames that the data set itself keeps out of fitting; often none."""
+        return tuple(s for s in self.samples if s.split == "validation" and s.label == NORMAL)
+
+    @property
+    def test(self) -> tuple[Sample, ...]:
+        """Frames to measure on."""
+        return tuple(s for s in self.samples if s.split == "test")
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether pixel figures can be computed: each anomalous test frame has a mask, and there is one."""
+        anomalous = [s for s in self.test if s.label == ANOMALOUS]
+        return bool(anomalous) and all(s.mask_path is not None for s in anomalous)
+
+
+def make_dataset(root: Path, layout: str, samples: Sequence[Sample]) -> Dataset:
+    """Sort the samples and refuse a set that nothing can be learnt from.
+
+    Raises:
+        DatasetFault: if there is no good frame to train on, or some anomalous frames have masks and others have none.
+    """
+    dataset = Dataset(root.resolve().name, root, layout, tuple(sorted(samples, key=lambda s: s.path.as_posix())))
+    if not dataset.train_good:
+        raise DatasetFault(f"{root} has no good frame to train on; put at least one image into {root / 'train/good'}.")
+    anomalous = [s for s in dataset.test if s.label == ANOMALOUS]
+    if any(s.mask_path is not None for s in anomalous):
+        bare = [s for s in anomalous if s.mask_path is None]
+        if bare:
+            raise DatasetFault(
+                *(
+                    f"{s.path} is anomalous and has no mask, while others have one; add the mask, or take the "
+                    "ground_truth folder away to measure images only."
+                    for s in bare
+                )
+            )
+    return dataset

@@ -1,0 +1,154 @@
+"""Which good frames are held out of fitting, so that thresholds are calibrated on frames the detector never saw.
+
+Frames of a line are recorded one after another, and neighbours are near-copies: one tile photographed six times under
+other exposures has nearby numbers. Held out one by one, almost every calibration frame would have a near-copy among the
+fitted ones, scores would be too low and the false-reject bound would not hold on new parts. So whole blocks of
+consecutive frames are held out by default, and a block's edges move to the widest gap in the numbering nearby.
+
+Pure: names in, two lists out; the same seed gives the same split on every machine.
+"""
+
+import random
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from training.data.samples import Dataset, DatasetFault, Sample
+
+# An edge moves by at most a quarter of a block, so that no block can vanish, and by at most so many frames.
+_LARGEST_SHIFT = 8
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """How good frames are held out.
+
+    Attributes:
+        fraction: share of the good frames, in (0, 1).
+        rule: "blocks" of consecutive frames; "groups" that stay together; "random" frames, for sets whose frames are
+            independent of each other.
+        blocks: number of evenly spread blocks.
+        group_by: for "groups", a pattern searched in the file name; frames with the same first captured text (the
+            whole match where nothing is captured) form a group. Without it, `Sample.group` does.
+        seed: chooses where the blocks begin, or which groups or frames are taken.
+    """
+
+    fraction: float = 0.25
+    rule: Literal["blocks", "groups", "random"] = "blocks"
+    blocks: int = 4
+    group_by: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values that no split can follow."""
+        if not 0 < self.fraction < 1:
+            raise ValueError(f"the held-out fraction must lie between 0 and 1, got {self.fraction}")
+        if self.blocks < 1:
+            raise ValueError(f"at least one block is needed, got {self.blocks}")
+        if self.group_by is not None:
+            if self.rule != "groups":
+                raise ValueError("a group pattern needs the rule 'groups'")
+            re.compile(self.group_by)
+
+
+def split_good(dataset: Dataset, rule: HoldOut) -> tuple[list[Sample], list[Sample]]:
+    """Return the good frames to fit on and those to calibrate on.
+
+    A data set that brings a validation folder has made the choice itself; then `rule` is not used.
+
+    Raises:
+        DatasetFault: if there are too few frames or groups to split.
+    """
+    if dataset.validation_good:
+        return list(dataset.train_good), list(dataset.validation_good)
+    return hold_out(dataset.train_good, rule)
+
+
+def hold_out(samples: Sequence[Sample], rule: HoldOut) -> tuple[list[Sample], list[Sample]]:
+    """Split samples into kept and held-out ones, each in recording order; both get at least one.
+
+    Raises:
+        DatasetFault: if there are fewer than two frames or groups, or a name does not match the group pattern.
+    """
+    ordered = sorted(samples, key=_recording_order)
+    if len(ordered) < 2:
+        raise DatasetFault("A split needs at least two good frames; add frames, or a validation/good folder.")
+    wanted = min(max(1, round(len(ordered) * rule.fraction)), len(ordered) - 1)
+    if rule.rule == "blocks":
+        held = _blocks([_number(s) for s in ordered], wanted, rule)
+    elif rule.rule == "groups":
+        held = _groups([_group(s, rule.group_by) for s in ordered], wanted, rule.seed)
+    else:
+        held = set(random.Random(rule.seed).sample(range(len(ordered)), wanted))  # noqa: S311 -- no secret is drawn
+    return (
+        [s for i, s in enumerate(ordered) if i not in held],
+        [s for i, s in enumerate(ordered) if i in held],
+    )
+
+
+def _number(sample: Sample) -> int | None:
+    numbers = re.findall(r"\d+", sample.path.stem)
+    return int(numbers[-1]) if numbers else None
+
+
+def _recording_order(sample: Sample) -> tuple[bool, int, str]:
+    number = _number(sample)
+    return number is None, number or 0, sample.path.as_posix()
+
+
+def _blocks(numbers: Sequence[int | None], wanted: int, rule: HoldOut) -> set[int]:
+    count = len(numbers)
+    blocks = min(rule.blocks, wanted)
+    period, length = count / blocks, wanted / blocks
+    phase = random.Random(rule.seed).random() * (period - length)  # noqa: S311 -- no secret is drawn
+    reach = min(_LARGEST_SHIFT, int(length / 4), int((period - length) / 4))
+    held: set[int] = set()
+    for block in range(blocks):
+        begin = round(block * period + phase)
+        end = min(max(begin + 1, round(block * period + phase + length)), count)
+        held.update(range(_widest_gap(numbers, begin, reach), _widest_gap(numbers, end, reach)))
+    return held
+
+
+def _widest_gap(numbers: Sequence[int | None], edge: int, reach: int) -> int:
+    """Move an edge (between frames `edge - 1` and `edge`) to the widest gap within reach, the nearest among equals."""
+
+    def gap(at: int) -> int:
+        before, after = numbers[at - 1], numbers[at]
+        return 0 if before is None or after is None else after - before
+
+    if not 0 < edge < len(numbers):
+        return edge
+    within = range(max(1, edge - reach), min(len(numbers) - 1, edge + reach) + 1)
+    return max(within, key=lambda at: (gap(at), -abs(at - edge), -at))
+
+
+def _group(sample: Sample, pattern: str | None) -> str:
+    if pattern is None:
+        if sample.group is None:
+            raise DatasetFault(f"{sample.path} belongs to no group; give a pattern that finds one in the file name.")
+        return sample.group
+    match = re.search(pattern, sample.path.name)
+    found = None if match is None else match.group(1 if match.re.groups else 0)
+    if found is None:
+        raise DatasetFault(f"{sample.path} does not match the group pattern {pattern!r}; widen the pattern.")
+    return found
+
+
+def _groups(groups: Sequence[str], wanted: int, seed: int) -> set[int]:
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, group in enumerate(groups):
+        members[group].append(index)
+    if len(members) < 2:
+        raise DatasetFault(f"All good frames belong to the group {groups[0]!r}; use a pattern that tells more apart.")
+    names = sorted(members)
+    random.Random(seed).shuffle(names)  # noqa: S311 -- no secret is drawn
+    held: set[int] = set(members[names[0]])
+    for name in names[1:-1]:
+        # Whole groups only: take one more as long as that comes nearer to the wanted number.
+        if len(held) + len(members[name]) / 2 > wanted:
+            break
+        held.update(members[name])
+    return held
