@@ -1,0 +1,37 @@
+"""Detectors by name: an explicit table, so that what exists can be read here and importing has no side effect."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from models.detector import Detector
+from models.inp_former import InpFormer, InpFormerConfig
+
+
+class DetectorEntry(NamedTuple):
+    """A detector's frozen configuration class, and the class that is built from it."""
+
+    config: type[Any]
+    detector: type[Any]
+
+
+DETECTORS: Mapping[str, DetectorEntry] = MappingProxyType(
+    {
+        "inp_former": DetectorEntry(InpFormerConfig, InpFormer),
+    }
+)
+
+
+def build_detector(name: str, config: Any) -> Detector:
+    """Build a detector from its own configuration, with random weights.
+
+    Raises:
+        ValueError: if no detector has that name, the configuration is another's, or it contradicts itself.
+    """
+    if name not in DETECTORS:
+        raise ValueError(f"there is no detector {name!r}; known are {', '.join(sorted(DETECTORS))}")
+    entry = DETECTORS[name]
+    if not isinstance(config, entry.config):
+        raise ValueError(f"{name} is built from {entry.config.__name__}, not {type(config).__name__}")  # noqa: TRY004
+    detector: Detector = entry.detector(config)
+    return detector

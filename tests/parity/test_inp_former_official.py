@@ -1,0 +1,253 @@
+"""INP-Former gives the numbers of its authors' code, in inference and in training.
+
+The expected arrays were made with the official modules (luow23/INP-Former at 17d2653), every tensor filled by a rule
+that starts from its official name. Tolerances: float32 against float32, other orders of summation.
+"""
+
+import json
+import zlib
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models.detector import GradientStage
+from models.inp_former import InpFormer
+from tests.shared_material import require_shared
+from training.import_checkpoint import import_inp_former
+from training.optimisers import StableAdamW, warmup_cosine
+
+SEED = 1
+FEATURES = {"rtol": 1e-4, "atol": 1e-4}
+MAPS = {"rtol": 0.0, "atol": 1e-5}
+_EXTRA_TOKENS = 5
+
+
+def _draw(key: str, shape: list[int] | tuple[int, ...]) -> np.ndarray:
+    """Draw float32 normals from the name alone."""
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode("utf-8")) + SEED))
+    return generator.standard_normal(shape).astype(np.float32)
+
+
+def _fill(key: str, shape: list[int]) -> Tensor:
+    """Give the official tensor of that name its documented value."""
+    x = _draw(key, shape)
+    match key.rsplit(".", maxsplit=1)[-1], len(shape):
+        case "gamma", _:
+            value = np.float32(0.3) + np.float32(0.05) * x
+        case "learn_scale", _:
+            value = np.float32(1) + np.float32(0.1) * x
+        case (("cls_token" | "register_tokens" | "mask_token" | "pos_embed"), _):
+            value = np.float32(0.5) * x
+        case "prototype_token", _:
+            value = x
+        case "bias", _:
+            value = np.float32(0.05) * x
+        case "weight", 1:
+            value = np.float32(1) + np.float32(0.1) * x
+        case "weight", 2:
+            value = x * np.float32(np.sqrt(1 / shape[1]))
+        case _:
+            value = x * np.float32(np.sqrt(2 / (shape[1] * shape[2] * shape[3])))
+    return torch.from_numpy(value)
+
+
+def _detector(folder: Path, side: int) -> InpFormer:
+    entries = json.loads((folder / "state_dict_keys.json").read_text())
+    state = {entry["key"]: _fill(entry["key"], entry["shape"]) for entry in entries}
+    return import_inp_former(state, (side, side)).eval()
+
+
+def _images(detector: InpFormer, batch: int, side: int, expected: np.lib.npyio.NpzFile) -> Tensor:
+    """Return images whose normalised values are the documented draw."""
+    normalised = _draw(f"input_{side}", (batch, 3, side, side))
+    flat = normalised.astype(np.float64).ravel()
+    np.testing.assert_allclose([flat.sum(), np.abs(flat).sum(), *flat[:8]], expected["input_checksum"], rtol=1e-9)
+    return torch.from_numpy(normalised) * detector.backbone.std + detector.backbone.mean
+
+
+def _record(module: torch.nn.Module, into: dict[str, Tensor], name: str) -> None:
+    module.register_forward_hook(lambda _module, _inputs, output: into.__setitem__(name, output))
+
+
+@cache
+def _answers(side: int):
+    """Run the detector once at an image size and name everything the official code was asked for."""
+    batch = {224: 2, 392: 1}[side]
+    folder = require_shared("parity/inp_former")
+    expected = np.load(folder / f"expected_{side}.npz")
+    detector = _detector(folder, side)
+    images = _images(detector, batch, side, expected)
+    seen: dict[str, Tensor] = {}
+    _record(detector.backbone.network.norm_pre, seen, "embedded")
+    _record(detector.backbone.network.blocks[0], seen, "block0")
+    _record(detector.bottleneck, seen, "bottleneck")
+    _record(detector.decoder[0], seen, "decoder0")
+    _record(detector.decoder[7], seen, "decoder7")
+    _record(detector.extractor, seen, "inp_tokens")
+    with torch.no_grad():
+        output = detector(images)
+        tokens = detector.encode(images)
+        rebuilt = detector._rebuild(tokens.mean(dim=1), seen["inp_tokens"])
+    return expected, _arrange(detector, tokens, rebuilt, seen, output), detector, tokens
+
+
+def _arrange(detector, tokens, rebuilt, seen, output) -> dict[str, np.ndarray]:
+    """Bring our tensors to the layouts of the expected arrays."""
+    height, width = detector.grid
+    fused = tokens.mean(dim=1)
+    normal = torch.nn.functional.normalize
+    distance = 1 - normal(fused, dim=-1) @ normal(seen["inp_tokens"], dim=-1).transpose(1, 2)
+    grids = 1 - torch.cosine_similarity(tokens, rebuilt, dim=-1)
+    side = detector.image_size
+    upsample = torch.nn.functional.interpolate
+    grids = grids.unflatten(2, (height, width))
+    image_map = upsample(grids.mean(dim=1, keepdim=True), side, mode="bilinear", align_corners=True)
+    arranged = {
+        "tokens_cls_reg": seen["embedded"][:, :_EXTRA_TOKENS],
+        "tokens_patch_s": seen["embedded"][:, _EXTRA_TOKENS:, ::16],
+        "block0_s": seen["block0"][..., ::16],
+        "fused_s": fused[..., ::16],
+        "inp_tokens": seen["inp_tokens"],
+        "distance": distance.amin(dim=-1),
+        "cluster_index": distance.argmin(dim=-1),
+        "loss_coherence": distance.amin(dim=-1).mean(),
+        "bottleneck_s": seen["bottleneck"][..., ::16],
+        "decoder0_s": seen["decoder0"][..., ::16],
+        "decoder7_s": seen["decoder7"][..., ::16],
+        "amap": image_map,
+        "amap256": upsample(image_map, (256, 256), mode="bilinear", align_corners=False),
+        "smooth": output.anomaly_map[:, None],
+        "score": output.score,
+    }
+    for group in (0, 1):
+        for name, value in (("en", tokens), ("de", rebuilt)):
+            feature_map = value[:, group].transpose(1, 2).unflatten(2, (height, width))
+            arranged[f"{name}{group}_s"] = feature_map[:, ::8]
+            arranged[f"{name}{group}_l2"] = feature_map.norm(dim=1)
+        arranged[f"grid{group}"] = grids[:, group]
+    return {name: value.numpy() for name, value in arranged.items()}
+
+
+# The arrays of both image sizes; the smaller one has more.
+_BOTH = {
+    **{f"{kind}{group}_l2": FEATURES for kind in ("en", "de") for group in (0, 1)},
+    **dict.fromkeys(("distance", "loss_coherence", "grid0", "grid1", "amap256", "smooth", "score"), MAPS),
+    "inp_tokens": FEATURES,
+    "cluster_index": {"rtol": 0.0, "atol": 0.0},
+}
+_ONLY_224 = {
+    **dict.fromkeys(("tokens_cls_reg", "tokens_patch_s", "block0_s", "fused_s"), FEATURES),
+    **dict.fromkeys(("bottleneck_s", "decoder0_s", "decoder7_s"), FEATURES),
+    **{f"{kind}{group}_s": FEATURES for kind in ("en", "de") for group in (0, 1)},
+    "amap": MAPS,
+}
+
+
+@pytest.mark.parametrize(
+    ("side", "name", "tolerance"),
+    [
+        *(pytest.param(224, name, tolerance, id=f"224-{name}") for name, tolerance in (_BOTH | _ONLY_224).items()),
+        *(pytest.param(392, name, tolerance, id=f"392-{name}") for name, tolerance in _BOTH.items()),
+    ],
+)
+def test_inference_equals_the_official_code(side, name, tolerance):
+    """Every intermediate value, the map and the score are those of the official modules."""
+    expected, ours, _, _ = _answers(side)
+
+    np.testing.assert_allclose(ours[name], expected[name], **tolerance)
+
+
+@pytest.mark.parametrize("side", [224, 392])
+def test_zero_shot_map_equals_the_official_code(side):
+    """The distance to the nearest prototype goes through the same chain to map and score."""
+    expected, _, detector, tokens = _answers(side)
+    prototypes_only = InpFormer(replace(detector.config, map_source="prototypes"))
+    prototypes_only.load_state_dict(detector.state_dict())
+
+    with torch.no_grad():
+        output = prototypes_only._finish_map(prototypes_only._judge_tokens(tokens))
+
+    if "zs_smooth" in expected:
+        np.testing.assert_allclose(output.anomaly_map[:, None].numpy(), expected["zs_smooth"], **MAPS)
+    np.testing.assert_allclose(output.score.numpy(), expected["zs_score"], **MAPS)
+
+
+@pytest.fixture(scope="module")
+def trace():
+    """Run the four recorded training iterations."""
+    folder = require_shared("parity/inp_former")
+    expected = np.load(folder / "expected_train.npz")
+    detector = _detector(folder, 224)
+    images = _images(detector, 2, 224, np.load(folder / "expected_224.npz"))
+    (stage,) = detector.stages()
+    assert isinstance(stage, GradientStage)
+    official = {
+        _official(name): parameter for name, parameter in detector.named_parameters() if parameter.requires_grad
+    }
+    recipe = stage.recipe
+    optimiser = StableAdamW(
+        stage.parameters, recipe.learning_rate, recipe.betas, recipe.eps, recipe.weight_decay, amsgrad=recipe.amsgrad
+    )
+    tokens = stage.encode(images)
+    rows, first_gradients = [], {}
+    for step in range(4):
+        rate = warmup_cosine(step, total=12, warmup=4, peak=recipe.learning_rate, final=recipe.final_learning_rate)
+        optimiser.param_groups[0]["lr"] = rate
+        terms = stage.loss(tokens, step)
+        loss = sum(terms.values())
+        optimiser.zero_grad()
+        loss.backward()
+        if step == 0:
+            first_gradients = {key: parameter.grad.clone() for key, parameter in official.items()}
+        norm = torch.nn.utils.clip_grad_norm_(stage.parameters, recipe.clip_gradient_norm)
+        optimiser.step()
+        rows.append((terms["reconstruction"].item(), terms["coherence"].item() / 0.2, loss.item(), norm.item(), rate))
+    after = {key: parameter.detach() for key, parameter in official.items()}
+    return expected, np.array(rows), first_gradients, after
+
+
+def _official(name: str) -> str:
+    for ours, theirs in (
+        ("prototype_tokens", "prototype_token"),
+        ("extractor.", "aggregation.0."),
+        ("bottleneck.", "bottleneck.0."),
+    ):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+@pytest.mark.parametrize(("column", "name"), list(enumerate(["loss_sm", "loss_coh", "loss", "gnorm", "lr"])))
+def test_training_trace_equals_the_official_code(trace, column, name):
+    """Losses, gradient norm and learning rate of four iterations are the official ones."""
+    expected, rows, _, _ = trace
+
+    np.testing.assert_allclose(rows[:, column], expected[f"trace__{name}"], rtol=1e-4, atol=1e-9)
+
+
+def test_first_gradients_equal_the_official_code(trace):
+    """Every trainable tensor gets the official gradient, soft mining included."""
+    expected, _, gradients, _ = trace
+    norms = {key.removeprefix("gradnorm__"): expected[key] for key in expected if key.startswith("gradnorm__")}
+    starts = {key.removeprefix("grad__"): expected[key] for key in expected if key.startswith("grad__")}
+
+    assert gradients.keys() == norms.keys()
+    for key, norm in norms.items():
+        np.testing.assert_allclose(gradients[key].norm(), norm, rtol=1e-4, err_msg=key)
+    for key, start in starts.items():
+        ours = gradients[key].flatten()[: len(start)]
+        np.testing.assert_allclose(ours, start, rtol=1e-4, atol=1e-4 * np.abs(start).max(), err_msg=key)
+
+
+def test_parameters_after_four_steps_equal_the_official_code(trace):
+    """Clipping, StableAdamW and the schedule move the parameters as the official loop does."""
+    expected, _, _, after = trace
+    recorded = {key.removeprefix("after4__"): expected[key] for key in expected if key.startswith("after4__")}
+
+    for key, value in recorded.items():
+        np.testing.assert_allclose(after[key].flatten()[: len(value)], value, rtol=1e-4, atol=1e-6, err_msg=key)
