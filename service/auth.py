@@ -1,0 +1,190 @@
+"""Keys: who may do what on which line, and how often.
+
+A keys file is a JSON list of `{"name", "sha256", "lines", "actions", "quota_per_minute"}`; it holds digests, so that
+who reads the file can't use it. Keys are long random strings, for which one round of SHA-256 is enough. Without a keys
+file the service is open, and says so in the log. The clock is an argument: seconds, monotonic.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from service.contract.bundle import Digest, LineName
+from service.errors import NotAuthenticated, NotAuthorised, QuotaExceeded
+
+Action = Literal["inspect", "read", "metrics", "admin"]
+ACTIONS: tuple[Action, ...] = get_args(Action)
+EVERY_LINE = "*"
+
+
+class KeyEntry(BaseModel):
+    """One key of the file.
+
+    Attributes:
+        name: of whoever holds it; logged, never the key.
+        sha256: digest of the key's UTF-8 bytes, in lower-case hexadecimal.
+        lines: that it covers; `*` covers every line.
+        actions: that it allows there.
+        quota_per_minute: frames; None does not count.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1)
+    sha256: Digest
+    lines: tuple[Literal["*"] | LineName, ...] = Field(min_length=1)
+    actions: frozenset[Action] = Field(min_length=1)
+    quota_per_minute: int | None = Field(default=None, gt=0)
+
+    def covers(self, line: str) -> bool:
+        """Say whether the key counts on a line."""
+        return EVERY_LINE in self.lines or line in self.lines
+
+
+_ENTRIES = TypeAdapter(tuple[KeyEntry, ...])
+
+
+class KeysFileInvalid(ValueError):
+    """The keys file can't be read; the sentence says what is wrong and shows a right entry."""
+
+
+class Caller:
+    """Somebody who showed a known key, or anybody where the service is open."""
+
+    def __init__(self, entry: KeyEntry | None, bucket: "_Bucket | None") -> None:
+        self._entry = entry
+        self._bucket = bucket
+
+    @property
+    def name(self) -> str:
+        """Who it is, for the log."""
+        return "anybody" if self._entry is None else self._entry.name
+
+    def may(self, action: Action, line: str) -> bool:
+        """Say whether an action is allowed on a line."""
+        return self._entry is None or (action in self._entry.actions and self._entry.covers(line))
+
+    def demand(self, action: Action, line: str | None = None) -> None:
+        """Insist on a right.
+
+        Args:
+            action: what is about to happen.
+            line: where; None asks for the action on any line.
+
+        Raises:
+            NotAuthorised: if the key has no such right; whether the line exists is not told.
+        """
+        if self._entry is None:
+            return
+        if action not in self._entry.actions:
+            raise NotAuthorised(f"This key does not allow the action {action!r}; ask for a key that does.")
+        if line is not None and not self._entry.covers(line):
+            raise NotAuthorised("This key does not cover this line; ask for a key that names it.")
+
+    def spend_frame(self) -> None:
+        """Count one frame against the quota.
+
+        Raises:
+            QuotaExceeded: if none is left; it knows when there will be.
+        """
+        if self._bucket is not None:
+            self._bucket.take()
+
+
+class Keyring:
+    """The keys of one file; a changed file makes a new keyring, and taking it into use is one assignment.
+
+    Args:
+        entries: None for an open service.
+        clock: seconds, monotonic.
+
+    Raises:
+        KeysFileInvalid: if two entries have the same key.
+    """
+
+    def __init__(self, entries: Iterable[KeyEntry] | None, clock: Callable[[], float]) -> None:
+        self._entries = None if entries is None else tuple(entries)
+        known = self._entries or ()
+        if len({entry.sha256 for entry in known}) != len(known):
+            raise KeysFileInvalid("Two entries of the keys file have the same sha256; give each holder its own key.")
+        self._buckets = {
+            entry.sha256: _Bucket(entry.quota_per_minute, clock)
+            for entry in known
+            if entry.quota_per_minute is not None
+        }
+
+    @classmethod
+    def from_file(cls, path: Path, clock: Callable[[], float]) -> Self:
+        """Read a keys file.
+
+        Raises:
+            KeysFileInvalid: if it can't be read or an entry does not fit.
+        """
+        try:
+            entries = _ENTRIES.validate_json(path.read_bytes())
+        except OSError as error:
+            raise KeysFileInvalid(f"The keys file {path} can't be read: {error.strerror}.") from error
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise KeysFileInvalid(
+                f"The keys file {path} does not fit at {place}: {first['msg']}. A right entry is "
+                '{"name": "press 4", "sha256": "<64 hex digits>", "lines": ["cap"], "actions": ["inspect", "read"]}.'
+            ) from error
+        return cls(entries, clock)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody may do everything."""
+        return self._entries is None
+
+    def identify(self, authorization: str | None, api_key: str | None) -> Caller:
+        """Find out who is calling.
+
+        Args:
+            authorization: the header `Authorization`; `Bearer <key>` counts.
+            api_key: the header `X-API-Key`; counts where there is no bearer.
+
+        Raises:
+            NotAuthenticated: if there is no key or it is not known.
+        """
+        if self._entries is None:
+            return Caller(None, None)
+        scheme, _, bearer = (authorization or "").partition(" ")
+        key = bearer.strip() if scheme.lower() == "bearer" else api_key
+        if not key:
+            raise NotAuthenticated("Send your key in the header `Authorization: Bearer <key>` or `X-API-Key`.")
+        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+        found: KeyEntry | None = None
+        for entry in self._entries:  # every entry is compared, so that the time tells nothing
+            if hmac.compare_digest(entry.sha256, digest):
+                found = entry
+        if found is None:
+            raise NotAuthenticated("This key is not known here; check it, or ask for a new one.")
+        return Caller(found, self._buckets.get(found.sha256))
+
+
+class _Bucket:
+    """A token bucket that holds a minute's quota and refills evenly."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
+        self._per_minute = per_minute
+        self._clock = clock
+        self._tokens = float(per_minute)
+        self._filled_at = clock()
+
+    def take(self) -> None:
+        now = self._clock()
+        per_second = self._per_minute / 60
+        self._tokens = min(float(self._per_minute), self._tokens + (now - self._filled_at) * per_second)
+        self._filled_at = now
+        if self._tokens < 1:
+            raise QuotaExceeded(
+                f"This key's quota of {self._per_minute} frames a minute is used up; wait as long as Retry-After says.",
+                retry_after_s=(1 - self._tokens) / per_second,
+            )
+        self._tokens -= 1
