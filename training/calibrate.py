@@ -1,0 +1,134 @@
+"""Turns held-out good parts into a calibration and the default policy: no defect is ever needed for a threshold.
+
+Comes after fitting, before the export; the thresholds are those of `service.contract.calibration`, so a rate means the
+same to whoever trains and to whoever serves.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.contract.calibration import Calibration, Threshold, needed_good_parts
+from service.contract.frames import decode_mask
+from service.contract.policy import Policy, ScoreRule, image_score, inspected_mask
+from service.contract.regions import Polygon, outline_mask
+from service.errors import CalibrationRefused, UnreadableFrame
+
+# Smaller components of a region-of-interest mask are specks of a brush, not places to inspect.
+_SMALLEST_ROI_FRACTION = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """What good parts alone decide.
+
+    Attributes:
+        calibration: sorted good-part values, for p-values and drift.
+        policy: the bundle's default rules.
+        review: the threshold of `REVIEW` and its promise.
+        fail: the threshold of `FAIL` and its promise.
+    """
+
+    calibration: Calibration
+    policy: Policy
+    review: Threshold
+    fail: Threshold
+
+
+def refuse_unsupported_rates(good_parts: int, review_rate: float, fail_rate: float) -> None:
+    """Refuse rates that so many held-out good parts can't support; asked before fitting, not an hour later.
+
+    Raises:
+        CalibrationRefused: with the number of good parts that would do, or what is wrong with the rates.
+    """
+    if not 0 < fail_rate <= review_rate < 1:
+        raise CalibrationRefused(
+            "The fail rate must be above 0 and not above the review rate, which must be below 1: a part that fails "
+            f"would also be reviewed. They are {fail_rate:g} and {review_rate:g}; for example use 0.05 and 0.1."
+        )
+    needed = needed_good_parts(fail_rate)
+    if good_parts < needed:
+        raise CalibrationRefused(
+            f"A false-reject rate of {fail_rate:g} needs at least {needed} good parts that fitting never saw, and "
+            f"{good_parts} are held out; add good frames, hold out a larger share, or accept a rate of at least "
+            f"{1 / (good_parts + 1):.3g}."
+        )
+
+
+def calibrate(
+    scores: NDArray[np.float32],
+    maps: NDArray[np.float32],
+    rule: ScoreRule,
+    *,
+    review_rate: float,
+    fail_rate: float,
+    version: str,
+    region_of_interest: tuple[Polygon, ...] | None = None,
+) -> Calibrated:
+    """Calibrate on good parts that fitting never saw.
+
+    Args:
+        scores: `(n,)` raw scores of the detector.
+        maps: `(n, h, w)` float32.
+        rule: how scores are reduced from maps.
+        review_rate: wanted share of good parts that are at least `REVIEW`, those that fail included.
+        fail_rate: wanted share of good parts that are `FAIL`.
+        version: of the policy.
+        region_of_interest: polygons in fractions of the frame, or None for everything.
+
+    Raises:
+        CalibrationRefused: if there are too few good parts for a rate, or a score is not finite.
+        BundleRefused: if the region of interest can't be applied to this detector.
+    """
+    refuse_unsupported_rates(len(scores), review_rate, fail_rate)
+    # The region of interest is rasterised by the function that the service will use, which wants a whole policy.
+    policy = Policy(
+        version=version,
+        review_threshold=0,
+        fail_threshold=0,
+        region_threshold=1,
+        map_floor=0,
+        region_of_interest=region_of_interest,
+    )
+    inspected = inspected_mask(policy, *maps.shape[1:])
+    if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
+        raise CalibrationRefused("A good frame's score or map is not finite; look at the frames and the training loss.")
+    compared = [image_score(float(score), amap, inspected, rule) for score, amap in zip(scores, maps, strict=True)]
+    visible = maps.reshape(len(maps), -1) if inspected is None else maps[:, inspected]
+    calibration = Calibration.from_good_parts(
+        np.array(compared, np.float32), visible.max(axis=1), float(np.median(visible))
+    )
+    review, fail = calibration.threshold(review_rate), calibration.threshold(fail_rate)
+    thresholds = {
+        "review_threshold": review.value,
+        "fail_threshold": fail.value,
+        "region_threshold": calibration.peak_threshold(review_rate).value,
+        "map_floor": calibration.map_floor,
+    }
+    policy = Policy.model_validate(policy.model_dump() | thresholds)
+    return Calibrated(calibration, policy, review, fail)
+
+
+def read_region_of_interest(path: Path) -> tuple[Polygon, ...]:
+    """Read a mask image, white where parts are inspected, as polygons in fractions of the frame.
+
+    Raises:
+        UnreadableFrame: if the file can't be decoded or marks nothing.
+    """
+    try:
+        mask = decode_mask(path.read_bytes())
+    except OSError as error:
+        raise UnreadableFrame(f"The region-of-interest mask {path} can't be read.") from error
+    polygons = tuple(polygon for polygon in outline_mask(mask) if _area_fraction(polygon) >= _SMALLEST_ROI_FRACTION)
+    if not polygons:
+        raise UnreadableFrame(f"The region-of-interest mask {path} is black; paint white where parts are inspected.")
+    # Outlines run along pixel edges, to an eighth of a pixel, and may so leave the frame by a hair.
+    return tuple(tuple((min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)) for x, y in polygon) for polygon in polygons)
+
+
+def _area_fraction(polygon: Polygon) -> float:
+    """Return the area of a polygon by the shoelace formula."""
+    x, y = np.array(polygon).T
+    return float(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2)

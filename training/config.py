@@ -1,0 +1,208 @@
+"""The one description of a run: frozen, complete, and kept in the bundle's manifest.
+
+A run's YAML comes first, `--set` changes single values of it, and the result is checked against the detector's own
+configuration before anything else happens. Rules:
+
+- A key that nobody knows is refused and named; nothing is passed on in silence.
+- What several places need is said once here (`backbone`, `input`, `seed`) and derived for the detector.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+
+from models import DETECTORS
+from service.contract.bundle import GoldenRule
+from service.contract.geometry import InputSpec
+from training.data.split import HoldOut
+
+# Fields of a detector's configuration that the run says once for everybody.
+_DERIVED = {"backbone": "backbone", "image_size": "input", "seed": "seed"}
+_CONFIG_OF_SIZE = {"paper": "{detector}.yaml", "small": "{detector}_small.yaml"}
+
+
+class ConfigFault(Exception):
+    """The run's description does not hold; the sentence names the key and says what to do."""
+
+
+class RunConfig(BaseModel):
+    """Everything that decides what a run makes of a folder of frames.
+
+    Attributes:
+        detector: a name of `models.DETECTORS`.
+        backbone: timm's name of the pretrained feature extractor; None for detectors without one.
+        hyperparameters: values of the detector's own configuration; what is missing keeps its default.
+        input: sizes that frames are resized and cropped to.
+        seed: of initial values, order of frames, bootstrap and planted defects.
+        hold_out: which good frames fitting never sees; has a seed of its own, so that runs with several seeds are
+            calibrated on the same frames.
+        review_rate: wanted share of good parts that are at least `REVIEW`.
+        fail_rate: wanted share of good parts that are `FAIL`.
+        golden: how closely a device must reproduce the golden set.
+        golden_frames: how many frames the golden set has at most.
+        evaluation_resolution: whether pixel figures are measured at the frames' own size or at the model's.
+        batch_size: frames a forward pass in evaluation and calibration; it changes speed, never an answer.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    detector: str
+    backbone: str | None = None
+    hyperparameters: dict[str, JsonValue] = Field(default_factory=dict)
+    input: InputSpec
+    seed: int = Field(default=1, ge=0, lt=2**31)
+    hold_out: HoldOut = HoldOut()
+    review_rate: float = Field(default=0.10, gt=0, lt=1)
+    fail_rate: float = Field(default=0.05, gt=0, lt=1)
+    golden: GoldenRule = GoldenRule(map_tolerance=0.01, score_tolerance=0.01)
+    golden_frames: int = Field(default=8, ge=2, le=64)
+    evaluation_resolution: Literal["original", "model"] = "original"
+    batch_size: int = Field(default=8, ge=1, le=512)
+
+    def detector_config(self) -> Any:
+        """Return the detector's own frozen configuration, filled from this run.
+
+        Raises:
+            ConfigFault: if the detector or a hyperparameter is not known, or a value does not fit.
+        """
+        if self.detector not in DETECTORS:
+            raise ConfigFault(f"There is no detector {self.detector!r}; known are {', '.join(sorted(DETECTORS))}.")
+        schema = DETECTORS[self.detector][0]
+        names = {field.name for field in dataclasses.fields(schema)}
+        for key in sorted(self.hyperparameters.keys() & _DERIVED.keys()):
+            raise ConfigFault(f"hyperparameters.{key} follows from {_DERIVED[key]}; set that instead.")
+        _refuse_unknown(schema, self.hyperparameters, "hyperparameters")
+        if "backbone" not in names and self.backbone is not None:
+            raise ConfigFault(f"The detector {self.detector} has no backbone; leave it out.")
+        derived = {
+            "backbone": self.backbone,
+            "image_size": (self.input.height, self.input.width),
+            "seed": self.seed,
+        }
+        values = self.hyperparameters | {
+            key: value for key, value in derived.items() if key in names and value is not None
+        }
+        try:
+            return TypeAdapter(schema).validate_python(values)
+        except ValidationError as error:
+            raise ConfigFault(_first_fault(error, "hyperparameters")) from error
+
+    def to_yaml(self) -> str:
+        """Return the run's description with every value, as it can be read again."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(source: str, detector: str = "inp_former", overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a configuration, change single values and check all of it.
+
+    Args:
+        source: `small` or `paper` for those that come with the detector, else a path.
+        detector: whose configuration `small` and `paper` mean.
+        overrides: `key=value`, the key with dots between its levels, the value as in YAML.
+
+    Raises:
+        ConfigFault: if the file can't be read, or a key or value does not fit.
+    """
+    values = _read_yaml(source, detector)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigFault(_first_fault(error)) from error
+    config.detector_config()
+    return config
+
+
+def parse_config(text: str) -> RunConfig:
+    """Read what `RunConfig.to_yaml` wrote.
+
+    Raises:
+        ConfigFault: if a key or value does not fit.
+    """
+    try:
+        return RunConfig.model_validate(yaml.safe_load(text))
+    except (ValidationError, yaml.YAMLError) as error:
+        raise ConfigFault("The run's config.yaml can't be read; start a new run.") from error
+
+
+def _read_yaml(source: str, detector: str) -> dict[str, Any]:
+    try:
+        if source in _CONFIG_OF_SIZE:
+            text = (files("training") / "configs" / _CONFIG_OF_SIZE[source].format(detector=detector)).read_text(
+                "utf-8"
+            )
+        else:
+            text = Path(source).read_text("utf-8")
+        values = yaml.safe_load(text)
+    except FileNotFoundError as error:
+        known = ", ".join(sorted(DETECTORS))
+        raise ConfigFault(
+            f"There is no configuration {source!r} for the detector {detector!r}; give small, paper or a YAML file, "
+            f"and one of the detectors {known}."
+        ) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigFault(
+            f"The configuration {source} can't be read as YAML; compare it with training/configs."
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigFault(f"The configuration {source} holds no keys; compare it with training/configs.")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigFault(f"{override!r} is no setting; write key=value, for example fail_rate=0.02.")
+    *levels, last = key.strip().split(".")
+    place = values
+    for level in levels:
+        deeper = place.setdefault(level, {})
+        if not isinstance(deeper, dict):
+            raise ConfigFault(f"{key} can't be set: {level} holds a single value.")
+        place = deeper
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigFault(f"The value of {key} is no YAML; put quotes round it.") from error
+
+
+def _refuse_unknown(schema: Any, values: Mapping[str, Any], place: str) -> None:
+    """Refuse keys that a dataclass, or one nested in it, does not have; pydantic would drop them in silence."""
+    hints = typing.get_type_hints(schema)
+    known = [field.name for field in dataclasses.fields(schema) if field.name not in _DERIVED]
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigFault(f"{place}.{key} is not known{_did_you_mean(key, known)}; known are {', '.join(known)}.")
+        for option in _options(hints[key]):
+            if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+                _refuse_unknown(option, value, f"{place}.{key}")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _first_fault(error: ValidationError, prefix: str = "") -> str:
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in (*([prefix] if prefix else []), *first["loc"])) or "The configuration"
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        level = " at the top level" if len(first["loc"]) == 1 else ""
+        known = RunConfig.model_fields if level else [field.name for field in dataclasses.fields(HoldOut)]
+        return f"{place} is not known{level}{_did_you_mean(str(first['loc'][-1]), known)}."
+    what = first["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(first["input"], dict) else f"; it is {first['input']!r}"
+    return f"{place}: {what[0].lower()}{what[1:]}{given}."
+
+
+def _did_you_mean(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,256 @@
+"""Measures a detector on frames: one path for the PyTorch detector and for the exported graph.
+
+Comes after fitting and again whenever a bundle is looked at. Frames are decoded and resized by the service's own
+functions, scores are judged by the service's own policy, so that a figure here is a figure of the line.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.contract.bundle import MetricRecord
+from service.contract.frames import FrameLimits, decode_image, fit_to_input, resize_map, resize_mask
+from service.contract.geometry import InputSpec
+from service.contract.golden import Run
+from service.contract.policy import Judgement, Policy, ScoreRule, Verdict, inspected_mask, judge
+from training.data.loader import load_mask
+from training.data.samples import ANOMALOUS, NORMAL, Sample
+from training.metrics import (
+    Curve,
+    Metric,
+    auroc,
+    image_metrics,
+    pixel_metrics,
+    precision_recall_curve,
+    roc_curve,
+)
+from training.progress import Reporter
+
+Resolution = Literal["original", "model"]
+
+_IMAGE_FIGURES = ("i_auroc", "i_ap", "i_f1max")
+_PIXEL_FIGURES = ("p_auroc", "p_ap", "p_f1max", "aupro")
+# Pixel figures hold every pixel of every test frame several times over: 16 bytes each at the peak.
+_LARGEST_PIXEL_COUNT = 400_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a detector said of frames, before any policy.
+
+    Attributes:
+        samples: one a frame.
+        scores: `(n,)` float32 raw scores.
+        maps: `(n, h, w)` float32.
+        frame_sizes: `(height, width)` of each original frame.
+    """
+
+    samples: tuple[Sample, ...]
+    scores: NDArray[np.float32]
+    maps: NDArray[np.float32]
+    frame_sizes: tuple[tuple[int, int], ...]
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """`(n,)`, 1 = anomalous, 0 = normal."""
+        return np.array([sample.label for sample in self.samples], np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The figures of one line's test frames under one policy.
+
+    Attributes:
+        answers: raw answers, one a frame; frames of unknown label are left out.
+        judgements: verdict, compared score and regions, one a frame.
+        metrics: image and pixel figures by name; an undefined one has a reason.
+        by_kind: I-AUROC of each kind of defect against all good frames.
+        roc: of the images.
+        precision_recall: of the images.
+        resolution: at which pixel figures were measured.
+    """
+
+    answers: Answers
+    judgements: tuple[Judgement, ...]
+    metrics: dict[str, Metric]
+    by_kind: dict[str, Metric]
+    roc: Curve
+    precision_recall: Curve
+    resolution: Resolution
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """`(n,)` float32, the scores that the policy compares."""
+        return np.array([judgement.score for judgement in self.judgements], np.float32)
+
+    def verdict_counts(self) -> dict[str, dict[Verdict, int]]:
+        """Count verdicts by kind, good frames first."""
+        counts: dict[str, dict[Verdict, int]] = defaultdict(lambda: dict.fromkeys(_VERDICTS, 0))
+        for sample, judgement in zip(self.answers.samples, self.judgements, strict=True):
+            counts[sample.kind][judgement.verdict] += 1
+        labels = {sample.kind: sample.label for sample in self.answers.samples}
+        return {kind: counts[kind] for kind in sorted(counts, key=lambda kind: (labels[kind], kind))}
+
+
+_VERDICTS = (Verdict.PASS, Verdict.REVIEW, Verdict.FAIL)
+
+
+class _Fitted(NamedTuple):
+    pixels: NDArray[np.uint8]
+    frame_size: tuple[int, int]
+
+
+def ask(
+    run: Run,
+    samples: Sequence[Sample],
+    spec: InputSpec,
+    reporter: Reporter,
+    *,
+    title: str,
+    batch_size: int = 8,
+    threads: int = 2,
+) -> Answers:
+    """Run frames through a detector or a graph, the next batch being decoded while this one runs.
+
+    Args:
+        run: frames `(B, H, W, 3)` uint8 to scores `(B,)` and maps `(B, h, w)`.
+        samples: at least one.
+        spec: the network's input.
+        reporter: shows how far the work is.
+        title: what the bar says.
+        batch_size: frames a call of `run`.
+        threads: decoders at work.
+
+    Raises:
+        FlawlineError: if a frame can't be decoded.
+    """
+    batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    scores, maps = [], []
+    sizes: list[tuple[int, int]] = []
+    with ThreadPoolExecutor(threads) as pool, reporter.bar(title, len(samples)) as bar:
+
+        def begin(index: int) -> list[Future[_Fitted]]:
+            return [pool.submit(_read, sample, spec) for sample in batches[index]] if index < len(batches) else []
+
+        waiting = begin(0)
+        for index, batch in enumerate(batches):
+            ready = [future.result() for future in waiting]
+            waiting = begin(index + 1)
+            batch_scores, batch_maps = run(np.stack([fitted.pixels for fitted in ready]))
+            scores.append(batch_scores)
+            maps.append(batch_maps)
+            sizes.extend(fitted.frame_size for fitted in ready)
+            bar.advance(len(batch))
+    return Answers(tuple(samples), np.concatenate(scores), np.concatenate(maps), tuple(sizes))
+
+
+def judge_all(answers: Answers, policy: Policy, rule: ScoreRule, spec: InputSpec) -> tuple[Judgement, ...]:
+    """Judge every answer by a policy, as the service would."""
+    inspected = inspected_mask(policy, *answers.maps.shape[1:])
+    return tuple(
+        judge(float(score), anomaly_map, policy, rule, spec.window(*size), inspected)
+        for score, anomaly_map, size in zip(answers.scores, answers.maps, answers.frame_sizes, strict=True)
+    )
+
+
+def evaluate(
+    answers: Answers,
+    policy: Policy,
+    rule: ScoreRule,
+    spec: InputSpec,
+    resolution: Resolution = "original",
+    *,
+    seed: int = 0,
+) -> Evaluation:
+    """Measure a line's test frames under a policy.
+
+    Args:
+        answers: what was said of the test frames.
+        policy: the rules that scores and verdicts follow.
+        rule: how scores are reduced from maps.
+        spec: the network's input.
+        resolution: size at which pixel figures are measured: each frame's own, or the model's.
+        seed: of the bootstrap behind the intervals.
+    """
+    judgements = judge_all(answers, policy, rule, spec)
+    scores = np.array([judgement.score for judgement in judgements], np.float32)
+    labels = answers.labels
+    return Evaluation(
+        answers=answers,
+        judgements=judgements,
+        metrics={**image_metrics(scores, labels, seed=seed), **_pixel_metrics(answers, spec, resolution, seed)},
+        by_kind=_by_kind(answers.samples, scores),
+        roc=roc_curve(scores, labels),
+        precision_recall=precision_recall_curve(scores, labels),
+        resolution=resolution,
+    )
+
+
+def without_test_frames(resolution: Resolution) -> dict[str, Metric]:
+    """Return every figure as undefined, for lines that bring good frames only."""
+    reason = f"the line has no test frames to measure on (at {resolution} resolution or any other)"
+    return dict.fromkeys((*_IMAGE_FIGURES, *_PIXEL_FIGURES), Metric(None, reason))
+
+
+def to_records(metrics: dict[str, Metric]) -> dict[str, MetricRecord]:
+    """Return figures as the manifest keeps them."""
+    return {
+        name: MetricRecord(
+            value=metric.value,
+            reason=metric.reason,
+            low=metric.interval[0] if metric.interval else None,
+            high=metric.interval[1] if metric.interval else None,
+        )
+        for name, metric in metrics.items()
+    }
+
+
+def _read(sample: Sample, spec: InputSpec) -> _Fitted:
+    frame = decode_image(sample.path.read_bytes(), FrameLimits(), spec.resize_target)
+    return _Fitted(fit_to_input(frame.pixels, spec), (frame.height, frame.width))
+
+
+def _by_kind(samples: Sequence[Sample], scores: NDArray[np.float32]) -> dict[str, Metric]:
+    kinds = sorted({sample.kind for sample in samples if sample.label == ANOMALOUS})
+    figures = {}
+    for kind in kinds:
+        chosen = [i for i, sample in enumerate(samples) if sample.label == NORMAL or sample.kind == kind]
+        figures[kind] = auroc(scores[chosen], [samples[i].label for i in chosen])
+    return figures
+
+
+def _pixel_metrics(answers: Answers, spec: InputSpec, resolution: Resolution, seed: int) -> dict[str, Metric]:
+    anomalous = [sample for sample in answers.samples if sample.label == ANOMALOUS]
+    if not anomalous:
+        return dict.fromkeys(_PIXEL_FIGURES, Metric(None, "there is no anomalous sample"))
+    if any(sample.mask_path is None for sample in anomalous):
+        return dict.fromkeys(_PIXEL_FIGURES, Metric(None, "the line has image labels only, no masks"))
+    windows = [_crop_of(spec, size) for size in answers.frame_sizes]
+    if resolution == "original":
+        pixels = sum((bottom - top) * (right - left) for top, left, bottom, right in windows)
+        if pixels > _LARGEST_PIXEL_COUNT:
+            reason = f"{pixels} pixels at original size are too many to rank; use evaluation_resolution: model"
+            return dict.fromkeys(_PIXEL_FIGURES, Metric(None, reason))
+    maps, masks = [], []
+    for sample, anomaly_map, size, (top, left, bottom, right) in zip(
+        answers.samples, answers.maps, answers.frame_sizes, windows, strict=True
+    ):
+        mask = load_mask(sample, *size)[top:bottom, left:right]
+        if resolution == "original":
+            maps.append(resize_map(anomaly_map, *mask.shape))
+            masks.append(mask)
+        else:
+            maps.append(anomaly_map)
+            masks.append(resize_mask(mask, *anomaly_map.shape))
+    return pixel_metrics(maps, masks, answers.labels, seed=seed)
+
+
+def _crop_of(spec: InputSpec, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the inspected window in whole pixels of the original frame: top, left, bottom, right."""
+    top, left, height, width = spec.window(*size)
+    return round(top), round(left), round(top + height), round(left + width)

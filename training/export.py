@@ -1,0 +1,275 @@
+"""One graph from the camera's bytes to the score, and the proof that it says what PyTorch said.
+
+Comes after calibration, because verdicts are compared as well. The graph is verified by the reader's own rules, and a
+graph that differs is an error: nothing is written then. Beside `service/engines/ort.py` this is the only importer of
+ONNX Runtime.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models.detector import AnomalyOutput, Detector
+from service.contract.bundle import ParityRecord
+from service.contract.golden import Run
+from service.contract.graph import verify_graph
+from service.contract.policy import Policy, ScoreRule, image_score, inspected_mask, verdict_of
+from service.errors import BundleRefused, FlawlineError
+
+OPSET = 20
+_TRACED_BATCH = 2
+# Batch sizes that parity runs at; none of them is the traced one.
+_PARITY_BATCHES = (1, 3, 5)
+# float32 sums in another order: errors seen are near 1e-6 of the range, and 1e-4 moves no verdict worth having.
+MAP_TOLERANCE = 1e-4
+SCORE_TOLERANCE = 1e-4
+
+
+class ExportFailed(FlawlineError):
+    """The detector can't be exported, or the graph does not say what the detector says; no bundle is written."""
+
+    code = "export_failed"
+
+
+class EndToEnd(nn.Module):
+    """From camera bytes to score and map: what becomes the graph, and what evaluation runs.
+
+    Args:
+        detector: fitted.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge frames `(B, H, W, 3)` uint8 RGB: scores `(B,)` and maps `(B, h, w)`, both float32."""
+        images = frames.permute(0, 3, 1, 2).to(torch.float32) / 255
+        output: AnomalyOutput = self.detector(images)
+        return output.score, output.anomaly_map
+
+
+@dataclass(frozen=True, eq=False)
+class DetectorRun:
+    """A fitted detector as frames in, scores and maps out.
+
+    Attributes:
+        detector: an `nn.Module`; it is put into eval mode and left on its device.
+        device: where it lies.
+    """
+
+    detector: nn.Module
+    device: torch.device
+
+    def __call__(self, frames: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Judge frames `(B, H, W, 3)` uint8: scores `(B,)` and maps `(B, h, w)`."""
+        with torch.inference_mode():
+            module = EndToEnd(self.detector).eval()
+            scores, maps = module(torch.from_numpy(np.ascontiguousarray(frames)).to(self.device))
+        return scores.float().cpu().numpy(), maps.float().cpu().numpy()
+
+
+class GraphRun:
+    """An exported graph on ONNX Runtime's CPU, as frames in, scores and maps out.
+
+    Args:
+        model: bytes of `model.onnx`; verified by the caller or by `export_graph`.
+        threads: of one inference.
+
+    Raises:
+        ExportFailed: if the runtime can't load the graph.
+    """
+
+    def __init__(self, model: bytes, threads: int = 1) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the runtime's exceptions share no base of their own
+            raise ExportFailed("ONNX Runtime can't load the exported graph; no bundle was written.") from error
+
+    def __call__(self, frames: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Judge frames `(B, H, W, 3)` uint8: scores `(B,)` and maps `(B, h, w)`."""
+        scores, maps = self._session.run(["score", "anomaly_map"], {"frames": frames})
+        return scores, maps
+
+
+def export_graph(detector: Detector) -> bytes:
+    """Write a detector as one self-contained ONNX graph with a dynamic batch.
+
+    Args:
+        detector: fitted.
+
+    Returns:
+        The bytes of `model.onnx`: `frames` uint8 `[B, H, W, 3]` to `score` `[B]` and `anomaly_map` `[B, h, w]`.
+
+    Raises:
+        ExportFailed: if the detector can't be traced, or the reader would refuse the graph.
+    """
+    if not isinstance(detector, nn.Module):
+        raise TypeError("a detector is an nn.Module")
+    module = EndToEnd(detector).eval()
+    first = next(iter(detector.parameters()), None)
+    device = torch.device("cpu") if first is None else first.device
+    frames = torch.zeros((_TRACED_BATCH, *detector.image_size, 3), dtype=torch.uint8, device=device)
+    try:
+        data = _trace(module, frames)
+        verify_graph(data)
+    except BundleRefused as error:
+        raise ExportFailed(f"The exported graph would be refused: {error.sentence}") from error
+    except Exception as error:  # the exporter raises whatever its passes raise
+        raise ExportFailed(f"The detector can't be exported to ONNX ({type(error).__name__}: {error}).") from error
+    return data
+
+
+def check_parity(detector: Run, graph: Run, frames: NDArray[np.uint8], policy: Policy, rule: ScoreRule) -> ParityRecord:
+    """Compare the graph with PyTorch on real frames, at batch sizes that were not traced: maps, scores and verdicts.
+
+    Scores must also be what `rule` makes of the maps, since the service reduces them again inside a region of interest.
+    Of a frame whose score lies nearer to a threshold than the tolerance either verdict is right, so such frames are
+    left out of the comparison of verdicts.
+
+    Args:
+        detector: PyTorch.
+        graph: the exported graph in a runtime.
+        frames: `(n, H, W, 3)` uint8, at least one.
+        policy: whose verdicts are compared.
+        rule: how the bundle says that scores are reduced from maps.
+
+    Raises:
+        ExportFailed: if anything differs by more than the tolerance; the sentence says what and by how much.
+    """
+    expected_scores, expected_maps = _in_batches(detector, frames, (len(frames),))
+    scores, maps = _in_batches(graph, frames, _PARITY_BATCHES)
+    span = max(float(expected_maps.max() - expected_maps.min()), float(np.finfo(np.float32).tiny))
+    map_difference = float(np.abs(maps - expected_maps).max()) / span
+    score_difference = float(np.abs(scores - expected_scores).max())
+    allowed = SCORE_TOLERANCE * max(abs(policy.fail_threshold), span)
+    # Each condition is written so that a NaN fails it.
+    if not map_difference <= MAP_TOLERANCE:
+        raise _differs("anomaly maps", f"{map_difference:.2g} of their range", f"{MAP_TOLERANCE:g}")
+    if not score_difference <= allowed:
+        raise _differs("scores", f"{score_difference:.2g}", f"{allowed:.2g}")
+    if rule.kind != "graph":
+        _check_rule(rule, scores, maps, allowed)
+    differ = _verdicts_that_differ((expected_scores, expected_maps), (scores, maps), policy, rule, allowed)
+    if differ:
+        raise _differs("verdicts", f"{differ} of {len(frames)} frames", "0")
+    return ParityRecord(
+        frames=len(frames), map_difference=map_difference, score_difference=score_difference, verdicts_differ=0
+    )
+
+
+def _trace(module: nn.Module, frames: Tensor) -> bytes:
+    with _silence(), torch.no_grad():
+        program = torch.onnx.export(
+            module,
+            (frames,),
+            input_names=["frames"],
+            output_names=["score", "anomaly_map"],
+            dynamic_shapes=({0: torch.export.Dim("B", min=1)},),
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    if program is None:  # never with dynamo=True, but its type allows it
+        raise RuntimeError("the exporter returned no graph")
+    model = program.model_proto
+    _forget_sources(model.graph)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def _forget_sources(graph: Any) -> None:
+    """Take stack traces with this machine's paths out of a graph; equal detectors then give equal bytes."""
+    graph.ClearField("metadata_props")
+    for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    for node in graph.node:
+        for attribute in node.attribute:
+            # Asking for an absent graph would create it, and the graph would be invalid.
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                _forget_sources(inner)
+
+
+def _in_batches(
+    run: Run, frames: NDArray[np.uint8], sizes: Sequence[int]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    scores, maps = [], []
+    start = turn = 0
+    while start < len(frames):
+        size = sizes[turn % len(sizes)]
+        batch_scores, batch_maps = run(frames[start : start + size])
+        scores.append(batch_scores)
+        maps.append(batch_maps)
+        start, turn = start + size, turn + 1
+    return np.concatenate(scores), np.concatenate(maps)
+
+
+def _check_rule(rule: ScoreRule, scores: NDArray[np.float32], maps: NDArray[np.float32], allowed: float) -> None:
+    reduced = np.array([rule.reduce(anomaly_map.ravel()) for anomaly_map in maps])
+    difference = float(np.abs(reduced - scores).max())
+    if not difference <= allowed:
+        raise ExportFailed(
+            f"The bundle would promise the score rule {rule.kind}, but the graph's scores differ from it by "
+            f"{difference:.2g}; no bundle was written."
+        )
+
+
+def _verdicts_that_differ(
+    expected: tuple[NDArray[np.float32], NDArray[np.float32]],
+    found: tuple[NDArray[np.float32], NDArray[np.float32]],
+    policy: Policy,
+    rule: ScoreRule,
+    allowed: float,
+) -> int:
+    inspected = inspected_mask(policy, *expected[1].shape[1:])
+    differ = 0
+    for score, anomaly_map, other_score, other_map in zip(*expected, *found, strict=True):
+        compared = image_score(float(score), anomaly_map, inspected, rule)
+        if min(abs(compared - policy.review_threshold), abs(compared - policy.fail_threshold)) <= allowed:
+            continue
+        other = image_score(float(other_score), other_map, inspected, rule)
+        differ += verdict_of(compared, policy) is not verdict_of(other, policy)
+    return differ
+
+
+def _differs(what: str, found: str, allowed: str) -> ExportFailed:
+    return ExportFailed(
+        f"The exported graph's {what} differ from PyTorch's by {found}, where {allowed} is allowed; no bundle was "
+        "written."
+    )
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the exporter's progress, warnings and log lines from whoever waits for a bundle."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

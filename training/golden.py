@@ -1,0 +1,187 @@
+"""Chooses the golden set: a few frames that a device must answer as the exported graph did, before it may serve.
+
+Comes after parity. Good frames are held-out ones; defects are real ones from the test frames, or planted where the line
+has none, so that a device is also asked for a verdict that is not `PASS`. Frames near a threshold are passed over: on
+another device either verdict would be right for them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.contract.bundle import GoldenRule
+from service.contract.frames import FrameLimits, decode_image, encode_png, fit_to_input, resize_pixels
+from service.contract.geometry import InputSpec
+from service.contract.golden import GoldenAnswer, Run, write_golden
+from service.contract.policy import Policy, ScoreRule, Verdict, inspected_mask, judge
+from service.errors import FlawlineError
+from training.data.samples import ANOMALOUS, Sample
+from training.evaluate import Answers
+
+# A golden frame keeps this many times the tolerance between its score and every threshold.
+_CLEARANCE = 2.0
+# Frames are stored at most at this multiple of what the network sees, so that a bundle of 20-megapixel frames stays
+# small enough to hold in memory.
+_LARGEST_MULTIPLE = 3
+_PLANTED_TRIES = 12
+
+
+class GoldenFailed(FlawlineError):
+    """No frame is far enough from the thresholds to be asked on another device."""
+
+    code = "golden_failed"
+
+
+@dataclass(frozen=True, eq=False)
+class _Golden:
+    png: bytes
+    description: str
+    score: float
+    anomaly_map: NDArray[np.float32]
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class GoldenChooser:
+    """What every candidate is judged with.
+
+    Attributes:
+        run: the exported graph.
+        policy: the bundle's default rules.
+        rule: how scores are reduced from maps.
+        spec: the network's input.
+        tolerance: how closely a device must reproduce the set.
+        seed: of planted defects.
+    """
+
+    run: Run
+    policy: Policy
+    rule: ScoreRule
+    spec: InputSpec
+    tolerance: GoldenRule
+    seed: int
+
+    def choose(self, good: Answers, tested: Answers | None, count: int) -> dict[str, bytes]:
+        """Return the files of a golden set, half of it good frames.
+
+        Args:
+            good: answers to held-out good frames.
+            tested: answers to test frames, or None where there are none.
+            count: at most so many frames, at least two.
+
+        Raises:
+            GoldenFailed: if every candidate lies too near to a threshold.
+        """
+        wanted_good = (count + 1) // 2
+        chosen = _first(self._real(_spread(good)), wanted_good)
+        defects = [] if tested is None else [s for s in _spread(tested) if s.label == ANOMALOUS]
+        # Most visible defects first would leave none that passes; a spread over all scores shows the real range.
+        found = _first(self._real(defects), count - len(chosen))
+        if not any(golden.verdict is not Verdict.PASS for golden in (*chosen, *found)):
+            found = [*found[: count - len(chosen) - 1], *_first(self._planted(_spread(good)), 1)]
+        if not chosen and not found:
+            raise GoldenFailed(
+                "Every frame's score lies within the golden tolerance of a threshold, so no device could be checked; "
+                "train longer, or lower golden.score_tolerance."
+            )
+        return _write([*chosen, *found])
+
+    def _real(self, samples: Sequence[Sample]) -> Iterator[_Golden]:
+        for sample in samples:
+            what = "a good part" if sample.label != ANOMALOUS else f"a defect of the kind {sample.kind}"
+            golden = self._judge(self._pixels(sample), what)
+            if golden is not None:
+                yield golden
+
+    def _planted(self, samples: Sequence[Sample]) -> Iterator[_Golden]:
+        generator = np.random.default_rng(self.seed)
+        for attempt in range(_PLANTED_TRIES):
+            strength = (attempt + 1) / _PLANTED_TRIES
+            pixels = plant_defect(self._pixels(samples[attempt % len(samples)]), generator, strength)
+            golden = self._judge(pixels, "a good part with a planted defect")
+            if golden is not None and golden.verdict is not Verdict.PASS:
+                yield golden
+
+    def _pixels(self, sample: Sample) -> NDArray[np.uint8]:
+        frame = decode_image(sample.path.read_bytes(), FrameLimits(), self.spec.resize_target)
+        height, width = frame.pixels.shape[:2]
+        scale = min(
+            1.0,
+            _LARGEST_MULTIPLE * max(self.spec.resize_height / height, self.spec.resize_width / width),
+        )
+        return resize_pixels(frame.pixels, round(height * scale), round(width * scale))
+
+    def _judge(self, pixels: NDArray[np.uint8], description: str) -> _Golden | None:
+        """Judge one candidate as a device will, alone in its batch; None if it is too near to a threshold."""
+        height, width = pixels.shape[:2]
+        scores, maps = self.run(fit_to_input(pixels, self.spec)[None])
+        inspected = inspected_mask(self.policy, *maps.shape[1:])
+        window = self.spec.window(height, width)
+        judgement = judge(float(scores[0]), maps[0], self.policy, self.rule, window, inspected)
+        near = _CLEARANCE * self.tolerance.score_tolerance * abs(self.policy.fail_threshold)
+        thresholds = (self.policy.review_threshold, self.policy.fail_threshold)
+        if min(abs(judgement.score - threshold) for threshold in thresholds) <= near:
+            return None
+        return _Golden(encode_png(pixels), description, float(scores[0]), maps[0], judgement.verdict)
+
+
+def plant_defect(pixels: NDArray[np.uint8], generator: np.random.Generator, strength: float) -> NDArray[np.uint8]:
+    """Return a good frame with a scratch and a stain near its centre: visible, and like nothing on a good part.
+
+    Args:
+        pixels: `(h, w, 3)` uint8 RGB; left as it is.
+        generator: decides where and how.
+        strength: from 0, nothing, to 1, a stain of a third of the frame in noise of full contrast.
+    """
+    height, width = pixels.shape[:2]
+    planted = pixels.astype(np.float32)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    centre_y, centre_x = generator.uniform(0.35, 0.65, 2) * (height, width)
+    angle = generator.uniform(0, np.pi)
+    across = (x - centre_x) * np.sin(angle) - (y - centre_y) * np.cos(angle)
+    along = (x - centre_x) * np.cos(angle) + (y - centre_y) * np.sin(angle)
+    size = min(height, width)
+    scratch = (np.abs(across) < 0.02 * size) & (np.abs(along) < 0.4 * size * strength)
+    radius = size * (0.05 + 0.28 * strength)
+    stain = (y - centre_y) ** 2 + (x - centre_x) ** 2 < radius**2
+    # Coarse noise: cells of some pixels survive the resize, single pixels would be averaged away.
+    cell = max(1, size // 32)
+    cells = generator.choice((0.0, 255.0), (height // cell + 1, width // cell + 1, 3))
+    noise = np.repeat(np.repeat(cells, cell, axis=0), cell, axis=1)[:height, :width]
+    planted[stain] = (1 - strength) * planted[stain] + strength * noise[stain]
+    planted[scratch] = 255 - planted[scratch]
+    return np.clip(planted, 0, 255).astype(np.uint8)
+
+
+def _spread(answers: Answers) -> list[Sample]:
+    """Order frames so that any first few of them are spread over all scores."""
+    by_score = [answers.samples[i] for i in np.argsort(answers.scores, kind="stable")]
+    # Halving steps: quantiles 1/2, 1/4, 3/4, 1/8, ... each frame once.
+    order: dict[int, None] = {}
+    step = 1.0
+    while len(order) < len(by_score):
+        step /= 2
+        for odd in range(1, round(1 / step), 2):
+            order.setdefault(min(int(odd * step * len(by_score)), len(by_score) - 1))
+        if step < 0.25 / len(by_score):
+            order.update(dict.fromkeys(range(len(by_score))))
+    return [by_score[i] for i in order]
+
+
+def _first(candidates: Iterator[_Golden], count: int) -> list[_Golden]:
+    return [golden for golden, _ in zip(candidates, range(max(0, count)), strict=False)]
+
+
+def _write(chosen: Sequence[_Golden]) -> dict[str, bytes]:
+    answers = [
+        GoldenAnswer(
+            file=f"golden/{index:02d}.png",
+            description=golden.description,
+            score=golden.score,
+            verdict=golden.verdict,
+        )
+        for index, golden in enumerate(chosen)
+    ]
+    return write_golden(answers, [golden.png for golden in chosen], np.stack([golden.anomaly_map for golden in chosen]))
