@@ -32,6 +32,6 @@ def build_detector(name: str, config: Any) -> Detector:
         raise ValueError(f"there is no detector {name!r}; known are {', '.join(sorted(DETECTORS))}")
     entry = DETECTORS[name]
     if not isinstance(config, entry.config):
-        raise ValueError(f"{name} is built from {entry.config.__name__}, not {type(config).__name__}")  # noqa: TRY004
+        raise ValueError(f"{name} is built from {entry.config.__name__}, not {type(config).__name__}")  # noqa: TRY004  (a value of the run is wrong)
     detector: Detector = entry.detector(config)
     return detector

@@ -1,0 +1,65 @@
+"""One tiny configuration or more for each detector: real architectures, random weights, milliseconds to run.
+
+A detector that is added to `models.DETECTORS` is added to `TINY` too; `tests/unit/models/test_every_detector.py`
+insists on it and then tests it like all others.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from models import build_detector
+from models.backbones import untrained_weights
+from models.detector import Recipe
+from models.inp_former import InpFormerConfig
+
+_BRIEF = Recipe(
+    optimiser="stable_adamw",
+    learning_rate=1e-3,
+    final_learning_rate=1e-4,
+    weight_decay=1e-4,
+    batch_size=8,
+    eps=1e-10,
+    amsgrad=True,
+    iterations=40,
+    warmup_iterations=4,
+    clip_gradient_norm=0.1,
+)
+
+# A variant's name is the detector's, and after a dash what is special about it.
+TINY: Mapping[str, Any] = {
+    "inp_former-vit": InpFormerConfig(
+        backbone="test_vit2",
+        layers=(1, 2, 3, 4),
+        image_size=(64, 64),
+        decoder_blocks=4,
+        mlp_ratio=2,
+        map_size=(64, 64),
+        recipe=_BRIEF,
+    ),
+    "inp_former-cnn": InpFormerConfig(
+        backbone="test_resnet",
+        layers=(2, 3),
+        image_size=(64, 64),
+        groups=1,
+        decoder_blocks=2,
+        heads=2,
+        mlp_ratio=2,
+        projected_channels=32,
+        average_features=True,
+        extractor_tokens=32,
+        decoder_tokens=16,
+        map_size=(64, 64),
+        recipe=_BRIEF,
+    ),
+}
+
+
+def make_detector(variant: str) -> nn.Module:
+    """Build a tiny detector with random backbone weights; its stages have not run yet."""
+    detector = build_detector(variant.partition("-")[0], TINY[variant])
+    assert isinstance(detector, nn.Module)
+    if hasattr(detector, "load_backbone_weights"):
+        detector.load_backbone_weights(untrained_weights(TINY[variant].backbone))
+    return detector

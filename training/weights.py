@@ -1,0 +1,105 @@
+"""Backbone weights: from a file, a folder of known files, timm's download, or none at all on purpose.
+
+Comes before the detector is fitted; `models` never opens files. Only safetensors is read, and the digest is taken of
+the very bytes that are parsed. The digest goes into checkpoint and manifest, so that a detector's own few tensors are
+never joined with another backbone.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from models.backbones import BackboneUnavailable, fetch_pretrained, untrained_weights
+
+UNTRAINED: Literal["untrained"] = "untrained"
+
+# Files that other projects or our own documents hand out under these names, besides `<backbone>.safetensors`.
+_KNOWN_FILES: Mapping[str, tuple[str, ...]] = {
+    "mobilenetv1_100": ("mobilenetv1_100_in1k_to_blocks3.safetensors",),
+    "resnet18": ("resnet18_in1k_to_layer3.safetensors",),
+}
+
+
+class WeightsUnavailable(Exception):
+    """No weights could be had; the sentence says what to do."""
+
+
+@dataclass(frozen=True)
+class ResolvedWeights:
+    """Weights of a backbone and where they come from.
+
+    Attributes:
+        state_dict: tensors in timm's naming.
+        digest: SHA-256, in hexadecimal, of the safetensors file that they are or would be.
+        source: file name, "timm" or "untrained"; for the manifest, so without folders.
+    """
+
+    state_dict: dict[str, Tensor]
+    digest: str
+    source: str
+
+
+def resolve_weights(
+    backbone: str,
+    weights: Path | Literal["untrained"] | None = None,
+    search: Sequence[Path] = (),
+    *,
+    seed: int = 0,
+    fetch: Callable[[str], Mapping[str, Tensor]] = fetch_pretrained,
+) -> ResolvedWeights:
+    """Find the weights of a backbone.
+
+    Args:
+        backbone: timm's name.
+        weights: a safetensors file, which is then the only place looked at; or "untrained" for seeded random weights,
+            the control that pretraining has to beat.
+        search: folders that may hold `<backbone>.safetensors` or a file known under another name, in order.
+        seed: of untrained weights.
+        fetch: asked last for weights by name; timm's download unless given.
+
+    Raises:
+        WeightsUnavailable: if the file can't be read, or no place has weights.
+    """
+    if weights == UNTRAINED:
+        return _from_memory(untrained_weights(backbone, seed), UNTRAINED)
+    if isinstance(weights, Path):
+        return _from_file(weights)
+    names = (f"{backbone}.safetensors", *_KNOWN_FILES.get(backbone, ()))
+    for folder in search:
+        for name in names:
+            if (folder / name).is_file():
+                return _from_file(folder / name)
+    try:
+        return _from_memory(fetch(backbone), "timm")
+    except BackboneUnavailable as error:
+        raise WeightsUnavailable(
+            f"There are no weights for the backbone {backbone}: {error}; put {names[-1]} into one of the weight folders, "
+            f"give a safetensors file, or say {UNTRAINED!r} for random ones."
+        ) from error
+
+
+def _from_file(path: Path) -> ResolvedWeights:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise WeightsUnavailable(f"The weights {path} can't be read ({error.strerror}); check the path.") from error
+    try:
+        state = safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise WeightsUnavailable(
+            f"{path.name} is no safetensors file; convert it, other formats can run code when they are opened."
+        ) from error
+    return ResolvedWeights(state, hashlib.sha256(content).hexdigest(), path.name)
+
+
+def _from_memory(state: Mapping[str, Tensor], source: str) -> ResolvedWeights:
+    # Independent copies: networks may share a tensor under two names, which the format refuses.
+    copies = {key: value.detach().cpu().clone().contiguous() for key, value in sorted(state.items())}
+    digest = hashlib.sha256(safetensors.torch.save(copies)).hexdigest()
+    return ResolvedWeights(copies, digest, source)
