@@ -50,7 +50,10 @@ class HoldOut:
         if self.group_by is not None:
             if self.rule != "groups":
                 raise ValueError("a group pattern needs the rule 'groups'")
-            re.compile(self.group_by)
+            try:
+                re.compile(self.group_by)
+            except re.error as error:
+                raise ValueError(f"the group pattern {self.group_by!r} is no regular expression: {error}") from error
 
 
 def split_good(dataset: Dataset, rule: HoldOut) -> tuple[list[Sample], list[Sample]]:

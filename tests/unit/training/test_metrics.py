@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 from sklearn import metrics as reference
@@ -28,9 +28,6 @@ from training.metrics import (
     saturation_area,
     spro,
 )
-
-# A loaded machine must not fail a property, and a failure must come back on the next run.
-_deterministic = settings(deadline=None, derandomize=True, max_examples=60)
 
 # Few distinct values, so that ties inside and across the classes are common.
 _TIED_SCORES = st.one_of(st.integers(-3, 3).map(float), st.floats(-1e6, 1e6, width=32))
@@ -88,7 +85,6 @@ def _components(mask):
     return [labels == number for number in range(1, count + 1)]
 
 
-@_deterministic
 @given(_labelled_scores())
 def test_image_figures_with_ties_equal_scikit_learn(case):
     """AUROC, AP and F1-max equal an independent implementation, whatever ties there are."""
@@ -103,7 +99,6 @@ def test_image_figures_with_ties_equal_scikit_learn(case):
     assert found == pytest.approx(expected, abs=1e-12)
 
 
-@_deterministic
 @given(_maps_and_masks())
 def test_pixel_figures_with_ties_equal_scikit_learn_on_pooled_pixels(case):
     """Pixel figures are the image figures of all pixels in one pool."""
@@ -117,7 +112,6 @@ def test_pixel_figures_with_ties_equal_scikit_learn_on_pooled_pixels(case):
     assert pixel_f1_max(maps, masks).value == pytest.approx(f1_max(scores, labels).value, abs=1e-12)
 
 
-@_deterministic
 @given(_maps_and_masks(), st.sampled_from([0.05, 0.3, 0.77, 1.0]))
 def test_aupro_with_ties_equals_a_loop_over_all_thresholds(case, limit):
     """The single sort gives the area that a plain loop over every threshold gives."""
@@ -129,7 +123,6 @@ def test_aupro_with_ties_equals_a_loop_over_all_thresholds(case, limit):
     assert found.value == pytest.approx(expected, abs=1e-9)
 
 
-@_deterministic
 @given(_maps_and_masks(), st.integers(1, 25), st.integers(1, 25), st.sampled_from([0.05, 0.3, 1.0]))
 def test_spro_with_overlapping_channels_equals_a_loop_over_all_thresholds(case, first, second, limit):
     """Saturation and pixels shared by two channels are counted as the plain loop counts them."""
@@ -189,7 +182,6 @@ def test_a_constant_map_gives_one_half_and_the_diagonal_and_says_degenerate():
     assert all("degenerate" in (metric.reason or "") for metric in figures.values())
 
 
-@_deterministic
 @given(_maps_and_masks())
 def test_figures_of_increasing_transforms_are_unchanged(case):
     """Only the order of values counts, negative ones included."""
@@ -201,7 +193,6 @@ def test_figures_of_increasing_transforms_are_unchanged(case):
     assert [m.value for m in before.values()] == [m.value for m in after.values()]
 
 
-@_deterministic
 @given(_labelled_scores())
 def test_auroc_of_swapped_labels_is_mirrored(case):
     """Swapping the classes mirrors the AUROC at one half."""
@@ -237,7 +228,6 @@ def test_aupro_of_diagonally_touching_pixels_counts_one_region():
     assert found.value == pytest.approx(0.5 + 0.5 * 0.15, abs=1e-12)
 
 
-@_deterministic
 @given(_maps_and_masks())
 def test_spro_with_the_area_as_saturation_equals_aupro_of_single_components(case):
     """Without saturation, and with one channel for each component, sPRO is PRO."""

@@ -1,0 +1,428 @@
+"""Runs a detector's stages over the good frames: passes that observe, and descents that follow a gradient.
+
+Comes after the split and before evaluation. Rules:
+
+- What a step computes depends on (seed, stage, step) and on nothing else: not on the time, not on earlier draws. So a
+  run that was stopped and resumed gives the same bits as one that was not.
+- Signals are heard between two steps only, so that no checkpoint holds half an update.
+- Good frames only. Nothing here knows labels.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from models.detector import Detector, GradientStage, PassStage, Recipe
+from training.checkpoint import (
+    LossPoint,
+    TrainingState,
+    detector_tensors,
+    load_checkpoint,
+    optimiser_state,
+    restore_detector,
+    restore_optimiser,
+    save_checkpoint,
+)
+from training.data.loader import FrameSource
+from training.optimisers import build_optimiser, learning_rate_at
+from training.progress import Reporter
+
+# Between two figures of speed, so that the number can be read.
+_SPEED_EVERY_S = 1.0
+
+
+class FitStopped(Exception):
+    """Somebody stopped the run; the sentence tells how it goes on."""
+
+
+class FitFailed(Exception):
+    """The descent can't go on; the sentence names the stage and the step."""
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How fitting runs, as far as the detector's recipe leaves it open.
+
+    Attributes:
+        seed: of the order of frames.
+        pass_batch_size: frames a batch where nothing is learnt by gradient: passes and encoding.
+        cache_bytes: encoded frames are computed once and kept up to this bound, else for each batch again. A resumed
+            run needs the same bound to give the same bits.
+    """
+
+    seed: int
+    pass_batch_size: int = 16
+    cache_bytes: int = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """Where and how often the run is kept.
+
+    Attributes:
+        directory: for the checkpoint's files.
+        identity: digests of configuration, data and backbone weights; a checkpoint of others is refused.
+        resume: go on from the checkpoint that lies there.
+        every_s: seconds between two checkpoints.
+        every_steps: iterations between two checkpoints, or None for time alone.
+    """
+
+    directory: Path
+    identity: Mapping[str, str]
+    resume: bool = False
+    every_s: float = 300.0
+    every_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What happened.
+
+    Attributes:
+        losses: all iterations of all descents, in order, those before a resumption included.
+        seconds: by stage, of this process.
+    """
+
+    losses: tuple[LossPoint, ...]
+    seconds: dict[str, float]
+
+
+def fit(
+    detector: nn.Module,
+    frames: FrameSource,
+    settings: FitSettings,
+    reporter: Reporter,
+    plan: CheckpointPlan | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> FitReport:
+    """Fit a detector on good frames; it ends in eval mode.
+
+    Args:
+        detector: on the device that shall do the work.
+        frames: good frames of the detector's image size.
+        settings: seed and memory.
+        reporter: shows progress.
+        plan: whether and where the run is kept.
+        clock: seconds that only grow.
+
+    Raises:
+        TypeError: if the module is no detector.
+        ValueError: if there are no frames.
+        FitStopped: after Ctrl-C or a termination signal, once the state is kept.
+        FitFailed: if the loss is not finite.
+        CheckpointRefused: if the run shall be resumed from a checkpoint that does not fit.
+    """
+    if not isinstance(detector, Detector):
+        raise TypeError(f"{type(detector).__name__} is no detector: it has no stages")
+    if len(frames) == 0:
+        raise ValueError("there is no frame to fit on")
+    with _deferred_signals() as stop:
+        run = _Run(detector, frames, settings, reporter, plan, clock, stop)
+        seconds: dict[str, float] = {}
+        first = run.begin()
+        for index, stage in enumerate(detector.stages()):
+            if index < first:
+                continue
+            begun = clock()
+            if isinstance(stage, PassStage):
+                run.observe(stage)
+            else:
+                run.descend(index, stage)
+            run.keep(index + 1, 0)
+            seconds[stage.name] = seconds.get(stage.name, 0.0) + clock() - begun
+    detector.eval()
+    return FitReport(tuple(run.losses), seconds)
+
+
+class _Stop:
+    """Whether somebody asked for an end."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+
+class _Run:
+    """One call of `fit`: what all stages share, and where the run stands."""
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        frames: FrameSource,
+        settings: FitSettings,
+        reporter: Reporter,
+        plan: CheckpointPlan | None,
+        clock: Callable[[], float],
+        stop: _Stop,
+    ) -> None:
+        self._detector = detector
+        self._frames = frames
+        self._settings = settings
+        self._reporter = reporter
+        self._plan = plan
+        self._clock = clock
+        self._stop = stop
+        self._device = next((t.device for t in detector.state_dict().values()), torch.device("cpu"))
+        self._resumed: TrainingState | None = None
+        self._kept_at_s = clock()
+        self.losses: list[LossPoint] = []
+
+    def begin(self) -> int:
+        """Restore the kept state, or keep the initial one; return the first stage to run."""
+        if self._plan is None or not self._plan.resume:
+            self.keep(0, 0)
+            return 0
+        state = load_checkpoint(self._plan.directory, self._plan.identity)
+        restore_detector(self._detector, state.detector)
+        self.losses = list(state.losses)
+        self._resumed = state
+        return state.stage
+
+    def keep(self, stage: int, step: int, optimiser: Optimizer | None = None) -> None:
+        """Write a checkpoint, if one is wanted."""
+        if self._plan is None:
+            return
+        tensors, scalars = ({}, {}) if optimiser is None else optimiser_state(optimiser)
+        state = TrainingState(stage, step, detector_tensors(self._detector), tensors, scalars, tuple(self.losses))
+        save_checkpoint(self._plan.directory, state, self._plan.identity)
+        self._kept_at_s = self._clock()
+
+    def observe(self, stage: PassStage) -> None:
+        """Show every frame once, in its own order."""
+        self._detector.eval()
+        with torch.no_grad(), self._reporter.bar(stage.name, len(self._frames)) as bar:
+            for pixels in _taken_ahead(self._frames, self._in_order()):
+                # Half a pass can't be kept: what was observed may lie anywhere. The checkpoint at its start stands.
+                self._end_if_asked()
+                stage.observe(self._images(pixels))
+                bar.advance(len(pixels))
+            stage.finish()
+
+    def descend(self, index: int, stage: GradientStage) -> None:
+        """Follow the gradient of the stage's loss to the end of its recipe."""
+        total, batch = planned_iterations(stage.recipe, len(self._frames))
+        optimiser = build_optimiser(stage.recipe, stage.parameters)
+        done = 0
+        if self._resumed is not None and self._resumed.stage == index and self._resumed.step > 0:
+            restore_optimiser(optimiser, self._resumed)
+            done = self._resumed.step
+        encoded = self._encode_all(stage) if stage.encode is not None and done < total else None
+        self._detector.train()
+        orders = _orders(len(self._frames), batch, (self._settings.seed, index), range(done, total))
+        with (
+            _only_trainable(self._detector, stage.parameters),
+            self._reporter.bar(stage.name, total, done) as bar,
+        ):
+            speed = _Speed(self._clock)
+            for step, inputs in enumerate(self._inputs(stage, orders, encoded), start=done):
+                _set_rate(optimiser, learning_rate_at(stage.recipe, step, total))
+                # For layers that draw from torch's own generator, such as dropout.
+                torch.manual_seed(_seed_of(self._settings.seed, index, step))
+                terms = _descend_once(stage, optimiser, inputs, step)
+                self.losses.append(LossPoint(stage.name, step, terms))
+                bar.advance(figures={"loss": sum(terms.values()), **_parts(terms), "images/s": speed.after(batch)})
+                self._keep_if_due(index, step + 1, optimiser)
+        _refuse_broken(stage)
+
+    def _keep_if_due(self, stage: int, step: int, optimiser: Optimizer) -> None:
+        if self._plan is None:
+            self._end_if_asked()
+            return
+        by_steps = self._plan.every_steps is not None and step % self._plan.every_steps == 0
+        if self._stop.asked or by_steps or self._clock() - self._kept_at_s >= self._plan.every_s:
+            self.keep(stage, step, optimiser)
+        self._end_if_asked()
+
+    def _end_if_asked(self) -> None:
+        if not self._stop.asked:
+            return
+        if self._plan is None:
+            raise FitStopped("Fitting was stopped and nothing was kept, because no checkpoint was wanted.")
+        raise FitStopped(f"Fitting was stopped; resume from {self._plan.directory} to go on where it stood.")
+
+    def _in_order(self) -> Iterator[Sequence[int]]:
+        size = self._settings.pass_batch_size
+        for start in range(0, len(self._frames), size):
+            yield range(start, min(start + size, len(self._frames)))
+
+    def _images(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Turn `(B, H, W, 3)` uint8 into `(B, 3, H, W)` float32 in [0, 1] on the detector's device."""
+        images = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
+        return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
+
+    def _encode_all(self, stage: GradientStage) -> Tensor | None:
+        """Encode every frame once, `(n, ...)` on the CPU; None if that does not fit into the memory bound."""
+        one = self._encode(stage, self._frames.take([0]))
+        if one.numel() * one.element_size() * len(self._frames) > self._settings.cache_bytes:
+            return None
+        encoded = torch.empty((len(self._frames), *one.shape[1:]), dtype=one.dtype)
+        begin = 0
+        with self._reporter.bar(f"{stage.name}: encoding", len(self._frames)) as bar:
+            for pixels in _taken_ahead(self._frames, self._in_order()):
+                # Nothing was learnt since the last checkpoint, so it stands.
+                self._end_if_asked()
+                encoded[begin : begin + len(pixels)] = self._encode(stage, pixels).cpu()
+                begin += len(pixels)
+                bar.advance(len(pixels))
+        return encoded
+
+    def _encode(self, stage: GradientStage, pixels: NDArray[np.uint8]) -> Tensor:
+        images = self._images(pixels)
+        if stage.encode is None:
+            return images
+        training = self._detector.training
+        self._detector.eval()
+        with torch.no_grad():
+            encoded = stage.encode(images)
+        self._detector.train(training)
+        return encoded
+
+    def _inputs(
+        self, stage: GradientStage, orders: Iterable[Sequence[int]], encoded: Tensor | None
+    ) -> Iterator[Tensor]:
+        if encoded is not None:
+            for order in orders:
+                yield encoded[torch.as_tensor(order)].to(self._device)
+            return
+        for pixels in _taken_ahead(self._frames, orders):
+            yield self._encode(stage, pixels)
+
+
+def planned_iterations(recipe: Recipe, frames: int) -> tuple[int, int]:
+    """Return how many iterations a recipe makes of so many frames, and how many frames each one sees.
+
+    The last incomplete batch of an epoch is dropped, unless it is the only one.
+    """
+    batch = min(recipe.batch_size, frames)
+    if recipe.iterations is not None:
+        return recipe.iterations, batch
+    return (recipe.epochs or 0) * (frames // batch), batch
+
+
+def _descend_once(stage: GradientStage, optimiser: Optimizer, inputs: Tensor, step: int) -> dict[str, float]:
+    optimiser.zero_grad(set_to_none=True)
+    losses = stage.loss(inputs, step)
+    terms = {name: float(value.detach()) for name, value in losses.items()}
+    if not all(math.isfinite(value) for value in terms.values()):
+        told = ", ".join(f"{name} = {value:g}" for name, value in terms.items())
+        raise FitFailed(
+            f"The loss of '{stage.name}' is not finite at step {step} ({told}); lower the learning rate, or look at "
+            "the frames."
+        )
+    torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+    if stage.recipe.clip_gradient_norm is not None:
+        nn.utils.clip_grad_norm_(stage.parameters, stage.recipe.clip_gradient_norm)
+    optimiser.step()
+    return terms
+
+
+def _refuse_broken(stage: GradientStage) -> None:
+    """The loss is looked at before its update, so the very last update needs a look of its own."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in stage.parameters):
+        raise FitFailed(f"The last step of '{stage.name}' left values that are not finite; lower the learning rate.")
+
+
+def _orders(count: int, batch: int, seed: tuple[int, int], steps: Iterable[int]) -> Iterator[Sequence[int]]:
+    """Return the frames of each step; an epoch's order depends on the seed and the epoch alone."""
+    per_epoch = count // batch
+    shuffled: tuple[int, list[int]] | None = None
+    for step in steps:
+        epoch, place = divmod(step, per_epoch)
+        if shuffled is None or shuffled[0] != epoch:
+            shuffled = epoch, np.random.default_rng((*seed, epoch)).permutation(count).tolist()
+        yield shuffled[1][place * batch : (place + 1) * batch]
+
+
+def _taken_ahead(frames: FrameSource, orders: Iterable[Sequence[int]]) -> Iterator[NDArray[np.uint8]]:
+    """Take the frames of one batch while the batch before is worked on."""
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        coming: Future[NDArray[np.uint8]] | None = None
+        for order in orders:
+            before, coming = coming, pool.submit(frames.take, order)
+            if before is not None:
+                yield before.result()
+        if coming is not None:
+            yield coming.result()
+
+
+def _seed_of(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+
+def _set_rate(optimiser: Optimizer, rate: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+
+
+def _parts(terms: dict[str, float]) -> dict[str, float]:
+    """A loss of a single term needs no list of its terms."""
+    return terms if len(terms) > 1 else {}
+
+
+class _Speed:
+    """Images a second over the last second or more."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._since_s = clock()
+        self._images = 0
+        self._value = 0.0
+
+    def after(self, images: int) -> float:
+        self._images += images
+        passed_s = self._clock() - self._since_s
+        if passed_s >= _SPEED_EVERY_S or self._value == 0.0:
+            self._value = self._images / max(passed_s, 1e-9)
+        if passed_s >= _SPEED_EVERY_S:
+            self._images, self._since_s = 0, self._clock()
+        return self._value
+
+
+@contextmanager
+def _only_trainable(detector: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Freeze all other parameters meanwhile: they stay as they are, and their gradients cost nothing."""
+    chosen = {id(parameter) for parameter in parameters}
+    others = [p for p in detector.parameters() if id(p) not in chosen and p.requires_grad]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _deferred_signals() -> Iterator[_Stop]:
+    """Note the first Ctrl-C or termination signal instead of raising it; a second Ctrl-C interrupts at once.
+
+    Only the main thread may listen to signals; elsewhere nothing is changed.
+    """
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if stop.asked and number == signal.SIGINT:
+            signal.default_int_handler(number, frame)
+        stop.asked = True
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
