@@ -9,8 +9,12 @@ and fitting never saw them. Then a good part's p-value is conformal, `P(p <= a) 
 
 import io
 import math
+import struct
+import zipfile
+import zlib
 from dataclasses import dataclass
-from typing import Self
+from fractions import Fraction
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +23,22 @@ from service.errors import BundleRefused, CalibrationRefused
 
 HISTOGRAM_BINS = 20
 _CONFIDENCE = 0.95
+
+# What numpy and the zip reader raise on bytes that are not the arrays they claim to be.
+_ARRAY_FILE_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    SyntaxError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +90,7 @@ class Calibration:
         """
         scores = np.sort(np.asarray(scores, np.float32))
         peaks = np.sort(np.asarray(peaks, np.float32))
-        if scores.size == 0 or scores.shape != peaks.shape:
+        if scores.size == 0 or scores.ndim != 1 or scores.shape != peaks.shape:
             raise CalibrationRefused("Calibration needs at least one good frame that fitting never saw.")
         if not (np.isfinite(scores).all() and np.isfinite(peaks).all() and math.isfinite(map_floor)):
             raise CalibrationRefused("A good frame's score is not finite; look at the frames and the training loss.")
@@ -121,38 +141,84 @@ class Calibration:
         Raises:
             BundleRefused: if it is no such file or its values can't be a calibration.
         """
+        arrays = read_arrays(data, "calibration.npz")
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                calibration = cls(
-                    arrays["scores"].astype(np.float32),
-                    arrays["peaks"].astype(np.float32),
-                    arrays["histogram_edges"].astype(np.float32),
-                    arrays["histogram_counts"].astype(np.int64),
-                    float(arrays["map_floor"]),
-                )
-        except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
-            raise BundleRefused("calibration.npz can't be read; export the bundle again.") from error
-        for values in (calibration.scores, calibration.peaks):
-            if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all() or (np.diff(values) < 0).any():
-                raise BundleRefused("calibration.npz must hold finite, sorted values; export the bundle again.")
+            calibration = cls(
+                arrays["scores"],
+                arrays["peaks"],
+                arrays["histogram_edges"],
+                arrays["histogram_counts"],
+                float(arrays["map_floor"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleRefused("calibration.npz lacks a value; export the bundle again.") from error
+        if not calibration._holds_together():
+            raise BundleRefused("calibration.npz must hold finite, sorted values; export the bundle again.")
         return calibration
+
+    def _holds_together(self) -> bool:
+        for values in (self.scores, self.peaks, self.histogram_edges):
+            if values.dtype != np.float32 or values.ndim != 1 or values.size == 0:
+                return False
+            if not np.isfinite(values).all() or (np.diff(values) < 0).any():
+                return False
+        counts = self.histogram_counts
+        return (
+            self.scores.size == self.peaks.size
+            and self.histogram_edges.size == HISTOGRAM_BINS - 1
+            and counts.dtype == np.int64
+            and counts.shape == (HISTOGRAM_BINS,)
+            and bool((counts >= 0).all())
+            and int(counts.sum()) == self.scores.size
+            and math.isfinite(self.map_floor)
+        )
+
+
+def read_arrays(data: bytes, name: str) -> dict[str, NDArray[Any]]:
+    """Read every array of an npz file; never pickled objects.
+
+    Args:
+        data: the file.
+        name: of the file, for the sentence.
+
+    Raises:
+        BundleRefused: if it is no such file, is damaged, or holds objects.
+    """
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return dict(arrays.items())
+    except _ARRAY_FILE_ERRORS as error:
+        raise BundleRefused(f"{name} can't be read; export the bundle again.") from error
 
 
 def needed_good_parts(false_reject_rate: float) -> int:
-    """Return the smallest n whose p-values can reach a rate: `1 / (n + 1) <= rate`."""
-    needed = math.ceil(1 / false_reject_rate) - 1
+    """Return the smallest n whose p-values can reach a rate: `1 / (n + 1) <= rate`.
+
+    Raises:
+        CalibrationRefused: if the rate is not between 0 and 1.
+    """
+    _check_rate(false_reject_rate)
+    # Floating division may round to either side of the whole number: start below it and count up.
+    needed = max(1, math.floor(1 / Fraction(false_reject_rate)) - 2)
     while 1 / (needed + 1) > false_reject_rate:
         needed += 1
     return needed
 
 
-def _conformal_threshold(ascending: NDArray[np.float32], rate: float) -> Threshold:
+def _check_rate(rate: float) -> None:
     if not 0 < rate < 1:
         raise CalibrationRefused("A false-reject rate lies between 0 and 1, for example 0.02.")
+
+
+def _conformal_threshold(ascending: NDArray[np.float32], rate: float) -> Threshold:
+    _check_rate(rate)
     n = int(ascending.size)
-    # Largest number of good parts that may lie at or above the threshold: (k + 1) / (n + 1) <= rate.
-    above = math.floor(rate * (n + 1)) - 1
-    while above + 1 < n and (above + 2) / (n + 1) <= rate:  # repairs the floor where rate * (n + 1) rounds down
+    # Largest number of good parts that may lie at or above the threshold: (k + 1) / (n + 1) <= rate. The product may
+    # round to either side of a whole number, hence the two repairs.
+    above = min(math.floor(rate * (n + 1)), n) - 1
+    while above >= 0 and (above + 1) / (n + 1) > rate:
+        above -= 1
+    while above + 1 < n and (above + 2) / (n + 1) <= rate:
         above += 1
     if above < 0:
         raise CalibrationRefused(
@@ -169,9 +235,13 @@ def _upper_bound(n: int, above: int) -> float:
 
     The quantile is found by bisection on the binomial tail, `P(Beta(a + 1, n - a) <= x) = P(Bin(n, x) > a)`.
     """
+    k = np.arange(above + 1)
+    # In logarithms, because binomial coefficients of a few thousand parts are beyond float64.
+    log_factorials = np.array([math.lgamma(i + 1) for i in range(n + 1)])
+    log_ways = log_factorials[n] - log_factorials[k] - log_factorials[n - k]
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        tail = sum(math.comb(n, k) * middle**k * (1 - middle) ** (n - k) for k in range(above + 1))
+        tail = float(np.exp(log_ways + k * math.log(middle) + (n - k) * math.log1p(-middle)).sum())
         low, high = (low, middle) if 1 - tail >= _CONFIDENCE else (middle, high)
     return high

@@ -53,7 +53,16 @@ _CODEC_ERRORS = (
     RuntimeError,
     struct.error,
     zlib.error,
+    Warning,  # where the process runs with warnings as errors
 )
+
+_PNG_CHUNKS_AT = 8
+# Adam7's passes as (first column, first row, column step, row step); ISO/IEC 15948, section 8.2.
+_PNG_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_INFLATE_STEP_BYTES = 2**16
+_JPEG_END = b"\xff\xd9"
+_JPEG_FILLER = 128  # what libjpeg draws where the data ended early
 
 
 @dataclass(frozen=True)
@@ -134,10 +143,11 @@ def decode_image(data: bytes, limits: FrameLimits, target: tuple[int, int] | Non
             if target is not None and header.format == "JPEG":
                 image.draft(None, (target[1], target[0]))
             pixels = _to_rgb(image)
+            complete = _is_complete(data, image, pixels, target)
         except _CODEC_ERRORS as error:
-            raise UnreadableFrame(
-                f"The {header.format} image is damaged or truncated; send the complete file as the camera wrote it."
-            ) from error
+            raise _damaged(header) from error
+    if not complete:
+        raise _damaged(header)
     return Frame(pixels, header.height, header.width)
 
 
@@ -170,7 +180,8 @@ def decode_mask(data: bytes) -> NDArray[np.bool_]:
     """
     with _open(data, FrameLimits()) as image:
         try:
-            values = np.asarray(image.convert("RGB") if image.mode == "P" else image)
+            # Only colours mark: an alpha channel says nothing of a mask.
+            values = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "LA", "RGBA") else image)
         except _CODEC_ERRORS as error:
             raise UnreadableFrame("The mask image is damaged or truncated.") from error
     marked: NDArray[np.bool_] = values.reshape(*values.shape[:2], -1).max(axis=2) > 0
@@ -246,14 +257,20 @@ def _too_many_pixels(limits: FrameLimits) -> FrameTooLarge:
     return FrameTooLarge(f"The image has more than {limits.max_pixels} pixels; crop it or bin the sensor.")
 
 
+def _damaged(header: ImageHeader) -> UnreadableFrame:
+    return UnreadableFrame(
+        f"The {header.format} image is damaged or truncated; send the complete file as the camera wrote it."
+    )
+
+
 def _header_of(image: ImageFile.ImageFile) -> ImageHeader:
     if image.width == 0 or image.height == 0:
         raise UnreadableFrame("The image has no pixels.")
     try:
-        pictures = getattr(image, "n_frames", 1)
+        several = _holds_several(image)
     except _CODEC_ERRORS as error:
         raise UnreadableFrame("The image is damaged or truncated; send the complete file.") from error
-    if pictures != 1:
+    if several:
         raise UnreadableFrame("The file holds several images; send exactly one frame a request.")
     if image.mode not in _EIGHT_BIT_MODES | _SIXTEEN_BIT_MODES or "transparency" in image.info:
         raise UnreadableFrame("The pixel layout is not accepted; send grey or RGB, 8 or 16 bits, without alpha.")
@@ -265,3 +282,60 @@ def _to_rgb(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
         grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     return np.asarray(image.convert("RGB"))
+
+
+def _holds_several(image: ImageFile.ImageFile) -> bool:
+    if image.format != "TIFF":
+        return int(getattr(image, "n_frames", 1)) != 1
+    # Pillow counts a TIFF's pages by walking all of them, which a file of millions of pages makes a matter of minutes.
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
+
+
+def _is_complete(
+    data: bytes, image: ImageFile.ImageFile, pixels: NDArray[np.uint8], target: tuple[int, int] | None
+) -> bool:
+    """Tell whether the file held every pixel, in the two cases where Pillow fills in the rest without a word.
+
+    A PNG's compressed stream may end early and leave the last rows zero; a JPEG's may end early, before a proper end
+    marker, and leave the last blocks middle grey. Both are looked at closely only where the last pixels look like that.
+    """
+    if image.format == "PNG" and (image.info.get("interlace") or not np.asarray(image)[-1].any()):
+        return _png_holds_all_rows(data)
+    if image.format == "JPEG" and (pixels[-1, -1] == _JPEG_FILLER).all():
+        return _jpeg_ends_late(data, target, pixels)
+    return True
+
+
+def _png_holds_all_rows(data: bytes) -> bool:
+    width, height, depth, colour_type = struct.unpack_from(">IIBB", data, 16)
+    bits = depth * _PNG_SAMPLES[colour_type]
+    passes = _PNG_PASSES if data[28] else ((0, 0, 1, 1),)
+    missing = 0
+    for left, top, step_x, step_y in passes:
+        columns, rows = -(-(width - left) // step_x), -(-(height - top) // step_y)
+        if columns > 0 and rows > 0:
+            missing += rows * (1 + -(-columns * bits // 8))  # each row starts with its filter's byte
+    inflater = zlib.decompressobj()
+    at = _PNG_CHUNKS_AT
+    while at + 8 <= len(data) and missing > 0:
+        length, kind = struct.unpack_from(">I4s", data, at)
+        packed = data[at + 8 : at + 8 + length] if kind == b"IDAT" else b""
+        while packed and missing > 0 and not inflater.eof:
+            missing -= len(inflater.decompress(packed, _INFLATE_STEP_BYTES))
+            packed = inflater.unconsumed_tail
+        at += length + 12
+    return missing <= 0
+
+
+def _jpeg_ends_late(data: bytes, target: tuple[int, int] | None, pixels: NDArray[np.uint8]) -> bool:
+    """Decode again with more data before the end marker: a complete image does not change, an unfinished one does."""
+    end = data.rfind(_JPEG_END)
+    longer = data[:end] + bytes(range(1, 128)) * 2 + data[end:]
+    with Image.open(io.BytesIO(longer), formats=["JPEG"]) as image:
+        if target is not None:
+            image.draft(None, (target[1], target[0]))
+        return np.array_equal(_to_rgb(image), pixels)

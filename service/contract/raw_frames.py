@@ -42,7 +42,8 @@ def decode_raw(
         limits: byte and pixel bounds.
 
     Raises:
-        ParameterInvalid: if the sizes are not positive, the stride is shorter than a row, or a Bayer size is odd.
+        ParameterInvalid: if the sizes are not positive, the stride is shorter than a row, or a Bayer size is odd or
+            below 4.
         FrameTooLarge: if bytes or pixels are over the limit.
         UnreadableFrame: if the byte count is not stride times height, or a value has more bits than its format.
     """
@@ -67,8 +68,8 @@ def _to_rgb(rows: NDArray[np.uint8], pixel_format: PixelFormat, width: int, heig
         colours = rows.reshape(height, width, 3)
         return np.ascontiguousarray(colours if pixel_format == "RGB8" else colours[:, :, ::-1])
     if pixel_format == "BayerRG8":
-        if width % 2 or height % 2:
-            raise ParameterInvalid("A BayerRG8 frame needs even width and height.")
+        if width % 2 or height % 2 or width < 4 or height < 4:  # OpenCV paints smaller ones black
+            raise ParameterInvalid("A BayerRG8 frame needs even width and height of at least 4.")
         # OpenCV's older names call this pattern "BG", after the second row's second pixel.
         return np.asarray(cv2.cvtColor(rows, cv2.COLOR_BayerRGGB2RGB), dtype=np.uint8)
     if pixel_format == "Mono8":

@@ -1,0 +1,482 @@
+"""Promises of the one door to the image codec: everything or a typed refusal, and the same pixels for everybody."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from service.contract import frames
+from service.contract.frames import FrameLimits, decode_image, decode_mask, fit_to_input, read_header
+from service.errors import CallerError, FrameTooLarge, MediaTypeNotAllowed, UnreadableFrame
+from tests.factories import encode, make_frame, make_input
+from tests.strategies import images
+
+LIMITS = FrameLimits()
+STORED = Path(__file__).parent / "data" / "resized.npz"
+LOSSLESS = {
+    "png": ("PNG", {}),
+    "bmp": ("BMP", {}),
+    "tiff": ("TIFF", {}),
+    "tiff-lzw": ("TIFF", {"compression": "tiff_lzw"}),
+    "tiff-deflate": ("TIFF", {"compression": "tiff_deflate"}),
+    "tiff-packbits": ("TIFF", {"compression": "packbits"}),
+    "webp": ("WEBP", {"lossless": True}),
+}
+LOSSY = {
+    "jpeg": ("JPEG", {}),
+    "jpeg-progressive": ("JPEG", {"progressive": True}),
+    "jpeg-full-chroma": ("JPEG", {"subsampling": 0}),
+}
+
+
+def table(rows):
+    """Parametrise over the values of a table, with its keys as ids."""
+    return pytest.mark.parametrize("kind", list(rows.values()), ids=list(rows))
+
+
+def png(width, height, depth, colour_type, rows, *, interlaced=False, chunks=b""):
+    """Write a PNG by hand, also ones that no encoder would write; `rows` are filtered rows before compression."""
+    head = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, int(interlaced))
+    body = png_chunk(b"IHDR", head) + chunks + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def png_chunk(kind, data):
+    """Return one chunk with its length and checksum."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_rows(values, sample_type):
+    """Return filtered rows of `(h, w, ...)` values, no filter used."""
+    rows = values.astype(sample_type).reshape(len(values), -1)
+    return b"".join(b"\0" + row.tobytes() for row in rows)
+
+
+def saved(image, image_format, **options):
+    """Encode a Pillow image of any mode."""
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+@table(LOSSLESS)
+@pytest.mark.parametrize("channels", [3, None], ids=["rgb", "grey"])
+def test_decoding_when_the_format_is_lossless_returns_the_very_pixels(kind, channels):
+    """RGB comes back bit by bit, and grey comes back three times."""
+    pixels = make_frame(17, 23, seed=1)
+    pixels = pixels if channels else pixels[:, :, 0]
+
+    frame = decode_image(encode(pixels, kind[0], **kind[1]), LIMITS)
+
+    expected = pixels if channels else np.stack([pixels] * 3, axis=-1)
+    np.testing.assert_array_equal(frame.pixels, expected)
+    assert (frame.height, frame.width, frame.pixels.dtype) == (17, 23, np.uint8)
+
+
+@given(st.binary(max_size=300))
+def test_decoding_when_bytes_are_arbitrary_refuses_as_the_callers_fault(data):
+    """Bytes that are no image never raise anything but the caller's own errors."""
+    with pytest.raises(CallerError):
+        decode_image(data, LIMITS)
+
+
+@given(
+    st.sampled_from(sorted(LOSSLESS | LOSSY)),
+    st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), min_size=1, max_size=8),
+)
+def test_decoding_when_bytes_are_damaged_returns_a_whole_frame_or_refuses(name, damage):
+    """Damage ends as a frame of the promised size or as the caller's error, never as anything else."""
+    image_format, options = (LOSSLESS | LOSSY)[name]
+    data = bytearray(encode(make_frame(16, 24, seed=2), image_format, **options))
+    for at, value in damage:
+        data[at % len(data)] = value
+
+    try:
+        frame = decode_image(bytes(data), LIMITS)
+    except CallerError:
+        return
+
+    assert frame.pixels.shape == (frame.height, frame.width, 3)
+
+
+@table(LOSSLESS | LOSSY)
+def test_decoding_when_the_file_is_cut_anywhere_is_refused_or_complete(kind):
+    """A file that lost its end is refused, unless every pixel was there; a partial frame is never returned."""
+    data = encode(make_frame(16, 24, seed=3), kind[0], **kind[1])
+    whole = decode_image(data, LIMITS).pixels
+    partial = []
+
+    for length in range(len(data)):
+        try:
+            pixels = decode_image(data[:length], LIMITS).pixels
+        except CallerError:
+            continue
+        if not np.array_equal(pixels, whole):
+            partial.append(length)
+
+    assert partial == []
+
+
+@pytest.mark.parametrize("target", [None, (16, 20)], ids=["full", "scaled"])
+@pytest.mark.parametrize("progressive", [False, True], ids=["baseline", "progressive"])
+def test_decoding_when_a_jpeg_is_cut_at_reduced_scale_is_refused(target, progressive):
+    """Scaled decoding refuses a cut file as full decoding does."""
+    data = encode(make_frame(64, 80, seed=3), "JPEG", progressive=progressive)
+
+    for length in range(2, len(data), 7):
+        with pytest.raises(CallerError):
+            decode_image(data[:length], LIMITS, target)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("target", [None, (32, 40)], ids=["full", "scaled"])
+def test_decoding_when_a_cut_jpeg_got_an_end_marker_is_refused(share, target):
+    """A gateway that closes a half-received JPEG properly does not turn the missing part into grey pixels."""
+    data = encode(make_frame(128, 160, seed=4), "JPEG")
+
+    with pytest.raises(UnreadableFrame, match="damaged or truncated"):
+        decode_image(data[: int(len(data) * share)] + b"\xff\xd9", LIMITS, target)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 43)])
+@pytest.mark.parametrize("target", [None, (16, 11)], ids=["full", "scaled"])
+def test_decoding_when_a_whole_jpeg_is_middle_grey_returns_it(size, target):
+    """The look for missing blocks takes no evenly grey picture for a cut one."""
+    data = encode(np.full((*size, 3), 128, np.uint8), "JPEG")
+
+    frame = decode_image(data, LIMITS, target)
+
+    assert set(np.unique(frame.pixels)) == {128}
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_decoding_when_a_png_stream_ends_early_is_refused(interlaced, kept):
+    """A PNG whose compressed stream is closed before the last row is refused, though every checksum is right."""
+    rows = png_rows(make_frame(4, 5, seed=5), np.uint8)[: kept * 16]
+
+    with pytest.raises(UnreadableFrame, match="damaged or truncated"):
+        decode_image(png(5, 4, 8, 2, rows, interlaced=interlaced), LIMITS)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "I;16"])
+def test_decoding_when_a_whole_png_is_black_returns_it(mode):
+    """The look for missing rows takes no black picture for a cut one."""
+    data = saved(Image.new(mode, (13, 9)), "PNG")
+
+    assert decode_image(data, LIMITS).pixels.shape == (9, 13, 3)
+
+
+def test_decoding_when_a_png_is_interlaced_returns_the_very_pixels():
+    """Adam7's seven passes are put together as their standard says."""
+    pixels = make_frame(11, 7, seed=6)
+    passes = b"".join(
+        png_rows(pixels[top::step_y, left::step_x], np.uint8)
+        for left, top, step_x, step_y in frames._PNG_PASSES
+        if pixels[top::step_y, left::step_x].size
+    )
+
+    frame = decode_image(png(7, 11, 8, 2, passes, interlaced=True), LIMITS)
+
+    np.testing.assert_array_equal(frame.pixels, pixels)
+
+
+@pytest.mark.parametrize("channels", [1, 3], ids=["grey", "rgb"])
+def test_decoding_when_a_png_has_sixteen_bits_keeps_the_upper_eight(channels):
+    """Deep pixels lose their lower byte and nothing else."""
+    deep = np.random.default_rng(0).integers(0, 2**16, (6, 5, channels))
+
+    frame = decode_image(png(5, 6, 16, {1: 0, 3: 2}[channels], png_rows(deep, ">u2")), LIMITS)
+
+    np.testing.assert_array_equal(frame.pixels, np.broadcast_to(deep >> 8, (6, 5, 3)))
+
+
+@pytest.mark.parametrize("order", ["<", ">"], ids=["little", "big"])
+def test_decoding_when_a_tiff_has_sixteen_bits_keeps_the_upper_eight(order):
+    """Deep grey TIFF pixels lose their lower byte, whichever way the file orders bytes."""
+    deep = np.random.default_rng(1).integers(0, 2**16, (6, 5)).astype(f"{order}u2")
+
+    frame = decode_image(encode(deep, "TIFF"), LIMITS)
+
+    np.testing.assert_array_equal(frame.pixels, np.stack([deep >> 8] * 3, axis=-1))
+
+
+def test_decoding_when_a_palette_is_used_resolves_it():
+    """A palette image gives the colours that it shows."""
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putdata([1, 0])
+
+    frame = decode_image(saved(image, "PNG"), LIMITS)
+
+    assert frame.pixels.tolist() == [[[200, 100, 50], [10, 20, 30]]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "image_format"),
+    [
+        ("RGBA", "PNG"),
+        ("LA", "PNG"),
+        ("RGBA", "TIFF"),
+        ("CMYK", "JPEG"),
+        ("CMYK", "TIFF"),
+        ("F", "TIFF"),
+        ("I", "TIFF"),
+    ],
+)
+def test_decoding_when_the_pixel_layout_is_not_accepted_is_refused(mode, image_format):
+    """Layouts whose colours would be a guess are refused with what to send instead."""
+    with pytest.raises(UnreadableFrame, match="send grey or RGB"):
+        decode_image(saved(Image.new(mode, (4, 4)), image_format), LIMITS)
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_decoding_when_a_colour_is_transparent_is_refused(mode):
+    """A transparent colour is an alpha channel by another name."""
+    data = saved(Image.new(mode, (4, 4)), "PNG", transparency=(0, 0, 0) if mode == "RGB" else 0)
+
+    with pytest.raises(UnreadableFrame, match="without alpha"):
+        decode_image(data, LIMITS)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "WEBP"])
+def test_decoding_when_the_file_holds_several_images_is_refused(image_format):
+    """One request carries one frame; which of several would be the part is a guess."""
+    first, second = (Image.fromarray(make_frame(8, 8, seed)) for seed in (1, 2))
+
+    with pytest.raises(UnreadableFrame, match="several images"):
+        decode_image(saved(first, image_format, save_all=True, append_images=[second]), LIMITS)
+
+
+@pytest.mark.parametrize("next_page", ["itself", "nowhere"])
+def test_decoding_when_a_tiffs_next_page_is_no_page_ends_at_once(next_page):
+    """A page list that runs in a ring or off the end is not walked: one whole frame, or the caller's error."""
+    pixels = make_frame(8, 8)
+    data = bytearray(encode(pixels, "TIFF"))
+    first = struct.unpack_from("<I", data, 4)[0]
+    entries = struct.unpack_from("<H", data, first)[0]
+    struct.pack_into("<I", data, first + 2 + 12 * entries, first if next_page == "itself" else 2**31)
+
+    try:
+        frame = decode_image(bytes(data), LIMITS)
+    except CallerError:
+        return
+
+    np.testing.assert_array_equal(frame.pixels, pixels)
+
+
+@pytest.mark.parametrize(("width", "height"), [(0, 4), (4, 0), (0, 0)])
+def test_decoding_when_the_image_has_no_pixels_is_refused(width, height):
+    """An image without rows or columns is unreadable, not an empty frame."""
+    with pytest.raises(UnreadableFrame):
+        decode_image(png(width, height, 8, 2, b"\0" * height), LIMITS)
+
+
+@pytest.mark.parametrize("side", [3, 12_000, 40_000, 2**31 - 1])
+@pytest.mark.parametrize("read", [read_header, decode_image])
+def test_reading_when_the_header_promises_too_many_pixels_is_refused_before_decoding(side, read):
+    """The header decides: there are no pixels at all in these files, and still the answer is that they are too many."""
+    with pytest.raises(FrameTooLarge, match="more than 8 pixels"):
+        read(png(side, side, 8, 2, b""), FrameLimits(max_pixels=8))
+
+
+def test_decoding_when_pixels_are_exactly_at_the_limit_is_allowed():
+    """The limit is the largest allowed count, not the smallest refused one."""
+    assert decode_image(encode(make_frame(4, 5)), FrameLimits(max_pixels=20)).pixels.shape == (4, 5, 3)
+
+
+def test_decoding_when_bytes_are_over_the_limit_is_refused_and_says_both_numbers():
+    """The byte limit comes first, before any look into the bytes."""
+    with pytest.raises(FrameTooLarge, match="101 bytes and the limit is 100"):
+        decode_image(b"x" * 101, FrameLimits(max_bytes=100))
+
+
+def test_decoding_when_a_compressed_text_inside_is_huge_is_refused():
+    """A bomb in a text chunk costs no memory."""
+    bomb = png_chunk(b"zTXt", b"k\0\0" + zlib.compress(b"x" * 20_000_000))
+    data = png(5, 4, 8, 2, png_rows(make_frame(4, 5), np.uint8), chunks=bomb)
+
+    with pytest.raises(UnreadableFrame):
+        decode_image(data, LIMITS)
+
+
+@pytest.mark.parametrize("image_format", ["BMP", "TIFF"])
+def test_decoding_when_the_format_is_known_but_not_accepted_here_says_what_is(image_format):
+    """A line that takes PNG and JPEG tells so to who sends another format."""
+    limits = FrameLimits(formats=frozenset({"PNG", "JPEG"}))
+
+    with pytest.raises(MediaTypeNotAllowed, match="send JPEG, PNG"):
+        decode_image(encode(make_frame(4, 4), image_format), limits)
+
+
+def test_decoding_when_the_format_is_foreign_is_refused():
+    """Formats that nobody asked for are not even tried."""
+    with pytest.raises(UnreadableFrame, match="no image of an accepted format"):
+        decode_image(encode(make_frame(4, 4), "GIF"), LIMITS)
+
+
+def test_decoding_when_the_body_is_empty_says_so():
+    """An empty body has its own sentence."""
+    with pytest.raises(UnreadableFrame, match="empty"):
+        decode_image(b"", LIMITS)
+
+
+def test_decoding_when_an_orientation_is_noted_ignores_it():
+    """Frames are taken as stored, because masks and cameras know nothing of EXIF."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+
+    frame = decode_image(saved(Image.fromarray(make_frame(8, 20)), "JPEG", exif=exif), LIMITS)
+
+    assert frame.pixels.shape == (8, 20, 3)
+
+
+@pytest.mark.parametrize(
+    ("target", "decoded"),
+    [
+        (None, (96, 160)),
+        ((96, 160), (96, 160)),
+        ((49, 80), (96, 160)),
+        ((48, 80), (48, 80)),
+        ((48, 81), (96, 160)),
+        ((24, 40), (24, 40)),
+        ((12, 20), (12, 20)),
+        ((2, 2), (12, 20)),
+    ],
+)
+def test_decoding_when_a_jpeg_has_a_target_uses_the_smallest_scale_not_below_it(target, decoded):
+    """A scaled decode is never smaller than the target and still tells the original's size."""
+    frame = decode_image(encode(make_frame(96, 160), "JPEG"), LIMITS, target)
+
+    assert frame.pixels.shape == (*decoded, 3)
+    assert (frame.height, frame.width) == (96, 160)
+
+
+def test_decoding_when_a_png_has_a_target_decodes_it_fully():
+    """Only JPEG knows a cheaper size."""
+    assert decode_image(encode(make_frame(96, 160)), LIMITS, (12, 20)).pixels.shape == (96, 160, 3)
+
+
+def test_reading_the_header_when_the_image_is_good_tells_format_size_and_mode():
+    """The header is what limits and answers need, read without a pixel."""
+    header = read_header(encode(make_frame(9, 7), "JPEG"), LIMITS)
+
+    assert (header.format, header.height, header.width, header.mode) == ("JPEG", 9, 7, "RGB")
+
+
+@pytest.mark.parametrize("size", ["smaller", "larger", "cropped", "one_row"])
+def test_resize_when_compared_with_stored_pixels_is_the_same_to_the_bit(size):
+    """The resize under every calibrated threshold never changes unnoticed; `data/make_resized.py` wrote the pixels."""
+    with np.load(STORED) as stored:
+        frame, expected = stored["frame"], stored[size]
+    margin = 3 if size == "cropped" else 0
+
+    resized = fit_to_input(frame, make_input(*expected.shape[:2], margin))
+
+    np.testing.assert_array_equal(resized, expected)
+    assert resized.flags.c_contiguous
+
+
+@given(images(), st.integers(1, 30), st.integers(1, 30))
+def test_resize_when_the_frame_is_mirrored_is_mirrored(pixels, height, width):
+    """Left and right, top and bottom are treated alike, to the bit."""
+    spec = make_input(height, width)
+
+    resized = fit_to_input(pixels, spec)
+
+    np.testing.assert_array_equal(fit_to_input(pixels[:, ::-1], spec), resized[:, ::-1])
+    np.testing.assert_array_equal(fit_to_input(pixels[::-1], spec), resized[::-1])
+
+
+@given(images(channels=None), st.integers(1, 30), st.integers(1, 30))
+def test_resize_when_grey_is_repeated_keeps_the_channels_equal(grey, height, width):
+    """A grey frame gives the same pixels whether it is repeated before the resize or after it."""
+    spec = make_input(height, width)
+
+    resized = fit_to_input(np.stack([grey] * 3, axis=-1), spec)
+
+    alone = np.asarray(Image.fromarray(grey).resize((width, height), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(resized, np.stack([alone] * 3, axis=-1))
+
+
+@given(images())
+def test_resize_when_the_frame_has_the_size_already_changes_nothing(pixels):
+    """No pixel moves without need."""
+    np.testing.assert_array_equal(fit_to_input(pixels, make_input(*pixels.shape[:2])), pixels)
+
+
+def test_resize_when_the_input_is_cropped_keeps_the_centre():
+    """A centre crop cuts the same from both sides of the resized frame."""
+    pixels = make_frame(20, 30, seed=8)
+
+    np.testing.assert_array_equal(fit_to_input(pixels, make_input(14, 24, margin=3)), pixels[3:17, 3:27])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "RGB", "I;16"])
+def test_mask_when_any_layout_stores_it_is_true_where_colours_are_above_zero(mode):
+    """Masks are read from whatever drew them; an alpha channel marks nothing."""
+    marked = make_frame(6, 8, seed=9)[:, :, 0] > 110
+    image = Image.fromarray(marked.astype(np.uint8) * 255).convert(mode)
+
+    np.testing.assert_array_equal(decode_mask(saved(image, "PNG")), marked)
+
+
+def test_mask_when_damaged_is_refused():
+    """A mask that lost its end is refused like a frame."""
+    data = encode(make_frame(32, 32)[:, :, 0])
+
+    with pytest.raises(UnreadableFrame):
+        decode_mask(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("channels", [3, None], ids=["rgb", "grey"])
+def test_png_when_encoded_and_decoded_holds_the_same_pixels(channels):
+    """What we draw is what arrives."""
+    pixels = make_frame(9, 11) if channels else make_frame(9, 11)[:, :, 0]
+
+    decoded = decode_image(frames.encode_png(pixels), LIMITS).pixels
+
+    np.testing.assert_array_equal(decoded, pixels if channels else np.stack([pixels] * 3, axis=-1))
+
+
+def test_jpeg_when_encoded_and_decoded_is_close():
+    """Report pictures lose only a little; tolerance: quality 90 on noise of 8 grey levels."""
+    pixels = np.full((16, 16, 3), 77, np.uint8)
+
+    assert np.abs(decode_image(frames.encode_jpeg(pixels), LIMITS).pixels.astype(int) - 77).max() <= 2
+
+
+def test_resizing_a_map_when_it_is_constant_keeps_the_value():
+    """Maps are resized as real numbers, without a detour through 8 bits."""
+    resized = frames.resize_map(np.full((5, 7), 0.1234567, np.float32), 11, 3)
+
+    assert resized.shape == (11, 3)
+    assert resized.dtype == np.float32
+    np.testing.assert_allclose(resized, 0.1234567, rtol=1e-6)  # float32 sums of filter weights
+
+
+def test_resizing_when_the_size_fits_already_returns_the_same():
+    """Nothing is copied or filtered without need."""
+    anomaly_map, mask, pixels = np.zeros((4, 6), np.float32), np.ones((4, 6), bool), make_frame(4, 6)
+
+    assert frames.resize_map(anomaly_map, 4, 6) is anomaly_map
+    assert frames.resize_mask(mask, 4, 6) is mask
+    assert frames.resize_pixels(pixels, 4, 6) is pixels
+
+
+def test_resizing_a_mask_when_enlarged_by_a_whole_factor_repeats_it():
+    """Masks stay true or false."""
+    mask = make_frame(3, 4)[:, :, 0] > 110
+
+    np.testing.assert_array_equal(frames.resize_mask(mask, 6, 8), mask.repeat(2, axis=0).repeat(2, axis=1))
+
+
+def test_resizing_pixels_when_asked_returns_height_before_width():
+    """Pictures for people obey the same order of sizes."""
+    assert frames.resize_pixels(make_frame(10, 20), 5, 8).shape == (5, 8, 3)
