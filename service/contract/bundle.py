@@ -254,6 +254,8 @@ def _refuse_strangers(path: Path, manifest: Manifest) -> None:
         relative = entry.relative_to(path).as_posix()
         if entry.is_symlink():
             raise BundleRefused(f"{relative} is a link; a bundle holds plain files only.")
+        if not (entry.is_file() or entry.is_dir()):
+            raise BundleRefused(f"{relative} is no plain file; a bundle holds plain files only.")
         if entry.is_file() and relative not in known and not relative.startswith(f"{ENGINES_DIRECTORY}/"):
             raise BundleRefused(f"{relative} is not named by {MANIFEST_FILE}; remove it or export the bundle again.")
 

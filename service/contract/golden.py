@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
 from service.contract.bundle import GOLDEN_FILE, GOLDEN_MAPS_FILE, Bundle
+from service.contract.calibration import read_arrays
 from service.contract.frames import Frame, FrameLimits, decode_image, fit_to_input
 from service.contract.policy import Verdict, inspected_mask, judge
 from service.errors import BundleRefused, FlawlineError
@@ -83,16 +84,15 @@ def read_golden(bundle: Bundle) -> GoldenSet:
     """
     try:
         answers = _ANSWERS.validate_json(bundle.files[GOLDEN_FILE])
-        with np.load(io.BytesIO(bundle.files[GOLDEN_MAPS_FILE]), allow_pickle=False) as arrays:
-            maps = arrays["anomaly_maps"].astype(np.float32)
+        maps = read_arrays(bundle.files[GOLDEN_MAPS_FILE], GOLDEN_MAPS_FILE)["anomaly_maps"]
         frames = tuple(
             decode_image(bundle.files[answer.file], FrameLimits(), bundle.manifest.input.resize_target)
             for answer in answers
         )
-    except (ValidationError, OSError, ValueError, KeyError, EOFError, FlawlineError) as error:
+    except (ValidationError, KeyError, FlawlineError) as error:
         raise BundleRefused("The golden set can't be read; export the bundle again.") from error
     shape = (len(answers), bundle.manifest.output.map_height, bundle.manifest.output.map_width)
-    if not answers or maps.shape != shape or not np.isfinite(maps).all():
+    if not answers or maps.shape != shape or maps.dtype != np.float32 or not np.isfinite(maps).all():
         raise BundleRefused("The golden set is empty or incomplete; export the bundle again.")
     return GoldenSet(answers, frames, maps)
 
@@ -107,13 +107,18 @@ def replay(bundle: Bundle, golden: GoldenSet, run: Run) -> None:
 
     Raises:
         BundleRefused: if an answer differs by more than the manifest's rule allows; the sentence names the frame.
+        EngineFailed: whatever `run` raises is passed on.
     """
     manifest, policy = bundle.manifest, bundle.policy
-    inspected = inspected_mask(policy, manifest.output.map_height, manifest.output.map_width)
+    inspected = inspected_mask(
+        policy, manifest.output.map_height, manifest.output.map_width, manifest.input.window(1, 1)
+    )
     span = float(golden.anomaly_maps.max() - golden.anomaly_maps.min())
     magnitude = max(abs(policy.fail_threshold), float(np.finfo(np.float32).tiny))
     for answer, frame, expected in zip(golden.answers, golden.frames, golden.anomaly_maps, strict=True):
         scores, maps = run(fit_to_input(frame.pixels, manifest.input)[None])
+        if maps.shape != (1, *expected.shape) or scores.shape != (1,):
+            raise _differs(answer, "shape")
         # Written so that a NaN fails the comparison.
         if not float(np.abs(maps[0] - expected).max()) <= manifest.golden.map_tolerance * span:
             raise _differs(answer, "anomaly map")

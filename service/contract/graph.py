@@ -5,6 +5,7 @@ refused, here and at export time, by the same function.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import onnx
 
@@ -31,11 +32,13 @@ def verify_graph(data: bytes) -> None:
         raise BundleRefused("model.onnx is not an ONNX graph; export the bundle again.") from error
     if not model.graph.node:
         raise BundleRefused("model.onnx holds no operators; export the bundle again.")
-    for tensor in _tensors(model):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-            raise BundleRefused("model.onnx refers to data in another file; export it as one file.")
-    domains = {opset.domain for opset in model.opset_import} | {function.domain for function in model.functions}
-    domains |= {node.domain for node in _nodes(model)}
+    domains: set[str] = set()
+    for part in _parts(model):
+        if isinstance(part, onnx.TensorProto):
+            if part.data_location == onnx.TensorProto.EXTERNAL or part.external_data:
+                raise BundleRefused("model.onnx refers to data in another file; export it as one file.")
+        elif isinstance(part, onnx.NodeProto | onnx.FunctionProto | onnx.OperatorSetIdProto):
+            domains.add(part.domain)
     foreign = sorted(domains - STANDARD_DOMAINS)
     if foreign:
         raise BundleRefused(f"model.onnx uses operators of the domain {foreign[0]!r}; only standard ones are accepted.")
@@ -47,35 +50,14 @@ def opset_of(data: bytes) -> int:
     return max(int(opset.version) for opset in model.opset_import if opset.domain in STANDARD_DOMAINS)
 
 
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Yield every constant, wherever a graph may hold one."""
-    for graph in _graphs(model):
-        yield from graph.initializer
-        for sparse in graph.sparse_initializer:
-            yield from (sparse.values, sparse.indices)
-    for node in _nodes(model):
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
-
-
-def _graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
-    """Yield the main graph and every graph inside a node's attributes, functions included."""
-    yield model.graph
-    for node in _nodes(model):
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield attribute.g
-            yield from attribute.graphs
-
-
-def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    waiting = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+def _parts(model: onnx.ModelProto) -> Iterator[object]:
+    """Yield every message inside a model: subgraphs, functions, sparse tensors, and whatever later versions add."""
+    waiting: list[Any] = [model]  # Any, because protobuf ships no types
     while waiting:
-        node = waiting.pop()
-        yield node
-        for attribute in node.attribute:
-            waiting.extend(attribute.g.node)
-            for graph in attribute.graphs:
-                waiting.extend(graph.node)
+        part = waiting.pop()
+        yield part
+        if isinstance(part, onnx.TensorProto):
+            continue  # nothing of interest below, and listing its fields would copy the weights
+        for field, value in part.ListFields():
+            if field.message_type is not None:
+                waiting.extend([value] if hasattr(value, "ListFields") else value)

@@ -116,11 +116,35 @@ class Judgement:
     regions_total: int
 
 
-def inspected_mask(policy: Policy, height: int, width: int) -> NDArray[np.bool_] | None:
-    """Return the region of interest on a map's grid, `(height, width)` bool, or None where everything is inspected."""
+def inspected_mask(
+    policy: Policy, height: int, width: int, window: Window = (0.0, 0.0, 1.0, 1.0)
+) -> NDArray[np.bool_] | None:
+    """Lay the region of interest on a map's grid; None where everything is inspected.
+
+    Args:
+        policy: the line's rules.
+        height: of the map.
+        width: of the map.
+        window: where the map lies on the frame, `(top, left, height, width)` in fractions of the frame, which is
+            `InputSpec.window(1, 1)`; a centre crop's map does not cover the frame that polygons refer to.
+
+    Returns:
+        `(height, width)` bool.
+
+    Raises:
+        BundleRefused: if nothing is left to inspect.
+    """
     if policy.region_of_interest is None:
         return None
-    return rasterise(policy.region_of_interest, height, width)
+    top, left, window_height, window_width = window
+    polygons = [
+        tuple(((x - left) / window_width, (y - top) / window_height) for x, y in polygon)
+        for polygon in policy.region_of_interest
+    ]
+    mask = rasterise(polygons, height, width)
+    if not mask.any():
+        raise BundleRefused("The region of interest leaves nothing to inspect; move or enlarge it.")
+    return mask
 
 
 def image_score(

@@ -13,10 +13,6 @@ from numpy.typing import NDArray
 Window = tuple[float, float, float, float]
 Polygon = tuple[tuple[float, float], ...]
 
-# A component's outline is traced on its mask enlarged by this factor, so that it runs along the pixels' outer edges
-# (to an eighth of a pixel) and a component of one pixel still has an area.
-_OUTLINE_SCALE = 4
-
 
 @dataclass(frozen=True)
 class Region:
@@ -74,17 +70,18 @@ def find_regions(
     top, left, window_height, window_width = window
     h, w = anomaly_map.shape
     scale_y, scale_x = window_height / h, window_width / w
-    mask = anomaly_map >= threshold
+    mask = anomaly_map >= _round_up(threshold)
     if not mask.any():
         return [], 0
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-    areas = stats[1:, cv2.CC_STAT_AREA] * scale_y * scale_x
+    count, numbered, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    labels: NDArray[np.int32] = np.asarray(numbered, np.int32)
+    areas = stats[:, cv2.CC_STAT_AREA] * scale_y * scale_x
     peaks = np.full(count, -np.inf, np.float32)
-    np.maximum.at(peaks, np.asarray(labels, np.int64)[mask], anomaly_map[mask])
-    kept = [label for label in range(1, count) if areas[label - 1] >= min_area_px]
-    kept.sort(key=lambda label: -float(peaks[label]))
+    np.maximum.at(peaks, labels[mask], anomaly_map[mask])
+    kept = 1 + np.flatnonzero(areas[1:] >= min_area_px)  # label 0 is the background
+    highest_first = kept[np.argsort(-peaks[kept], kind="stable")]
     regions = []
-    for label in kept[:max_regions]:
+    for label in highest_first[:max_regions]:
         x0, y0, box_w, box_h = (int(v) for v in stats[label, :4])
         inside = labels[y0 : y0 + box_h, x0 : x0 + box_w] == label
         outline = _outline(inside)
@@ -95,7 +92,7 @@ def find_regions(
                 width=box_w * scale_x,
                 height=box_h * scale_y,
                 polygon=tuple((left + (x0 + x) * scale_x, top + (y0 + y) * scale_y) for x, y in outline),
-                area_px=float(areas[label - 1]),
+                area_px=float(areas[label]),
                 peak=float(peaks[label]),
                 mean=float(anomaly_map[y0 : y0 + box_h, x0 : x0 + box_w][inside].mean()),
             )
@@ -106,22 +103,31 @@ def find_regions(
 def rasterise(polygons: Sequence[Polygon], height: int, width: int) -> NDArray[np.bool_]:
     """Fill polygons given in fractions of the frame, `(x, y)` in [0, 1].
 
+    Args:
+        polygons: corners may lie outside of the grid.
+        height: of the grid.
+        width: of the grid.
+
     Returns:
-        `(height, width)` bool, True inside any of them.
+        `(height, width)` bool, True in every cell inside any of them and along their edges, so that a polygon thinner
+        than a cell still marks something.
     """
     canvas = np.zeros((height, width), np.uint8)
     for polygon in polygons:
-        points = np.array([(x * width - 0.5, y * height - 0.5) for x, y in polygon])
-        cv2.fillPoly(canvas, [np.rint(points).astype(np.int32)], 1)
+        points = np.array([(x * width, y * height) for x, y in polygon])
+        cv2.fillPoly(canvas, [np.floor(points).astype(np.int32)], 1)
     return canvas > 0
 
 
 def outline_mask(mask: NDArray[np.bool_]) -> tuple[Polygon, ...]:
     """Turn a mask `(h, w)` into the outer outlines of its components, in fractions of the frame; holes are filled."""
     h, w = mask.shape
-    labels, count = label_components(mask)
-    outlines = (_outline(labels == label) for label in range(1, count + 1))
-    return tuple(tuple((x / w, y / h) for x, y in outline) for outline in outlines)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    outlines = []
+    for label, (x0, y0, box_w, box_h) in enumerate(stats[1:, :4].tolist(), start=1):
+        outline = _outline(labels[y0 : y0 + box_h, x0 : x0 + box_w] == label)
+        outlines.append(tuple(((x0 + x) / w, (y0 + y) / h) for x, y in outline))
+    return tuple(outlines)
 
 
 def draw_outlines(pixels: NDArray[np.uint8], polygons: Sequence[Polygon], colour: tuple[int, int, int]) -> None:
@@ -133,7 +139,21 @@ def draw_outlines(pixels: NDArray[np.uint8], polygons: Sequence[Polygon], colour
 
 
 def _outline(inside: NDArray[np.bool_]) -> list[tuple[float, float]]:
-    enlarged = np.kron(inside, np.ones((_OUTLINE_SCALE, _OUTLINE_SCALE), np.uint8)).astype(np.uint8)
-    contours, _ = cv2.findContours(enlarged, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    largest = max(contours, key=len)
-    return [((float(x) + 0.5) / _OUTLINE_SCALE, (float(y) + 0.5) / _OUTLINE_SCALE) for x, y in largest[:, 0, :]]
+    """Trace the outer edge of one component, `(x, y)` with pixel i spanning [i, i + 1].
+
+    The tracer walks from pixel centre to pixel centre, so it is given the grid of the pixels' corners, edges and
+    centres, twice as fine: then its walk runs along the pixels' outer edges and one pixel has an area of one.
+    """
+    h, w = inside.shape
+    fine = np.zeros((2 * h + 1, 2 * w + 1), np.uint8)
+    fine[1::2, 1::2] = inside
+    cv2.dilate(fine, np.ones((3, 3), np.uint8), dst=fine)
+    contours, _ = cv2.findContours(fine, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    (contour,) = contours
+    return [(x / 2, y / 2) for x, y in contour[:, 0, :].tolist()]
+
+
+def _round_up(threshold: float) -> np.float32:
+    """Return the smallest float32 that is not below a threshold, so that float32 maps are compared exactly."""
+    rounded = np.float32(threshold)
+    return rounded if float(rounded) >= threshold else np.nextafter(rounded, np.float32(np.inf))
