@@ -168,6 +168,15 @@ def test_layouts_do_not_claim_the_same_folder(tmp_path):
     assert claims == [["mvtec"], ["plain"], ["plain"], ["plain"]]
 
 
+def test_read_dataset_that_two_layouts_claim_lists_both(tmp_path, monkeypatch):
+    """Which layout a folder has is never a matter of the table's order."""
+    _put(tmp_path, "0.png")
+    monkeypatch.setitem(LAYOUTS, "twin", LAYOUTS["plain"])
+
+    with pytest.raises(DatasetFault, match="as plain or as twin"):
+        read_dataset(tmp_path)
+
+
 def test_dataset_fault_with_many_faults_names_the_first_and_counts_the_rest():
     """A long list of faults stays readable and complete."""
     fault = DatasetFault(*(f"Fault {i}." for i in range(8)))

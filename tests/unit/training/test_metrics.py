@@ -12,7 +12,6 @@ from sklearn import metrics as reference
 from training.metrics import (
     Curve,
     Metric,
-    ScoreNotFinite,
     aupro,
     auroc,
     average_precision,
@@ -28,6 +27,7 @@ from training.metrics import (
     saturation_area,
     spro,
 )
+from training.ranking import ScoreNotFinite
 
 # Few distinct values, so that ties inside and across the classes are common.
 _TIED_SCORES = st.one_of(st.integers(-3, 3).map(float), st.floats(-1e6, 1e6, width=32))
