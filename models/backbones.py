@@ -245,7 +245,7 @@ class VitBackbone(Backbone):
         """
         network = self.network
         patches = network.patch_embed.proj(self._normalise(images)).flatten(2).transpose(1, 2)  # (B, N, C)
-        x = torch.cat((self.prefix.expand(len(images), -1, -1), patches + self.positions), dim=1)
+        x = torch.cat((self.prefix.expand(images.shape[0], -1, -1), patches + self.positions), dim=1)
         x = network.norm_pre(x)
         tapped = []
         for index, block in enumerate(network.blocks):

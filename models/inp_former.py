@@ -170,7 +170,7 @@ class _InpExtractor(nn.Module):
         self.mlp = _Mlp(channels, mlp_ratio)
 
     def forward(self, queries: Tensor, features: Tensor) -> Tensor:
-        queries = queries.expand(len(features), -1, -1)
+        queries = queries.expand(features.shape[0], -1, -1)  # len() would fix the batch size of an exported graph
         x = queries + self.attn(self.norm1(queries), self.norm1(features))
         result: Tensor = x + self.mlp(self.norm2(x))
         return result

@@ -40,7 +40,9 @@ def import_inp_former(checkpoint: Mapping[str, Tensor] | Path, image_size: tuple
         The detector. If the checkpoint holds no `encoder.*`, it still needs `load_backbone_weights`.
 
     Raises:
-        ValueError: if a key is missing, unknown or of an unexpected shape; the sentence names it.
+        OSError: if the file can't be opened.
+        ValueError: if the file holds something else than tensors, or a key is missing, unknown or of an unexpected
+            shape; the sentence names it.
     """
     state = _read(checkpoint) if isinstance(checkpoint, Path) else checkpoint
     encoder = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
@@ -83,19 +85,28 @@ def dinov2_to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load(path.read_bytes())
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path.name} holds no flat dictionary of tensors")  # noqa: TRY004  (the file's value is wrong)
+    """Read a flat dictionary of tensors; objects of any other class are refused by the loaders."""
+    try:
+        if path.suffix == ".safetensors":
+            state: object = safetensors.torch.load(path.read_bytes())
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # the two loaders raise many kinds, and all of them mean the file
+        raise ValueError(f"{path.name} can't be read as plain tensors") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path.name} holds no flat dictionary of tensors")
     return state
 
 
 def _read_config(head: Mapping[str, Tensor], image_size: tuple[int, int]) -> InpFormerConfig:
     """Read the sizes off the shapes; the number of decoder blocks is the released one."""
-    for key in ("prototype_tokens", "decoder.0.attn.learn_scale"):
+    for key, dimensions in (("prototype_tokens", 2), ("decoder.0.attn.learn_scale", 3)):
         if key not in head:
             raise ValueError(f"the checkpoint lacks {_untranslate(key)}")
+        if head[key].ndim != dimensions:
+            raise ValueError(f"{_untranslate(key)} has shape {tuple(head[key].shape)}, not {dimensions} dimensions")
     prototypes, channels = head["prototype_tokens"].shape
     heads = head["decoder.0.attn.learn_scale"].shape[0]
     if channels not in _VIT_BY_CHANNELS:

@@ -79,8 +79,8 @@ def resolve_weights(
         return _from_memory(fetch(backbone), "timm")
     except BackboneUnavailable as error:
         raise WeightsUnavailable(
-            f"There are no weights for the backbone {backbone}: {error}; put {names[-1]} into one of the weight folders, "
-            f"give a safetensors file, or say {UNTRAINED!r} for random ones."
+            f"There are no weights for the backbone {backbone}: {error}; put {names[-1]} into one of the weight "
+            f"folders, give a safetensors file, or say {UNTRAINED!r} for random ones."
         ) from error
 
 

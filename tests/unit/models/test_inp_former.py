@@ -1,0 +1,213 @@
+"""What is INP-Former's own: tokens of a CNN pyramid, soft mining, sampling, and its configuration's limits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.detector import PassStage
+from models.inp_former import InpFormer, InpFormerConfig, _distance_to_nearest, _PyramidTokens, _soft_mining_loss
+from tests.tiny_detectors import TINY, make_detector
+
+
+def _layers(seed: int = 0, batch: int = 6) -> list[Tensor]:
+    """Return two layers of unlike size and scale, in batches that differ."""
+    generator = torch.Generator().manual_seed(seed)
+    fine = 3 + 5 * torch.randn(batch, 6, 8, 8, generator=generator)
+    coarse = 0.01 * torch.rand(batch, 10, 4, 4, generator=generator)
+    return [fine, coarse]
+
+
+def _measured(*, average: bool = False) -> _PyramidTokens:
+    tokens = _PyramidTokens((6, 10), (8, 8), 4, average=average)
+    for observe, finish in (
+        (tokens.observe_scales, tokens.finish_scales),
+        (tokens.observe_moments, tokens.finish_moments),
+    ):
+        for part in (slice(0, 4), slice(4, 6)):  # unequal batches
+            observe([layer[part] for layer in _layers()])
+        finish()
+    return tokens
+
+
+def test_pyramid_when_measured_then_each_layer_is_divided_by_its_deviation():
+    """The scalars are the standard deviations over all frames, whatever the batches were."""
+    tokens = _measured()
+
+    on_grid = tokens._on_finest_grid(_layers())
+
+    expected = torch.stack([layer.std(unbiased=False) for layer in on_grid])
+    torch.testing.assert_close(tokens.layer_scales, expected)
+
+
+def test_pyramid_when_measured_then_the_projection_is_the_uncentred_pca():
+    """The kept directions are orthonormal, hold the most energy, and leave tokens of mean square one."""
+    tokens = _measured()
+
+    balanced = tokens._balance(tokens._on_finest_grid(_layers())).flatten(0, 1)
+    _, _, right = torch.linalg.svd(balanced, full_matrices=False)
+    projected = tokens(_layers())
+
+    torch.testing.assert_close(tokens.projection.T @ tokens.projection, torch.eye(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close((right[:4] @ tokens.projection).abs(), torch.eye(4), rtol=0, atol=1e-3)
+    torch.testing.assert_close(projected.square().mean(), torch.tensor(1.0), rtol=1e-3, atol=0)
+    assert projected.shape == (6, 1, 64, 4)
+
+
+def test_pyramid_when_a_value_is_far_out_then_it_is_clipped():
+    """One dead channel that wakes up can't outshout all others: eight deviations are the most that counts."""
+    tokens = _measured()
+    layers = _layers()
+    layers[0][:, 0] = 1e6
+
+    balanced = tokens._balance(tokens._on_finest_grid(layers))
+
+    assert balanced[..., :6].abs().max().item() == pytest.approx(8 / 6**0.5)
+
+
+def test_pyramid_when_averaging_then_each_layer_is_smoothed_without_padding():
+    """The 3 x 3 mean counts only what lies inside the map: a constant stays constant."""
+    tokens = _PyramidTokens((6, 10), (8, 8), 4, average=True)
+
+    fine, coarse = tokens._on_finest_grid([torch.ones(1, 6, 8, 8), 2 * torch.ones(1, 10, 4, 4)])
+
+    torch.testing.assert_close(fine, torch.ones(1, 64, 6))
+    torch.testing.assert_close(coarse, 2 * torch.ones(1, 64, 10))
+
+
+@pytest.mark.parametrize("finish", ["finish_scales", "finish_moments"])
+def test_pyramid_when_finished_without_frames_then_refuses(finish):
+    """An empty folder never leaves half-made statistics."""
+    tokens = _PyramidTokens((6, 10), (8, 8), 4, average=False)
+
+    with pytest.raises(RuntimeError, match="no frames"):
+        getattr(tokens, finish)()
+
+
+def test_cnn_detector_when_only_scales_were_measured_then_refuses():
+    """Half of the passes is not enough."""
+    detector = make_detector("inp_former-cnn")
+    first = detector.stages()[0]
+    assert isinstance(first, PassStage)
+    first.observe(torch.rand(2, 3, 64, 64))
+    first.finish()
+
+    with pytest.raises(RuntimeError, match="pass stages"):
+        detector.encode(torch.rand(1, 3, 64, 64))
+
+
+def test_soft_mining_when_compared_with_its_formula_then_only_gradients_are_scaled():
+    """The loss value is the plain cosine distance; each token's gradient carries (distance / mean)^gamma."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randn(2, 2, 5, 3, generator=generator)
+    plain = torch.randn(2, 2, 5, 3, generator=generator, requires_grad=True)
+    mined = plain.detach().clone().requires_grad_()
+
+    plain_loss = (1 - torch.cosine_similarity(targets.flatten(2), plain.flatten(2), dim=-1)).mean()
+    plain_loss.backward()
+    mined_loss = _soft_mining_loss(targets, mined, exponent=3.0)
+    mined_loss.backward()
+
+    distance = 1 - torch.cosine_similarity(targets, plain.detach(), dim=-1)
+    weight = torch.stack([(distance[:, group] / distance[:, group].mean()) ** 3 for group in (0, 1)], dim=1)
+    torch.testing.assert_close(mined_loss, plain_loss)
+    torch.testing.assert_close(mined.grad, plain.grad * weight[..., None])
+
+
+def test_distance_to_nearest_when_a_token_is_a_prototype_then_is_zero():
+    """Length does not matter, direction does; the nearest of the prototypes counts."""
+    prototypes = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    fused = torch.tensor([[[5.0, 0.0], [1.0, 1.0], [-1.0, 0.0]]])
+
+    distance = _distance_to_nearest(fused, prototypes)
+
+    torch.testing.assert_close(distance, torch.tensor([[0.0, 1 - 0.5**0.5, 1.0]]))
+
+
+def test_loss_when_tokens_are_sampled_then_steps_differ_and_all_tokens_are_used_without():
+    """Samples follow the step; without sampling a step changes nothing."""
+    detector = make_detector("inp_former-cnn")
+    whole = InpFormer(replace(TINY["inp_former-cnn"], extractor_tokens=None, decoder_tokens=None))
+    whole.load_state_dict(detector.state_dict())
+    tokens = torch.randn(2, 1, 64, 32, generator=torch.Generator().manual_seed(0))
+
+    sampled = [detector.loss(tokens, step)["reconstruction"].item() for step in (0, 1)]
+    unsampled = [whole.loss(tokens, step)["reconstruction"].item() for step in (0, 1)]
+
+    assert sampled[0] != sampled[1]
+    assert unsampled[0] == unsampled[1]
+
+
+def test_initial_values_when_the_seed_is_the_same_then_are_the_same():
+    """A run is repeatable from its configuration alone, whatever was drawn before."""
+    config = TINY["inp_former-cnn"]
+
+    torch.rand(1)
+    first, again, other = InpFormer(config), InpFormer(config), InpFormer(replace(config, seed=2))
+
+    trained = [name for name, parameter in first.named_parameters() if parameter.requires_grad]
+    states = [model.state_dict() for model in (first, again, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in trained)
+    assert not torch.equal(states[0]["prototype_tokens"], states[2]["prototype_tokens"])
+
+
+def test_initial_values_follow_the_reference_code():
+    """Linear weights are normal of 0.01 cut at 0.03, biases 0, norms guarded by 1e-8, scales 1."""
+    detector = InpFormer(TINY["inp_former-vit"])
+
+    parts = [*detector.extractor.modules(), *detector.bottleneck.modules(), *detector.decoder.modules()]
+    linears = [module for module in parts if isinstance(module, nn.Linear)]
+    weights = torch.cat([linear.weight.flatten() for linear in linears])
+
+    assert weights.abs().max().item() <= 0.03
+    assert weights.std().item() == pytest.approx(0.00986, rel=0.02)  # 0.01 shrinks by the cut at three deviations
+    assert not any(linear.bias.any() for linear in linears)
+    assert {module.eps for module in parts if isinstance(module, nn.LayerNorm)} == {1e-8}
+    assert all((block.attn.learn_scale == 1).all() for block in detector.decoder)
+
+
+def test_map_source_when_prototypes_then_the_decoder_is_not_asked():
+    """The zero-shot map is the distance to the nearest prototype: it has other values and needs no decoder."""
+    detector = make_detector("inp_former-vit").eval()
+    zero_shot = InpFormer(replace(TINY["inp_former-vit"], map_source="prototypes")).eval()
+    zero_shot.load_backbone_weights(detector.backbone.network.state_dict())
+    zero_shot.load_state_dict(detector.state_dict())
+    zero_shot.decoder = nn.ModuleList()
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    with torch.no_grad():
+        output, reconstruction = zero_shot(images), detector(images)
+
+    assert output.anomaly_map.shape == reconstruction.anomaly_map.shape
+    assert not torch.allclose(output.anomaly_map, reconstruction.anomaly_map)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "message"),
+    [
+        ("inp_former-vit", {"decoder_blocks": 3}, "multiple of groups"),
+        ("inp_former-vit", {"layers": (1, 2, 3)}, "equal groups"),
+        ("inp_former-vit", {"projected_channels": 8}, "CNN backbones"),
+        ("inp_former-vit", {"heads": 5}, "heads"),
+        ("inp_former-cnn", {"projected_channels": None}, "projected_channels"),
+        ("inp_former-cnn", {"projected_channels": 999, "heads": 1}, "project"),
+        ("inp_former-cnn", {"groups": 2}, "groups=1"),
+        ("inp_former-cnn", {"image_size": (64, 72)}, "multiple of the stride"),
+    ],
+)
+def test_detector_when_the_configuration_contradicts_itself_then_says_where(variant, changes, message):
+    """Impossible combinations are refused before any frame is read."""
+    with pytest.raises(ValueError, match=message):
+        InpFormer(replace(TINY[variant], **changes))
+
+
+def test_config_when_left_alone_then_holds_the_published_values():
+    """The defaults are the paper's experiment."""
+    config = InpFormerConfig()
+
+    assert (config.backbone, config.image_size) == ("vit_base_patch14_reg4_dinov2", (392, 392))
+    assert (config.prototypes, config.decoder_blocks, config.groups) == (6, 8, 2)
+    assert (config.mining_exponent, config.coherence_weight) == (3.0, 0.2)
+    assert (config.map_size, config.blur_kernel, config.blur_sigma, config.top_fraction) == ((256, 256), 5, 4.0, 0.01)
+    assert (config.recipe.epochs, config.recipe.batch_size, config.recipe.clip_gradient_norm) == (200, 16, 0.1)

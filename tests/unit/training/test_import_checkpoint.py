@@ -1,0 +1,122 @@
+"""Released checkpoints become detectors, or a sentence that names what does not fit."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.inp_former import InpFormer, InpFormerConfig
+from training.import_checkpoint import dinov2_to_timm, import_inp_former
+
+_SIZE = (28, 28)
+_OFFICIAL = {"prototype_tokens": "prototype_token", "extractor.": "aggregation.0.", "bottleneck.": "bottleneck.0."}
+
+
+@pytest.fixture(scope="module")
+def detector() -> InpFormer:
+    """Build the smallest published architecture."""
+    return InpFormer(InpFormerConfig(backbone="vit_small_patch14_reg4_dinov2", image_size=_SIZE))
+
+
+@pytest.fixture
+def checkpoint(detector) -> dict[str, Tensor]:
+    """Name a detector's own tensors as the official files do, without the encoder."""
+    state = {}
+    for name, value in detector.state_dict().items():
+        if not name.startswith("backbone."):
+            prefix = next((ours for ours in _OFFICIAL if name.startswith(ours)), "")
+            state[_OFFICIAL.get(prefix, "") + name.removeprefix(prefix)] = value + 0.5
+    return state
+
+
+def test_import_when_the_encoder_is_left_out_then_only_the_backbone_is_missing(checkpoint):
+    """Every tensor arrives under its name here, and the detector says that its backbone has no weights."""
+    imported = import_inp_former(checkpoint, _SIZE)
+
+    assert torch.equal(imported.prototype_tokens, checkpoint["prototype_token"])
+    assert torch.equal(imported.extractor.attn.kv.weight, checkpoint["aggregation.0.attn.kv.weight"])
+    assert torch.equal(imported.decoder[7].mlp.fc2.bias, checkpoint["decoder.7.mlp.fc2.bias"])
+    assert not imported.backbone.is_loaded
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_import_when_given_a_file_then_reads_it_without_running_anything(tmp_path, checkpoint, suffix):
+    """Both formats are read as plain tensors."""
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".pth":
+        torch.save(checkpoint, path)
+    else:
+        save_file(checkpoint, path)
+
+    imported = import_inp_former(path, _SIZE)
+
+    assert torch.equal(imported.bottleneck.fc1.weight, checkpoint["bottleneck.0.fc1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.pth", {"model": {"prototype_token": torch.ones(1)}}, "flat dictionary"),
+        ("model.pth", {"path": Path("anywhere")}, "plain tensors"),
+        ("model.pth", None, "plain tensors"),
+        ("model.safetensors", None, "plain tensors"),
+    ],
+    ids=["nested", "an object", "noise as pth", "noise as safetensors"],
+)
+def test_import_when_the_file_holds_something_else_then_refuses(tmp_path, name, content, message):
+    """Nested dictionaries, objects of other classes and broken files are refused before anything of them runs."""
+    path = tmp_path / name
+    if content is None:
+        path.write_bytes(b"noise")
+    else:
+        torch.save(content, path)
+
+    with pytest.raises(ValueError, match=message):
+        import_inp_former(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state: state.pop("prototype_token"), "lacks prototype_token"),
+        (lambda state: state.pop("aggregation.0.attn.q.weight"), "lacks aggregation.0.attn.q.weight"),
+        (lambda state: state.update({"decoder.8.norm1.weight": torch.ones(384)}), "unknown key decoder.8.norm1.weight"),
+        (
+            lambda state: state.update({"bottleneck.0.fc1.bias": torch.ones(3)}),
+            r"bottleneck.0.fc1.bias has shape \(3,\)",
+        ),
+        (lambda state: state.update({"prototype_token": torch.ones(6, 100)}), "100 channels"),
+        (lambda state: state.update({"prototype_token": torch.ones(6)}), "prototype_token has shape"),
+        (lambda state: state.update({"decoder.0.attn.learn_scale": torch.ones(12, 1, 1)}), "12 heads; 6"),
+        (lambda state: state.update({"encoder.cls_token": torch.ones(1, 1, 384)}), "lack register_tokens"),
+    ],
+    ids=["missing", "missing inside", "unknown", "shape", "channels", "not a matrix", "heads", "half an encoder"],
+)
+def test_import_when_a_key_does_not_fit_then_names_it_officially(
+    checkpoint, spoil: Callable[[dict[str, Tensor]], object], message
+):
+    """The sentence uses the name that stands in the file."""
+    spoil(checkpoint)
+
+    with pytest.raises(ValueError, match=message):
+        import_inp_former(checkpoint, _SIZE)
+
+
+def test_dinov2_to_timm_when_renamed_then_the_class_token_carries_its_position():
+    """Timm keeps positions of patches only; the sum is the same, and the mask token is dropped."""
+    state = {
+        "cls_token": torch.ones(1, 1, 2),
+        "register_tokens": torch.zeros(1, 4, 2),
+        "mask_token": torch.zeros(1, 2),
+        "pos_embed": torch.arange(6.0).reshape(1, 3, 2),
+        "blocks.0.ls1.gamma": torch.ones(2),
+    }
+
+    renamed = dinov2_to_timm(state)
+
+    assert renamed.keys() == {"cls_token", "reg_token", "pos_embed", "blocks.0.ls1.gamma"}
+    assert renamed["cls_token"].tolist() == [[[1.0, 2.0]]]
+    assert renamed["pos_embed"].tolist() == [[[2.0, 3.0], [4.0, 5.0]]]
