@@ -191,10 +191,22 @@ def evaluate(
     )
 
 
-def without_test_frames(resolution: Resolution) -> dict[str, Metric]:
+def spread(answers: Answers) -> list[Sample]:
+    """Order frames so that any first few of them are spread over all scores: median first, then quarters, eighths."""
+    by_score = [answers.samples[i] for i in np.argsort(answers.scores, kind="stable")]
+    order: dict[int, None] = {}
+    pieces = 1
+    while len(order) < len(by_score):
+        pieces *= 2
+        order.update(dict.fromkeys(odd * len(by_score) // pieces for odd in range(1, pieces, 2)))
+        if pieces > 2 * len(by_score):
+            order.update(dict.fromkeys(range(len(by_score))))
+    return [by_score[i] for i in order]
+
+
+def without_test_frames() -> dict[str, Metric]:
     """Return every figure as undefined, for lines that bring good frames only."""
-    reason = f"the line has no test frames to measure on (at {resolution} resolution or any other)"
-    return dict.fromkeys((*_IMAGE_FIGURES, *_PIXEL_FIGURES), Metric(None, reason))
+    return dict.fromkeys((*_IMAGE_FIGURES, *_PIXEL_FIGURES), Metric(None, "the line has no test frames"))
 
 
 def to_records(metrics: dict[str, Metric]) -> dict[str, MetricRecord]:

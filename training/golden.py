@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from service.contract.bundle import GoldenRule
 from service.contract.frames import FrameLimits, decode_image, encode_png, fit_to_input, resize_pixels
 from service.contract.geometry import InputSpec
-from service.contract.golden import GoldenAnswer, Run, write_golden
+from service.contract.golden import GoldenAnswer, GoldenSet, Run, write_golden
 from service.contract.policy import Policy, ScoreRule, Verdict, inspected_mask, judge
 from service.errors import FlawlineError
 from training.data.samples import ANOMALOUS, Sample
-from training.evaluate import Answers
+from training.evaluate import Answers, spread
 
 # A golden frame keeps this many times the tolerance between its score and every threshold.
 _CLEARANCE = 2.0
@@ -75,18 +75,25 @@ class GoldenChooser:
             GoldenFailed: if every candidate lies too near to a threshold.
         """
         wanted_good = (count + 1) // 2
-        chosen = _first(self._real(_spread(good)), wanted_good)
-        defects = [] if tested is None else [s for s in _spread(tested) if s.label == ANOMALOUS]
+        chosen = _first(self._real(spread(good)), wanted_good)
+        defects = [] if tested is None else [s for s in spread(tested) if s.label == ANOMALOUS]
         # Most visible defects first would leave none that passes; a spread over all scores shows the real range.
         found = _first(self._real(defects), count - len(chosen))
         if not any(golden.verdict is not Verdict.PASS for golden in (*chosen, *found)):
-            found = [*found[: count - len(chosen) - 1], *_first(self._planted(_spread(good)), 1)]
-        if not chosen and not found:
-            raise GoldenFailed(
-                "Every frame's score lies within the golden tolerance of a threshold, so no device could be checked; "
-                "train longer, or lower golden.score_tolerance."
-            )
+            found = [*found[: count - len(chosen) - 1], *_first(self._planted(spread(good)), 1)]
         return _write([*chosen, *found])
+
+    def choose_again(self, golden: GoldenSet) -> dict[str, bytes]:
+        """Return the files of a bundle's golden set with the verdicts of a new policy.
+
+        Raises:
+            GoldenFailed: if every frame lies too near to a new threshold.
+        """
+        judged = [
+            self._judge(frame.pixels, answer.description)
+            for answer, frame in zip(golden.answers, golden.frames, strict=True)
+        ]
+        return _write([again for again in judged if again is not None])
 
     def _real(self, samples: Sequence[Sample]) -> Iterator[_Golden]:
         for sample in samples:
@@ -155,26 +162,16 @@ def plant_defect(pixels: NDArray[np.uint8], generator: np.random.Generator, stre
     return np.clip(planted, 0, 255).astype(np.uint8)
 
 
-def _spread(answers: Answers) -> list[Sample]:
-    """Order frames so that any first few of them are spread over all scores."""
-    by_score = [answers.samples[i] for i in np.argsort(answers.scores, kind="stable")]
-    # Halving steps: quantiles 1/2, 1/4, 3/4, 1/8, ... each frame once.
-    order: dict[int, None] = {}
-    step = 1.0
-    while len(order) < len(by_score):
-        step /= 2
-        for odd in range(1, round(1 / step), 2):
-            order.setdefault(min(int(odd * step * len(by_score)), len(by_score) - 1))
-        if step < 0.25 / len(by_score):
-            order.update(dict.fromkeys(range(len(by_score))))
-    return [by_score[i] for i in order]
-
-
 def _first(candidates: Iterator[_Golden], count: int) -> list[_Golden]:
     return [golden for golden, _ in zip(candidates, range(max(0, count)), strict=False)]
 
 
 def _write(chosen: Sequence[_Golden]) -> dict[str, bytes]:
+    if not chosen:
+        raise GoldenFailed(
+            "Every frame's score lies within the golden tolerance of a threshold, so no device could be checked; "
+            "train longer, or lower golden.score_tolerance."
+        )
     answers = [
         GoldenAnswer(
             file=f"golden/{index:02d}.png",

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from service.contract.bundle import Manifest, seal, versions_of
@@ -21,13 +21,16 @@ _LEFT_BEHIND_AFTER_S = 3600.0
 _TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EACCES})
 
 
-def publish(store: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
+def publish(
+    store: Path, manifest: Manifest, files: Mapping[str, bytes], check: Callable[[Path], object] | None = None
+) -> Path:
     """Seal a bundle under the next free version of its name and put it into the store.
 
     Args:
         store: root of all names; made where it is missing.
         manifest: its `version` and `files` are replaced.
         files: contents by relative path, all but the manifest and its sidecar.
+        check: looks at the complete bundle under its temporary name; what it raises keeps the bundle out of the store.
 
     Returns:
         The bundle's directory, `store/<name>/<version>`.
@@ -40,12 +43,18 @@ def publish(store: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path
         temporary.chmod(0o755)  # mkdtemp makes it private, but the server may run as another user
         for relative, data in files.items():
             _write(temporary / relative, data)
-        return _rename_into_place(temporary, directory, manifest, files)
+        return _rename_into_place(temporary, directory, manifest, files, check)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _rename_into_place(temporary: Path, directory: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
+def _rename_into_place(
+    temporary: Path,
+    directory: Path,
+    manifest: Manifest,
+    files: Mapping[str, bytes],
+    check: Callable[[Path], object] | None,
+) -> Path:
     number = 0
     while True:
         number = max([number, *(int(version) for version in versions_of(directory))]) + 1
@@ -54,6 +63,8 @@ def _rename_into_place(temporary: Path, directory: Path, manifest: Manifest, fil
             _write(temporary / relative, sealed[relative])
         for folder in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
             _sync_directory(folder)
+        if check is not None:
+            check(temporary)
         final = directory / str(number)
         try:
             temporary.rename(final)

@@ -1,0 +1,105 @@
+"""From a run's description to a detector ready to be fitted: built, given its backbone's weights, on its device.
+
+Comes after the data check and before fitting. The one place where a fault of the configuration that only the detector
+can see becomes a sentence for the person who wrote it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from models import build_detector
+from models.detector import Detector
+from service.contract.bundle import BackboneRecord
+from service.contract.policy import ScoreRule
+from training.config import ConfigFault, RunConfig
+from training.weights import ResolvedWeights, resolve_weights
+
+
+class _WithBackbone(Protocol):
+    def load_backbone_weights(self, state_dict: dict[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedDetector:
+    """A detector before fitting, and what the manifest says of it.
+
+    Attributes:
+        module: on its device.
+        backbone: which weights it stands on, or None.
+        score_rule: how it reduces scores from maps; parity proves it.
+        device: where it lies.
+    """
+
+    module: nn.Module
+    backbone: BackboneRecord | None
+    score_rule: ScoreRule
+    device: torch.device
+
+    @property
+    def detector(self) -> Detector:
+        """The same module, as what training asks of it."""
+        if not isinstance(self.module, Detector):
+            raise TypeError(f"{type(self.module).__name__} is no detector: it has no stages")
+        return self.module
+
+
+def prepare_detector(
+    config: RunConfig, weights: Path | Literal["untrained"] | None, search: tuple[Path, ...], device: torch.device
+) -> PreparedDetector:
+    """Build a detector and load its backbone.
+
+    Args:
+        config: of the run.
+        weights: a safetensors file, "untrained", or None to search by the backbone's name.
+        search: folders that may hold the file.
+        device: where the detector shall lie.
+
+    Raises:
+        ConfigFault: if the configuration contradicts itself or the backbone, or the weights belong to another one.
+        WeightsUnavailable: if no weights could be had.
+    """
+    own = config.detector_config()
+    try:
+        built: Any = build_detector(config.detector, own)
+    except ValueError as error:
+        raise ConfigFault(f"The detector {config.detector} can't be built: {error}.") from error
+    backbone = None
+    name = getattr(own, "backbone", None)
+    if name is not None:
+        resolved = resolve_weights(name, weights, search, seed=config.seed)
+        _load(built, name, resolved)
+        backbone = BackboneRecord(name=name, digest=resolved.digest, source=resolved.source)
+    module: nn.Module = built
+    return PreparedDetector(module.to(device), backbone, _score_rule(own), device)
+
+
+def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Return the device that is wanted, or the best there is, set to full float32.
+
+    Tensor cores would round products to ten bits, and the exported graph would then give other scores than those that
+    thresholds were calibrated on.
+
+    Raises:
+        ConfigFault: if a GPU is wanted and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigFault("There is no CUDA device here; use --device cpu.")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _load(detector: _WithBackbone, name: str, resolved: ResolvedWeights) -> None:
+    try:
+        detector.load_backbone_weights(resolved.state_dict)
+    except ValueError as error:
+        raise ConfigFault(f"{resolved.source} does not belong to the backbone {name}: {error}.") from error
+
+
+def _score_rule(own: Any) -> ScoreRule:
+    fraction = getattr(own, "top_fraction", None)
+    return ScoreRule(kind="graph") if fraction is None else ScoreRule(kind="top_fraction_mean", fraction=fraction)

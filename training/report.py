@@ -1,0 +1,403 @@
+"""The page that one shows the plant manager: what is caught, what it costs in good parts, where the detector looks.
+
+Comes last but for the bundle. Two steps, so that a page can be rendered again without the frames: `collect` makes a
+`ReportData` that a run directory keeps, `render` turns it into one HTML file that needs nothing else: pictures are data
+URIs, curves are inline SVG, and a content security policy forbids everything that is not in the file.
+"""
+
+import base64
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Literal
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from service.contract.bundle import MetricRecord, ParityRecord
+from service.contract.calibration import Threshold
+from service.contract.frames import FrameLimits, decode_image, decode_mask, encode_jpeg, resize_mask, resize_pixels
+from service.contract.geometry import InputSpec
+from service.contract.heatmaps import overlay
+from service.contract.policy import Judgement, Policy, ScoreRule, Verdict
+from service.contract.regions import draw_outlines, outline_mask
+from training.calibrate import Calibrated
+from training.data.samples import ANOMALOUS, NORMAL, Sample
+from training.drawings import draw_histogram, draw_loss, draw_precision_recall, draw_roc
+from training.evaluate import Answers, Evaluation, judge_all, to_records, without_test_frames
+from training.metrics import Curve
+
+_THUMBNAIL_PX = 480
+_JPEG_QUALITY = 80
+_PICTURES_OF_A_KIND = 6
+_ANNOTATION_RGB = (80, 220, 80)
+_VERDICTS = (Verdict.PASS, Verdict.REVIEW, Verdict.FAIL)
+
+Group = Literal["missed", "rejected", "caught", "passed"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+class Promise(_Record):
+    """One threshold and what good parts promise of it; see `service.contract.calibration.Threshold`."""
+
+    value: float
+    rate: float
+    bound: float
+    good_parts: int
+
+
+class VerdictRow(_Record):
+    """How many frames of one kind got which verdict."""
+
+    kind: str
+    is_good: bool
+    passed: int
+    review: int
+    failed: int
+
+    @property
+    def total(self) -> int:
+        """All frames of the kind."""
+        return self.passed + self.review + self.failed
+
+
+class Picture(_Record):
+    """A frame and its overlay, as base64 JPEGs.
+
+    Attributes:
+        group: why it is shown.
+        name: of the file.
+        kind: good, or the kind of defect.
+        verdict: under the bundle's policy.
+        score: compared score.
+        is_annotated: whether the frame shows the outline of its ground-truth mask.
+        frame: base64 JPEG.
+        overlay: base64 JPEG.
+    """
+
+    group: Group
+    name: str
+    kind: str
+    verdict: Verdict
+    score: float
+    is_annotated: bool
+    frame: str
+    overlay: str
+
+
+class Fact(_Record):
+    """One line of the run's facts."""
+
+    name: str
+    value: str
+
+
+class RunFacts(_Record):
+    """What the run says of itself.
+
+    Attributes:
+        line: name of the line.
+        detector: name of the method.
+        backbone: name of the feature extractor, or None.
+        created_at: UTC, ISO 8601.
+        facts: further lines, in order.
+        configuration: the run's YAML.
+        losses: `(stage, step, loss)` of every iteration.
+        parity: of the exported graph.
+        warnings: what the data check allowed but wants known.
+    """
+
+    line: str
+    detector: str
+    backbone: str | None
+    created_at: str
+    facts: tuple[Fact, ...]
+    configuration: str
+    losses: tuple[tuple[str, int, float], ...]
+    parity: ParityRecord
+    warnings: tuple[str, ...] = ()
+
+
+class ReportData(_Record):
+    """Everything the page shows; a run directory keeps it as `report.json`.
+
+    Attributes:
+        run: what the run says of itself.
+        review: the threshold of `REVIEW`.
+        fail: the threshold of `FAIL`.
+        verdicts: held-out good frames first, then test frames by kind.
+        metrics: figures of the test frames.
+        by_kind: I-AUROC of each kind of defect.
+        resolution: at which pixel figures were measured.
+        calibration_scores: of held-out good frames.
+        good_scores: of good test frames.
+        defect_scores: of anomalous test frames.
+        roc: `(x, y)` points.
+        precision_recall: `(x, y)` points.
+        pictures: best and worst frames.
+    """
+
+    run: RunFacts
+    review: Promise
+    fail: Promise
+    verdicts: tuple[VerdictRow, ...]
+    metrics: dict[str, MetricRecord]
+    by_kind: dict[str, MetricRecord]
+    resolution: Literal["original", "model"]
+    calibration_scores: tuple[float, ...]
+    good_scores: tuple[float, ...]
+    defect_scores: tuple[float, ...]
+    roc: tuple[tuple[float, float], ...]
+    precision_recall: tuple[tuple[float, float], ...]
+    pictures: tuple[Picture, ...]
+
+
+def collect(
+    run: RunFacts,
+    calibrated: Calibrated,
+    held_out: Answers,
+    evaluation: Evaluation | None,
+    rule: ScoreRule,
+    spec: InputSpec,
+    resolution: Literal["original", "model"],
+) -> ReportData:
+    """Gather figures and pictures; the last step that needs the frames.
+
+    Args:
+        run: what the run says of itself.
+        calibrated: thresholds and policy.
+        held_out: answers to the good frames that were calibrated on.
+        evaluation: of the test frames, or None where the line has none.
+        rule: how scores are reduced from maps.
+        spec: the network's input.
+        resolution: at which pixel figures are measured.
+    """
+    policy = calibrated.policy
+    judgements = judge_all(held_out, policy, rule, spec)
+    held_counts = dict.fromkeys(_VERDICTS, 0)
+    for judgement in judgements:
+        held_counts[judgement.verdict] += 1
+    rows = [_row("good, held out", True, held_counts)]
+    pictures: list[Picture] = []
+    if evaluation is not None:
+        good_kinds = {s.kind for s in evaluation.answers.samples if s.label == NORMAL}
+        for kind, counts in evaluation.verdict_counts().items():
+            is_good = kind in good_kinds
+            rows.append(_row("good, test" if is_good else kind, is_good, counts))
+        pictures = _pictures_of_test(evaluation, policy, spec)
+    if not any(picture.group == "passed" for picture in pictures):
+        middle = int(np.argsort(held_out.scores, kind="stable")[len(held_out.scores) // 2])
+        pictures.append(_picture("passed", held_out, judgements[middle], middle, policy, spec))
+    return ReportData(
+        run=run,
+        review=_promise(calibrated.review),
+        fail=_promise(calibrated.fail),
+        verdicts=tuple(rows),
+        metrics=to_records(without_test_frames() if evaluation is None else evaluation.metrics),
+        by_kind={} if evaluation is None else to_records(evaluation.by_kind),
+        resolution=resolution,
+        calibration_scores=_rounded(judgement.score for judgement in judgements),
+        good_scores=_scores_of(evaluation, NORMAL),
+        defect_scores=_scores_of(evaluation, ANOMALOUS),
+        roc=() if evaluation is None else _points(evaluation.roc),
+        precision_recall=() if evaluation is None else _points(evaluation.precision_recall),
+        pictures=tuple(pictures),
+    )
+
+
+def render(data: ReportData) -> str:
+    """Return the page as one self-contained HTML file."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("training"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = _percent
+    environment.filters["figure"] = _figure
+    environment.filters["day"] = _day
+    thresholds = (data.review.value, data.fail.value)
+    test = [row for row in data.verdicts if row.kind != "good, held out"]
+    good = [row for row in test if row.is_good]
+    defects = [row for row in test if not row.is_good]
+    return environment.get_template("report.html").render(
+        data=data,
+        good_total=sum(row.total for row in good),
+        good_failed=sum(row.failed for row in good),
+        good_review=sum(row.review for row in good),
+        defect_total=sum(row.total for row in defects),
+        defect_failed=sum(row.failed for row in defects),
+        defect_review=sum(row.review for row in defects),
+        defect_missed=sum(row.passed for row in defects),
+        histogram=draw_histogram(data.calibration_scores, data.good_scores, data.defect_scores, thresholds),
+        roc=draw_roc(data.roc, data.good_scores, data.defect_scores, thresholds),
+        precision_recall=draw_precision_recall(data.precision_recall, data.good_scores, data.defect_scores, thresholds),
+        loss=draw_loss(data.run.losses),
+        metric_names=_METRIC_NAMES,
+        groups=_GROUPS,
+        glossary=_GLOSSARY,
+    )
+
+
+# ---- figures
+
+
+def _row(kind: str, is_good: bool, counts: dict[Verdict, int]) -> VerdictRow:
+    return VerdictRow(
+        kind=kind,
+        is_good=is_good,
+        passed=counts[Verdict.PASS],
+        review=counts[Verdict.REVIEW],
+        failed=counts[Verdict.FAIL],
+    )
+
+
+def _promise(threshold: Threshold) -> Promise:
+    return Promise(
+        value=threshold.value,
+        rate=threshold.false_reject_rate,
+        bound=threshold.bound,
+        good_parts=threshold.good_parts,
+    )
+
+
+def _scores_of(evaluation: Evaluation | None, label: int) -> tuple[float, ...]:
+    if evaluation is None:
+        return ()
+    return _rounded(
+        judgement.score
+        for sample, judgement in zip(evaluation.answers.samples, evaluation.judgements, strict=True)
+        if sample.label == label
+    )
+
+
+def _rounded(values: Iterable[float]) -> tuple[float, ...]:
+    return tuple(float(f"{value:.7g}") for value in values)
+
+
+def _points(curve: Curve) -> tuple[tuple[float, float], ...]:
+    return tuple(zip(_rounded(curve.x), _rounded(curve.y), strict=True))
+
+
+# ---- pictures
+
+
+def _pictures_of_test(evaluation: Evaluation, policy: Policy, spec: InputSpec) -> list[Picture]:
+    samples, judgements = evaluation.answers.samples, evaluation.judgements
+    order = sorted(range(len(samples)), key=lambda i: judgements[i].score)
+    defects = [i for i in order if samples[i].label == ANOMALOUS]
+    good = [i for i in order if samples[i].label == NORMAL]
+    groups: dict[Group, list[int]] = {
+        "missed": [i for i in defects if judgements[i].verdict is Verdict.PASS][:_PICTURES_OF_A_KIND],
+        "rejected": [i for i in reversed(good) if judgements[i].verdict is not Verdict.PASS][:_PICTURES_OF_A_KIND],
+        "caught": _clearest_of_each_kind(defects[::-1], samples, judgements),
+        "passed": [i for i in good[len(good) // 2 :] if judgements[i].verdict is Verdict.PASS][:2],
+    }
+    return [
+        _picture(group, evaluation.answers, judgements[i], i, policy, spec)
+        for group, chosen in groups.items()
+        for i in chosen
+    ]
+
+
+def _clearest_of_each_kind(
+    falling: Sequence[int], samples: Sequence[Sample], judgements: Sequence[Judgement]
+) -> list[int]:
+    """Take the highest score of each kind first, then the second of each, and so on."""
+    taken: dict[str, int] = {}
+    rank = {}
+    for i in falling:
+        if judgements[i].verdict is not Verdict.PASS:
+            rank[i] = taken.get(samples[i].kind, 0)
+            taken[samples[i].kind] = rank[i] + 1
+    return sorted(rank, key=lambda i: (rank[i], -judgements[i].score))[:_PICTURES_OF_A_KIND]
+
+
+def _picture(
+    group: Group, answers: Answers, judgement: Judgement, index: int, policy: Policy, spec: InputSpec
+) -> Picture:
+    sample, frame_size = answers.samples[index], answers.frame_sizes[index]
+    scale = min(1.0, _THUMBNAIL_PX / max(frame_size))
+    height, width = max(1, round(frame_size[0] * scale)), max(1, round(frame_size[1] * scale))
+    decoded = decode_image(sample.path.read_bytes(), FrameLimits(), (height, width))
+    pixels = resize_pixels(decoded.pixels, height, width)
+    painted = overlay(pixels, answers.maps[index], policy, judgement.regions, spec.window(*frame_size), frame_size)
+    if sample.mask_path is not None:
+        mask = resize_mask(decode_mask(sample.mask_path.read_bytes()), height, width)
+        pixels = pixels.copy()
+        outlines = [tuple((x * width, y * height) for x, y in outline) for outline in outline_mask(mask)]
+        draw_outlines(pixels, outlines, _ANNOTATION_RGB)
+    return Picture(
+        group=group,
+        name=sample.path.name,
+        kind=sample.kind,
+        verdict=judgement.verdict,
+        score=judgement.score,
+        is_annotated=sample.mask_path is not None,
+        frame=_base64_jpeg(pixels),
+        overlay=_base64_jpeg(painted),
+    )
+
+
+def _base64_jpeg(pixels: NDArray[np.uint8]) -> str:
+    return base64.b64encode(encode_jpeg(pixels, _JPEG_QUALITY)).decode("ascii")
+
+
+# ---- words
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _day(created_at: str) -> str:
+    return datetime.fromisoformat(created_at).strftime("%d %B %Y, %H:%M UTC")
+
+
+_METRIC_NAMES = {
+    "i_auroc": ("Image AUROC", "chance that a random defective frame scores higher than a random good one"),
+    "i_ap": ("Image AP", "average share of right alarms, over all thresholds"),
+    "i_f1max": ("Image F1-max", "best balance of found defects and right alarms, at a threshold only the labels know"),
+    "p_auroc": ("Pixel AUROC", "the same as image AUROC, for pixels"),
+    "p_ap": ("Pixel AP", "the same as image AP, for pixels; the strictest figure of localisation"),
+    "p_f1max": ("Pixel F1-max", "the same as image F1-max, for pixels"),
+    "aupro": (
+        "AUPRO",
+        "how much of each defect is covered while at most 30 % of good pixels are; each defect counts alike",
+    ),
+}
+
+_GROUPS: dict[Group, tuple[str, str]] = {
+    "missed": ("Missed defects", "Defective frames that would pass. The lowest scores first: these are the worst."),
+    "rejected": (
+        "Good parts that would be stopped",
+        "Good test frames whose verdict is REVIEW or FAIL. The highest scores first: these are the worst.",
+    ),
+    "caught": ("Clearest defects", "Defective frames with the highest scores, each kind in turn."),
+    "passed": ("Ordinary good parts", "What the heatmap looks like when nothing is wrong."),
+}
+
+_GLOSSARY = {
+    "line": "One product seen by one camera pose.",
+    "frame": "One camera image.",
+    "good part": "A part without defect. The detector learns from these alone.",
+    "held out": "Good frames that fitting never saw; thresholds rest on them.",
+    "anomaly map": "For each place of the frame, how unlike good parts it is. Drawn as a heatmap on a fixed scale.",
+    "score": "One number a frame; larger is more anomalous. It has no unit and no upper end.",
+    "threshold": "From this score on a part is at least REVIEW, or FAIL.",
+    "verdict": "PASS, REVIEW (a person should look) or FAIL; NO_VERDICT when anything went wrong, which is never PASS.",
+    "false-reject rate": "Share of good parts that are stopped although nothing is wrong with them.",
+    "region": "A connected place where the anomaly map is above its own threshold; outlined in cyan.",
+    "interval": "The figure would lie in here in 95 of 100 repetitions with other test frames of this kind.",
+    "golden set": "Frames with known answers inside the bundle; a device must reproduce them before it may serve.",
+    "parity": "The exported network was compared with the trained one: maps, scores and verdicts.",
+}

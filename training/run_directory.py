@@ -1,0 +1,140 @@
+"""What a run keeps beside its checkpoint, so that it can be resumed, exported again and shown again.
+
+runs/<name>/<time>/run.json       the request, word for word
+                   config.yaml    its configuration, for people
+                   checkpoint…    `training.checkpoint`
+                   scores.npz     scores and labels of held-out and test frames
+                   metrics.json   figures
+                   report.json    what the page shows, pictures included
+                   report.html    the page
+"""
+
+import io
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from service.contract.bundle import LineName, MetricRecord
+from training.config import RunConfig
+from training.evaluate import Answers
+from training.report import ReportData
+
+REPORT_FILE = "report.html"
+_REQUEST_FILE = "run.json"
+_REPORT_DATA_FILE = "report.json"
+
+
+class RunDirectoryFault(Exception):
+    """The directory does not hold what is asked of it; the sentence says what to do."""
+
+
+class RunRequest(BaseModel):
+    """What somebody asked for.
+
+    Attributes:
+        name: of the bundle and its line.
+        line_folder: the data set.
+        store: where the bundle goes.
+        config: of the run.
+        weights: a safetensors file, "untrained", or None to search by the backbone's name.
+        weight_folders: folders that may hold the file.
+        region_of_interest: a mask image, white where parts are inspected, or None.
+        device: where to fit.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: LineName
+    line_folder: Path
+    store: Path
+    config: RunConfig
+    weights: Literal["untrained"] | Path | None = None
+    weight_folders: tuple[Path, ...] = ()
+    region_of_interest: Path | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def new_directory(runs: Path, name: str, now: datetime) -> Path:
+    """Make and return the directory of a new run; runs of the same second get different ones."""
+    stamp = now.strftime("%Y%m%d-%H%M%S")
+    number = 1
+    while True:
+        directory = runs / name / (stamp if number == 1 else f"{stamp}-{number}")
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            continue
+        return directory
+
+
+def keep_request(directory: Path, request: RunRequest) -> None:
+    """Write what was asked for."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(directory / _REQUEST_FILE, request.model_dump_json(indent=2))
+    _write(directory / "config.yaml", request.config.to_yaml())
+
+
+def read_request(directory: Path) -> RunRequest:
+    """Read what was asked for.
+
+    Raises:
+        RunDirectoryFault: if the directory is no run's.
+    """
+    try:
+        return RunRequest.model_validate_json((directory / _REQUEST_FILE).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise RunDirectoryFault(
+            f"{directory} is not the directory of a run; give runs/<name>/<time> as `flawline train` printed it."
+        ) from error
+
+
+def keep_results(
+    directory: Path, metrics: Mapping[str, MetricRecord], report: ReportData, page: str, answers: Mapping[str, Answers]
+) -> None:
+    """Write figures, scores and the report.
+
+    Args:
+        directory: of the run.
+        metrics: of the test frames.
+        report: what the page shows.
+        page: the page.
+        answers: raw answers by the name of their set.
+    """
+    figures = {name: metric.model_dump() for name, metric in metrics.items()}
+    _write(directory / "metrics.json", json.dumps(figures, indent=2))
+    _write(directory / _REPORT_DATA_FILE, report.model_dump_json())
+    _write(directory / REPORT_FILE, page)
+    arrays: dict[str, Any] = {}
+    for name, said in answers.items():
+        arrays[f"{name}_files"] = np.array([sample.path.as_posix() for sample in said.samples])
+        arrays[f"{name}_scores"] = said.scores
+        arrays[f"{name}_labels"] = said.labels
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    (directory / "scores.npz").write_bytes(buffer.getvalue())
+
+
+def read_report(directory: Path) -> ReportData:
+    """Read what the page shows.
+
+    Raises:
+        RunDirectoryFault: if the run has no report yet.
+    """
+    try:
+        return ReportData.model_validate_json((directory / _REPORT_DATA_FILE).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise RunDirectoryFault(
+            f"{directory} holds no report of a finished run; give a bundle, or the directory of a run that ended."
+        ) from error
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
