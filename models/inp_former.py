@@ -221,8 +221,8 @@ class _PyramidTokens(nn.Module):
     """CNN tokens: the pyramid on its finest grid, projected by an uncentred PCA.
 
     Each layer is divided by one scalar, clipped and divided by the root of its channel count, so that layers weigh the
-    same. Standardising each channel instead loses a sixth of the AUROC on real lines: it blows up dead channels.
-    Statistics are gathered in two looks at the good frames, because the clip depends on the first.
+    same. Standardising each channel instead cost 0.14 to 0.19 of image AUROC on a real line. Statistics are gathered in
+    two looks at the good frames, because the clip depends on the first.
     """
 
     layer_scales: Tensor
@@ -457,6 +457,8 @@ def _choose_tokens(
     if isinstance(backbone, VitBackbone):
         if config.projected_channels is not None or config.average_features:
             raise ValueError("projected_channels and average_features are for CNN backbones")
+        if config.layers is None and config.backbone not in _TAPPED_BLOCKS:
+            raise ValueError(f"nothing is published on which blocks of {config.backbone} to tap; set layers")
         if len(backbone.layers) % config.groups:
             raise ValueError(f"{len(backbone.layers)} layers can't be split into {config.groups} equal groups")
         return _GroupMeans(config.groups), backbone.grid, backbone.channels[0], config.heads or backbone.heads

@@ -121,11 +121,10 @@ def _translate(key: str) -> str:
     for official, ours in _INP_FORMER_PREFIXES.items():
         if key.startswith(official):
             return ours + key.removeprefix(official)
-    return key
+    raise ValueError(f"the checkpoint has an unknown key {key}")
 
 
 def _untranslate(key: str) -> str:
-    for official, ours in _INP_FORMER_PREFIXES.items():
-        if key.startswith(ours):
-            return official + key.removeprefix(ours)
-    return key
+    prefixes = {ours: official for official, ours in _INP_FORMER_PREFIXES.items()}
+    ours = next(ours for ours in prefixes if key.startswith(ours))
+    return prefixes[ours] + key.removeprefix(ours)

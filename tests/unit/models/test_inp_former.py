@@ -56,7 +56,7 @@ def test_pyramid_when_measured_then_the_projection_is_the_uncentred_pca():
 
 
 def test_pyramid_when_a_value_is_far_out_then_it_is_clipped():
-    """One dead channel that wakes up can't outshout all others: eight deviations are the most that counts."""
+    """One channel can't outshout all others: eight deviations are the most that counts."""
     tokens = _measured()
     layers = _layers()
     layers[0][:, 0] = 1e6
@@ -188,6 +188,7 @@ def test_map_source_when_prototypes_then_the_decoder_is_not_asked():
     [
         ("inp_former-vit", {"decoder_blocks": 3}, "multiple of groups"),
         ("inp_former-vit", {"layers": (1, 2, 3)}, "equal groups"),
+        ("inp_former-vit", {"layers": None}, "set layers"),
         ("inp_former-vit", {"projected_channels": 8}, "CNN backbones"),
         ("inp_former-vit", {"heads": 5}, "heads"),
         ("inp_former-cnn", {"projected_channels": None}, "projected_channels"),

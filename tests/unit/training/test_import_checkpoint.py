@@ -83,6 +83,7 @@ def test_import_when_the_file_holds_something_else_then_refuses(tmp_path, name, 
     [
         (lambda state: state.pop("prototype_token"), "lacks prototype_token"),
         (lambda state: state.pop("aggregation.0.attn.q.weight"), "lacks aggregation.0.attn.q.weight"),
+        (lambda state: state.update({"extractor.norm1.bias": torch.ones(384)}), "unknown key extractor.norm1.bias"),
         (lambda state: state.update({"decoder.8.norm1.weight": torch.ones(384)}), "unknown key decoder.8.norm1.weight"),
         (
             lambda state: state.update({"bottleneck.0.fc1.bias": torch.ones(3)}),
@@ -93,7 +94,17 @@ def test_import_when_the_file_holds_something_else_then_refuses(tmp_path, name, 
         (lambda state: state.update({"decoder.0.attn.learn_scale": torch.ones(12, 1, 1)}), "12 heads; 6"),
         (lambda state: state.update({"encoder.cls_token": torch.ones(1, 1, 384)}), "lack register_tokens"),
     ],
-    ids=["missing", "missing inside", "unknown", "shape", "channels", "not a matrix", "heads", "half an encoder"],
+    ids=[
+        "missing",
+        "missing inside",
+        "our name",
+        "unknown",
+        "shape",
+        "channels",
+        "not a matrix",
+        "heads",
+        "half an encoder",
+    ],
 )
 def test_import_when_a_key_does_not_fit_then_names_it_officially(
     checkpoint, spoil: Callable[[dict[str, Tensor]], object], message
