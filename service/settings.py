@@ -1,0 +1,182 @@
+"""The service's settings: environment variables with the prefix `FLAWLINE_`, read once in `__main__`.
+
+Every module gets plain values from here; none reads the environment itself. A wrong value, or a name that looks like a
+misspelt one, stops the start with one sentence. The golden set is always replayed; there is no setting to skip it.
+"""
+
+import difflib
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.contract.bundle import LineName
+from service.contract.frames import FRAME_FORMATS, FrameLimits
+
+PREFIX = "FLAWLINE_"
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class SettingsInvalid(ValueError):
+    """A setting can't be used; the sentence names the variable and shows a right value."""
+
+
+def usable_cpus(cgroup: Path = _CGROUP) -> int:
+    """Return how many CPUs this process may keep busy: its affinity, or its container's quota where that is less.
+
+    Args:
+        cgroup: root of the control groups as this process sees them.
+    """
+    affinity = len(os.sched_getaffinity(0))
+    try:
+        if (cgroup / "cpu.max").is_file():
+            quota, period = (cgroup / "cpu.max").read_text().split()
+        else:
+            quota = (cgroup / "cpu/cpu.cfs_quota_us").read_text()
+            period = (cgroup / "cpu/cpu.cfs_period_us").read_text()
+        allowed = int(quota) / int(period)
+    except (OSError, ValueError):  # no control groups, or the quota is `max`
+        return affinity
+    return affinity if allowed <= 0 else max(1, min(affinity, math.ceil(allowed)))
+
+
+class Settings(BaseSettings):
+    """Every knob of the server; the unit is in the name.
+
+    Attributes:
+        store_directory: where bundles lie, as `<name>/<version>/`.
+        lines: to serve, separated by commas; absent means every line of the store.
+        host: address to listen on.
+        port: to listen on.
+        keys_file: of callers' keys; absent leaves the service open to everybody.
+        device: where engines run; another than the wanted one is never taken silently.
+        runners: batches that run side by side, for each engine; absent means one a CPU, or one on a GPU.
+        threads_per_run: CPU threads inside one run.
+        max_batch_size: frames in one run; the schedule takes fewer where larger batches do not pay.
+        max_queue_size: frames that one engine accepts and has not answered yet; one more is refused.
+        stuck_after_s: a run that takes longer makes its line unhealthy.
+        decode_workers: threads that decode and resize; absent means one a CPU.
+        default_deadline_s: from the arrival of a request to its answer, where the caller names none.
+        max_deadline_s: the longest that a caller may name.
+        max_body_bytes: the largest body.
+        max_pixels: the largest image, width times height.
+        formats: accepted codecs, separated by commas.
+        max_frames_per_request: in one call of `inspect-batch`.
+        max_heatmaps_kept: answers whose heatmap can still be fetched.
+        max_heatmap_bytes_kept: memory that they may take.
+        drain_timeout_s: after SIGTERM, to answer what was accepted; not below `max_deadline_s`.
+        log_level: of the JSON log.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    store_directory: Path = Path("store")
+    lines: Annotated[frozenset[LineName] | None, NoDecode] = None
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    keys_file: Path | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    runners: int = Field(default=0, ge=0, le=256)
+    threads_per_run: int = Field(default=1, ge=1, le=256)
+    max_batch_size: int = Field(default=1, ge=1, le=256)
+    max_queue_size: int = Field(default=64, ge=1, le=100_000)
+    stuck_after_s: float = Field(default=30, gt=0, le=3600)
+    decode_workers: int = Field(default=0, ge=0, le=256)
+    default_deadline_s: float = Field(default=2, gt=0, le=600)
+    max_deadline_s: float = Field(default=10, gt=0, le=600)
+    max_body_bytes: int = Field(default=64 * 2**20, ge=1024, le=2**30)
+    max_pixels: int = Field(default=50_000_000, ge=1, le=2**30)
+    formats: Annotated[frozenset[str], NoDecode] = FRAME_FORMATS
+    max_frames_per_request: int = Field(default=16, ge=1, le=1024)
+    max_heatmaps_kept: int = Field(default=1000, ge=0, le=1_000_000)
+    max_heatmap_bytes_kept: int = Field(default=256 * 2**20, ge=0)
+    drain_timeout_s: float = Field(default=15, gt=0, le=3600)
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @field_validator("lines", "formats", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: Any) -> Any:
+        return {part.strip() for part in value.split(",") if part.strip()} if isinstance(value, str) else value
+
+    @field_validator("lines")
+    @classmethod
+    def _names_a_line(cls, value: frozenset[str] | None) -> frozenset[str] | None:
+        if value is not None and not value:
+            raise ValueError("name at least one line, or leave it out to serve every line")
+        return value
+
+    @field_validator("formats")
+    @classmethod
+    def _is_known(cls, value: frozenset[str]) -> frozenset[str]:
+        if not value or not value <= FRAME_FORMATS:
+            raise ValueError(f"choose from {','.join(sorted(FRAME_FORMATS))}")
+        return value
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _is_no_service_link(cls, value: Any) -> Any:
+        if isinstance(value, str) and "://" in value:
+            raise ValueError("this is Kubernetes' own variable; set enableServiceLinks: false in the pod")
+        return value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _in_capitals(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _times_fit_together(self) -> Self:
+        if self.default_deadline_s > self.max_deadline_s:
+            raise ValueError("default_deadline_s must not be above max_deadline_s")
+        if self.drain_timeout_s < self.max_deadline_s:
+            raise ValueError("drain_timeout_s must not be below max_deadline_s, or accepted frames are lost")
+        return self
+
+    @property
+    def frame_limits(self) -> FrameLimits:
+        """What a caller may send."""
+        return FrameLimits(self.max_body_bytes, self.max_pixels, self.formats)
+
+    @property
+    def runners_per_engine(self) -> int:
+        """Batches that run side by side on one engine."""
+        return self.runners or (usable_cpus() if self.device == "cpu" else 1)
+
+    @property
+    def decode_threads(self) -> int:
+        """Threads that decode and resize."""
+        return self.decode_workers or usable_cpus()
+
+
+def read_settings() -> Settings:
+    """Read the settings from the environment of the process.
+
+    Raises:
+        SettingsInvalid: if a value does not fit, or a variable looks like a misspelt setting; overlooking
+            `FLAWLINE_KEY_FILE` would leave the service open.
+    """
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    for name in os.environ:
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            similar = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85)
+            if similar:
+                raise SettingsInvalid(f"{name} is no setting; did you mean {similar[0]}?")
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise SettingsInvalid(_sentence(error)) from error
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    if not first["loc"]:
+        return f"The settings do not fit together: {first['msg'].removeprefix('Value error, ')}."
+    name = str(first["loc"][0])
+    default = Settings.model_fields[name].default
+    example = ",".join(sorted(default)) if isinstance(default, frozenset) else default
+    right = "" if default is None else f" A right value is {example}."
+    return f"{PREFIX}{name.upper()}: {first['msg'].removeprefix('Value error, ')}.{right}"
