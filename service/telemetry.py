@@ -1,0 +1,225 @@
+"""Metrics and the one log line an inspection: the only importer of `prometheus_client`.
+
+Nothing here is called before the answer is on its way, except the engines' gauges. Labels come from closed sets: the
+registry declares its lines and engines, reasons are the codes of `service.errors`, and a name that nobody declared is
+counted as `unknown`.
+"""
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal, TextIO
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+
+from service.contract.policy import Policy, Verdict
+from service.inspection import Inspection
+
+Discarded = Literal["caller_left", "late"]
+Sink = Literal["heatmaps"]
+
+UNKNOWN_LINE = "unknown"
+CALLER_LEFT = "caller_left"
+
+_STAGE_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_SLACK_BUCKETS_S = (0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+_SCORE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5)
+_SMALLEST_THRESHOLD = 1e-6
+
+_log = logging.getLogger("flawline.inspections")
+
+
+class EngineMeter:
+    """The gauges of one engine, with their labels already resolved, because the batcher calls them for every batch."""
+
+    def __init__(self, batch_size: Histogram, queue_depth: Gauge, discarded: Mapping[Discarded, Counter]) -> None:
+        self._batch_size = batch_size
+        self._queue_depth = queue_depth
+        self._discarded = discarded
+
+    def batch(self, size: int) -> None:
+        """Count one run of so many frames."""
+        self._batch_size.observe(size)
+
+    def depth(self, frames: int) -> None:
+        """Say how many frames are accepted and not answered yet."""
+        self._queue_depth.set(frames)
+
+    def discard(self, why: Discarded) -> None:
+        """Count a frame that nobody waits for any more: dropped before its run, or its result after it."""
+        self._discarded[why].inc()
+
+
+class Telemetry:
+    """Every metric of the process, on a registry of its own."""
+
+    def __init__(self) -> None:
+        # A `_created` series beside every counter and histogram doubles what is scraped, and no dashboard reads it.
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the library ships this function without types
+        self._collectors = CollectorRegistry()
+        ProcessCollector(registry=self._collectors)
+        self._inspections = self._counter("inspections", "Answered frames.", "line", "version", "verdict")
+        self._no_verdict = self._counter("no_verdict", "Frames without a verdict, by error code.", "line", "reason")
+        self._stage = self._histogram("stage_duration_seconds", "Time by stage.", _STAGE_BUCKETS_S, "line", "stage")
+        self._slack = self._histogram(
+            "deadline_slack_seconds", "Time left to the deadline at the answer.", _SLACK_BUCKETS_S, "line"
+        )
+        self._batch_size = self._histogram("batch_size", "Frames in one run.", _BATCH_BUCKETS, "engine")
+        self._queue_depth = self._gauge("queue_depth", "Frames accepted and not answered yet.", "engine")
+        self._discarded = self._counter("discarded", "Frames that nobody waited for any more.", "engine", "reason")
+        self._score = self._histogram(
+            "score", "Scores in units of the fail threshold: 1 is at the threshold.", _SCORE_BUCKETS, "line", "version"
+        )
+        self._engine_load = self._gauge(
+            "engine_load_seconds", "From reading the bundle to its golden frames passed.", "engine"
+        )
+        self._model_info = self._gauge(
+            "model_info", "What serves a line; always 1.", "line", "version", "digest", "policy", "device"
+        )
+        self._golden_failures = self._counter("golden_failures", "Bundles whose golden frames came out differently.")
+        self._dropped = self._counter("records_dropped", "Records that made room for newer ones.", "sink")
+        self._dropped.labels("heatmaps")
+        self._lines: set[str] = {UNKNOWN_LINE}
+        self._model_labels: dict[str, tuple[str, ...]] = {}
+
+    def declare_line(self, line: str) -> None:
+        """Let a line of the registry be a label."""
+        self._lines.add(line)
+
+    def engine(self, engine: str) -> EngineMeter:
+        """Return the gauges of an engine, under the name of its bundle."""
+        discarded: dict[Discarded, Counter] = {
+            "caller_left": self._discarded.labels(engine, "caller_left"),
+            "late": self._discarded.labels(engine, "late"),
+        }
+        return EngineMeter(self._batch_size.labels(engine), self._queue_depth.labels(engine), discarded)
+
+    def engine_loaded(self, engine: str, seconds: float) -> None:
+        """Record how long an engine took from its bundle's bytes to its golden frames passed."""
+        self._engine_load.labels(engine).set(seconds)
+
+    def line_serves(self, line: str, version: str, digest: str, policy: str, device: str) -> None:
+        """Record what serves a line from now on, and forget what served it before."""
+        before = self._model_labels.get(line)
+        if before is not None:
+            self._model_info.remove(*before)
+        self._model_labels[line] = (line, version, digest, policy, device)
+        self._model_info.labels(*self._model_labels[line]).set(1)
+
+    def golden_failed(self) -> None:
+        """Count a bundle whose golden frames came out differently on this device."""
+        self._golden_failures.inc()
+
+    def record_dropped(self, sink: Sink) -> None:
+        """Count a record that made room for newer ones."""
+        self._dropped.labels(sink).inc()
+
+    def inspected(self, inspection: Inspection, encode_s: float, total_s: float) -> None:
+        """Count and log one answered frame.
+
+        Args:
+            inspection: the answer.
+            encode_s: seconds spent on writing it.
+            total_s: seconds from its arrival until it was written.
+        """
+        request, judgement, line = inspection.request, inspection.judgement, inspection.line
+        self._inspections.labels(line, inspection.bundle_version, judgement.verdict.value).inc()
+        seconds: dict[str, float] = {"encode": encode_s, "total": total_s}
+        seconds.update(inspection.timings_s)
+        for stage, spent in seconds.items():
+            self._stage.labels(line, stage).observe(spent)
+        self._slack.labels(line).observe(inspection.deadline_s - total_s)
+        self._score.labels(line, inspection.bundle_version).observe(in_units(judgement.score, inspection.policy))
+        fields: dict[str, Any] = {
+            "inspection_id": inspection.inspection_id,
+            "request_id": request.request_id,
+            "part_id": request.part_id,
+            "view": request.view,
+            "sequence": request.sequence,
+            "line": line,
+            "bundle_version": inspection.bundle_version,
+            "policy_version": inspection.policy_version,
+            "verdict": judgement.verdict.value,
+            "score": judgement.score,
+            "bytes": len(request.data),
+            "pixels": inspection.frame.height * inspection.frame.width,
+            "batch_size": inspection.batch_size,
+            "seconds": {stage: round(spent, 6) for stage, spent in seconds.items()},
+        }
+        _log.info("inspection", extra=fields)
+
+    def not_inspected(self, line: str, reason: str, **fields: Any) -> None:
+        """Count and log one frame without a verdict.
+
+        Args:
+            line: as it was asked for; one that the registry does not know is counted and logged as `unknown`.
+            reason: an error code, or `CALLER_LEFT`.
+            fields: whatever else is known, for the log: request and part id, bytes, seconds.
+        """
+        known = line if line in self._lines else UNKNOWN_LINE
+        self._no_verdict.labels(known, reason).inc()
+        verdict = Verdict.NO_VERDICT.value
+        _log.info("inspection", extra={"line": known, "verdict": verdict, "code": reason, **fields})
+
+    def exposition(self) -> tuple[bytes, str]:
+        """Return what a scraper reads, and its content type."""
+        return generate_latest(self._collectors), CONTENT_TYPE_LATEST
+
+    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
+        return Counter(name, meaning, labels, namespace="flawline", registry=self._collectors)
+
+    def _gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
+        return Gauge(name, meaning, labels, namespace="flawline", registry=self._collectors)
+
+    def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, meaning, labels, namespace="flawline", registry=self._collectors, buckets=buckets)
+
+
+def in_units(score: float, policy: Policy) -> float:
+    """Return a score in units of the fail threshold: 1 is at it, and more is more anomalous, whatever its sign."""
+    unit = max(abs(policy.fail_threshold), _SMALLEST_THRESHOLD)
+    return 1 + (score - policy.fail_threshold) / unit
+
+
+class JsonLines(logging.Formatter):
+    """Formats each log record as one line of JSON, with whatever was given as `extra` as members."""
+
+    _STANDARD = frozenset(vars(logging.LogRecord("", 0, "", 0, "", None, None))) | {"message", "asctime", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, without its end."""
+        members: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        members.update((name, value) for name, value in vars(record).items() if name not in self._STANDARD)
+        if record.exc_info is not None and record.exc_info[1] is not None:
+            members["exception"] = "".join(traceback.format_exception(record.exc_info[1]))
+        return json.dumps(members, default=str)
+
+
+def log_json_lines(level: str, stream: TextIO | None = None) -> None:
+    """Make every logger of the process write JSON lines.
+
+    Args:
+        level: name of the lowest level that is written.
+        stream: standard error where absent.
+    """
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
