@@ -13,7 +13,6 @@ from service.contract.raw_frames import PixelFormat
 from service.contract.regions import Window
 
 HeatmapKind = Literal["none", "png", "overlay", "f16"]
-Stage = Literal["receive", "decode", "queue", "infer", "postprocess"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Inspection:
         window: where the map lies on the original frame, `(top, left, height, width)` in its pixels.
         policy: that judged.
         batch_size: frames in the batch that this one ran in.
-        timings_s: seconds by stage.
+        timings_s: seconds by stage: receive, decode, queue, infer, postprocess.
         deadline_s: seconds after the arrival by which the answer was due.
     """
 
@@ -113,5 +112,5 @@ class Inspection:
     window: Window
     policy: Policy
     batch_size: int
-    timings_s: Mapping[Stage, float]
+    timings_s: Mapping[str, float]
     deadline_s: float

@@ -4,6 +4,6 @@ Before: the HTTP side received the body. After: it answers, and only then record
 is raised as one of `service.errors`; whatever is raised is `NO_VERDICT`.
 """
 
-from service.inspection import HeatmapKind, Inspection, InspectionRequest, RawLayout, Stage
+from service.inspection import HeatmapKind, Inspection, InspectionRequest, RawLayout
 
-__all__ = ["HeatmapKind", "Inspection", "InspectionRequest", "RawLayout", "Stage"]
+__all__ = ["HeatmapKind", "Inspection", "InspectionRequest", "RawLayout"]

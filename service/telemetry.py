@@ -137,8 +137,7 @@ class Telemetry:
         """
         request, judgement, line = inspection.request, inspection.judgement, inspection.line
         self._inspections.labels(line, inspection.bundle_version, judgement.verdict.value).inc()
-        seconds: dict[str, float] = {"encode": encode_s, "total": total_s}
-        seconds.update(inspection.timings_s)
+        seconds = {**inspection.timings_s, "encode": encode_s, "total": total_s}
         for stage, spent in seconds.items():
             self._stage.labels(line, stage).observe(spent)
         self._slack.labels(line).observe(inspection.deadline_s - total_s)
