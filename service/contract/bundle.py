@@ -195,7 +195,7 @@ def load_bundle(path: Path) -> Bundle:
     manifest_bytes = _read(path, MANIFEST_FILE)
     sidecar = _read(path, MANIFEST_DIGEST_FILE)
     digest = hashlib.sha256(manifest_bytes).hexdigest()
-    if sidecar.decode("ascii", "replace").strip() != digest:
+    if sidecar != digest.encode() + b"\n":
         raise BundleRefused(f"{MANIFEST_FILE} does not match {MANIFEST_DIGEST_FILE}; export the bundle again.")
     manifest = _parse(Manifest, manifest_bytes, MANIFEST_FILE)
     for required in _REQUIRED_FILES:
@@ -235,7 +235,8 @@ def seal(manifest: Manifest, files: Mapping[str, bytes]) -> dict[str, bytes]:
     """
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
     sealed = manifest.model_copy(update={"files": digests})
-    text = json.dumps(sealed.model_dump(mode="json"), indent=2, sort_keys=True).encode() + b"\n"
+    plain = json.loads(sealed.model_dump_json())  # where NaN has become null; NaN is no JSON
+    text = json.dumps(plain, indent=2, sort_keys=True).encode() + b"\n"
     sidecar = hashlib.sha256(text).hexdigest().encode() + b"\n"
     return {**files, MANIFEST_FILE: text, MANIFEST_DIGEST_FILE: sidecar}
 
@@ -262,12 +263,14 @@ def _refuse_strangers(path: Path, manifest: Manifest) -> None:
 
 def _read(path: Path, relative: str) -> bytes:
     file = path / relative
-    if not file.resolve().is_relative_to(path.resolve()):
-        raise BundleRefused(f"{relative} lies outside of the bundle.")
     try:
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise BundleRefused(f"{relative} lies outside of the bundle.")
+        if not file.is_file():  # a pipe would be read for ever
+            raise BundleRefused(f"{relative} is no plain file in the bundle {path.parent.name}/{path.name}.")
         return file.read_bytes()
-    except OSError as error:
-        raise BundleRefused(f"{relative} can't be read in the bundle {path.parent.name}/{path.name}.") from error
+    except (OSError, RuntimeError, ValueError) as error:  # unreadable, a ring of links, a name that can't be
+        raise BundleRefused(f"{relative!r} can't be read in the bundle {path.parent.name}/{path.name}.") from error
 
 
 def _parse(schema: type[_Model], data: bytes, name: str) -> _Model:

@@ -1,0 +1,363 @@
+"""Promises of the bundle: what was written is what is read, and everything else is refused by name."""
+
+import hashlib
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.contract.bundle import Manifest, MetricRecord, load_bundle, load_policy, seal, versions_of
+from service.contract.policy import ScoreRule
+from service.errors import BundleRefused
+from tests.factories import bundle_files, make_bundle, make_manifest, make_policy, reseal, write_files
+from tests.strategies import manifests
+
+FILES = bundle_files()
+MANIFEST, SIDECAR = "manifest.json", "manifest.sha256"
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """Return the folder of a valid bundle."""
+    return write_files(tmp_path / "demo_line" / "1", FILES)
+
+
+def rewrite_manifest(folder, change):
+    """Let `change` edit the manifest's fields and repair its digest, as a careless or hostile writer would."""
+    fields = json.loads((folder / MANIFEST).read_bytes())
+    change(fields)
+    text = json.dumps(fields).encode()
+    (folder / MANIFEST).write_bytes(text)
+    (folder / SIDECAR).write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"margin": 4},
+        {"height": 64, "width": 16},
+        {"lines": ("left", "right"), "conditional": True},
+        {"policy": {"region_of_interest": (((0.1, 0.1), (0.9, 0.1), (0.5, 0.9)),)}},
+        {"extra_files": {"report/curve.png": b"\x89PNG"}},
+    ],
+    ids=["plain", "cropped", "tall", "two lines", "region of interest", "pictures"],
+)
+def test_bundle_when_sealed_and_loaded_holds_what_was_written(tmp_path, options):
+    """Every part of a bundle comes back as it was written."""
+    folder = make_bundle(tmp_path, "socket.a", "12", **options)
+
+    bundle = load_bundle(folder)
+
+    assert (bundle.manifest.name, bundle.manifest.version, bundle.path) == ("socket.a", "12", folder)
+    assert bundle.manifest.lines == options.get("lines", ("socket.a",))
+    assert bundle.policy == make_policy(**options.get("policy", {}))
+    assert bundle.model == (folder / "model.onnx").read_bytes()
+    assert bundle.digest == hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    assert bundle.calibration.scores.size == bundle.manifest.data.calibrated_on
+    assert {*bundle.files, "model.onnx"} == set(bundle.manifest.files)
+
+
+def test_factory_when_called_twice_writes_the_same_bytes():
+    """A bundle made of the same things has the same digest."""
+    assert bundle_files() == FILES
+
+
+@given(manifests())
+def test_manifest_when_sealed_and_read_is_the_same(manifest):
+    """A manifest survives its file, with the digests of what it was sealed with."""
+    sealed = seal(manifest, {"model.onnx": b"graph", "report.html": b"page"})
+
+    read = Manifest.model_validate_json(sealed[MANIFEST])
+
+    assert read.model_copy(update={"files": {}}) == manifest
+    assert read.files == {
+        "model.onnx": hashlib.sha256(b"graph").hexdigest(),
+        "report.html": hashlib.sha256(b"page").hexdigest(),
+    }
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_manifest_when_a_figure_is_no_number_is_sealed_as_plain_json(value):
+    """An undefined figure becomes null, which every JSON reader knows; `NaN` is no JSON."""
+    manifest = make_manifest(metrics={"aupro": MetricRecord(value=value)}, hyperparameters={"limit": value})
+
+    sealed = seal(manifest, {})
+
+    fields = json.loads(sealed[MANIFEST], parse_constant=pytest.fail)
+    assert fields["metrics"]["aupro"]["value"] is None
+    assert fields["hyperparameters"]["limit"] is None
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("place", [0.0, 0.37, 0.71, 1.0], ids=["first", "early", "late", "last"])
+@pytest.mark.parametrize("bit", [0x01, 0x2A, 0x80])
+def test_loading_when_a_byte_of_a_file_is_flipped_is_refused_by_name(bundle, name, place, bit):
+    """Not one byte of any file can change unnoticed, and the refusal names the file."""
+    data = bytearray(FILES[name])
+    data[int(place * (len(data) - 1))] ^= bit
+    (bundle / name).write_bytes(data)
+
+    with pytest.raises(BundleRefused) as refused:
+        load_bundle(bundle)
+
+    assert name in str(refused.value)
+
+
+@given(st.sampled_from(sorted(FILES)), st.floats(0, 1), st.integers(1, 255))
+def test_loading_when_any_byte_of_any_file_is_flipped_is_refused(tmp_path_factory, name, place, bits):
+    """Wherever the byte lies and however it changes, the bundle is refused."""
+    folder = tmp_path_factory.getbasetemp() / "flipped"
+    if not folder.exists():
+        write_files(folder, FILES)
+    data = bytearray(FILES[name])
+    data[int(place * (len(data) - 1))] ^= bits
+    (folder / name).write_bytes(data)
+
+    with pytest.raises(BundleRefused, match=name.replace(".", r"\.")):
+        load_bundle(folder)
+
+    (folder / name).write_bytes(FILES[name])
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("change", ["missing", "cut", "longer", "empty"])
+def test_loading_when_a_file_has_another_length_is_refused_by_name(bundle, name, change):
+    """Missing, shortened, lengthened and emptied files are refused."""
+    file = bundle / name
+    if change == "missing":
+        file.unlink()
+    else:
+        file.write_bytes({"cut": FILES[name][:-1], "longer": FILES[name] + b"\n", "empty": b""}[change])
+
+    with pytest.raises(BundleRefused) as refused:
+        load_bundle(bundle)
+
+    assert name in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["stranger.txt", "golden/3.png", ".hidden", "model.onnx.data", "deep/er/file"])
+def test_loading_when_there_is_a_file_that_the_manifest_does_not_name_is_refused(bundle, name):
+    """What no digest covers has no place in a bundle."""
+    write_files(bundle, {name: b"x"})
+
+    with pytest.raises(BundleRefused, match="is not named by manifest"):
+        load_bundle(bundle)
+
+
+def test_loading_when_plans_were_built_on_the_target_accepts_them(bundle):
+    """Engines belong to the device; they are checked against the verified graph, not by the manifest."""
+    write_files(bundle, {"engines/sm90-10.8-fp16.plan": b"plan"})
+
+    assert "engines/sm90-10.8-fp16.plan" not in load_bundle(bundle).files
+
+
+@pytest.mark.parametrize("name", ["model.onnx", MANIFEST, "golden", "engines", "stranger"])
+@pytest.mark.parametrize("target", ["inside", "outside", "nowhere", "itself"])
+def test_loading_when_something_is_a_link_is_refused(bundle, tmp_path, name, target):
+    """A bundle holds plain files, so that what was hashed is what lies there."""
+    link = bundle / name
+    aims = {"outside": tmp_path / "elsewhere", "nowhere": tmp_path / "nowhere", "itself": link}
+    aim = aims.get(target, bundle / "moved")
+    if link.exists() and target in ("inside", "outside"):
+        link.rename(aim)
+    else:
+        write_files(tmp_path / "elsewhere", {"file": b"x"})
+        if link.is_file():
+            link.unlink()
+        elif link.exists():
+            link.rename(tmp_path / "away")
+    link.symlink_to(aim)
+
+    with pytest.raises(BundleRefused):
+        load_bundle(bundle)
+
+
+def test_loading_when_a_file_is_a_pipe_is_refused_at_once(bundle):
+    """A pipe would be read for ever."""
+    (bundle / "model.onnx").unlink()
+    os.mkfifo(bundle / "model.onnx")
+
+    with pytest.raises(BundleRefused, match=r"model\.onnx is no plain file"):
+        load_bundle(bundle)
+
+
+def test_loading_when_the_manifest_is_a_pipe_is_refused_at_once(bundle):
+    """Not even the first file may block."""
+    (bundle / MANIFEST).unlink()
+    os.mkfifo(bundle / MANIFEST)
+
+    with pytest.raises(BundleRefused, match=r"manifest\.json is no plain file"):
+        load_bundle(bundle)
+
+
+def test_loading_when_the_folder_itself_is_reached_by_a_link_is_allowed(bundle, tmp_path):
+    """Stores are often mounted through links; only the inside of a bundle must be plain."""
+    (tmp_path / "mounted").symlink_to(bundle.parent, target_is_directory=True)
+
+    assert load_bundle(tmp_path / "mounted" / "1").digest == load_bundle(bundle).digest
+
+
+def test_loading_when_the_folder_does_not_exist_is_refused(tmp_path):
+    """A bundle that is not there is refused like a broken one."""
+    with pytest.raises(BundleRefused, match=r"manifest\.json"):
+        load_bundle(tmp_path / "demo_line" / "9")
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/hostname", "golden/../../secret", "nul\0byte", "golden", "x" * 300, ""]
+)
+def test_loading_when_the_manifest_names_a_file_elsewhere_is_refused(bundle, name):
+    """A manifest can't make the service read outside of the bundle, nor fail in another way."""
+    (bundle.parent / "secret").write_bytes(b"secret")
+    digest = hashlib.sha256(b"secret").hexdigest()
+    rewrite_manifest(bundle, lambda fields: fields["files"].update({name: digest}))
+
+    with pytest.raises(BundleRefused):
+        load_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.onnx", "calibration.npz", "policy.json", "golden/expected.json", "golden/maps.npz", "report.html"]
+)
+def test_loading_when_the_manifest_leaves_out_a_required_file_is_refused_by_name(bundle, name):
+    """A bundle without one of its parts is none, even with its digests in order."""
+    (bundle / name).unlink()
+    rewrite_manifest(bundle, lambda fields: fields["files"].pop(name))
+
+    with pytest.raises(BundleRefused) as refused:
+        load_bundle(bundle)
+
+    assert f"names no {name}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("schema_version", 2),
+        ("name", "../up"),
+        ("name", ""),
+        ("version", "0"),
+        ("version", "1.0"),
+        ("lines", []),
+        ("lines", ["a/b"]),
+        ("precision", "fp8"),
+        ("opset", 11),
+        ("detector", None),
+        ("evaluation_resolution", "somewhere"),
+        ("surprise", 1),
+    ],
+)
+def test_loading_when_a_manifest_field_does_not_fit_is_refused_by_its_name(bundle, field, value):
+    """A schema fault names the field."""
+    rewrite_manifest(bundle, lambda fields: fields.update({field: value}))
+
+    with pytest.raises(BundleRefused, match=rf"manifest\.json: {field}"):
+        load_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("input", "height"), 0),
+        (("input", "resize"), "nearest"),
+        (("input", "scaled_jpeg_decode"), False),
+        (("input", "channel_order"), "BGR"),
+        (("output", "score_rule", "kind"), "median"),
+        (("parity", "verdicts_differ"), 1),
+        (("parity", "map_difference"), "NaN"),
+        (("golden", "map_tolerance"), 0),
+        (("data", "calibrated_on"), 0),
+        (("data", "digest"), "short"),
+        (("files", "report.html"), "0" * 63),
+    ],
+    ids=lambda value: ".".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_loading_when_a_nested_field_does_not_fit_is_refused_by_its_path(bundle, path, value):
+    """A schema fault deep inside names the way to it."""
+
+    def change(fields):
+        for step in path[:-1]:
+            fields = fields[step]
+        fields[path[-1]] = value
+
+    rewrite_manifest(bundle, change)
+
+    with pytest.raises(BundleRefused) as refused:
+        load_bundle(bundle)
+
+    assert f"manifest.json: {'.'.join(path)}" in str(refused.value)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"\x80\x04pickle"])
+@pytest.mark.parametrize("name", ["policy.json", MANIFEST])
+def test_loading_when_a_json_file_is_none_is_refused_by_name(bundle, name, text):
+    """A file that is no JSON is refused, also where its digest is right."""
+    (bundle / name).write_bytes(text)
+    if name == MANIFEST:
+        (bundle / SIDECAR).write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n")
+    else:
+        reseal(bundle)
+
+    with pytest.raises(BundleRefused) as refused:
+        load_bundle(bundle)
+
+    assert name in str(refused.value)
+
+
+def test_loading_when_the_policy_makes_no_sense_is_refused(bundle):
+    """A default policy that could not be read on its own is refused within the bundle as well."""
+    fields = json.loads((bundle / "policy.json").read_bytes()) | {"review_threshold": 99}
+    (bundle / "policy.json").write_text(json.dumps(fields))
+
+    with pytest.raises(BundleRefused, match=r"policy\.json: .*review_threshold"):
+        load_bundle(reseal(bundle))
+
+
+def test_loading_when_the_calibration_is_pickled_is_refused(bundle):
+    """Arrays of objects are refused with their digests in order."""
+    np.savez(bundle / "calibration.npz", scores=np.array([{}], dtype=object))
+
+    with pytest.raises(BundleRefused, match=r"calibration\.npz"):
+        load_bundle(reseal(bundle))
+
+
+def test_loading_when_a_region_of_interest_can_not_move_the_score_is_refused(bundle):
+    """A default policy that this detector's score can't follow is refused before any frame."""
+    policy = make_policy(region_of_interest=(((0, 0), (1, 0), (1, 1)),))
+    (bundle / "policy.json").write_text(policy.model_dump_json())
+    output = make_manifest().output.model_copy(update={"score_rule": ScoreRule(kind="graph")})
+
+    with pytest.raises(BundleRefused, match="region of interest"):
+        load_bundle(reseal(bundle, output=output))
+
+
+def test_loading_a_policy_when_it_is_good_returns_it(tmp_path):
+    """A line's own policy is read by the same schema."""
+    (tmp_path / "7.json").write_text(make_policy(version="7").model_dump_json())
+
+    assert load_policy(tmp_path / "7.json") == make_policy(version="7")
+
+
+@pytest.mark.parametrize("text", [None, "{}", "no json"])
+def test_loading_a_policy_when_it_is_missing_or_wrong_is_refused_by_name(tmp_path, text):
+    """A policy file that can't be used is named."""
+    if text is not None:
+        (tmp_path / "7.json").write_text(text)
+
+    with pytest.raises(BundleRefused, match=r"7\.json"):
+        load_policy(tmp_path / "7.json")
+
+
+def test_versions_when_a_store_holds_more_than_bundles_are_whole_numbers_oldest_first(tmp_path):
+    """Half-written bundles, notes and files are no versions, and ten comes after nine."""
+    for name in ("10", "9", "1", "0", "01", ".2.partial", "latest", "٣"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "11").write_text("a file")
+
+    assert versions_of(tmp_path) == ["1", "9", "10"]
+    assert versions_of(tmp_path / "nowhere") == []

@@ -1,0 +1,211 @@
+"""Promises of the only code that may say PASS."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from service.contract.policy import Policy, ScoreRule, Verdict, image_score, inspected_mask, judge, verdict_of
+from service.errors import BundleRefused, EngineFailed
+from tests.factories import make_input, make_policy
+from tests.strategies import anomaly_maps, finite_float32, policies
+
+MAXIMUM = ScoreRule(kind="maximum")
+GRAPH = ScoreRule(kind="graph")
+WINDOW = (0.0, 0.0, 8.0, 8.0)
+SEVERITY = [Verdict.PASS, Verdict.REVIEW, Verdict.FAIL]
+LEFT_HALF = (((0.0, 0.0), (0.45, 0.0), (0.45, 1.0), (0.0, 1.0)),)
+
+
+@given(policies(), finite_float32(), finite_float32())
+def test_verdict_when_the_score_rises_never_softens(policy, one, other):
+    """A more anomalous part is never judged better."""
+    low, high = sorted([one, other])
+
+    assert SEVERITY.index(verdict_of(low, policy)) <= SEVERITY.index(verdict_of(high, policy))
+
+
+@given(policies(), finite_float32())
+def test_verdict_when_passed_lies_below_both_thresholds(policy, score):
+    """PASS means below review and below fail, and nothing else."""
+    passed = verdict_of(score, policy) is Verdict.PASS
+
+    assert passed == (score < policy.review_threshold and score < policy.fail_threshold)
+
+
+@pytest.mark.parametrize(
+    ("score", "verdict"),
+    [
+        (0.0999, Verdict.PASS),
+        (0.1, Verdict.REVIEW),
+        (0.1999, Verdict.REVIEW),
+        (0.2, Verdict.FAIL),
+        (math.inf, Verdict.FAIL),
+        (math.nan, Verdict.NO_VERDICT),
+    ],
+)
+def test_verdict_when_the_score_touches_a_threshold_is_the_stricter(score, verdict):
+    """A score at the threshold is anomalous, and NaN has no verdict."""
+    assert verdict_of(score, make_policy(review_threshold=0.1, fail_threshold=0.2)) is verdict
+
+
+@given(
+    st.floats(allow_nan=True, allow_infinity=True, width=32),
+    st.sampled_from([math.nan, math.inf, -math.inf]),
+    st.integers(0, 63),
+    st.booleans(),
+)
+def test_judging_when_a_map_value_is_not_finite_is_no_pass(score, broken, at, with_region):
+    """One broken value anywhere, also outside of the region of interest, makes the engine's answer unusable."""
+    anomaly_map = np.zeros((8, 8), np.float32)
+    anomaly_map.flat[at] = broken
+    inspected = np.eye(8, dtype=bool) if with_region else None
+
+    with pytest.raises(EngineFailed, match="no verdict"):
+        judge(score, anomaly_map, make_policy(), MAXIMUM, WINDOW, inspected)
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("inspected", [None, np.ones((8, 8), bool)], ids=["everywhere", "region"])
+def test_judging_when_the_score_is_not_finite_is_no_pass(score, inspected):
+    """A broken score is an engine failure even where the score is reduced again from the map."""
+    with pytest.raises(EngineFailed):
+        judge(score, np.zeros((8, 8), np.float32), make_policy(), MAXIMUM, WINDOW, inspected)
+
+
+@given(anomaly_maps(), policies(), finite_float32())
+def test_judging_when_anything_is_finite_agrees_with_its_own_score(anomaly_map, policy, score):
+    """The verdict is that of the score in the answer; regions are shown and never soften it."""
+    judgement = judge(score, anomaly_map, policy, GRAPH, WINDOW, None)
+
+    assert judgement.score == score
+    assert judgement.verdict is verdict_of(score, policy)
+    assert len(judgement.regions) == min(judgement.regions_total, policy.max_regions)
+
+
+def test_judging_when_every_region_is_too_small_still_fails():
+    """Filters decide what is shown, never the verdict."""
+    anomaly_map = np.zeros((8, 8), np.float32)
+    anomaly_map[3, 3] = 1
+
+    judgement = judge(1.0, anomaly_map, make_policy(min_region_area_px=2), MAXIMUM, WINDOW, None)
+
+    assert (judgement.verdict, judgement.regions, judgement.regions_total) == (Verdict.FAIL, [], 0)
+
+
+def test_judging_when_the_defect_lies_outside_of_the_region_of_interest_passes():
+    """What is not inspected counts neither for the score nor for regions."""
+    policy = make_policy(region_of_interest=LEFT_HALF)
+    anomaly_map = np.zeros((8, 8), np.float32)
+    anomaly_map[2, 6] = 1
+
+    judgement = judge(1.0, anomaly_map, policy, MAXIMUM, WINDOW, inspected_mask(policy, 8, 8))
+
+    assert (judgement.verdict, judgement.score, judgement.regions) == (Verdict.PASS, 0.0, [])
+
+
+def test_judging_when_the_defect_lies_inside_of_the_region_of_interest_fails():
+    """A region of interest hides nothing that it covers."""
+    policy = make_policy(region_of_interest=LEFT_HALF)
+    anomaly_map = np.zeros((8, 8), np.float32)
+    anomaly_map[2, 1:6] = 1
+
+    judgement = judge(1.0, anomaly_map, policy, MAXIMUM, WINDOW, inspected_mask(policy, 8, 8))
+
+    assert judgement.verdict is Verdict.FAIL
+    assert [(region.x, region.width) for region in judgement.regions] == [(1.0, 3.0)]
+
+
+def test_inspected_mask_when_the_input_is_cropped_follows_the_frame():
+    """Polygons are fractions of the frame; on a centre crop's map they lie where the frame's pixels lie."""
+    spec = make_input(height=60, width=60, margin=20)
+    policy = make_policy(region_of_interest=(((0.0, 0.0), (0.499, 0.0), (0.499, 0.305), (0.0, 0.305)),))
+
+    mask = inspected_mask(policy, 60, 60, spec.window(1, 1))
+
+    # Of 100 resized rows, 0 to 30 are of interest, and the map starts at row 20; so do the columns, of 0 to 49.
+    rows, columns = np.nonzero(mask)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 10, 0, 29)
+
+
+def test_inspected_mask_when_there_is_no_region_of_interest_is_none():
+    """Inspecting everything costs nothing."""
+    assert inspected_mask(make_policy(), 4, 4) is None
+
+
+def test_inspected_mask_when_the_crop_leaves_nothing_of_it_is_refused():
+    """A policy that would look at nothing can't be used."""
+    corner = (((0.0, 0.0), (0.1, 0.0), (0.1, 0.1)),)
+    policy = make_policy(region_of_interest=corner)
+
+    with pytest.raises(BundleRefused, match="nothing to inspect"):
+        inspected_mask(policy, 60, 60, make_input(60, 60, margin=20).window(1, 1))
+
+
+def test_score_when_the_graph_alone_can_reduce_refuses_a_region_of_interest():
+    """A score that can't follow the region of interest is refused rather than quietly kept."""
+    with pytest.raises(BundleRefused, match="region of interest"):
+        image_score(0.0, np.zeros((4, 4), np.float32), np.ones((4, 4), bool), GRAPH)
+
+
+def test_score_when_nothing_is_inspected_is_refused():
+    """No values, no score, no verdict."""
+    with pytest.raises(BundleRefused, match="enlarge"):
+        MAXIMUM.reduce(np.zeros(0, np.float32))
+
+
+@given(anomaly_maps(), st.floats(0.001, 1))
+def test_top_fraction_mean_when_sorted_by_hand_is_the_same(anomaly_map, fraction):
+    """The score is the mean of the highest share of values, of at least one; rtol: order of float32 sums."""
+    values = anomaly_map.ravel()
+    count = max(1, int(values.size * fraction))
+
+    score = ScoreRule(kind="top_fraction_mean", fraction=fraction).reduce(values)
+
+    assert score == pytest.approx(float(np.sort(values)[::-1][:count].mean(dtype=np.float64)), rel=1e-6)
+
+
+@given(anomaly_maps())
+def test_maximum_when_reduced_is_the_largest_value(anomaly_map):
+    """The maximum is what it says."""
+    assert MAXIMUM.reduce(anomaly_map.ravel()) == anomaly_map.max()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"kind": "top_fraction_mean"}, {"kind": "maximum", "fraction": 0.1}, {"kind": "graph", "fraction": 1}]
+)
+def test_score_rule_when_fraction_and_kind_do_not_fit_is_refused(fields):
+    """A fraction belongs to one rule only."""
+    with pytest.raises(ValidationError, match="fraction belongs"):
+        ScoreRule(**fields)
+
+
+@given(policies())
+def test_policy_when_written_and_read_is_the_same(policy):
+    """A policy survives its file to the bit."""
+    assert Policy.model_validate_json(policy.model_dump_json()) == policy
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"review_threshold": 0.3}, "review_threshold must not be above"),
+        ({"map_floor": 0.2}, "map_floor must be below"),
+        ({"fail_threshold": math.nan}, "finite"),
+        ({"review_threshold": -math.inf}, "finite"),
+        ({"region_of_interest": (((0, 0), (1, 1)),)}, "three points"),
+        ({"region_of_interest": (((0, 0), (1, 0), (1, 1.5)),)}, "fractions of the frame"),
+        ({"region_of_interest": (((0, 0), (1, 0), (1, math.nan)),)}, "fractions of the frame"),
+        ({"min_region_area_px": -1}, "greater than or equal to 0"),
+        ({"max_regions": -1}, "greater than or equal to 0"),
+        ({"version": "../1"}, "pattern"),
+        ({"fail_treshold": 1}, "Extra inputs"),
+    ],
+)
+def test_policy_when_a_rule_makes_no_sense_is_refused(fields, reason):
+    """Whatever could judge in a way nobody meant is refused at reading, with the field's name."""
+    with pytest.raises(ValidationError, match=reason):
+        make_policy(**fields)
