@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from service.contract.calibration import Calibration, Threshold, needed_good_parts
 from service.contract.frames import decode_mask
 from service.contract.policy import Policy, ScoreRule, image_score, inspected_mask
-from service.contract.regions import Polygon, outline_mask
+from service.contract.regions import Polygon, Window, outline_mask
 from service.errors import CalibrationRefused, UnreadableFrame
 
 # Smaller components of a region-of-interest mask are specks of a brush, not places to inspect.
@@ -66,6 +66,7 @@ def calibrate(
     fail_rate: float,
     version: str,
     region_of_interest: tuple[Polygon, ...] | None = None,
+    window: Window = (0.0, 0.0, 1.0, 1.0),
 ) -> Calibrated:
     """Calibrate on good parts that fitting never saw.
 
@@ -77,6 +78,7 @@ def calibrate(
         fail_rate: wanted share of good parts that are `FAIL`.
         version: of the policy.
         region_of_interest: polygons in fractions of the frame, or None for everything.
+        window: where the maps lie on the frame, `InputSpec.window(1, 1)`.
 
     Raises:
         CalibrationRefused: if there are too few good parts for a rate, or a score is not finite.
@@ -92,7 +94,7 @@ def calibrate(
         map_floor=0,
         region_of_interest=region_of_interest,
     )
-    inspected = inspected_mask(policy, *maps.shape[1:])
+    inspected = inspected_mask(policy, *maps.shape[1:], window)
     if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
         raise CalibrationRefused("A good frame's score or map is not finite; look at the frames and the training loss.")
     compared = [image_score(float(score), amap, inspected, rule) for score, amap in zip(scores, maps, strict=True)]

@@ -24,6 +24,7 @@ from service.contract.bundle import ParityRecord
 from service.contract.golden import Run
 from service.contract.graph import verify_graph
 from service.contract.policy import Policy, ScoreRule, image_score, inspected_mask, verdict_of
+from service.contract.regions import Window
 from service.errors import BundleRefused, FlawlineError
 
 OPSET = 20
@@ -134,7 +135,14 @@ def export_graph(detector: Detector) -> bytes:
     return data
 
 
-def check_parity(detector: Run, graph: Run, frames: NDArray[np.uint8], policy: Policy, rule: ScoreRule) -> ParityRecord:
+def check_parity(
+    detector: Run,
+    graph: Run,
+    frames: NDArray[np.uint8],
+    policy: Policy,
+    rule: ScoreRule,
+    window: Window = (0.0, 0.0, 1.0, 1.0),
+) -> ParityRecord:
     """Compare the graph with PyTorch on real frames, at batch sizes that were not traced: maps, scores and verdicts.
 
     Scores must also be what `rule` makes of the maps, since the service reduces them again inside a region of interest.
@@ -147,6 +155,7 @@ def check_parity(detector: Run, graph: Run, frames: NDArray[np.uint8], policy: P
         frames: `(n, H, W, 3)` uint8, at least one.
         policy: whose verdicts are compared.
         rule: how the bundle says that scores are reduced from maps.
+        window: where the maps lie on the frame, `InputSpec.window(1, 1)`.
 
     Raises:
         ExportFailed: if anything differs by more than the tolerance; the sentence says what and by how much.
@@ -164,7 +173,8 @@ def check_parity(detector: Run, graph: Run, frames: NDArray[np.uint8], policy: P
         raise _differs("scores", f"{score_difference:.2g}", f"{allowed:.2g}")
     if rule.kind != "graph":
         _check_rule(rule, scores, maps, allowed)
-    differ = _verdicts_that_differ((expected_scores, expected_maps), (scores, maps), policy, rule, allowed)
+    inspected = inspected_mask(policy, *maps.shape[1:], window)
+    differ = _verdicts_that_differ((expected_scores, expected_maps), (scores, maps), policy, rule, inspected, allowed)
     if differ:
         raise _differs("verdicts", f"{differ} of {len(frames)} frames", "0")
     return ParityRecord(
@@ -235,9 +245,9 @@ def _verdicts_that_differ(
     found: tuple[NDArray[np.float32], NDArray[np.float32]],
     policy: Policy,
     rule: ScoreRule,
+    inspected: NDArray[np.bool_] | None,
     allowed: float,
 ) -> int:
-    inspected = inspected_mask(policy, *expected[1].shape[1:])
     differ = 0
     for score, anomaly_map, other_score, other_map in zip(*expected, *found, strict=True):
         compared = image_score(float(score), anomaly_map, inspected, rule)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from service.contract.bundle import Manifest
+from service.contract.bundle import Manifest, MetricRecord
 from service.contract.frames import FrameLimits
 from service.contract.regions import Polygon
 from training.bundles import RunRecord, bundle_files, make_manifest, tell_facts, verify_bundle
@@ -66,6 +66,11 @@ class FinishedRun:
     manifest: Manifest
     report: ReportData
 
+    @property
+    def metrics(self) -> dict[str, MetricRecord]:
+        """Figures of the test frames."""
+        return self.manifest.metrics
+
 
 def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: Beginning = "new") -> FinishedRun:
     """Run from frames to bundle.
@@ -104,7 +109,9 @@ def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: B
     on_cpu = DetectorRun(prepared.module.to("cpu"), torch.device("cpu"))
     model = export_graph(prepared.detector)
     graph = GraphRun(model)
-    parity = check_parity(on_cpu, graph, _some_frames(held_out, tested, config), calibrated.policy, rule)
+    parity = check_parity(
+        on_cpu, graph, _some_frames(held_out, tested, config), calibrated.policy, rule, spec.window(1, 1)
+    )
     chooser = GoldenChooser(graph, calibrated.policy, rule, spec, config.golden, config.seed)
     golden = chooser.choose(held_out, tested, config.golden_frames)
 
@@ -202,6 +209,7 @@ def _calibrate(
         fail_rate=config.fail_rate,
         version=_FIRST_POLICY,
         region_of_interest=region,
+        window=config.input.window(1, 1),
     )
 
 
