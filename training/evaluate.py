@@ -18,6 +18,7 @@ from service.contract.frames import FrameLimits, decode_image, fit_to_input, res
 from service.contract.geometry import InputSpec
 from service.contract.golden import Run
 from service.contract.policy import Judgement, Policy, ScoreRule, Verdict, inspected_mask, judge
+from service.errors import FlawlineError, UnreadableFrame
 from training.data.loader import load_mask
 from training.data.samples import ANOMALOUS, NORMAL, Sample
 from training.metrics import (
@@ -127,7 +128,7 @@ def ask(
         threads: decoders at work.
 
     Raises:
-        FlawlineError: if a frame can't be decoded.
+        UnreadableFrame: if a frame can't be decoded; the sentence names the file.
     """
     batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     scores, maps = [], []
@@ -151,7 +152,7 @@ def ask(
 
 def judge_all(answers: Answers, policy: Policy, rule: ScoreRule, spec: InputSpec) -> tuple[Judgement, ...]:
     """Judge every answer by a policy, as the service would."""
-    inspected = inspected_mask(policy, *answers.maps.shape[1:])
+    inspected = inspected_mask(policy, *answers.maps.shape[1:], window=spec.window(1, 1))
     return tuple(
         judge(float(score), anomaly_map, policy, rule, spec.window(*size), inspected)
         for score, anomaly_map, size in zip(answers.scores, answers.maps, answers.frame_sizes, strict=True)
@@ -223,7 +224,10 @@ def to_records(metrics: dict[str, Metric]) -> dict[str, MetricRecord]:
 
 
 def _read(sample: Sample, spec: InputSpec) -> _Fitted:
-    frame = decode_image(sample.path.read_bytes(), FrameLimits(), spec.resize_target)
+    try:
+        frame = decode_image(sample.path.read_bytes(), FrameLimits(), spec.resize_target)
+    except FlawlineError as error:
+        raise UnreadableFrame(f"{sample.path}: {error.sentence}") from error
     return _Fitted(fit_to_input(frame.pixels, spec), (frame.height, frame.width))
 
 

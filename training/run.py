@@ -86,12 +86,12 @@ def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: B
             in `training/__main__.py`.
     """
     config, spec = request.config, request.config.input
-    keep_request(directory, request)
     device = choose_device(request.device)
     make_deterministic(config.seed)
 
     frames = _gather(request, reporter)
     prepared = prepare_detector(config, request.weights, request.weight_folders, device)
+    keep_request(directory, request)
     fitting = _fit(prepared, frames, config, directory, reporter, beginning)
     rule = prepared.score_rule
 

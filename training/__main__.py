@@ -1,0 +1,164 @@
+"""The training commands of `flawline`: names, options and help; what they do is told in `jobs.py`.
+
+Nothing here needs torch before a command runs, so that `flawline --help` is quick. Exit codes: 0 done, 1 our fault or
+the machine's, 2 the caller's, 130 stopped by Ctrl-C or a termination signal.
+"""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Literal
+
+import typer
+
+commands = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+
+_CALLERS_FAULT = 2
+
+Bundle = Annotated[Path, typer.Argument(help="one version: store/<name>/<version>")]
+Detector = Annotated[str, typer.Option(help="method")]
+Config = Annotated[str, typer.Option(help="small (for a CPU), paper, or a YAML file")]
+Weights = Annotated[
+    str | None,
+    typer.Option(envvar="FLAWLINE_WEIGHTS", help="backbone: a safetensors file, a folder that holds it, or untrained"),
+]
+ReviewRate = Annotated[float | None, typer.Option(help="wanted share of good parts that are REVIEW or FAIL")]
+FailRate = Annotated[float | None, typer.Option(help="wanted share of good parts that are FAIL")]
+Roi = Annotated[Path | None, typer.Option(help="mask image, white where parts are inspected")]
+Threads = Annotated[int | None, typer.Option(min=1, help="threads of one computation")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change one value; may be repeated")
+]
+
+
+@commands.command(
+    epilog="""
+Examples:
+
+flawline train lines/bottle
+
+flawline train lines/bottle --config paper --device cuda
+
+flawline train lines/bottle --fail-rate 0.02 --set hyperparameters.recipe.iterations=300
+
+flawline train --resume runs/bottle/20261122-101500
+"""
+)
+def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls this by position
+    line_folder: Annotated[
+        Path | None, typer.Argument(help="train/good and, if there are any, test/good and test/<kind>")
+    ] = None,
+    store: Annotated[Path, typer.Option(help="folder of all bundles")] = Path("store"),
+    runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
+    detector: Detector = "inp_former",
+    config: Config = "small",
+    backbone: Annotated[str | None, typer.Option(help="another pretrained network, by timm's name")] = None,
+    weights: Weights = None,
+    name: Annotated[str | None, typer.Option(help="of bundle and line; default: the folder's name")] = None,
+    seed: Annotated[int | None, typer.Option(help="of everything that is drawn")] = None,
+    review_rate: ReviewRate = None,
+    fail_rate: FailRate = None,
+    roi: Roi = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where to fit")] = "auto",
+    threads: Threads = None,
+    settings: Settings = None,
+    resume: Annotated[Path | None, typer.Option(help="directory of a stopped run, which knows all the rest")] = None,
+) -> None:
+    """Fit a detector on good frames; evaluate, calibrate, export and publish it as a bundle."""
+    if (line_folder is None) == (resume is None):
+        typer.echo("Name the folder of a line, or a stopped run with --resume: one of the two.", err=True)
+        raise typer.Exit(_CALLERS_FAULT)
+    jobs = _jobs()
+    named = {"backbone": backbone, "seed": seed, "review_rate": review_rate, "fail_rate": fail_rate}
+    with jobs.faults_as_sentences():
+        if resume is not None:
+            jobs.resume_run(resume, threads)
+            return
+        wishes = jobs.Wishes(
+            store=store,
+            runs=runs,
+            detector=detector,
+            config=config,
+            weights=weights,
+            name=name,
+            region_of_interest=roi,
+            device=device,
+            settings=[*(settings or []), *(f"{key}={value}" for key, value in named.items() if value is not None)],
+        )
+        jobs.train_line(line_folder, wishes, threads)
+
+
+@commands.command(epilog="Example:\n\nflawline evaluate store/bottle/3 lines/bottle")
+def evaluate(
+    bundle: Bundle,
+    line_folder: Annotated[Path, typer.Argument(help="a line with test frames")],
+    output: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
+    threads: Threads = None,
+) -> None:
+    """Measure a bundle on a line's test frames, at the bundle's own thresholds."""
+    jobs = _jobs()
+    with jobs.faults_as_sentences():
+        jobs.evaluate_bundle(bundle, line_folder, output, threads or 1)
+
+
+@commands.command(epilog="Example:\n\nflawline calibrate store/bottle/3 frames/good_of_last_week --fail-rate 0.02")
+def calibrate(
+    bundle: Bundle,
+    good_folder: Annotated[Path, typer.Argument(help="good frames that fitting never saw")],
+    review_rate: ReviewRate = None,
+    fail_rate: FailRate = None,
+    roi: Roi = None,
+    line: Annotated[Path | None, typer.Option(help="a line whose test frames measure the new thresholds")] = None,
+    threads: Threads = None,
+) -> None:
+    """Publish a new version with the same network and thresholds from other good parts."""
+    jobs = _jobs()
+    rates = {"review_rate": review_rate, "fail_rate": fail_rate}
+    with jobs.faults_as_sentences():
+        jobs.recalibrate_bundle(bundle, good_folder, line, rates, roi, threads or 1)
+
+
+@commands.command(epilog="Example:\n\nflawline export runs/bottle/20261122-101500 --fail-rate 0.02")
+def export(
+    run: Annotated[Path, typer.Argument(help="directory of a run whose fitting is complete")],
+    store: Annotated[Path | None, typer.Option(help="another store than the run's")] = None,
+    review_rate: ReviewRate = None,
+    fail_rate: FailRate = None,
+    threads: Threads = None,
+) -> None:
+    """Evaluate, calibrate and export a fitted run again, as a new version."""
+    jobs = _jobs()
+    with jobs.faults_as_sentences():
+        jobs.export_run(run, store, {"review_rate": review_rate, "fail_rate": fail_rate}, threads)
+
+
+@commands.command(epilog="Example:\n\nflawline report store/bottle/3 --output bottle.html")
+def report(
+    source: Annotated[Path, typer.Argument(help="a bundle, or the directory of a finished run")],
+    output: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
+) -> None:
+    """Write the HTML report of a bundle as it was published, or render that of a run anew."""
+    jobs = _jobs()
+    with jobs.faults_as_sentences():
+        jobs.write_report(source, output)
+
+
+@commands.command(epilog="Example:\n\nflawline demo --line lines/bottle")
+def demo(
+    line: Annotated[Path | None, typer.Option(help="your own frames; default: solar cells")] = None,
+    folder: Annotated[Path, typer.Option(help="receives frames, store, run and overlays")] = Path("demo"),
+    detector: Detector = "inp_former",
+    config: Config = "small",
+    weights: Weights = None,
+    threads: Threads = None,
+    settings: Settings = None,
+) -> None:
+    """Do the main job on real frames: fit, evaluate, calibrate, export, serve, inspect over HTTP."""
+    jobs = _jobs()
+    with jobs.faults_as_sentences():
+        jobs.demonstrate(line, folder, config, detector, weights, settings or [], threads)
+
+
+def _jobs() -> ModuleType:
+    from training import jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
+
+    return jobs

@@ -1,0 +1,289 @@
+"""What the training commands do: values from the command line in, one sentence for every expected fault, a table out.
+
+`__main__.py` only names options and imports this file when a command runs, because everything here needs torch.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import torch
+import typer
+from pydantic import JsonValue, TypeAdapter, ValidationError
+from rich.console import Console
+
+from models.backbones import BackboneUnavailable
+from service.contract.bundle import MANIFEST_FILE, REPORT_FILE, LineName, MetricRecord, load_bundle
+from service.contract.frames import FrameLimits
+from service.errors import EngineFailed, FlawlineError, ParameterInvalid
+from training.calibrate import read_region_of_interest
+from training.checkpoint import CheckpointRefused, has_checkpoint
+from training.config import ConfigFault, RunConfig, load_config
+from training.data.check import check_dataset
+from training.data.detect import read_dataset
+from training.data.samples import UNKNOWN, DatasetFault, Sample
+from training.demo import DemoFailed, run_demo
+from training.evaluate import ask, evaluate, to_records
+from training.export import ExportFailed, GraphRun
+from training.fit import FitFailed, FitStopped
+from training.golden import GoldenFailed
+from training.progress import Reporter, choose_reporter
+from training.ranking import ScoreNotFinite
+from training.recalibrate import read_good_folder, recalibrate
+from training.report import ReportData, render
+from training.run import Beginning, RunNotFitted, train
+from training.run_directory import RunDirectoryFault, RunRequest, new_directory, read_report, read_request
+from training.weights import UNTRAINED, WeightsUnavailable
+
+Device = Literal["auto", "cpu", "cuda"]
+
+_OURS, _CALLERS, _STOPPED = 1, 2, 130
+_FAULTS_OF_OURS = (DemoFailed, EngineFailed, ExportFailed, FitFailed, GoldenFailed, ScoreNotFinite)
+_FAULTS_OF_CALLERS = (
+    BackboneUnavailable,
+    CheckpointRefused,
+    ConfigFault,
+    DatasetFault,
+    FlawlineError,
+    RunDirectoryFault,
+    RunNotFitted,
+    WeightsUnavailable,
+)
+# Looked at by default for `<backbone>.safetensors`.
+_WEIGHTS_FOLDER = Path("weights")
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the options of a run say.
+
+    Attributes:
+        store: where the bundle goes.
+        runs: where the run's directory is made.
+        detector: method.
+        config: `small`, `paper` or a file.
+        weights: a file, a folder, "untrained", or None.
+        name: of the bundle, or None for the folder's.
+        region_of_interest: mask image, or None.
+        device: where to fit.
+        settings: `key=value`, in order.
+    """
+
+    store: Path
+    runs: Path
+    detector: str
+    config: str
+    weights: str | None
+    name: str | None
+    region_of_interest: Path | None
+    device: Device
+    settings: Sequence[str]
+
+
+@contextlib.contextmanager
+def faults_as_sentences() -> Iterator[None]:
+    """Turn every expected fault into one sentence on stderr and an exit code: 1 ours, 2 the caller's.
+
+    Raises:
+        typer.Exit: with that code.
+    """
+    try:
+        yield
+    except _FAULTS_OF_OURS as error:
+        raise _leave(str(error), _OURS) from error
+    except torch.OutOfMemoryError as error:
+        sentence = "The GPU's memory is full; lower batch_size and hyperparameters.recipe.batch_size with --set."
+        raise _leave(sentence, _OURS) from error
+    except _FAULTS_OF_CALLERS as error:
+        raise _leave(str(error), _CALLERS) from error
+    except OSError as error:
+        raise _leave(f"{error.filename or 'A file'}: {error.strerror or error}.", _CALLERS) from error
+
+
+def train_line(line_folder: Path, wishes: Wishes, threads: int | None) -> None:
+    """Fit a line anew and tell the result."""
+    request = RunRequest(
+        name=_line_name(wishes.name or line_folder.resolve().name),
+        line_folder=line_folder.resolve(),
+        store=wishes.store.resolve(),
+        config=load_config(wishes.config, wishes.detector, wishes.settings),
+        weights=_weights_file(wishes.weights),
+        weight_folders=_weight_folders(wishes.weights),
+        region_of_interest=None if wishes.region_of_interest is None else wishes.region_of_interest.resolve(),
+        device=wishes.device,
+    )
+    _run(request, new_directory(wishes.runs, request.name, datetime.now(UTC)), "new", threads)
+
+
+def resume_run(directory: Path, threads: int | None) -> None:
+    """Go on with a stopped run; one that was stopped before its first checkpoint begins again in the same place."""
+    _run(read_request(directory), directory, "resume" if has_checkpoint(directory) else "new", threads)
+
+
+def export_run(directory: Path, store: Path | None, rates: Mapping[str, float | None], threads: int | None) -> None:
+    """Evaluate, calibrate and export a fitted run again."""
+    request = read_request(directory)
+    given = {key: value for key, value in rates.items() if value is not None}
+    try:
+        config = RunConfig.model_validate(request.config.model_dump(mode="json") | given)
+    except ValidationError as error:
+        raise ConfigFault("A rate lies between 0 and 1, for example 0.05.") from error
+    update = {"config": config} | ({} if store is None else {"store": store.resolve()})
+    _run(request.model_copy(update=update), directory, "export", threads)
+
+
+def evaluate_bundle(path: Path, line_folder: Path, output: Path | None, threads: int) -> None:
+    """Measure a bundle on a line's test frames and tell the figures."""
+    bundle, reporter = load_bundle(path), _reporter()
+    manifest = bundle.manifest
+    samples = _test_samples(line_folder, reporter)
+    answers = ask(GraphRun(bundle.model, threads), samples, manifest.input, reporter, title="test frames")
+    found = evaluate(answers, bundle.policy, manifest.output.score_rule, manifest.input, manifest.evaluation_resolution)
+    rows = [(kind, *(str(count) for count in counts.values())) for kind, counts in found.verdict_counts().items()]
+    reporter.table("Verdicts", ("frames", "PASS", "REVIEW", "FAIL"), rows)
+    by_kind = {f"i_auroc of {kind}": record for kind, record in to_records(found.by_kind).items()}
+    figures = to_records(found.metrics) | by_kind
+    reporter.table("Figures", ("figure", "value", "95 % interval"), _figure_rows(figures))
+    if output is not None:
+        text = json.dumps({name: record.model_dump() for name, record in figures.items()}, indent=2)
+        output.write_text(text + "\n", encoding="utf-8")
+
+
+def recalibrate_bundle(
+    path: Path,
+    good_folder: Path,
+    line_folder: Path | None,
+    rates: Mapping[str, float | None],
+    region_of_interest: Path | None,
+    threads: int,
+) -> None:
+    """Publish a bundle again with thresholds from other good parts and tell the result."""
+    bundle, reporter = load_bundle(path.resolve()), _reporter()
+    old = bundle.manifest.hyperparameters
+    published, report = recalibrate(
+        bundle,
+        read_good_folder(good_folder),
+        [] if line_folder is None else _test_samples(line_folder, reporter),
+        reporter,
+        review_rate=_rate(rates, old, "review_rate"),
+        fail_rate=_rate(rates, old, "fail_rate"),
+        region_of_interest=None if region_of_interest is None else read_region_of_interest(region_of_interest),
+        threads=threads,
+    )
+    _tell(report, reporter, {"bundle": published, "report": published / REPORT_FILE})
+
+
+def write_report(source: Path, output: Path) -> None:
+    """Write the page of a bundle as it was published, or render that of a run anew."""
+    if (source / MANIFEST_FILE).exists():
+        page = load_bundle(source).files[REPORT_FILE]
+    else:
+        page = render(read_report(source)).encode()
+    output.write_bytes(page)
+    _reporter().note(f"{output} is written; open it in a browser.")
+
+
+def demonstrate(
+    line: Path | None,
+    folder: Path,
+    config: str,
+    detector: str,
+    weights: str | None,
+    settings: Sequence[str],
+    threads: int | None,
+) -> None:
+    """Fit, export, serve and inspect one line over HTTP."""
+    _use_threads(threads)
+    run_demo(line, folder, load_config(config, detector, settings), _weight_folders(weights), _reporter())
+
+
+def _run(request: RunRequest, directory: Path, beginning: Beginning, threads: int | None) -> None:
+    _use_threads(threads)
+    reporter = _reporter()
+    try:
+        finished = train(request, directory, reporter, beginning)
+    except (FitStopped, KeyboardInterrupt) as stop:
+        raise _leave(f"Stopped. To go on where it stood: flawline train --resume {directory}", _STOPPED) from stop
+    finally:
+        # A run that was refused before it began leaves nothing behind.
+        if directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
+    places = {"bundle": finished.bundle, "report": finished.bundle / REPORT_FILE, "run": directory}
+    _tell(finished.report, reporter, places)
+
+
+def _tell(report: ReportData, reporter: Reporter, places: Mapping[str, Path]) -> None:
+    rows = [(row.kind, str(row.passed), str(row.review), str(row.failed)) for row in report.verdicts]
+    reporter.table("Verdicts", ("frames", "PASS", "REVIEW", "FAIL"), rows)
+    promises = [
+        (name, f"{promise.value:.4g}", f"{100 * promise.rate:.3g} %", f"{100 * promise.bound:.3g} %")
+        for name, promise in (("review", report.review), ("fail", report.fail))
+    ]
+    reporter.table("Thresholds", ("from", "score", "good parts stopped, on average", "with 95 % confidence"), promises)
+    reporter.table("Figures", ("figure", "value", "95 % interval"), _figure_rows(report.metrics))
+    for name, path in places.items():
+        reporter.note(f"{name}: {path}")
+
+
+def _figure_rows(figures: Mapping[str, MetricRecord]) -> list[tuple[str, str, str]]:
+    rows = []
+    for name, figure in figures.items():
+        value = f"not defined: {figure.reason}" if figure.value is None else f"{100 * figure.value:.1f} %"
+        interval = ""
+        if figure.low is not None and figure.high is not None:
+            interval = f"{100 * figure.low:.1f} to {100 * figure.high:.1f} %"
+        rows.append((name, value, interval))
+    return rows
+
+
+def _test_samples(line_folder: Path, reporter: Reporter) -> list[Sample]:
+    dataset = check_dataset(read_dataset(line_folder), FrameLimits(), reporter).dataset
+    samples = [sample for sample in dataset.test if sample.label != UNKNOWN]
+    if not samples:
+        raise DatasetFault(f"{line_folder} has no test frames; put some into test/good and test/<kind>.")
+    return samples
+
+
+def _rate(given: Mapping[str, float | None], old: Mapping[str, JsonValue], name: str) -> float:
+    rate = given[name] if given[name] is not None else old.get(name)
+    if not isinstance(rate, (int, float)):
+        raise ParameterInvalid(f"The bundle does not say its {name}; give it as an option.")
+    return float(rate)
+
+
+def _weights_file(given: str | None) -> Path | Literal["untrained"] | None:
+    if given is None or given == UNTRAINED or Path(given).is_dir():
+        return UNTRAINED if given == UNTRAINED else None
+    return Path(given).resolve()
+
+
+def _weight_folders(given: str | None) -> tuple[Path, ...]:
+    named = (Path(given).resolve(),) if given is not None and Path(given).is_dir() else ()
+    return (*named, _WEIGHTS_FOLDER.resolve())
+
+
+def _line_name(name: str) -> str:
+    try:
+        return TypeAdapter(LineName).validate_python(name)
+    except ValidationError as error:
+        raise ParameterInvalid(
+            f"{name!r} can't name a line; give --name with letters, digits, dots, dashes and underscores, at most 64."
+        ) from error
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _reporter() -> Reporter:
+    return choose_reporter(Console())
+
+
+def _leave(sentence: str, code: int) -> typer.Exit:
+    Console(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False)
+    return typer.Exit(code)

@@ -1,0 +1,157 @@
+"""A bundle with new thresholds: the same network and input, other good parts, rates or region of interest.
+
+For a line whose light or product has moved a little, or whose rates were not right: no fitting, no torch. The result is
+a new version in the same store; the old one stays as it is.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+
+from service.contract.bundle import Bundle
+from service.contract.golden import read_golden
+from service.contract.policy import Policy
+from service.contract.regions import Polygon
+from training.bundles import bundle_files, verify_bundle
+from training.calibrate import Calibrated, calibrate
+from training.data.folders import good_samples
+from training.data.samples import ANOMALOUS, NORMAL, DatasetFault, Sample
+from training.evaluate import Answers, Evaluation, ask, evaluate, to_records
+from training.export import GraphRun
+from training.golden import GoldenChooser
+from training.progress import Reporter
+from training.report import Fact, ReportData, RunFacts, collect, render
+from training.store import publish
+
+
+def read_good_folder(folder: Path) -> list[Sample]:
+    """Return every image under a folder as a good frame.
+
+    Raises:
+        DatasetFault: if there is none, or the folder is a whole line with defects in it.
+    """
+    if (folder / "test").is_dir() or (folder / "train").is_dir():
+        raise DatasetFault(f"{folder} is a whole line; give the folder with its new good frames alone.")
+    samples = good_samples(folder, "validation")
+    if not samples:
+        raise DatasetFault(f"{folder} holds no image; give the folder with good frames that fitting never saw.")
+    return samples
+
+
+def recalibrate(
+    bundle: Bundle,
+    good: Sequence[Sample],
+    tested: Sequence[Sample],
+    reporter: Reporter,
+    *,
+    review_rate: float,
+    fail_rate: float,
+    region_of_interest: tuple[Polygon, ...] | None = None,
+    threads: int = 1,
+) -> tuple[Path, ReportData]:
+    """Publish a bundle again with thresholds from other good parts.
+
+    Args:
+        bundle: verified.
+        good: good frames that fitting never saw.
+        tested: labelled test frames to measure the new verdicts on; may be empty.
+        reporter: shows how far the work is.
+        review_rate: wanted share of good parts that are at least `REVIEW`.
+        fail_rate: wanted share of good parts that are `FAIL`.
+        region_of_interest: replaces that of the bundle's policy; None keeps it.
+        threads: of one inference.
+
+    Returns:
+        The new bundle's directory, and what its report shows.
+
+    Raises:
+        CalibrationRefused: if there are too few good parts for a rate.
+        GoldenFailed: if no golden frame is clear of the new thresholds.
+        FlawlineError: if a frame can't be read, or the region of interest can't be applied.
+    """
+    manifest, old = bundle.manifest, bundle.policy
+    spec, rule = manifest.input, manifest.output.score_rule
+    graph = GraphRun(bundle.model, threads)
+    held_out = ask(graph, good, spec, reporter, title="good frames")
+    calibrated = calibrate(
+        held_out.scores,
+        held_out.maps,
+        rule,
+        review_rate=review_rate,
+        fail_rate=fail_rate,
+        version=_next_version(old.version),
+        region_of_interest=region_of_interest or old.region_of_interest,
+        window=spec.window(1, 1),
+    )
+    calibrated = _with_filters_of(old, calibrated)
+    evaluation = None
+    if tested:
+        answers = ask(graph, tested, spec, reporter, title="test frames")
+        evaluation = evaluate(
+            answers, calibrated.policy, rule, spec, manifest.evaluation_resolution, seed=manifest.seed
+        )
+    chooser = GoldenChooser(graph, calibrated.policy, rule, spec, manifest.golden, manifest.seed)
+    golden = chooser.choose_again(read_golden(bundle))
+
+    created_at = datetime.now(UTC).isoformat(timespec="seconds")
+    facts = _facts(bundle, held_out, created_at)
+    report = collect(facts, calibrated, held_out, evaluation, rule, spec, manifest.evaluation_resolution)
+    data = {"calibrated_on": len(good)}
+    metrics = manifest.metrics
+    if evaluation is not None:
+        data |= _counts(evaluation)
+        metrics = to_records(evaluation.metrics)
+    again = manifest.model_copy(
+        update={
+            "data": manifest.data.model_copy(update=data),
+            "metrics": metrics,
+            "hyperparameters": manifest.hyperparameters | {"review_rate": review_rate, "fail_rate": fail_rate},
+            "created_at": created_at,
+        }
+    )
+    files = bundle_files(bundle.model, calibrated, golden, render(report))
+    path = publish(bundle.path.parent.parent, again, files, check=lambda place: verify_bundle(place, graph))
+    return path, report
+
+
+def _with_filters_of(old: Policy, calibrated: Calibrated) -> Calibrated:
+    filters = {"min_region_area_px": old.min_region_area_px, "max_regions": old.max_regions}
+    return Calibrated(
+        calibrated.calibration, calibrated.policy.model_copy(update=filters), calibrated.review, calibrated.fail
+    )
+
+
+def _next_version(version: str) -> str:
+    return str(int(version) + 1) if version.isdecimal() else f"{version[:60]}.1"
+
+
+def _counts(evaluation: Evaluation) -> dict[str, int]:
+    labels = evaluation.answers.labels
+    return {
+        "tested_on_normal": int((labels == NORMAL).sum()),
+        "tested_on_anomalous": int((labels == ANOMALOUS).sum()),
+    }
+
+
+def _facts(bundle: Bundle, held_out: Answers, created_at: str) -> RunFacts:
+    manifest = bundle.manifest
+    facts = {
+        "Calibrated again": f"from version {manifest.version} of {manifest.created_at}; the network is the same",
+        "Digest of that version": bundle.digest,
+        "Good frames": f"{len(held_out.samples)}, none of them fitted on",
+        "Fitted on": f"{manifest.data.fitted_on} good frames of {manifest.data.name}",
+        "Network digest": manifest.files["model.onnx"],
+        "Seed": str(manifest.seed),
+    }
+    return RunFacts(
+        line=manifest.name,
+        detector=manifest.detector,
+        backbone=None if manifest.backbone is None else manifest.backbone.name,
+        created_at=created_at,
+        facts=tuple(Fact(name=name, value=value) for name, value in facts.items()),
+        configuration=yaml.safe_dump(manifest.hyperparameters, sort_keys=False),
+        losses=(),
+        parity=manifest.parity,
+    )
