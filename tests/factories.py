@@ -289,7 +289,9 @@ def reseal(folder: Path, **manifest: Any) -> Path:
 
 
 def _golden_files(run: Run, record: Manifest, policy: Policy) -> dict[str, bytes]:
-    inspected = inspected_mask(policy, record.output.map_height, record.output.map_width, record.input.window(1, 1))
+    inspected = inspected_mask(
+        policy, record.output.map_height, record.output.map_width, window=record.input.window(1, 1)
+    )
     answers, pngs, maps = [], [], []
     for index, defect in enumerate((False, False, True)):
         png = encode(make_frame(seed=FIRST_GOLDEN_SEED + index, defect=defect))

@@ -94,7 +94,7 @@ def calibrate(
         map_floor=0,
         region_of_interest=region_of_interest,
     )
-    inspected = inspected_mask(policy, *maps.shape[1:], window)
+    inspected = inspected_mask(policy, *maps.shape[1:], window=window)
     if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
         raise CalibrationRefused("A good frame's score or map is not finite; look at the frames and the training loss.")
     compared = [image_score(float(score), amap, inspected, rule) for score, amap in zip(scores, maps, strict=True)]

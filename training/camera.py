@@ -5,7 +5,6 @@ It knows the wire, not the server: a frame goes in as the file's own bytes, and 
 """
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -77,7 +76,7 @@ def running_server(store: Path, log: Path, ready_within_s: float = 60) -> Iterat
     command = [sys.executable, "-m", "service", "serve", "--store", str(store), "--host", "127.0.0.1"]
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 - our own command with our own arguments
-            [*command, "--port", str(port)], stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ)
+            [*command, "--port", str(port)], stdout=output, stderr=subprocess.STDOUT
         )
         try:
             _wait_until_ready(process, url, log, ready_within_s)

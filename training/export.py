@@ -173,7 +173,7 @@ def check_parity(
         raise _differs("scores", f"{score_difference:.2g}", f"{allowed:.2g}")
     if rule.kind != "graph":
         _check_rule(rule, scores, maps, allowed)
-    inspected = inspected_mask(policy, *maps.shape[1:], window)
+    inspected = inspected_mask(policy, *maps.shape[1:], window=window)
     differ = _verdicts_that_differ((expected_scores, expected_maps), (scores, maps), policy, rule, inspected, allowed)
     if differ:
         raise _differs("verdicts", f"{differ} of {len(frames)} frames", "0")

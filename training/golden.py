@@ -124,7 +124,7 @@ class GoldenChooser:
         """Judge one candidate as a device will, alone in its batch; None if it is too near to a threshold."""
         height, width = pixels.shape[:2]
         scores, maps = self.run(fit_to_input(pixels, self.spec)[None])
-        inspected = inspected_mask(self.policy, *maps.shape[1:], self.spec.window(1, 1))
+        inspected = inspected_mask(self.policy, *maps.shape[1:], window=self.spec.window(1, 1))
         window = self.spec.window(height, width)
         judgement = judge(float(scores[0]), maps[0], self.policy, self.rule, window, inspected)
         near = _CLEARANCE * self.tolerance.score_tolerance * abs(self.policy.fail_threshold)

@@ -111,7 +111,7 @@ def replay(bundle: Bundle, golden: GoldenSet, run: Run) -> None:
     """
     manifest, policy = bundle.manifest, bundle.policy
     inspected = inspected_mask(
-        policy, manifest.output.map_height, manifest.output.map_width, manifest.input.window(1, 1)
+        policy, manifest.output.map_height, manifest.output.map_width, window=manifest.input.window(1, 1)
     )
     span = float(golden.anomaly_maps.max() - golden.anomaly_maps.min())
     magnitude = max(abs(policy.fail_threshold), float(np.finfo(np.float32).tiny))

@@ -117,7 +117,7 @@ class Judgement:
 
 
 def inspected_mask(
-    policy: Policy, height: int, width: int, window: Window = (0.0, 0.0, 1.0, 1.0)
+    policy: Policy, height: int, width: int, *, window: Window = (0.0, 0.0, 1.0, 1.0)
 ) -> NDArray[np.bool_] | None:
     """Lay the region of interest on a map's grid; None where everything is inspected.
 

@@ -124,7 +124,7 @@ def test_inspected_mask_when_the_input_is_cropped_follows_the_frame():
     spec = make_input(height=60, width=60, margin=20)
     policy = make_policy(region_of_interest=(((0.0, 0.0), (0.499, 0.0), (0.499, 0.305), (0.0, 0.305)),))
 
-    mask = inspected_mask(policy, 60, 60, spec.window(1, 1))
+    mask = inspected_mask(policy, 60, 60, window=spec.window(1, 1))
 
     # Of 100 resized rows, 0 to 30 are of interest, and the map starts at row 20; so do the columns, of 0 to 49.
     rows, columns = np.nonzero(mask)
@@ -142,7 +142,7 @@ def test_inspected_mask_when_the_crop_leaves_nothing_of_it_is_refused():
     policy = make_policy(region_of_interest=corner)
 
     with pytest.raises(BundleRefused, match="nothing to inspect"):
-        inspected_mask(policy, 60, 60, make_input(60, 60, margin=20).window(1, 1))
+        inspected_mask(policy, 60, 60, window=make_input(60, 60, margin=20).window(1, 1))
 
 
 def test_score_when_the_graph_alone_can_reduce_refuses_a_region_of_interest():
