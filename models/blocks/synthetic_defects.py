@@ -36,13 +36,14 @@ def perlin_noise(size: tuple[int, int], cells: tuple[int, int], generator: torch
     down, right = down - down.min().floor(), right - right.min().floor()
     lattice = (int(down.max()) + 2, int(right.max()) + 2)
     angles = 2 * math.pi * torch.rand(lattice, generator=generator)
+    gradients_y, gradients_x = angles.sin(), angles.cos()
     row, column = down.long(), right.long()
-    y, x = down - row, right - column
+    cell, y, x = row * lattice[1] + column, down - row, right - column
 
     def reach(below: int, beside: int) -> Tensor:
         """Multiply the gradient of one corner of each cell with the way from there."""
-        angle = angles[row + below, column + beside]
-        return angle.sin() * (y - below) + angle.cos() * (x - beside)
+        corner = cell + (below * lattice[1] + beside)
+        return gradients_y.take(corner) * (y - below) + gradients_x.take(corner) * (x - beside)
 
     fade_y, fade_x = (way**3 * (way * (6 * way - 15) + 10) for way in (y, x))
     upper = torch.lerp(reach(0, 0), reach(0, 1), fade_x)
@@ -136,6 +137,7 @@ def plant_textures(
             source = draw_texture(size, generator).to(image.device)
         else:
             source = jitter_colours(shuffle_tiles(image, generator), generator)
+        source = _as_grey_as(image, source)
         planted.append(torch.lerp(image, source, mask * _uniform(*opacity, generator)))
         masks.append(mask)
     return torch.stack(planted), torch.stack(masks)
@@ -158,7 +160,7 @@ def paste_defects(
     pasted, masks = [], []
     for image in images:
         drawn = int(torch.randint(0, len(donors), (), generator=generator))
-        donor, mask = jitter_colours(donors[drawn], generator), donor_masks[drawn]
+        donor, mask = _as_grey_as(image, jitter_colours(donors[drawn], generator)), donor_masks[drawn]
         for axis in (-2, -1):
             if torch.rand((), generator=generator) < 0.5:
                 donor, mask = donor.flip(axis), mask.flip(axis)
@@ -169,6 +171,11 @@ def paste_defects(
         pasted.append(torch.where(mask > 0, donor, image))
         masks.append(mask)
     return torch.stack(pasted), torch.stack(masks)
+
+
+def _as_grey_as(image: Tensor, source: Tensor) -> Tensor:
+    """Take the colours from a source if the image has none: colour alone would give a planted defect away."""
+    return source.mean(dim=0, keepdim=True).expand_as(source) if bool((image == image[:1]).all()) else source
 
 
 def _uniform(low: float, high: float, generator: torch.Generator) -> float:

@@ -122,6 +122,18 @@ def test_planted_images_when_the_generator_is_the_same_then_are_the_same():
     assert not torch.equal(first, other)
 
 
+def test_planted_images_when_grey_then_stay_grey():
+    """A grey line never shows colour, so colour must not be what tells a planted defect."""
+    images = torch.rand(6, 1, *_SIZE, generator=_generator()).expand(-1, 3, -1, -1)
+    donor_masks = torch.ones(1, *_SIZE)
+
+    planted, _ = plant_textures(images, _generator(1))
+    pasted, _ = paste_defects(images, torch.rand(1, 3, *_SIZE, generator=_generator(2)), donor_masks, _generator(3))
+
+    for grey in (planted, pasted):
+        torch.testing.assert_close(grey, grey[:, :1].expand_as(grey))
+
+
 def test_pasted_defects_keep_their_area_and_lie_inside_the_image():
     """A defect is moved and mirrored as a whole: its pixel count stays, none is wrapped around the border."""
     images = torch.zeros(8, 3, *_SIZE)
