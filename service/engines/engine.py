@@ -27,8 +27,13 @@ class Engine(Protocol):
 
     device: str
 
-    def run(self, frames: NDArray[np.uint8]) -> EngineOutput:
-        """Judge frames `(B, H, W, 3)` uint8 RGB; safe to call from several threads at once.
+    def run(self, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
+        """Judge frames; safe to call from several threads at once.
+
+        Args:
+            frames: `(B, H, W, 3)` uint8 RGB.
+            line_index: `(B,)` int64, which of the bundle's lines each frame shows; only class-conditional networks
+                look at it.
 
         Raises:
             EngineFailed: if the runtime raises, or answers with other shapes or types than promised.

@@ -1,0 +1,393 @@
+"""One engine's queue: takes frames, asks the schedule, hands batches to the runners, and answers each frame once.
+
+Before: the frame is decoded and has its place. After: the policy judges what the engine said.
+
+The event loop owns all state, so there are no locks. Runners are threads that only run batches and post the outcome
+back. Nothing polls: a step is taken when a frame arrives, a run ends, or a deadline comes. A frame's deadline fires by
+a timer of its own, so it is on time even behind a run that never ends.
+
+A batch that fails is run again frame by frame, so that one frame can't fail its neighbours. When a frame fails alone,
+the probe (golden frames) tells whose fault it is: where it fails too, the engine is lost and the batcher is unhealthy,
+as it is after a run that takes too long or a fault of its own. An unhealthy batcher answers everything that waits with
+`EngineFailed` and never recovers; the process has to be started again.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engines.engine import Engine, EngineOutput
+from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded
+from service.schedule import RunTimes, WaitingFrame, admit, decide
+from service.telemetry import EngineMeter
+
+# The loop's timers may fire a little early; looking again just after the moment saves a second look.
+_TIMER_SLACK_S = 0.001
+
+# Each frame gets an instance of its own: one that is raised in several tasks would collect their tracebacks.
+_Fault = Callable[[], FlawlineError]
+
+_log = logging.getLogger("flawline")
+
+
+class RunResult(NamedTuple):
+    """What the engine said of one frame, and what it took.
+
+    Attributes:
+        score: raw score of the graph.
+        anomaly_map: `(h, w)` float32.
+        batch_size: frames in the run.
+        queue_s: seconds from the arrival until a runner took it.
+        infer_s: seconds in the run.
+    """
+
+    score: float
+    anomaly_map: NDArray[np.float32]
+    batch_size: int
+    queue_s: float
+    infer_s: float
+
+
+@dataclass(eq=False, slots=True)
+class Place:
+    """A frame's right to be answered, taken before it is decoded.
+
+    Attributes:
+        deadline: when the answer is due.
+        is_ahead: whether it still has its run before it.
+    """
+
+    deadline: float
+    is_ahead: bool = True
+
+
+@dataclass(eq=False, slots=True)
+class _Entry:
+    """A frame that waits or runs."""
+
+    waiting: WaitingFrame
+    place: Place
+    frame: NDArray[np.uint8]
+    line_index: int
+    submitted_at: float
+    answer: asyncio.Future[RunResult]
+
+
+@dataclass(eq=False, slots=True)
+class _Batch:
+    """Frames that run together; `alarm` sounds where they run too long."""
+
+    entries: list[_Entry]
+    expected_end: float
+    alarm: asyncio.TimerHandle
+
+
+class _Outcome(NamedTuple):
+    """What became of a batch.
+
+    Attributes:
+        answers: a result or a fault for each frame, in order.
+        run_s: seconds of the run; None where there is nothing to learn from it.
+        is_engine_lost: whether known frames came out differently, too.
+    """
+
+    answers: list[RunResult | FlawlineError]
+    run_s: float | None
+    is_engine_lost: bool
+
+
+class Batcher:
+    """The queue and the runners of one engine.
+
+    Args:
+        engine: runs batches, several at once.
+        probe: runs frames whose answers are known, and raises where they come out differently.
+        runners: batches that run side by side.
+        max_queue_size: frames that have a place at a time.
+        run_times: learned from warming up; its length is the largest batch.
+        stuck_after_s: a run that takes longer makes the batcher unhealthy.
+        meter: counts.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        probe: Callable[[], None],
+        *,
+        runners: int,
+        max_queue_size: int,
+        run_times: RunTimes,
+        stuck_after_s: float,
+        meter: EngineMeter,
+        clock: Callable[[], float],
+    ) -> None:
+        self._engine = engine
+        self._probe = probe
+        self._runners = runners
+        self._max_queue_size = max_queue_size
+        self._run_times = run_times
+        self._stuck_after_s = stuck_after_s
+        self._meter = meter
+        self._clock = clock
+        self._numbers = count()
+        self._places: set[Place] = set()
+        self._waiting: dict[int, _Entry] = {}
+        self._running: set[_Batch] = set()
+        self._next_look: asyncio.TimerHandle | None = None
+        self._fault: _Fault | None = None
+        self._is_draining = False
+        self._all_answered = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._inbox: SimpleQueue[_Batch | None] = SimpleQueue()
+        for _ in range(runners):
+            # Daemons, because a run that never ends must not keep the process from ending.
+            threading.Thread(target=self._serve, name="flawline-runner", daemon=True).start()
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether frames can still be answered here; once lost, for ever."""
+        return self._fault is None
+
+    @contextmanager
+    def place(self, deadline: float) -> Iterator[Place]:
+        """Take a place for one frame, and give it back in every outcome.
+
+        Args:
+            deadline: when the answer is due, by the clock.
+
+        Raises:
+            LineNotReady: if the batcher is draining or unhealthy.
+            Overloaded: if every place is taken, or the deadline can't be met behind those that are.
+        """
+        self._admit(deadline)
+        place = Place(deadline)
+        self._places.add(place)
+        self._meter.depth(len(self._places))
+        try:
+            yield place
+        finally:
+            self._places.remove(place)
+            self._meter.depth(len(self._places))
+            if not self._places:
+                self._all_answered.set()
+
+    async def submit(self, place: Place, frame: NDArray[np.uint8], line_index: int) -> RunResult:
+        """Run one frame, with others or alone.
+
+        Args:
+            place: of this frame, still held.
+            frame: `(H, W, 3)` uint8 RGB, as the network takes it.
+            line_index: of its line within the bundle.
+
+        Raises:
+            DeadlinePassed: at the deadline, wherever the frame is by then.
+            Overloaded: as soon as the deadline can't be met any more.
+            EngineFailed: if the engine fails on this frame, or is lost.
+        """
+        if self._fault is not None:
+            raise self._fault()
+        self._loop = asyncio.get_running_loop()
+        now = self._clock()
+        waiting = WaitingFrame(next(self._numbers), place.deadline)
+        entry = _Entry(waiting, place, frame, line_index, now, self._loop.create_future())
+        self._waiting[waiting.number] = entry
+        timer = self._loop.call_later(max(0.0, place.deadline - now), self._expire, entry)
+        self._step()
+        try:
+            return await entry.answer
+        finally:
+            timer.cancel()
+            if self._waiting.pop(waiting.number, None) is not None:  # only a caller that leaves gets here so early
+                self._meter.discard("caller_left")
+            elif not entry.answer.cancelled():
+                entry.answer.exception()  # looked at, so that a caller leaving at this very moment leaves no warning
+
+    async def drain(self) -> None:
+        """Admit nothing more, and return when all that was admitted is answered."""
+        self._is_draining = True
+        while self._places:
+            self._all_answered.clear()
+            await self._all_answered.wait()
+
+    def close(self) -> None:
+        """End the runners; whatever still waits is told that the service stops."""
+        self._end(partial(LineNotReady, "The service stops; send the frame to another instance."))
+
+    def _admit(self, deadline: float) -> None:
+        if self._fault is not None:
+            raise LineNotReady("The line is unhealthy and waits for a restart; the part has no verdict.")
+        if self._is_draining:
+            raise LineNotReady("The service stops; send the frame to another instance.", retry_after_s=1)
+        now = self._clock()
+        free_in_s = [max(0.0, batch.expected_end - now) for batch in self._running]
+        free_in_s += [0.0] * (self._runners - len(free_in_s))
+        ahead = [place.deadline for place in self._places if place.is_ahead]
+        admission = admit(ahead, deadline, free_in_s, now, self._run_times)
+        if len(self._places) >= self._max_queue_size:
+            raise Overloaded("The queue is full; slow down or try again later.", retry_after_s=admission.wait_s)
+        if not admission.is_possible:
+            raise _too_late(admission.wait_s)
+
+    def _step(self) -> None:
+        try:
+            self._dispatch()
+        except Exception:  # noqa: BLE001 - the edge: whatever goes wrong in here, those who wait must hear of it
+            _log.exception("the batch loop failed")
+            self._lose("The batch loop failed")
+
+    def _dispatch(self) -> None:
+        if self._next_look is not None:
+            self._next_look.cancel()
+            self._next_look = None
+        if not self._waiting:
+            return
+        now = self._clock()
+        busy = len(self._running)
+        frames = (entry.waiting for entry in self._waiting.values())
+        decision = decide(frames, self._runners - busy, busy, now, self._run_times)
+        for batch in decision.batches:
+            self._start([self._waiting.pop(number) for number in batch], now)
+        for number in decision.expired:
+            self._expire(self._waiting[number])
+        for number in decision.refused:
+            _fail(self._waiting.pop(number), _too_late(self._run_times.of(1)))
+        if decision.look_again_at is not None:
+            delay_s = max(0.0, decision.look_again_at - now) + _TIMER_SLACK_S
+            self._next_look = self._here.call_later(delay_s, self._step)
+
+    def _start(self, entries: list[_Entry], now: float) -> None:
+        for entry in entries:
+            entry.place.is_ahead = False
+        alarm = self._here.call_later(self._stuck_after_s, self._lose, "A run does not end")
+        batch = _Batch(entries, now + self._run_times.of(len(entries)), alarm)
+        self._running.add(batch)
+        self._meter.batch(len(entries))
+        self._inbox.put(batch)
+
+    def _finish(self, batch: _Batch, outcome: _Outcome) -> None:
+        batch.alarm.cancel()
+        self._running.discard(batch)
+        if outcome.run_s is not None:
+            self._run_times = self._run_times.learn(len(batch.entries), outcome.run_s)
+        if outcome.is_engine_lost:
+            self._lose("The engine fails on frames whose answers are known")
+        elif self._fault is None:
+            self._step()  # before the answers, so that the runner is busy again while they are written
+        for entry, answer in zip(batch.entries, outcome.answers, strict=True):
+            if entry.answer.done():
+                self._meter.discard("caller_left" if entry.answer.cancelled() else "late")
+            elif isinstance(answer, FlawlineError):
+                entry.answer.set_exception(answer)
+            else:
+                entry.answer.set_result(answer)
+
+    def _expire(self, entry: _Entry) -> None:
+        self._waiting.pop(entry.waiting.number, None)
+        _fail(entry, DeadlinePassed("The deadline passed before the answer was there; the part has no verdict."))
+
+    def _lose(self, what_happened: str) -> None:
+        _log.error("a batcher is lost", extra={"why": what_happened})
+        self._end(partial(EngineFailed, f"{what_happened}; the part has no verdict, and the line waits for a restart."))
+
+    def _end(self, fault: _Fault) -> None:
+        if self._fault is not None:
+            return
+        self._fault = fault
+        if self._next_look is not None:
+            self._next_look.cancel()
+        for batch in self._running:
+            batch.alarm.cancel()
+        left = [*self._waiting.values(), *(entry for batch in self._running for entry in batch.entries)]
+        self._waiting.clear()
+        for entry in left:
+            _fail(entry, fault())
+        for _ in range(self._runners):
+            self._inbox.put(None)
+
+    @property
+    def _here(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            raise RuntimeError("nothing runs before the first submit")
+        return self._loop
+
+    def _serve(self) -> None:
+        """Run batches until told to end: the body of a runner's thread."""
+        while (batch := self._inbox.get()) is not None:
+            try:
+                outcome = self._run(batch.entries)
+            except BaseException:  # noqa: BLE001 - a runner that ends takes its frames with it; they must hear of it
+                _log.exception("a runner ended")
+                self._post(self._lose, "A runner ended")
+                return
+            self._post(self._finish, batch, outcome)
+
+    def _post(self, callback: Callable[..., None], *arguments: object) -> None:
+        try:
+            self._here.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:  # the loop is closed: this run took longer than the service lived
+            _log.warning("a run ended after the service")
+
+    def _run(self, entries: Sequence[_Entry]) -> _Outcome:
+        started_at = self._clock()
+        try:
+            output = self._run_together(entries)
+        except Exception as error:  # noqa: BLE001 - the edge: a runtime may raise anything
+            _log.exception("a run failed", extra={"batch_size": len(entries)})
+            return self._run_alone(entries) if len(entries) > 1 else self._give_up(error)
+        ended_at = self._clock()
+        answers: list[RunResult | FlawlineError] = [
+            RunResult(
+                score=float(score),
+                anomaly_map=anomaly_map,
+                batch_size=len(entries),
+                queue_s=started_at - entry.submitted_at,
+                infer_s=ended_at - started_at,
+            )
+            for entry, score, anomaly_map in zip(entries, output.scores, output.anomaly_maps, strict=True)
+        ]
+        return _Outcome(answers, ended_at - started_at, is_engine_lost=False)
+
+    def _run_together(self, entries: Sequence[_Entry]) -> EngineOutput:
+        # A single frame is not copied.
+        frames = entries[0].frame[None] if len(entries) == 1 else np.stack([entry.frame for entry in entries])
+        line_index = np.array([entry.line_index for entry in entries], np.int64)
+        output = self._engine.run(frames, line_index)
+        if not len(output.scores) == len(output.anomaly_maps) == len(entries):
+            raise EngineFailed("The engine answered with another number of frames than it was given.")
+        return output
+
+    def _run_alone(self, entries: Sequence[_Entry]) -> _Outcome:
+        outcomes = [self._run([entry]) for entry in entries]
+        answers = [outcome.answers[0] for outcome in outcomes]
+        return _Outcome(answers, None, any(outcome.is_engine_lost for outcome in outcomes))
+
+    def _give_up(self, error: Exception) -> _Outcome:
+        sentence = "The engine failed on this frame; the part has no verdict."
+        fault = error if isinstance(error, EngineFailed) else EngineFailed(sentence)
+        try:
+            self._probe()
+        except Exception:  # noqa: BLE001 - the edge: a runtime may raise anything
+            _log.exception("the probe failed as well")
+            return _Outcome([fault], None, is_engine_lost=True)
+        return _Outcome([fault], None, is_engine_lost=False)
+
+
+def _fail(entry: _Entry, fault: FlawlineError) -> None:
+    if not entry.answer.done():
+        entry.answer.set_exception(fault)
+
+
+def _too_late(wait_s: float) -> Overloaded:
+    sentence = "The deadline can't be met now; slow down, try again later or allow more time."
+    return Overloaded(sentence, retry_after_s=wait_s)

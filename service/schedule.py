@@ -1,0 +1,208 @@
+"""Which frames run now, which are refused, and when to look again: decides without doing.
+
+Nothing here knows asyncio, threads, a clock or the frames themselves. State goes in, a decision comes out, and time is
+an argument: seconds of any monotonic clock.
+
+Rules:
+
+1.  Earliest deadline first; arrival order among equals.
+2.  No frame waits while a runner is idle: nothing is ever collected.
+3.  Waiting frames are split evenly over the idle runners, rather than filling one batch. A batch never weighs more than
+    `max_batch_size`, except that one frame that alone weighs more runs alone. No frame joins a batch that would then
+    end after the deadline of its most urgent frame.
+4.  A batch is never made larger than pays. On a CPU a batch of eight takes eight times as long as a frame, so frames
+    run one by one; on a GPU it takes little longer, so they run together. The learned run times tell.
+5.  A frame whose deadline has passed is expired and not run.
+6.  A frame that could not meet its deadline even if it ran alone at once, by the learned run times, is refused at once.
+7.  But where nothing runs and every waiting frame would be refused, the one with the most time left runs anyway: run
+    times are only learned by running, and one wrong estimate must not refuse frames for ever.
+8.  Each frame leaves exactly once: it runs, expires or is refused.
+
+Rules 5 to 7 decide about frames that were accepted; `admit` asks the same question before a frame is accepted, with
+what is ahead of it in mind.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+# Learned times follow a faster run quickly and a slower one slowly: a single stall must not refuse good frames.
+_FASTER_SHARE = 0.5
+_SLOWER_SHARE = 0.1
+# A larger batch must save at least this share of the time a frame takes, or it is not worth the longer wait.
+_WORTHWHILE_GAIN = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingFrame:
+    """A frame that is ready to run.
+
+    Attributes:
+        number: in order of arrival; unique.
+        deadline: when its answer is due.
+        weight: how many network inputs it is; a tiled frame counts as its tiles.
+    """
+
+    number: int
+    deadline: float
+    weight: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RunTimes:
+    """What runs have taken so far; never changed, only replaced.
+
+    Attributes:
+        seconds: of a batch of weight i + 1; None where none of that weight has run.
+    """
+
+    seconds: tuple[float | None, ...]
+
+    @classmethod
+    def unknown(cls, max_batch_size: int) -> Self:
+        """Return what is known before the first run."""
+        return cls((None,) * max_batch_size)
+
+    @property
+    def max_batch_size(self) -> int:
+        """The largest weight of a batch."""
+        return len(self.seconds)
+
+    def learn(self, weight: int, seconds: float) -> "RunTimes":
+        """Return what is known after one more run."""
+        index = min(weight, self.max_batch_size) - 1
+        seconds = seconds * (index + 1) / weight
+        known = self.seconds[index]
+        if known is not None:
+            share = _FASTER_SHARE if seconds < known else _SLOWER_SHARE
+            seconds = known + share * (seconds - known)
+        return RunTimes((*self.seconds[:index], seconds, *self.seconds[index + 1 :]))
+
+    def of(self, weight: int) -> float:
+        """Estimate the seconds of a run, from the nearest known weight; 0 where nothing is known."""
+        known = [(abs(i + 1 - weight), i + 1, s) for i, s in enumerate(self.seconds) if s is not None]
+        if not known:
+            return 0.0
+        _, nearest, seconds = min(known)
+        return seconds * max(1.0, weight / nearest)
+
+    @property
+    def best_weight(self) -> int:
+        """The smallest weight that is about as fast, a frame, as the fastest one."""
+        known = [(i + 1, s / (i + 1)) for i, s in enumerate(self.seconds) if s is not None]
+        if not known:
+            return self.max_batch_size
+        fastest = min(each for _, each in known)
+        return next(weight for weight, each in known if each * (1 - _WORTHWHILE_GAIN) <= fastest)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What happens to the waiting frames, by their numbers; those named nowhere go on waiting.
+
+    Attributes:
+        batches: one for a runner each, all to be run now.
+        expired: whose deadline has passed.
+        refused: that can't meet their deadline any more.
+        look_again_at: when the next waiting frame would be refused; None where no frame goes on waiting.
+    """
+
+    batches: tuple[tuple[int, ...], ...]
+    expired: tuple[int, ...]
+    refused: tuple[int, ...]
+    look_again_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Whether one more frame can be answered in time.
+
+    Attributes:
+        is_possible: by the learned run times.
+        wait_s: until what is ahead of it is done; what a refused caller should wait before it asks again.
+    """
+
+    is_possible: bool
+    wait_s: float
+
+
+def decide(
+    waiting: Iterable[WaitingFrame], idle_runners: int, busy_runners: int, now: float, run_times: RunTimes
+) -> Decision:
+    """Decide about every waiting frame.
+
+    Args:
+        waiting: in any order.
+        idle_runners: that could start a batch each.
+        busy_runners: that are running one.
+        now: the time.
+        run_times: learned so far.
+    """
+    in_order = sorted(waiting, key=_urgency)
+    expired = tuple(frame.number for frame in in_order if frame.deadline <= now)
+    alive = in_order[len(expired) :]  # earliest deadline first, so the expired ones stand in front
+    run_s = {weight: run_times.of(weight) for weight in {frame.weight for frame in alive}}
+    ready = [frame for frame in alive if frame.deadline - run_s[frame.weight] > now]
+    if alive and not ready and idle_runners > 0 and busy_runners == 0:
+        ready = [alive[-1]]
+    batches = _split(ready, idle_runners, now, run_times)
+    gone = {number for batch in batches for number in batch}
+    waits_on = [frame for frame in ready if frame.number not in gone]
+    kept = {frame.number for frame in ready}
+    refused = tuple(frame.number for frame in alive if frame.number not in kept)
+    look_again_at = min((frame.deadline - run_s[frame.weight] for frame in waits_on), default=None)
+    return Decision(batches, expired, refused, look_again_at)
+
+
+def admit(
+    ahead: Iterable[float],
+    deadline: float,
+    runners_free_in_s: Sequence[float],
+    now: float,
+    run_times: RunTimes,
+) -> Admission:
+    """Say whether one more frame could be answered in time.
+
+    Args:
+        ahead: deadlines of the frames that were accepted and do not run yet.
+        deadline: of the new frame.
+        runners_free_in_s: for each runner, when it is expected to be idle; 0 where it is.
+        now: the time.
+        run_times: learned so far.
+    """
+    best = run_times.best_weight
+    frame_s = run_times.of(best) / best / len(runners_free_in_s)
+    frames_before = sum(1 for other in ahead if other <= deadline)
+    wait_s = min(runners_free_in_s) + frames_before * frame_s
+    nothing_runs = not any(runners_free_in_s) and frames_before == 0
+    is_possible = deadline > now and (nothing_runs or now + wait_s + run_times.of(1) < deadline)
+    return Admission(is_possible, wait_s)
+
+
+def _urgency(frame: WaitingFrame) -> tuple[float, int]:
+    return frame.deadline, frame.number
+
+
+def _split(
+    ready: Sequence[WaitingFrame], idle_runners: int, now: float, run_times: RunTimes
+) -> tuple[tuple[int, ...], ...]:
+    """Fill one batch after the other, most urgent frames first, each with an even share of what is left."""
+    worthwhile = run_times.best_weight
+    batches: list[tuple[int, ...]] = []
+    left = sum(frame.weight for frame in ready)
+    at = 0
+    for runners_left in range(min(idle_runners, len(ready)), 0, -1):
+        if at == len(ready):
+            break
+        share = min(-(-left // runners_left), worthwhile)
+        first, weight = at, ready[at].weight
+        spare_s = ready[first].deadline - now
+        at += 1
+        while at < len(ready):
+            heavier = weight + ready[at].weight
+            if heavier > share or run_times.of(heavier) >= spare_s:
+                break
+            weight, at = heavier, at + 1
+        left -= weight
+        batches.append(tuple(frame.number for frame in ready[first:at]))
+    return tuple(batches)
