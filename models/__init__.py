@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from models.ami_net import AmiNet, AmiNetConfig
 from models.detector import Detector
 from models.inp_former import InpFormer, InpFormerConfig
 
@@ -17,6 +18,7 @@ class DetectorEntry(NamedTuple):
 
 DETECTORS: Mapping[str, DetectorEntry] = MappingProxyType(
     {
+        "ami_net": DetectorEntry(AmiNetConfig, AmiNet),
         "inp_former": DetectorEntry(InpFormerConfig, InpFormer),
     }
 )

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from models import build_detector
+from models.ami_net import AmiNetConfig
 from models.backbones import untrained_weights
 from models.detector import Recipe
 from models.inp_former import InpFormerConfig
@@ -27,8 +28,33 @@ _BRIEF = Recipe(
     clip_gradient_norm=0.1,
 )
 
+_BRIEF_ADAMW = Recipe(
+    optimiser="adamw",
+    learning_rate=2e-3,
+    final_learning_rate=2e-4,
+    weight_decay=0.01,
+    batch_size=8,
+    betas=(0.9, 0.95),
+    iterations=60,
+    warmup_iterations=5,
+)
+
 # A variant's name is the detector's, and after a dash what is special about it.
 TINY: Mapping[str, Any] = {
+    "ami_net": AmiNetConfig(
+        backbone="test_resnet",
+        layers=(1, 2, 3),
+        image_size=(64, 64),
+        patch_size=2,
+        token_channels=64,
+        heads=2,
+        mlp_ratio=2,
+        blocks=2,
+        centres=4,
+        jitter=6.0,
+        map_size=(64, 64),
+        recipe=_BRIEF_ADAMW,
+    ),
     "inp_former-vit": InpFormerConfig(
         backbone="test_vit2",
         layers=(1, 2, 3, 4),

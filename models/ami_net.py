@@ -1,0 +1,440 @@
+"""AMI-Net: hide the tokens that do not fit in with the rest of the image, then paint them anew from what is left.
+
+Learnt queries gather cluster centres from the tokens of one image; the tokens that lie far from their centre, measured
+within each cluster, are masked. A vision transformer that was trained to inpaint randomly masked feature maps rebuilds
+the frozen CNN features from the visible tokens, so a defect is replaced by its normal surroundings. Squared error times
+cosine distance between what the backbone saw and what was rebuilt is the anomaly map.
+
+Paper: Luo, Yao, Yu, Li, "AMI-Net: Adaptive Mask Inpainting Network for Industrial Anomaly Detection and Localization",
+IEEE Transactions on Automation Science and Engineering 2024, arXiv:2412.11802.
+Reference code: luow23/AMI-Net, MIT. Nothing of it is copied; numbers agree with it (tests/parity).
+
+Deviations, each with its reason:
+* the last iteration is kept, not the epoch that is best on the test frames: a plant has no test frames;
+* the backbone runs without gradients, and its layers may be kept from epoch to epoch: no optimiser ever moved it;
+* frames are resized to the whole image size rather than by their shorter side: other shapes do not fit the network;
+* resize and Gaussian of a map are one matrix an axis, the product of both: the same linear map, cheaper, and its
+  reflected border exports as is;
+* all draws of a training step come from the step's own seed, and none is left in inference;
+* width, depth and patch are free, so that one CPU core can train and serve a small network.
+As in the reference code, where the paper may be read otherwise: the mask token is learnt, and losses cover all tokens.
+
+The mask is a decision: a token whose score equals its threshold to the last float32 digits may be masked by one runtime
+and not by another, and then the two maps differ around it.
+
+Symbols: F, F^ = `features`, `rebuilt` (B, C, h, w) · x = `tokens` (B, N, D) · a = `centre_tokens` (B, N, D), a second
+embedding of F · z = `centres` (B, M, D) · s = `scores` (B, N) · sigma = `mask_deviations` · k = `patch_size`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.backbones import CnnBackbone
+from models.blocks.maps import require_image_size
+from models.blocks.mlp import Mlp
+from models.detector import AnomalyOutput, GradientStage, Recipe, Stage
+
+_GAUSSIAN_RADIUS_SIGMAS = 4.0  # the reach of scipy's Gaussian filter, which the reference code smooths with
+
+_PAPER_RECIPE = Recipe(
+    optimiser="adamw",
+    learning_rate=1e-4,
+    final_learning_rate=1e-4,
+    weight_decay=0.01,
+    batch_size=8,
+    betas=(0.9, 0.95),
+    epochs=300,
+)
+
+
+@dataclass(frozen=True)
+class AmiNetConfig:
+    """Defaults are those of the reference code, which trained the models that the paper reports.
+
+    Attributes:
+        backbone: timm's name; WideResNet-50-2 with torchvision's first weights.
+        layers: indices of the tapped stages, strides 4, 8 and 16; the first one sets the grid h x w.
+        image_size: `(height, width)`, multiples of the largest stride.
+        patch_size: k, side of a token on the grid; a token's target is k x k x C numbers.
+        token_channels: D, a multiple of 4 and of `heads`.
+        heads: attention heads.
+        mlp_ratio: width of each hidden layer over its input.
+        blocks: depth of the inpainting transformer.
+        centre_blocks: depth of the transformer that gathers centres.
+        centres: M, the number of cluster centres.
+        jitter: strength of the noise on tokens in training, in units of a token's norm over D.
+        mask_deviations: sigma; a token is masked from so many standard deviations above its cluster's mean score on.
+        direction_weight: weight of the cosine term of the loss, next to a squared error of weight 1.
+        diversity_weight: weight of the distances between centres, next to a compactness of weight 1.
+        map_size: `(height, width)` of the anomaly map.
+        blur_sigma: standard deviation of the Gaussian in pixels of the map; 0 for none.
+        seed: seeds the initial values, and with the step all noise and masks of training.
+        recipe: the descent; the paper's batch is 8 for one class, 16 for fifteen classes in one model, 1 for few shots.
+    """
+
+    backbone: str = "wide_resnet50_2.tv_in1k"
+    layers: tuple[int, ...] = (1, 2, 3)
+    image_size: tuple[int, int] = (256, 256)
+    patch_size: int = 4
+    token_channels: int = 768
+    heads: int = 12
+    mlp_ratio: int = 4
+    blocks: int = 8
+    centre_blocks: int = 1
+    centres: int = 8
+    jitter: float = 20.0
+    mask_deviations: float = 0.5
+    direction_weight: float = 5.0
+    diversity_weight: float = 0.1
+    map_size: tuple[int, int] = (256, 256)
+    blur_sigma: float = 4.0
+    seed: int = 1
+    recipe: Recipe = _PAPER_RECIPE
+
+
+class _SelfAttention(nn.Module):
+    """Softmax attention of tokens among themselves."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        queries, keys, values = qkv.unbind()  # each (B, heads, N, D / heads)
+        read = functional.scaled_dot_product_attention(queries, keys, values)
+        result: Tensor = self.proj(read.transpose(1, 2).flatten(2))
+        return result
+
+
+class _TransformerBlock(nn.Module):
+    """A vision transformer's block, normalised before each part."""
+
+    def __init__(self, channels: int, heads: int, mlp_ratio: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn = _SelfAttention(channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.mlp = Mlp(channels, mlp_ratio)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        result: Tensor = x + self.mlp(self.norm2(x))
+        return result
+
+
+class _SmoothUpsampling(nn.Module):
+    """Resize maps bilinearly with aligned corners, then blur them with a Gaussian that reflects at the border.
+
+    Both steps are linear along each axis, so one matrix an axis does both. The border pixel is repeated by the
+    reflection, as scipy's mode "reflect" does and PyTorch's does not.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, source: tuple[int, int], target: tuple[int, int], sigma: float) -> None:
+        super().__init__()
+        for name, old, new in zip(("rows", "columns"), source, target, strict=True):
+            matrix = gaussian_matrix(new, sigma) @ bilinear_matrix(old, new)
+            self.register_buffer(name, matrix.to(torch.float32), persistent=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Bring `(B, h, w)` to `(B, H, W)` of the target size."""
+        return self.rows @ maps @ self.columns.T
+
+
+def bilinear_matrix(old: int, new: int) -> Tensor:
+    """Return what resizes a row of `old` values bilinearly to `new` with aligned corners: `(new, old)` float64."""
+    places = torch.linspace(0, old - 1, new, dtype=torch.float64)
+    return (1 - (places[:, None] - torch.arange(old)).abs()).clamp_min(0)
+
+
+def gaussian_matrix(size: int, sigma: float) -> Tensor:
+    """Return what blurs a row of `size` values, reflected behind its last value: `(size, size)` float64."""
+    radius = math.floor(_GAUSSIAN_RADIUS_SIGMAS * sigma + 0.5)
+    offsets = torch.arange(-radius, radius + 1)
+    weights = torch.exp(-0.5 * (offsets.double() / max(sigma, 1e-6)) ** 2)
+    places = (torch.arange(size)[:, None] + offsets) % (2 * size)
+    places = torch.where(places < size, places, 2 * size - 1 - places)
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    return matrix.scatter_add_(1, places, (weights / weights.sum()).expand(size, -1))
+
+
+def sincos_positions(grid: tuple[int, int], channels: int) -> Tensor:
+    """Return fixed positions of a grid `(height, width)`: `(height x width, channels)` float32, row by row.
+
+    The first half of the channels tells the column and the second half the row; each is sine, then cosine, of
+    frequencies 10000^(-j / (channels / 4)).
+    """
+    quarter = channels // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+    angles = [places.reshape(-1, 1) * frequencies for places in (columns, rows)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).to(torch.float32)
+
+
+def find_outliers(scores: Tensor, nearest: Tensor, centres: int, deviations: float) -> Tensor:
+    """Mark the tokens that lie farther from their centre than is usual in their cluster.
+
+    Args:
+        scores: `(B, N)` float32, distance of each token to its nearest centre.
+        nearest: `(B, N)` int64, which centre that is.
+        centres: M.
+        deviations: standard deviations (unbiased) above the cluster's mean from which on a token is an outlier.
+
+    Returns:
+        `(B, N)` bool. A cluster of one token has no outliers.
+    """
+    member = (nearest[..., None] == torch.arange(centres, device=nearest.device)).to(scores.dtype)  # (B, N, M)
+    count = member.sum(dim=1, keepdim=True)  # (B, 1, M)
+    mean = (member * scores[..., None]).sum(dim=1, keepdim=True) / count.clamp_min(1)
+    # Two passes: the mean square minus the squared mean would lose the digits that decide at the threshold.
+    square = (member * (scores[..., None] - mean).square()).sum(dim=1, keepdim=True)
+    threshold = mean + deviations * (square / (count - 1).clamp_min(1)).sqrt()
+    own_threshold, own_count = (member * threshold).sum(dim=2), (member * count).sum(dim=2)
+    return (scores >= own_threshold) & (own_count > 1)
+
+
+class AmiNet(nn.Module):
+    """Adaptive mask generator and inpainting transformer over a frozen CNN pyramid.
+
+    Raises:
+        ValueError: if the configuration contradicts itself or the backbone.
+    """
+
+    positions: Tensor
+
+    def __init__(self, config: AmiNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_size = config.image_size
+        self.backbone = CnnBackbone(config.backbone, config.layers)
+        _refuse_misfits(config, self.backbone.strides)
+        self.feature_grid = _divide(config.image_size, min(self.backbone.strides))
+        self.token_grid = _divide(self.feature_grid, config.patch_size)
+
+        features, channels, patch = sum(self.backbone.channels), config.token_channels, config.patch_size
+        self.patch_embedding = nn.Conv2d(features, channels, patch, stride=patch)
+        self.centre_embedding = nn.Conv2d(features, channels, patch, stride=patch)
+        self.centre_queries = nn.Parameter(torch.empty(1, config.centres, channels))
+        self.centre_blocks = _transformer(config, config.centre_blocks)
+        self.centre_norm = nn.LayerNorm(channels)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, channels))
+        self.blocks = _transformer(config, config.blocks)
+        self.norm = nn.LayerNorm(channels)
+        self.prediction = nn.Linear(channels, patch * patch * features)
+        self.register_buffer("positions", sincos_positions(self.token_grid, channels), persistent=False)
+        self.upsampling = _SmoothUpsampling(self.feature_grid, config.map_size, config.blur_sigma)
+        self._initialise(torch.Generator().manual_seed(config.seed))
+
+    def _initialise(self, generator: torch.Generator) -> None:
+        nn.init.normal_(self.centre_queries, std=0.02, generator=generator)
+        for embedding in (self.patch_embedding, self.centre_embedding):
+            bound = 1 / math.sqrt(embedding.weight[0].numel())
+            for parameter in embedding.parameters():
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.data.flatten(1), generator=generator)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+
+    def load_backbone_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take the backbone's weights in timm's naming.
+
+        Raises:
+            ValueError: if a key is missing, unknown or has another shape.
+        """
+        self.backbone.load_weights(state_dict)
+
+    def stages(self) -> Sequence[Stage]:
+        """Return the one descent."""
+        return [
+            GradientStage(
+                name="inpainting",
+                loss=self.loss,
+                parameters=[parameter for parameter in self.parameters() if parameter.requires_grad],
+                recipe=self.config.recipe,
+                encode=self.encode,
+            )
+        ]
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the frozen layers of images `(B, 3, H, W)`, one after the other in one row: `(B, sum of C h w)`.
+
+        Each layer keeps its own grid, because on the common one they would take four times the memory.
+
+        Raises:
+            ValueError: if the images have another size than `image_size`.
+            RuntimeError: if the backbone has no weights.
+        """
+        require_image_size(images, self.image_size)
+        return torch.cat([layer.flatten(1) for layer in self.backbone(images)], dim=1)
+
+    def loss(self, encoded: Tensor, step: int) -> dict[str, Tensor]:
+        """Return the four terms of the loss of encoded frames: direction, distance, compactness and diversity."""
+        generator = torch.Generator().manual_seed(self.config.seed * 2**32 + step)
+        features = self._unpack(encoded)
+        masked = self._draw_mask(len(features), generator).to(features.device)
+        return self._weigh_terms(features, masked, generator)
+
+    def _weigh_terms(self, features: Tensor, masked: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return the weighted terms for features `(B, C, h, w)` whose tokens are masked as `(B, N)` says."""
+        centre_tokens = _embed(self.centre_embedding, features)
+        centres = self._gather_centres(self._jitter(centre_tokens, generator))
+        # Only the centres are made from jittered tokens; it is the clean ones that shall lie near them.
+        scores = _distances(centre_tokens + self.positions, centres).amin(dim=2)
+        count = self.config.centres
+        spread = _distances(centres, centres).sum(dim=(1, 2)) / (count * max(count - 1, 1))
+
+        tokens = self._hide(_embed(self.patch_embedding, features), masked)
+        predicted = self._inpaint(self._jitter(tokens, generator))
+        targets = _patchify(features, self.config.patch_size)
+        directions = 1 - functional.cosine_similarity(predicted, targets, dim=2)
+        return {
+            "direction": self.config.direction_weight * directions.mean(),
+            "distance": functional.mse_loss(predicted, targets),
+            "compactness": scores.mean(),
+            "diversity": -self.config.diversity_weight * spread.mean(),
+        }
+
+    def _jitter(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        """Add Gaussian noise in proportion to the norm of each token `(B, N, D)`."""
+        noise = torch.randn(tokens.shape, generator=generator).to(tokens.device)
+        norms = torch.linalg.vector_norm(tokens, dim=2, keepdim=True)
+        jittered: Tensor = tokens + noise * norms * (self.config.jitter / tokens.shape[2])
+        return jittered
+
+    def _draw_mask(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Choose for each image a uniform share of its tokens, and that many of them at random: `(B, N)` bool."""
+        count = self.positions.shape[0]
+        wanted = (torch.rand(batch, 1, generator=generator) * count).floor()
+        ranks = torch.rand(batch, count, generator=generator).argsort(dim=1).argsort(dim=1)
+        masked: Tensor = ranks < wanted
+        return masked
+
+    def forward(self, images: Tensor) -> AnomalyOutput:
+        """Judge images `(B, 3, H, W)` float32 in [0, 1].
+
+        Raises:
+            ValueError: if the images have another size than `image_size`.
+            RuntimeError: if the backbone has no weights.
+        """
+        features = self._unpack(self.encode(images))
+        scores, nearest = self._score_tokens(features)
+        masked = find_outliers(scores, nearest, self.config.centres, self.config.mask_deviations)
+        return self._finish_map(features, self._rebuild(features, masked))
+
+    def _unpack(self, encoded: Tensor) -> Tensor:
+        """Bring the layers in a row back to maps, to the finest grid, and smooth them: features `(B, C, h, w)`."""
+        shapes = [
+            (channels, *_divide(self.image_size, stride))
+            for channels, stride in zip(self.backbone.channels, self.backbone.strides, strict=True)
+        ]
+        rows = torch.split(encoded, [math.prod(shape) for shape in shapes], dim=1)
+        layers = [row.reshape(-1, *shape) for row, shape in zip(rows, shapes, strict=True)]
+        resized = [
+            layer
+            if shape[1:] == self.feature_grid
+            else functional.interpolate(layer, size=self.feature_grid, mode="bilinear", align_corners=True)
+            for layer, shape in zip(layers, shapes, strict=True)
+        ]
+        # The zeros around the border count in the mean, as they do in the released models.
+        return functional.avg_pool2d(torch.cat(resized, dim=1), 3, stride=1, padding=1)
+
+    def _gather_centres(self, centre_tokens: Tensor) -> Tensor:
+        """Return the cluster centres `(B, M, D)` of tokens `(B, N, D)` without positions."""
+        queries = self.centre_queries.expand(centre_tokens.shape[0], -1, -1)
+        x = self.centre_blocks(torch.cat((queries, centre_tokens + self.positions), dim=1))
+        centres: Tensor = self.centre_norm(x[:, : self.config.centres])
+        return centres
+
+    def _score_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each token's distance to its nearest centre, and which one that is: `(B, N)` float32 and int64."""
+        centre_tokens = _embed(self.centre_embedding, features)
+        distances = _distances(centre_tokens + self.positions, self._gather_centres(centre_tokens))
+        return distances.amin(dim=2), distances.argmin(dim=2)
+
+    def _hide(self, tokens: Tensor, masked: Tensor) -> Tensor:
+        """Put the mask token in place of masked ones."""
+        return torch.where(masked[..., None], self.mask_token, tokens)
+
+    def _inpaint(self, tokens: Tensor) -> Tensor:
+        """Predict the features under all tokens `(B, N, D)` without positions: `(B, N, k k C)`."""
+        predicted: Tensor = self.prediction(self.norm(self.blocks(tokens + self.positions)))
+        return predicted
+
+    def _rebuild(self, features: Tensor, masked: Tensor) -> Tensor:
+        """Return F^ `(B, C, h, w)`, inpainted where tokens are masked."""
+        predicted = self._inpaint(self._hide(_embed(self.patch_embedding, features), masked))
+        return _unpatchify(predicted, self.token_grid, self.config.patch_size)
+
+    def _finish_map(self, features: Tensor, rebuilt: Tensor) -> AnomalyOutput:
+        """Smooth squared error and cosine distance, multiply them, and score by the map's standard deviation."""
+        distance = (features - rebuilt).square().mean(dim=1)
+        direction = 1 - functional.cosine_similarity(features, rebuilt, dim=1)
+        anomaly_map = self.upsampling(direction) * self.upsampling(distance)
+        mean = anomaly_map.mean(dim=(1, 2), keepdim=True)
+        return AnomalyOutput(anomaly_map, (anomaly_map - mean).square().mean(dim=(1, 2)).sqrt())
+
+
+def _refuse_misfits(config: AmiNetConfig, strides: Sequence[int]) -> None:
+    if any(side % max(strides) for side in config.image_size):
+        raise ValueError(f"image size {config.image_size} is not a multiple of the stride {max(strides)}")
+    grid = _divide(config.image_size, min(strides))
+    if any(side % config.patch_size for side in grid):
+        raise ValueError(f"patches of {config.patch_size} do not tile the grid {grid} of the finest layer")
+    if config.token_channels % config.heads or config.token_channels % 4:
+        raise ValueError(f"token_channels must be a multiple of 4 and of {config.heads} heads")
+
+
+def _divide(size: tuple[int, int], step: int) -> tuple[int, int]:
+    return size[0] // step, size[1] // step
+
+
+def _transformer(config: AmiNetConfig, depth: int) -> nn.Sequential:
+    return nn.Sequential(
+        *(_TransformerBlock(config.token_channels, config.heads, config.mlp_ratio) for _ in range(depth))
+    )
+
+
+def _embed(embedding: nn.Conv2d, features: Tensor) -> Tensor:
+    """Turn features `(B, C, h, w)` into tokens `(B, N, D)`, row by row."""
+    tokens: Tensor = embedding(features).flatten(2).transpose(1, 2)
+    return tokens
+
+
+def _distances(points: Tensor, centres: Tensor) -> Tensor:
+    """Return Euclidean distance times cosine distance of points `(B, N, D)` and centres `(B, M, D)`: `(B, N, M)`.
+
+    The Euclidean part is taken of differences: expanding its square loses the digits that decide which tokens are
+    masked. At zero distance its gradient is zero, by PyTorch's convention.
+    """
+    euclidean = torch.linalg.vector_norm(points[:, :, None] - centres[:, None], dim=3)
+    cosine = functional.normalize(points, dim=2) @ functional.normalize(centres, dim=2).transpose(1, 2)
+    distances: Tensor = euclidean * (1 - cosine)
+    return distances
+
+
+def _patchify(features: Tensor, patch: int) -> Tensor:
+    """Cut `(B, C, h, w)` into `(B, N, k k C)`: row in patch, column in patch, channel (fastest)."""
+    batch, channels, height, width = features.shape
+    x = features.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
+
+
+def _unpatchify(patches: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Put `(B, N, k k C)` back together to `(B, C, h, w)`."""
+    rows, columns = grid
+    x = patches.reshape(-1, rows, columns, patch, patch, patches.shape[2] // patch**2)
+    x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, rows, k, columns, k)
+    return x.flatten(4, 5).flatten(2, 3)

@@ -1,0 +1,242 @@
+"""AMI-Net gives the numbers of its authors' code, in inference and in training.
+
+The expected arrays were made with the official modules (luow23/AMI-Net at 3350be0), every tensor filled by a rule that
+starts from its official name. Tolerances: float32 against float32, other orders of summation; the mask is exact,
+because every score lies farther from its threshold than the two differ.
+"""
+
+import json
+import zlib
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from models.ami_net import AmiNet, _embed, bilinear_matrix, find_outliers
+from models.detector import GradientStage
+from tests.shared_material import require_shared
+from training.import_checkpoint import import_ami_net
+from training.optimisers import build_optimiser
+
+SEED = 1
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+EXACT = {"rtol": 0.0, "atol": 0.0}
+_POSITIONS = "Roncon_model.pos_embed"
+_STEPS = 3
+
+
+def _draw(key: str, shape: list[int] | tuple[int, ...]) -> np.ndarray:
+    """Draw float32 normals from the name alone."""
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode("utf-8")) + SEED))
+    return generator.standard_normal(shape).astype(np.float32)
+
+
+def _fill(key: str, shape: list[int]) -> Tensor:
+    """Give the official tensor of that name its documented value."""
+    last = key.rsplit(".", maxsplit=1)[-1]
+    if last == "num_batches_tracked":
+        return torch.tensor(0)
+    x = _draw(key, shape)
+    match last, len(shape):
+        case "running_mean", _:
+            value = np.float32(0.1) * x
+        case "running_var", _:
+            value = np.float32(1) + np.float32(0.1) * np.abs(x)
+        case (("cls_token" | "mask_token"), _):
+            value = np.float32(0.5) * x
+        case "bias", _:
+            value = np.float32(0.05) * x
+        case "weight", 1:
+            value = np.float32(1) + np.float32(0.1) * x
+        case _:
+            value = x * np.float32(np.sqrt(1 / np.prod(shape[1:])))
+    return torch.from_numpy(value)
+
+
+def _detector(folder: Path) -> AmiNet:
+    entries = json.loads((folder / "state_dict_keys.json").read_text())
+    state = {entry["key"]: _fill(entry["key"], entry["shape"]) for entry in entries if entry["key"] != _POSITIONS}
+    return import_ami_net(state).eval()
+
+
+def _images(detector: AmiNet, expected: np.lib.npyio.NpzFile) -> Tensor:
+    """Return images whose normalised values are the documented draw."""
+    normalised = _draw("input_256", (2, 3, 256, 256))
+    flat = normalised.astype(np.float64).ravel()
+    np.testing.assert_allclose([flat.sum(), np.abs(flat).sum(), *flat[:8]], expected["input_checksum"], rtol=1e-9)
+    return torch.from_numpy(normalised) * detector.backbone.std + detector.backbone.mean
+
+
+@cache
+def _answers():
+    """Run the detector once and name everything the official code was asked for."""
+    folder = require_shared("parity/ami_net")
+    expected = np.load(folder / "expected_256.npz")
+    detector = _detector(folder)
+    images = _images(detector, expected)
+    seen: dict[str, Tensor] = {}
+    for name, module in (
+        ("aux_block_centres", detector.centre_blocks),
+        ("centres", detector.centre_norm),
+        ("block0", detector.blocks[0]),
+        ("final_norm", detector.norm),
+    ):
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: seen.__setitem__(name, output))
+    with torch.no_grad():
+        output = detector(images)
+        features = detector._unpack(detector.encode(images))
+        scores, nearest = detector._score_tokens(features)
+        masked = find_outliers(scores, nearest, detector.config.centres, detector.config.mask_deviations)
+        rebuilt = detector._rebuild(features, masked)
+        ours = _arrange(detector, features, rebuilt, seen)
+    ours |= {
+        "token_score": scores,
+        "cluster_index": nearest,
+        "mask": (~masked).float(),
+        "amap": output.anomaly_map,
+        "image_score": output.score,
+        "pos_embed_rows": detector.positions[[0, 1, 2, 15, 16, 17, 128, 255]],
+    }
+    return expected, {name: value.numpy() for name, value in ours.items()}
+
+
+def _arrange(detector: AmiNet, features: Tensor, rebuilt: Tensor, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring our tensors to the layouts of the expected arrays."""
+    resize = bilinear_matrix(64, 256).float()
+    ours = {
+        "patch_embed_s": _embed(detector.patch_embedding, features)[..., ::16],
+        "auxi_embed_s": _embed(detector.centre_embedding, features)[..., ::16],
+        "aux_block_centres": seen["aux_block_centres"][:, :8],
+        "centres": seen["centres"],
+        "block0_s": seen["block0"][..., ::16],
+        "final_norm_s": seen["final_norm"][..., ::16],
+    }
+    for name, value in (("feat", features), ("rec", rebuilt)):
+        ours[f"{name}_s"] = value[:, ::32, ::2, ::2]
+        ours[f"{name}_l2"] = value.norm(dim=1)
+    coarse = {
+        "dis": (features - rebuilt).square().mean(dim=1),
+        "dir": 1 - functional.cosine_similarity(features, rebuilt, dim=1),
+    }
+    for name, value in coarse.items():
+        ours[f"{name}64"] = value
+        ours[f"{name}_map_s"] = (resize @ value @ resize.T)[:, ::2, ::2]
+        ours[f"{name}_smooth_s"] = detector.upsampling(value)[:, ::2, ::2]
+    return ours
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        *((name, CLOSE) for name in ("feat_s", "feat_l2", "patch_embed_s", "auxi_embed_s", "aux_block_centres")),
+        *((name, CLOSE) for name in ("centres", "token_score", "block0_s", "final_norm_s", "rec_s", "rec_l2")),
+        *((f"{kind}{part}", CLOSE) for kind in ("dis", "dir") for part in ("64", "_map_s", "_smooth_s")),
+        *((name, EXACT) for name in ("cluster_index", "mask")),
+        ("amap", CLOSE),
+        ("image_score", {"rtol": 1e-4, "atol": 0.0}),
+        ("pos_embed_rows", {"rtol": 0.0, "atol": 1e-6}),
+    ],
+)
+def test_inference_equals_the_official_code(name, tolerance):
+    """Every intermediate value, the mask, the map and the score are those of the official modules."""
+    expected, ours = _answers()
+
+    np.testing.assert_allclose(ours[name].reshape(expected[name].shape), expected[name], **tolerance)
+
+
+def test_mask_when_all_clusters_are_in_use_then_equals_the_official_code():
+    """With eight clusters, one of them of a single token, the same tokens are masked."""
+    expected = np.load(require_shared("parity/ami_net") / "expected_256.npz")
+    scores, nearest = (torch.from_numpy(expected[f"mask_case_{name}"]) for name in ("score", "cluster"))
+
+    masked = find_outliers(scores, nearest, centres=8, deviations=0.5)
+
+    np.testing.assert_array_equal((~masked).float().numpy(), expected["mask_case_mask"])
+
+
+@pytest.fixture(scope="module")
+def trace():
+    """Run the three recorded training steps: no jitter, one given mask."""
+    folder = require_shared("parity/ami_net")
+    expected = np.load(folder / "expected_train.npz")
+    detector = _detector(folder)
+    detector.config = replace(detector.config, jitter=0.0)
+    (stage,) = detector.stages()
+    assert isinstance(stage, GradientStage)
+    features = detector._unpack(stage.encode(_images(detector, np.load(folder / "expected_256.npz"))))
+    visible = torch.from_numpy(_draw("train_mask", (2, 256)) > 0)
+    np.testing.assert_array_equal(visible.float().numpy(), expected["train_mask"])
+    optimiser = build_optimiser(stage.recipe, stage.parameters)
+    rows, first_gradients = [], {}
+    for step in range(_STEPS):
+        terms = detector._weigh_terms(features, ~visible, torch.Generator().manual_seed(step))
+        total = sum(terms.values())
+        optimiser.zero_grad()
+        total.backward()
+        if step == 0:
+            first_gradients = {name: p.grad.clone() for name, p in detector.named_parameters() if p.grad is not None}
+        optimiser.step()
+        weighted = (terms["distance"], terms["direction"] / 5, terms["compactness"], terms["diversity"] / -0.1)
+        rows.append([total.item(), *(term.item() for term in weighted)])
+    return expected, np.array(rows), first_gradients, detector
+
+
+_OURS = {
+    "cls_token": "centre_queries",
+    "patch_embed.proj": "patch_embedding",
+    "auxi_embed.proj": "centre_embedding",
+    "auxiliary": "centre_blocks",
+    "inpainting_pred": "prediction",
+}
+
+
+def _name_here(official: str) -> str:
+    """Translate the official name of a recorded tensor."""
+    name = official.partition("Roncon_model.")[2]
+    for theirs, ours in _OURS.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("column", "name"), list(enumerate(["total", "distance", "direction", "compactness", "diversity"]))
+)
+def test_training_trace_equals_the_official_code(trace, column, name):
+    """The loss and its terms in three AdamW steps are the official ones."""
+    expected, rows, _, _ = trace
+
+    official = expected["trace__total_dis_dir_compact_diversity"]
+
+    np.testing.assert_allclose(rows[:, column], official[:, column], rtol=1e-4, err_msg=name)
+
+
+def test_first_gradients_equal_the_official_code(trace):
+    """Recorded tensors get the official gradient, the mask token among them."""
+    expected, _, gradients, _ = trace
+    norms = [key for key in expected if key.startswith("gradnorm__")]
+
+    assert norms
+    for key in norms:
+        ours, start = gradients[_name_here(key)], expected[key.replace("gradnorm__", "grad__")]
+        np.testing.assert_allclose(ours.norm(), expected[key], rtol=1e-3, err_msg=key)
+        np.testing.assert_allclose(
+            ours.flatten()[: len(start)], start, rtol=1e-3, atol=1e-3 * np.abs(start).max(), err_msg=key
+        )
+
+
+def test_parameters_after_three_steps_equal_the_official_code(trace):
+    """AdamW with its decay moves the parameters as the official loop does."""
+    expected, _, _, detector = trace
+    recorded = [key for key in expected if key.startswith("after3__")]
+    parameters = dict(detector.named_parameters())
+
+    assert recorded
+    for key in recorded:
+        start = parameters[_name_here(key)].detach().flatten()[: len(expected[key])]
+        np.testing.assert_allclose(start, expected[key], rtol=1e-4, atol=1e-5, err_msg=key)
