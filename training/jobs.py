@@ -207,7 +207,8 @@ def _run(request: RunRequest, directory: Path, beginning: Beginning, threads: in
     try:
         finished = train(request, directory, reporter, beginning)
     except (FitStopped, KeyboardInterrupt) as stop:
-        raise _leave(f"Stopped. To go on where it stood: flawline train --resume {directory}", _STOPPED) from stop
+        again = f" To go on where it stood: flawline train --resume {directory}" if any(directory.iterdir()) else ""
+        raise _leave(f"Stopped.{again}", _STOPPED) from stop
     finally:
         # A run that was refused before it began leaves nothing behind.
         if directory.is_dir() and not any(directory.iterdir()):

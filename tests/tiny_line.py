@@ -1,0 +1,81 @@
+"""A line of noise frames with bright squares for defects, and a run that takes seconds: what tests of training fit."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.factories import encode, make_frame
+from training.config import RunConfig
+from training.run_directory import RunRequest
+
+GOOD, TEST_GOOD, DEFECTS = 48, 6, 5
+_HEIGHT, _WIDTH = 72, 80
+
+TINY_RUN: dict[str, Any] = {
+    "detector": "inp_former",
+    "backbone": "test_resnet",
+    "input": {"height": 64, "width": 64, "resize_height": 64, "resize_width": 64},
+    "hyperparameters": {
+        "layers": [2, 3],
+        "groups": 1,
+        "decoder_blocks": 2,
+        "heads": 2,
+        "mlp_ratio": 2,
+        "projected_channels": 32,
+        "extractor_tokens": 32,
+        "decoder_tokens": 16,
+        "map_size": [32, 32],
+        "recipe": {
+            "optimiser": "stable_adamw",
+            "learning_rate": 1e-3,
+            "final_learning_rate": 1e-4,
+            "weight_decay": 1e-4,
+            "batch_size": 8,
+            "iterations": 12,
+            "warmup_iterations": 2,
+        },
+    },
+    "hold_out": {"fraction": 0.5},
+    "golden_frames": 4,
+}
+
+
+def write_line(folder: Path, *, tested: bool = True, masks: bool = True) -> Path:
+    """Write a line in the MVTec layout and return its folder."""
+    for index in range(GOOD):
+        _write(folder / "train/good" / f"{index:03d}.png", encode(make_frame(_HEIGHT, _WIDTH, seed=index)))
+    if not tested:
+        return folder
+    for index in range(TEST_GOOD):
+        _write(folder / "test/good" / f"{index:03d}.png", encode(make_frame(_HEIGHT, _WIDTH, seed=100 + index)))
+    for index in range(DEFECTS):
+        pixels = make_frame(_HEIGHT, _WIDTH, seed=200 + index, defect=True)
+        _write(folder / "test/square" / f"{index:03d}.png", encode(pixels))
+        if masks:
+            mask = np.where((pixels == 250).all(axis=2), 255, 0).astype(np.uint8)
+            _write(folder / "ground_truth/square" / f"{index:03d}_mask.png", encode(mask))
+    return folder
+
+
+def make_config(**overrides: Any) -> RunConfig:
+    """Return the tiny run's configuration, with some top-level keys replaced."""
+    return RunConfig.model_validate(TINY_RUN | overrides)
+
+
+def make_request(line_folder: Path, store: Path, **overrides: Any) -> RunRequest:
+    """Return what a tiny run asks for: random backbone weights, the CPU."""
+    fields: dict[str, Any] = {
+        "name": line_folder.name,
+        "line_folder": line_folder,
+        "store": store,
+        "config": make_config(),
+        "weights": "untrained",
+        "device": "cpu",
+    }
+    return RunRequest(**fields | overrides)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)

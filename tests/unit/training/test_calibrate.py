@@ -1,0 +1,119 @@
+"""Promises of calibration: thresholds from good parts alone, and a refusal that says what is missing."""
+
+import numpy as np
+import pytest
+
+from service.contract.policy import ScoreRule
+from service.errors import BundleRefused, CalibrationRefused, UnreadableFrame
+from tests.factories import encode
+from training.calibrate import calibrate, read_region_of_interest, refuse_unsupported_rates
+
+_TOP = ScoreRule(kind="top_fraction_mean", fraction=0.1)
+_LEFT_HALF = (((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)),)
+
+
+def _good_parts(count=39, hot_right=False):
+    maps = np.random.default_rng(0).uniform(0, 1, (count, 10, 10)).astype(np.float32)
+    if hot_right:
+        maps[:, :, 8:] = 5
+    scores = np.array([_TOP.reduce(anomaly_map.ravel()) for anomaly_map in maps], np.float32)
+    return scores, maps
+
+
+def test_calibrate_when_enough_good_parts_then_each_rate_holds_on_them():
+    """No more good parts than the wanted share reach each threshold, and review comes before fail."""
+    scores, maps = _good_parts()
+
+    found = calibrate(scores, maps, _TOP, review_rate=0.1, fail_rate=0.05, version="1")
+
+    assert (scores >= found.policy.fail_threshold).sum() <= 0.05 * 40 - 1
+    assert (scores >= found.policy.review_threshold).sum() <= 0.1 * 40 - 1
+    assert found.policy.review_threshold < found.policy.fail_threshold
+    assert (maps.max(axis=(1, 2)) >= found.policy.region_threshold).sum() <= 3
+    assert found.policy.map_floor == pytest.approx(np.median(maps))
+    assert (found.review.good_parts, found.fail.good_parts) == (39, 39)
+
+
+def test_calibrate_when_a_region_of_interest_is_given_then_the_rest_does_not_count():
+    """Scores, peaks and floor are those of the inspected half, not of the hot rim outside."""
+    scores, maps = _good_parts(hot_right=True)
+
+    found = calibrate(scores, maps, _TOP, review_rate=0.1, fail_rate=0.05, version="1", region_of_interest=_LEFT_HALF)
+
+    assert scores.min() > 1.5
+    assert found.policy.fail_threshold < 1.01
+    assert found.policy.region_threshold < 1.01
+    assert found.calibration.scores[-1] <= 1
+
+
+def test_calibrate_when_only_the_network_knows_its_score_then_a_region_of_interest_is_refused():
+    """A score that can't be computed again is never compared outside of what it was computed from."""
+    scores, maps = _good_parts()
+
+    with pytest.raises(BundleRefused):
+        calibrate(
+            scores,
+            maps,
+            ScoreRule(kind="graph"),
+            review_rate=0.1,
+            fail_rate=0.05,
+            version="1",
+            region_of_interest=_LEFT_HALF,
+        )
+
+
+@pytest.mark.parametrize(
+    ("good_parts", "review", "fail", "words"),
+    [
+        (18, 0.1, 0.05, "needs at least 19 good parts that fitting never saw, and 18 are held out"),
+        (98, 0.1, 0.01, "needs at least 99 good parts"),
+        (500, 0.05, 0.1, "not above the review rate"),
+    ],
+)
+def test_refuse_unsupported_rates_when_good_parts_cannot_carry_them_then_says_how_many_would(
+    good_parts, review, fail, words
+):
+    """The refusal comes before fitting and names the number that would do."""
+    with pytest.raises(CalibrationRefused) as caught:
+        refuse_unsupported_rates(good_parts, review, fail)
+
+    assert words in caught.value.sentence
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_calibrate_when_a_number_is_not_finite_then_is_refused(value):
+    """A broken detector never gets thresholds."""
+    scores, maps = _good_parts()
+    maps[3, 2, 1] = value
+
+    with pytest.raises(CalibrationRefused):
+        calibrate(scores, maps, _TOP, review_rate=0.1, fail_rate=0.05, version="1")
+
+
+def test_read_region_of_interest_when_the_mask_is_white_somewhere_then_gives_polygons_of_the_frame(tmp_path):
+    """Outlines come in fractions of the frame and never leave it; specks are left out."""
+    mask = np.zeros((100, 200), np.uint8)
+    mask[0:50, 100:200] = 255
+    mask[90, 3] = 255
+    path = tmp_path / "roi.png"
+    path.write_bytes(encode(mask))
+
+    polygons = read_region_of_interest(path)
+
+    corners = np.array(polygons[0])
+    assert len(polygons) == 1
+    np.testing.assert_allclose(corners.min(axis=0), [0.5, 0.0], atol=0.005)
+    np.testing.assert_allclose(corners.max(axis=0), [1.0, 0.5], atol=0.005)
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"no image", encode(np.zeros((8, 8), np.uint8))], ids=["missing", "text", "black"]
+)
+def test_read_region_of_interest_when_nothing_is_marked_then_is_refused(tmp_path, content):
+    """A mask that would inspect nothing ends in one sentence."""
+    path = tmp_path / "roi.png"
+    if content is not None:
+        path.write_bytes(content)
+
+    with pytest.raises(UnreadableFrame):
+        read_region_of_interest(path)

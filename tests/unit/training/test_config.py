@@ -1,0 +1,86 @@
+"""Promises of a run's description: complete, and nothing unknown is passed on in silence."""
+
+import pytest
+
+from models.inp_former import InpFormerConfig
+from training.config import ConfigFault, load_config, parse_config
+
+
+def test_paper_configuration_gives_the_published_values():
+    """The paper's YAML says exactly what the detector's defaults say."""
+    config = load_config("paper")
+
+    assert config.detector_config() == InpFormerConfig()
+    assert config.input.window(448, 448) == (28.0, 28.0, 392.0, 392.0)
+
+
+def test_small_configuration_inspects_the_whole_frame_on_a_small_network():
+    """The CPU's YAML has no crop and takes the frozen MobileNet."""
+    config = load_config("small")
+
+    assert config.detector_config().backbone == "mobilenetv1_100"
+    assert config.input.window(300, 300) == (0.0, 0.0, 300.0, 300.0)
+
+
+def test_load_config_when_values_are_set_then_each_level_takes_them():
+    """Overrides reach the top level, nested models and the detector's recipe, typed as in YAML."""
+    config = load_config(
+        "small",
+        overrides=["seed=0", "hold_out.fraction=0.4", "hyperparameters.recipe.iterations=7", "backbone=resnet18"],
+    )
+
+    own = config.detector_config()
+    assert (config.seed, config.hold_out.fraction) == (0, 0.4)
+    assert (own.seed, own.recipe.iterations, own.backbone) == (0, 7, "resnet18")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("fail_rat=0.1", "fail_rat is not known at the top level (did you mean fail_rate?)"),
+        ("hold_out.fractoin=0.1", "did you mean fraction?"),
+        ("hyperparameters.prototype=3", "did you mean prototypes?"),
+        (
+            "hyperparameters.recipe.iteration=3",
+            "hyperparameters.recipe.iteration is not known (did you mean iterations?)",
+        ),
+        ("hyperparameters.seed=3", "follows from seed"),
+        ("hyperparameters.image_size=[1, 1]", "follows from input"),
+        ("hyperparameters.prototypes=many", "hyperparameters.prototypes"),
+        ("hyperparameters.recipe.epochs=3", "set exactly one of epochs and iterations"),
+        ("detector=patchcore", "known are"),
+        ("fail_rate=2", "fail_rate"),
+        ("hold_out.fraction=2", "must lie between 0 and 1"),
+        ("input.height=999", "crop must not be larger"),
+        ("seed", "write key=value"),
+        ("seed.more=1", "holds a single value"),
+        ("seed=[", "is no YAML"),
+    ],
+)
+def test_load_config_when_a_setting_does_not_fit_then_the_sentence_names_it(override, words):
+    """A wrong key or value is refused by name, with the nearest known one where there is one."""
+    with pytest.raises(ConfigFault) as caught:
+        load_config("small", overrides=[override])
+
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", [None, "- a\n- b\n", "{", b"\xff\xfe\x00"], ids=["missing", "list", "broken", "binary"]
+)
+def test_load_config_when_the_file_is_no_configuration_then_says_so(tmp_path, text):
+    """A missing or malformed file ends in one sentence."""
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    with pytest.raises(ConfigFault):
+        load_config(str(path))
+
+
+def test_to_yaml_when_read_again_then_is_the_same_run():
+    """What a run directory keeps describes the same run."""
+    config = load_config("paper", overrides=["hold_out.rule=groups", "hold_out.group_by=(\\d+)"])
+
+    assert parse_config(config.to_yaml()) == config
