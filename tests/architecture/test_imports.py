@@ -1,0 +1,284 @@
+"""Who may import whom, kept by reading the sources and by asking a fresh interpreter.
+
+Downwards only, one door for each outside thing, and the service never carries training's weight. When a rule is to
+change, change the table here in the same commit and say why.
+"""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests.architecture.sources import ROOT, belongs, doors, module_of, parse, source_files, uses
+
+ROUTES = "service/routes/"
+
+# Each outside library and the only files that may import it; a folder stands for all files in it.
+DOORS = {
+    "onnxruntime": ("service/engines/ort.py", "training/export.py"),
+    "tensorrt": ("service/engines/trt.py",),
+    "onnx": ("service/contract/graph.py", "training/export.py"),
+    "PIL": ("service/contract/frames.py",),
+    "cv2": ("service/contract/regions.py", "service/contract/raw_frames.py"),
+    "timm": ("models/backbones.py",),
+    "torchvision": ("models/backbones.py",),
+    "prometheus_client": ("service/telemetry.py",),
+    "fastapi": ("service/app.py", ROUTES),
+    "starlette": ("service/app.py", ROUTES),
+    "uvicorn": ("service/__main__.py",),
+    "pydantic_settings": ("service/settings.py",),
+    "matplotlib": ("training/drawings.py",),
+    "jinja2": ("training/report.py",),
+}
+
+# Where asyncio may be known; everything else is plain functions, and so testable without a loop.
+ASYNC = ("service/app.py", "service/pipeline.py", "service/batcher.py", "service/__main__.py", ROUTES)
+
+# Where the environment may be read.
+ENVIRONMENT = ("service/settings.py", "service/__main__.py", "training/__main__.py")
+
+# Layers of the service, lowest first: a file imports from lower layers, or from its own package.
+LAYERS = (
+    ("service.errors",),
+    ("service.contract",),
+    ("service.engines", "service.inspection", "service.schedule"),
+    ("service.settings", "service.telemetry"),
+    ("service.batcher",),
+    ("service.auth", "service.records", "service.registry"),
+    ("service.pipeline",),
+    ("service.schemas",),
+    ("service.routes",),
+    ("service.app",),
+    ("service.__main__",),
+)
+
+# What models may use besides torch and numpy: arithmetic and types. Files, clocks, logs and environment stay outside.
+MODELS_STANDARD_LIBRARY = frozenset(
+    {"abc", "collections", "contextlib", "copy", "dataclasses", "enum", "functools", "itertools", "math", "operator"}
+    | {"types", "typing", "warnings"}
+)
+BELOW_DETECTORS = ("models.detector", "models.backbones", "models.blocks")
+GPU_ONLY = ("service/engines/trt.py",)
+HEAVY = ("torch", "torchvision", "timm", "models", "training", "matplotlib", "safetensors")
+
+
+def allowed(file, places):
+    """Tell whether a file is one of the places, or lies in one that is a folder."""
+    return any(file == place or (place.endswith("/") and file.startswith(place)) for place in places)
+
+
+def layer_of(module):
+    """Return the number of a service module's layer."""
+    for number, members in enumerate(LAYERS):
+        if any(belongs(module, member) for member in members):
+            return number
+    pytest.fail(f"{module} has no layer; add it to LAYERS in tests/architecture/test_imports.py")
+
+
+# Imports modules one after the other and tells the first one that brought in something unwanted.
+WATCH = """
+import importlib, sys
+modules, unwanted = (set(argument.split()) for argument in sys.argv[1:])
+for module in sorted(modules):
+    importlib.import_module(module)
+    found = unwanted & {name.partition(".")[0] for name in sys.modules}
+    if found:
+        sys.exit(f"{module} brought in {sorted(found)}")
+"""
+
+
+def import_afresh(modules, unwanted):
+    """Import modules in a fresh interpreter and return what it complains of; empty where nothing unwanted came in."""
+    command = [sys.executable, "-c", WATCH, " ".join(modules), " ".join(unwanted)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stderr
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_library_when_imported_comes_through_its_door(library):
+    """Each outside library has its few doors, so that replacing or guarding it touches one place."""
+    strangers = {file for file in doors(library) if not allowed(file, DOORS[library])}
+
+    assert strangers == set()
+
+
+def test_asyncio_when_imported_stays_at_the_edge():
+    """Only the narrator, the batcher and the HTTP side know of an event loop; training knows none."""
+    strangers = {file for file in doors("asyncio") | doors("anyio") if not allowed(file, ASYNC)}
+
+    assert strangers == set()
+
+
+@pytest.mark.parametrize("package", ["torch", "torchvision", "timm", "models", "training", "sklearn", "scipy"])
+def test_service_when_read_imports_nothing_of_training(package):
+    """The server is installed without torch and never asks for it."""
+    strangers = {file for file in doors(package) if file.startswith("service/")}
+
+    assert strangers == set()
+
+
+def test_models_when_read_import_torch_numpy_and_themselves():
+    """Model code knows tensors and arithmetic: no files, no clock, no environment, no logging."""
+    outside = {"torch", "numpy", "models"}
+
+    strangers = {
+        use
+        for use in uses()
+        if use.file.startswith("models/")
+        and use.module.partition(".")[0] not in outside | MODELS_STANDARD_LIBRARY
+        and not (use.file in DOORS["timm"] and use.module.partition(".")[0] in ("timm", "importlib"))
+    }
+
+    assert strangers == set()
+
+
+def test_detectors_when_read_do_not_know_each_other():
+    """A detector imports the shape of detectors, backbones and blocks, and never another detector."""
+    detectors = {
+        file
+        for file in source_files()
+        if file.startswith("models/") and file.count("/") == 1 and file != "models/__init__.py"
+    }
+
+    strangers = {
+        use
+        for use in uses()
+        if use.file in detectors
+        and belongs(use.module, "models")
+        and not any(belongs(use.module, place) for place in BELOW_DETECTORS)
+    }
+
+    assert strangers == set()
+
+
+def test_blocks_when_read_know_no_detector():
+    """What detectors share knows none of them, only the shape that all have and the backbones below."""
+    strangers = {
+        use
+        for use in uses()
+        if use.file.startswith("models/blocks/")
+        and belongs(use.module, "models")
+        and not any(belongs(use.module, place) for place in BELOW_DETECTORS)
+    }
+
+    assert strangers == set()
+
+
+def test_training_when_it_needs_the_service_takes_the_contract_only():
+    """Training shares pixels, calibration and policy with the server, and no other part of it."""
+    strangers = {
+        use
+        for use in uses()
+        if use.file.startswith("training/")
+        and belongs(use.module, "service")
+        and not belongs(use.module, "service.contract")
+        and use.module != "service.errors"
+    }
+
+    assert strangers == set()
+
+
+def test_service_when_it_imports_itself_looks_downwards():
+    """Each layer knows only lower ones; brothers in one layer do not know each other."""
+    upwards = {
+        use
+        for use in uses()
+        if use.file.startswith("service/")
+        and belongs(use.module, "service")
+        and use.module != "service"
+        and layer_of(use.module) >= layer_of(module_of(use.file))
+        and not any(
+            belongs(use.module, member) and belongs(module_of(use.file), member)
+            for members in LAYERS
+            for member in members
+        )
+    }
+
+    assert upwards == set()
+
+
+def test_service_when_a_module_is_added_has_a_layer():
+    """No module of the service stands outside of the order."""
+    modules = [module_of(file) for file in source_files() if file.startswith("service/")]
+
+    assert all(layer_of(module) >= 0 for module in modules if module != "service")
+
+
+@pytest.mark.parametrize("package", ["service", "training", "models.blocks"])
+def test_modules_when_followed_import_in_no_circle(package):
+    """No two modules need each other, not even through others or inside of a function."""
+    modules = {module_of(file) for file in source_files()}
+    edges = {
+        module: {use.module for use in uses() if module_of(use.file) == module and use.module in modules}
+        for module in modules
+        if belongs(module, package)
+    }
+
+    circles = {module for module in edges if module in _reached_from(edges, module)}
+
+    assert circles == set()
+
+
+def _reached_from(edges, start):
+    reached, waiting = set(), list(edges[start])
+    while waiting:
+        module = waiting.pop()
+        if module not in reached:
+            reached.add(module)
+            waiting.extend(edges.get(module, ()))
+    return reached
+
+
+@pytest.mark.parametrize("module", ["pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"])
+def test_pickle_when_looked_for_is_nowhere(module):
+    """No file format that runs code when it is read."""
+    assert doors(module) == set()
+
+
+def test_loading_when_torch_or_numpy_could_unpickle_is_told_not_to():
+    """Checkpoints of other projects are read as weights only, in one file, and `numpy.load` refuses objects aloud."""
+    loads = [
+        (file, node)
+        for file in source_files()
+        for node in ast.walk(parse(file))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load"
+    ]
+
+    for file, call in loads:
+        library = ast.unparse(call.func.value)
+        told = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        if library == "torch":
+            assert file == "training/import_checkpoint.py", f"{file}: {ast.unparse(call)}"
+            assert told.get("weights_only") == "True", f"{file}: {ast.unparse(call)}"
+        assert library not in ("np", "numpy") or told.get("allow_pickle") == "False", f"{file}: {ast.unparse(call)}"
+
+
+def test_environment_when_read_is_read_at_the_edge():
+    """Settings are read once, at the start; setting a variable for a library is no reading."""
+    strangers = {
+        f"{file}:{node.lineno}"
+        for file in source_files()
+        if not allowed(file, ENVIRONMENT)
+        for parent in ast.walk(parse(file))
+        for node in ast.iter_child_nodes(parent)
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("environ", "getenv", "environb")
+        and not (isinstance(parent, ast.Subscript) and isinstance(parent.ctx, ast.Store))
+    }
+
+    assert strangers == set()
+
+
+def test_service_when_imported_whole_loads_nothing_of_training():
+    """Whatever part of the service is imported, torch and training stay away, also through other libraries."""
+    modules = [module_of(file) for file in source_files() if file.startswith("service/") and file not in GPU_ONLY]
+
+    assert import_afresh(modules, HEAVY) == ""
+
+
+def test_contract_when_imported_loads_no_server():
+    """Training takes the contract without a web framework, a runtime or a metrics registry."""
+    modules = [module_of(file) for file in source_files() if file.startswith("service/contract/")]
+    server = ("fastapi", "starlette", "uvicorn", "onnxruntime", "prometheus_client", "asyncio")
+
+    assert import_afresh([*modules, "service.errors"], server) == ""
