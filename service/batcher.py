@@ -213,9 +213,13 @@ class Batcher:
             elif not entry.answer.cancelled():
                 entry.answer.exception()  # looked at, so that a caller leaving at this very moment leaves no warning
 
+    def stop_admitting(self) -> None:
+        """Refuse every new frame from now on."""
+        self._is_draining = True
+
     async def drain(self) -> None:
         """Admit nothing more, and return when all that was admitted is answered."""
-        self._is_draining = True
+        self.stop_admitting()
         while self._places:
             self._all_answered.clear()
             await self._all_answered.wait()

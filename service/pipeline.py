@@ -1,9 +1,160 @@
 """One frame's way, told in order: find the line, take a place, decode, batch and run, judge, answer.
 
 Before: the HTTP side received the body. After: it answers, and only then records. Everything that goes wrong on the way
-is raised as one of `service.errors`; whatever is raised is `NO_VERDICT`.
+is raised as one of `service.errors`; whatever is raised is `NO_VERDICT`, and nothing here makes a verdict but the
+policy, out of finite numbers.
 """
 
-from service.inspection import HeatmapKind, Inspection, InspectionRequest, RawLayout
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from uuid import uuid4
 
-__all__ = ["HeatmapKind", "Inspection", "InspectionRequest", "RawLayout"]
+import numpy as np
+from numpy.typing import NDArray
+
+from service.batcher import RunResult
+from service.contract.frames import Frame, FrameLimits, decode_image, fit_to_input
+from service.contract.geometry import InputSpec
+from service.contract.policy import Judgement, judge
+from service.contract.raw_frames import decode_raw
+from service.contract.regions import Window
+from service.errors import DeadlinePassed, ParameterInvalid
+from service.inspection import HeatmapKind, Inspection, InspectionRequest, RawLayout
+from service.registry import Found, Registry
+
+__all__ = ["HeatmapKind", "Inspection", "InspectionRequest", "Pipeline", "RawLayout"]
+
+
+class Pipeline:
+    """Inspects frames.
+
+    Args:
+        registry: finds what serves a line.
+        limits: what a caller may send.
+        default_deadline_s: from a request's arrival to its answer, where the caller names none.
+        max_deadline_s: the longest that a caller may name.
+        decode_workers: threads that decode and resize, and as many that trace regions.
+        clock: monotonic seconds; the one that `received_at` was taken from.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        limits: FrameLimits,
+        default_deadline_s: float,
+        max_deadline_s: float,
+        decode_workers: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._registry = registry
+        self._limits = limits
+        self._default_deadline_s = default_deadline_s
+        self._max_deadline_s = max_deadline_s
+        self._clock = clock
+        self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="flawline-decode")
+        # Apart from the decoders, so that an answer that is nearly there does not wait behind frames that just came.
+        self._tracers = ThreadPoolExecutor(decode_workers, thread_name_prefix="flawline-trace")
+
+    async def inspect(self, request: InspectionRequest) -> Inspection:
+        """Inspect one frame.
+
+        Raises:
+            CallerError: if the frame, or what is asked of it, does not fit.
+            MomentError: if the line is not ready, has no place left, or the deadline can't be met.
+            OwnError: if the engine fails.
+        """
+        found = self._registry.find(request.line, request.bundle_version, request.policy_version)
+        bundle, deadline_s = found.line.bundle, self._deadline_s(request)
+        deadline = request.received_at + deadline_s
+        with bundle.batcher.place(deadline) as place:
+            started_at = self._clock()
+            frame, pixels = await self._decode(request, bundle.manifest.input, deadline)
+            decode_s = self._clock() - started_at
+            result = await bundle.batcher.submit(place, pixels, found.line.line_index)
+            ran_at = self._clock()
+            window = bundle.manifest.input.window(frame.height, frame.width)
+            judgement = await self._judge(result, found, window, deadline)
+            postprocess_s = self._clock() - ran_at
+        return Inspection(
+            inspection_id=uuid4().hex,
+            request=request,
+            line=found.line.name,
+            bundle_version=bundle.manifest.version,
+            bundle_digest=bundle.digest,
+            policy_version=found.policy.policy.version,
+            policy_digest=found.policy.digest,
+            detector=bundle.manifest.detector,
+            device=bundle.device,
+            judgement=judgement,
+            p_value=bundle.calibration.p_value(judgement.score),
+            review_threshold=found.policy.policy.review_threshold,
+            fail_threshold=found.policy.policy.fail_threshold,
+            frame=frame,
+            anomaly_map=result.anomaly_map,
+            window=window,
+            policy=found.policy.policy,
+            batch_size=result.batch_size,
+            timings_s={
+                "receive": request.receive_s,
+                "decode": decode_s,
+                "queue": result.queue_s,
+                "infer": result.infer_s,
+                "postprocess": postprocess_s,
+            },
+            deadline_s=deadline_s,
+        )
+
+    def close(self) -> None:
+        """End the threads, without waiting for work that nobody waits for any more."""
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._tracers.shutdown(wait=False, cancel_futures=True)
+
+    def _deadline_s(self, request: InspectionRequest) -> float:
+        if request.deadline_s is None:
+            return self._default_deadline_s
+        if not 0 < request.deadline_s <= self._max_deadline_s:
+            raise ParameterInvalid(f"A deadline lies between 0 and {self._max_deadline_s * 1000:g} ms.")
+        return request.deadline_s
+
+    async def _decode(
+        self, request: InspectionRequest, spec: InputSpec, deadline: float
+    ) -> tuple[Frame, NDArray[np.uint8]]:
+        async with self._until(deadline):
+            return await asyncio.get_running_loop().run_in_executor(
+                self._decoders, _decode_and_fit, request, spec, self._limits
+            )
+
+    async def _judge(self, result: RunResult, found: Found, window: Window, deadline: float) -> Judgement:
+        policy, inspected = found.policy.policy, found.policy.inspected
+        rule = found.line.bundle.manifest.output.score_rule
+        decide = partial(judge, result.score, result.anomaly_map, policy, rule, window, inspected)
+        # A good part is judged in microseconds. Tracing regions takes up to tens of milliseconds, in which the event
+        # loop could answer nobody else.
+        if not (result.anomaly_map >= policy.region_threshold).any():
+            return decide()
+        async with self._until(deadline):
+            return await asyncio.get_running_loop().run_in_executor(self._tracers, decide)
+
+    @asynccontextmanager
+    async def _until(self, deadline: float) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(deadline - self._clock()):
+                yield
+        except TimeoutError as error:
+            raise DeadlinePassed("The deadline passed before the answer was there; the part has no verdict.") from error
+
+
+def _decode_and_fit(
+    request: InspectionRequest, spec: InputSpec, limits: FrameLimits
+) -> tuple[Frame, NDArray[np.uint8]]:
+    raw = request.raw
+    if raw is None:
+        frame = decode_image(request.data, limits, spec.resize_target)
+    else:
+        frame = decode_raw(request.data, raw.pixel_format, raw.width, raw.height, raw.stride, limits)
+    return frame, fit_to_input(frame.pixels, spec)

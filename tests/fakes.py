@@ -1,0 +1,72 @@
+"""Stand-ins with the real signatures: an engine that computes nothing much, and a clock that stands still."""
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engines.engine import EngineOutput
+
+
+class FakeClock:
+    """A clock that moves only when told to; seconds."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        """Return the time."""
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += seconds
+
+
+class FakeEngine:
+    """Scores a frame by its mean grey level over 255, and maps every cell to the same value.
+
+    Args:
+        map_size: `(h, w)` of the maps.
+        device: where it claims to run.
+
+    Attributes:
+        batches: how many frames each run had, in order.
+        line_indices: what each run was told of its lines.
+        on_run: called with the frames inside each run, before the answer; raise here to fail, or return an answer to
+            replace the real one.
+        gate: runs wait here; open unless `hold` was called.
+    """
+
+    def __init__(self, map_size: tuple[int, int] = (4, 6), device: str = "fake") -> None:
+        self.device = device
+        self.batches: list[int] = []
+        self.line_indices: list[list[int]] = []
+        self.on_run: Callable[[NDArray[np.uint8]], EngineOutput | None] = lambda _: None
+        self.gate = threading.Event()
+        self.gate.set()
+        self._map_size = map_size
+
+    def hold(self) -> None:
+        """Let every run wait until `release`."""
+        self.gate.clear()
+
+    def release(self) -> None:
+        """Let the runs that wait go on, and later ones pass."""
+        self.gate.set()
+
+    def run(self, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
+        """Answer as `Engine.run` promises, unless `on_run` says otherwise."""
+        self.batches.append(len(frames))
+        self.line_indices.append(line_index.tolist())
+        self.gate.wait()
+        replaced = self.on_run(frames)
+        return grey_level(frames, self._map_size) if replaced is None else replaced
+
+
+def grey_level(frames: NDArray[np.uint8], map_size: tuple[int, int] = (4, 6)) -> EngineOutput:
+    """Return what a `FakeEngine` says of frames `(B, H, W, 3)` uint8."""
+    scores = frames.mean(axis=(1, 2, 3), dtype=np.float64).astype(np.float32) / np.float32(255)
+    maps = np.broadcast_to(scores[:, None, None], (len(frames), *map_size)).astype(np.float32)
+    return EngineOutput(scores, maps)
