@@ -114,15 +114,15 @@ def test_bound_when_compared_with_the_beta_quantile_is_equal(n, rate):
 
 
 def test_threshold_when_simulated_holds_its_rate_and_its_bound():
-    """Over 2000 calibration sets the mean false-reject rate is within the wanted one, and 95 % lie within the bound."""
+    """Over 500 calibration sets the mean false-reject rate is within the wanted one, and 95 % lie within the bound."""
     rate, n = 0.05, 59
-    sets = np.random.default_rng(0).uniform(size=(2000, n)).astype(np.float32)
+    sets = np.random.default_rng(0).uniform(size=(500, n)).astype(np.float32)
 
     thresholds = [calibrate(scores).threshold(rate) for scores in sets]
 
     rates = 1 - np.array([threshold.value for threshold in thresholds])  # of uniform scores
-    assert rates.mean() == pytest.approx(3 / 60, abs=0.002)  # three standard errors of 2000 sets
-    assert (rates <= thresholds[0].bound).mean() == pytest.approx(0.95, abs=0.015)
+    assert rates.mean() == pytest.approx(3 / 60, abs=0.004)  # three standard errors of 500 sets
+    assert (rates <= thresholds[0].bound).mean() == pytest.approx(0.95, abs=0.03)
 
 
 def test_peak_threshold_when_peaks_differ_from_scores_uses_the_peaks():
