@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from models.ami_net import AmiNet, AmiNetConfig
 from models.detector import Detector
 from models.inp_former import InpFormer, InpFormerConfig
+from models.inp_former_pp import InpFormerPp, InpFormerPpConfig
 
 
 class DetectorEntry(NamedTuple):
@@ -20,6 +21,7 @@ DETECTORS: Mapping[str, DetectorEntry] = MappingProxyType(
     {
         "ami_net": DetectorEntry(AmiNetConfig, AmiNet),
         "inp_former": DetectorEntry(InpFormerConfig, InpFormer),
+        "inp_former_pp": DetectorEntry(InpFormerPpConfig, InpFormerPp),
     }
 )
 

@@ -14,6 +14,7 @@ from models.ami_net import AmiNetConfig
 from models.backbones import untrained_weights
 from models.detector import Recipe
 from models.inp_former import InpFormerConfig
+from models.inp_former_pp import InpFormerPpConfig
 
 _BRIEF = Recipe(
     optimiser="stable_adamw",
@@ -78,6 +79,34 @@ TINY: Mapping[str, Any] = {
         decoder_tokens=16,
         map_size=(64, 64),
         recipe=_BRIEF,
+    ),
+    "inp_former_pp-vit": InpFormerPpConfig(
+        backbone="test_vit2",
+        layers=(1, 2, 3, 4),
+        image_size=(64, 64),
+        decoder_blocks=4,
+        mlp_ratio=2,
+        head_channels=(16, 8),
+        schedule="joint",
+        recipe=_BRIEF,
+    ),
+    "inp_former_pp-cnn": InpFormerPpConfig(
+        backbone="test_resnet",
+        layers=(2, 3),
+        image_size=(64, 64),
+        groups=1,
+        decoder_blocks=2,
+        heads=2,
+        mlp_ratio=2,
+        projected_channels=32,
+        extractor_tokens=32,
+        decoder_tokens=16,
+        head_channels=(16, 8),
+        scale_distance=True,
+        map_size=(32, 32),
+        blur_sigma=1.0,
+        recipe=_BRIEF,
+        head_recipe=_BRIEF,
     ),
 }
 
