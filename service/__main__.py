@@ -5,16 +5,40 @@ imports training: a package is imported only when its command is asked for, or w
 is the only reader of environment and argv on the service's side.
 """
 
+import logging
+import math
+import os
+import signal
+import socket
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import NoReturn
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
+import uvicorn
 from rich.markup import escape
 
 GROUP = "flawline.commands"
 commands = typer.Typer()
+
+_log = logging.getLogger("flawline")
+
+_KEEP_ALIVE_S = 75  # longer than the pause between two parts, so that cameras need no new connection for each
+_SERVE_HELP = """Serve the lines of a store to cameras.
+
+Every option is also a setting of the environment (FLAWLINE_STORE_DIRECTORY, FLAWLINE_PORT, ...); the option wins.
+
+[bold]Examples[/bold]
+
+flawline serve --store store
+
+flawline serve --store /var/lib/flawline --host 0.0.0.0 --keys-file keys.json --deadline-ms 500
+
+FLAWLINE_DEVICE=cuda FLAWLINE_MAX_BATCH_SIZE=16 flawline serve --store store --lines cap,hazelnut
+"""
 
 
 def main() -> None:
@@ -54,6 +78,96 @@ def run(arguments: Sequence[str], groups: Iterable[EntryPoint]) -> None:
         application(list(arguments), prog_name="flawline")
     except ModuleNotFoundError as error:
         _leave(f"{_not_installed(error)} Install what the command needs: {_install_line(owner)}")
+
+
+@commands.command(help=_SERVE_HELP)
+def serve(
+    store: Annotated[Path | None, typer.Option(help="Directory of bundles.", show_default="store")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.", show_default="8000")] = None,
+    lines: Annotated[str | None, typer.Option(help="Lines to serve, with commas.", show_default="all")] = None,
+    deadline_ms: Annotated[
+        float | None, typer.Option(help="From request to answer, where the caller names none.", show_default="2000")
+    ] = None,
+    keys_file: Annotated[Path | None, typer.Option(help="Keys of callers; without it the service is open.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cpu")] = None,
+    max_batch_size: Annotated[int | None, typer.Option(help="Frames in one run.", show_default="1")] = None,
+    max_queue_size: Annotated[int | None, typer.Option(help="Frames accepted at a time.", show_default="64")] = None,
+    log_level: Annotated[str | None, typer.Option(help="Of the JSON log.", show_default="INFO")] = None,
+) -> None:
+    """Override settings with options, put the service together, and run it until it is told to stop."""
+    # Imported here, so that other commands and --help need not wait for the runtime.
+    from service.app import create_app, start_draining  # noqa: PLC0415 - see above
+    from service.auth import KeysFileInvalid  # noqa: PLC0415 - see above
+    from service.settings import PREFIX, SettingsInvalid, read_settings  # noqa: PLC0415 - see above
+    from service.telemetry import log_json_lines  # noqa: PLC0415 - see above
+
+    given = {
+        "STORE_DIRECTORY": store,
+        "HOST": host,
+        "PORT": port,
+        "LINES": lines,
+        "DEFAULT_DEADLINE_S": None if deadline_ms is None else deadline_ms / 1000,
+        "KEYS_FILE": keys_file,
+        "DEVICE": device,
+        "MAX_BATCH_SIZE": max_batch_size,
+        "MAX_QUEUE_SIZE": max_queue_size,
+        "LOG_LEVEL": log_level,
+    }
+    # One way in for both, so that a wrong option is refused with the same sentence as a wrong setting.
+    os.environ.update({PREFIX + name: str(value) for name, value in given.items() if value is not None})
+    try:
+        settings = read_settings()
+        log_json_lines(settings.log_level)
+        app = create_app(settings, when_lost=lambda: server.give_up())  # noqa: PLW0108 - made below
+    except (SettingsInvalid, KeysFileInvalid) as error:
+        _leave(str(error))
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        ws="none",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
+    )
+    server = _Server(config, lambda: start_draining(app))
+    server.run()
+    raise typer.Exit(server.exit_code)
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn that says where it listens, becomes unready when told to stop, and ends with an exit code of ours.
+
+    Uvicorn itself raises the signal again when it has ended, so that an orderly stop would look like a kill.
+    """
+
+    def __init__(self, config: uvicorn.Config, when_told_to_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.exit_code = 0
+        self._when_told_to_stop = when_told_to_stop
+
+    def give_up(self) -> None:
+        """Stop, and end with an exit code that wants a restart."""
+        self.exit_code = 1
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            for listening in server.sockets:
+                host, port = listening.getsockname()[:2]
+                _log.info("listening", extra={"host": host, "port": port})
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        _log.info("told to stop", extra={"signal": signal.Signals(sig).name})
+        self._when_told_to_stop()
+        super().handle_exit(sig, frame)
+        self._captured_signals.clear()
 
 
 def _about() -> None:

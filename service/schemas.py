@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.contract.policy import Verdict
-
-HeatmapKind = Literal["none", "png", "overlay", "f16"]
+from service.contract.policy import Policy, Verdict
+from service.contract.raw_frames import PixelFormat
+from service.inspection import HeatmapKind
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Version = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
@@ -54,7 +54,7 @@ class RawFrameOptions(_Wire):
         stride: bytes from row to row; without padding where absent.
     """
 
-    pixel_format: Literal["Mono8", "Mono10", "Mono12", "Mono16", "BayerRG8", "RGB8", "BGR8"]
+    pixel_format: PixelFormat
     width: int = Field(gt=0, le=2**31 - 1)
     height: int = Field(gt=0, le=2**31 - 1)
     stride: int | None = Field(default=None, gt=0, le=2**31 - 1)
@@ -164,3 +164,117 @@ class BatchAnswer(_Wire):
 
     request_id: str
     items: list[InspectionAnswer | ProblemDocument]
+
+
+class LineSummary(_Wire):
+    """How a line stands; what serves it is null until it was loaded."""
+
+    line: str
+    state: Literal["loading", "ready", "refused", "unhealthy"]
+    reason: str | None
+    bundle: Versioned | None
+    detector: str | None
+
+
+class LinesAnswer(_Wire):
+    """Every line that the caller may know of."""
+
+    lines: list[LineSummary]
+
+
+class ThresholdAnswer(_Wire):
+    """A threshold of the default policy and what calibration promises of it.
+
+    Attributes:
+        value: `score >= value` is anomalous.
+        false_reject_rate: on good parts, on average over calibration sets; null where calibration can't tell.
+        false_reject_bound: with 95 % confidence the rate is at most this; null where calibration can't tell.
+        good_parts: calibration frames behind both.
+    """
+
+    value: float
+    false_reject_rate: float | None
+    false_reject_bound: float | None
+    good_parts: int
+
+
+class LineThresholds(_Wire):
+    """Of the default policy."""
+
+    review: ThresholdAnswer
+    fail: ThresholdAnswer
+
+
+class InspectedWindow(_Wire):
+    """Which part of a frame the network sees, in fractions of the frame."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+
+class MetricAnswer(_Wire):
+    """One figure of the evaluation; an undefined one is null and says why."""
+
+    value: float | None
+    reason: str | None
+    low: float | None
+    high: float | None
+
+
+class LiveAnswer(_Wire):
+    """What serves a line."""
+
+    bundle: Versioned
+    detector: str
+    backbone: str | None
+    device: str
+    precision: str
+    input: FrameSize
+    anomaly_map: FrameSize
+    inspected: InspectedWindow
+    default_policy: str
+    policies: list[str]
+    thresholds: LineThresholds
+    metrics: dict[str, MetricAnswer]
+    created_at: str
+
+
+class LineAnswer(_Wire):
+    """How one line stands, why it is not ready, and what serves it."""
+
+    line: str
+    state: Literal["loading", "ready", "refused", "unhealthy"]
+    reason: str | None
+    live: LiveAnswer | None
+
+
+class VersionAnswer(_Wire):
+    """One version in the store."""
+
+    version: str
+    live: bool
+
+
+class VersionsAnswer(_Wire):
+    """Every version of a line's bundle, oldest first."""
+
+    line: str
+    versions: list[VersionAnswer]
+
+
+class PolicyAnswer(_Wire):
+    """One policy of a line."""
+
+    version: str
+    digest: str
+    default: bool
+    policy: Policy
+
+
+class PoliciesAnswer(_Wire):
+    """Every policy of a line."""
+
+    line: str
+    policies: list[PolicyAnswer]

@@ -15,9 +15,10 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from service.contract.policy import Verdict
-from service.errors import FlawlineError, NotFound, ParameterInvalid
+from service.errors import FlawlineError, ParameterInvalid
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 REQUEST_ID_HEADER = "X-Request-Id"
@@ -152,7 +153,7 @@ def install_problems(app: FastAPI) -> None:
     """Make every fault of an application answer with a problem document."""
 
     async def on_fault(request: Request, error: Exception) -> Response:
-        return answer_fault(request, error if isinstance(error, FlawlineError) else _unexpected(request, error))
+        return answer_fault(request, error if isinstance(error, FlawlineError) else unexpected(request, error))
 
     async def on_validation(request: Request, error: Exception) -> Response:
         errors = list(error.errors()) if isinstance(error, RequestValidationError) else []
@@ -164,6 +165,10 @@ def install_problems(app: FastAPI) -> None:
         headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
         return _answer(request, code, PROBLEMS[code].example, None, headers)
 
+    async def on_left(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=400)  # nobody is there to read it
+
+    app.add_exception_handler(ClientDisconnect, on_left)
     app.add_exception_handler(FlawlineError, on_fault)
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
@@ -198,12 +203,8 @@ def request_id_of(request: Request) -> str:
     return str(getattr(request.state, "request_id", ""))
 
 
-def unknown_address() -> NotFound:
-    """Return the fault of an address that leads nowhere."""
-    return NotFound(PROBLEMS["not_found"].example)
-
-
-def _unexpected(request: Request, error: Exception) -> FlawlineError:
+def unexpected(request: Request, error: Exception) -> FlawlineError:
+    """Log what nobody expected, and return the fault that tells nothing of it."""
     _log.error("unexpected fault", exc_info=error, extra={"request_id": request_id_of(request)})
     return FlawlineError(PROBLEMS["internal"].example)
 
@@ -219,9 +220,7 @@ def _answer(
     headers = {**(headers or {}), **retry_after(code, retry_after_s), REQUEST_ID_HEADER: request_id}
     if code == "not_authenticated":
         headers["WWW-Authenticate"] = "Bearer"
-    if code == "frame_too_large":
-        # The rest of the body is not read, so the connection can't carry another request.
+    if code == "frame_too_large" and getattr(request.state, "must_close", False):
         headers["Connection"] = "close"
     document = problem_document(code, sentence, request_id, request.path_params.get("line"))
-    request.state.code = code
     return Response(to_json(document), status_of(code), headers, PROBLEM_MEDIA_TYPE)

@@ -1,0 +1,165 @@
+"""The composition root: the one place where the parts are made and put together.
+
+A life: start listening, load in the background (verify, bring to the device, replay the golden frames), be ready, be
+told to stop, be unready, answer what was accepted, end.
+"""
+
+import asyncio
+import logging
+import re
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from uuid import uuid4
+
+from fastapi import FastAPI, Request
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.auth import Keyring
+from service.contract.bundle import Bundle
+from service.engines.engine import Engine
+from service.engines.ort import OrtEngine
+from service.errors import ParameterInvalid
+from service.pipeline import Pipeline
+from service.records import Records
+from service.registry import BatcherOptions, OpenEngine, Registry
+from service.routes import documentation, health, inspections, lines
+from service.routes.context import Context
+from service.routes.openapi import complete_openapi
+from service.routes.problems import REQUEST_ID_HEADER, answer_fault, install_problems
+from service.settings import Settings
+from service.telemetry import Telemetry
+
+_REQUEST_ID = re.compile(r"[!#-\[\]-~]{1,128}")  # printable ASCII without space, quote and backslash
+_WATCH_EVERY_S = 1.0
+
+_log = logging.getLogger("flawline")
+
+
+def create_app(
+    settings: Settings,
+    *,
+    open_engine: OpenEngine | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    when_lost: Callable[[], None] | None = None,
+) -> FastAPI:
+    """Put the service together.
+
+    Args:
+        settings: of the process.
+        open_engine: brings a verified bundle to its device; ONNX Runtime where absent.
+        clock: monotonic seconds.
+        when_lost: called once when an engine is lost for good, so that the process can end and be started again.
+
+    Raises:
+        KeysFileInvalid: if there is a keys file that can't be used.
+    """
+    context = _put_together(settings, open_engine or _open_with(settings), clock)
+
+    @asynccontextmanager
+    async def life(_app: FastAPI) -> AsyncIterator[None]:
+        # A thread of its own, and a daemon: loading must not keep the process from ending.
+        threading.Thread(target=context.registry.load, name="flawline-load", daemon=True).start()
+        watching = asyncio.create_task(_watch(context, when_lost))
+        yield
+        watching.cancel()
+        context.lifecycle.start_draining()
+        await context.registry.drain()
+        await context.after_answers.finish()
+        context.registry.close()
+        context.pipeline.close()
+
+    app = FastAPI(
+        title="Flawline",
+        version=version("flawline"),
+        description="Finds defects nobody has seen before. Only PASS means good: no fault is ever answered with it.",
+        lifespan=life,
+        docs_url=None,  # ours needs no other host
+        redoc_url=None,
+    )
+    app.state.context = context
+    app.add_middleware(_Identity, clock=clock)
+    for router in (inspections.router, lines.router, health.router, documentation.router):
+        app.include_router(router)
+    install_problems(app)
+    complete_openapi(app)
+    return app
+
+
+def start_draining(app: FastAPI) -> None:
+    """Be unready from now on; what was accepted is still answered."""
+    app.state.context.lifecycle.start_draining()
+
+
+def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[], float]) -> Context:
+    keyring = Keyring(None, clock) if settings.keys_file is None else Keyring.from_file(settings.keys_file, clock)
+    if keyring.is_open:
+        _log.warning("the service is open: without FLAWLINE_KEYS_FILE everybody may inspect and read every line")
+    telemetry = Telemetry()
+    options = BatcherOptions(
+        runners=settings.runners_per_engine,
+        max_batch_size=settings.max_batch_size,
+        max_queue_size=settings.max_queue_size,
+        stuck_after_s=settings.stuck_after_s,
+    )
+    registry = Registry(settings.store_directory, settings.lines, open_engine, options, telemetry, clock)
+    pipeline = Pipeline(
+        registry,
+        limits=settings.frame_limits,
+        default_deadline_s=settings.default_deadline_s,
+        max_deadline_s=settings.max_deadline_s,
+        decode_workers=settings.decode_threads,
+        clock=clock,
+    )
+    records = Records(settings.max_heatmaps_kept, settings.max_heatmap_bytes_kept, telemetry)
+    return Context(settings, keyring, registry, pipeline, records, telemetry, clock)
+
+
+def _open_with(settings: Settings) -> OpenEngine:
+    def open_engine(bundle: Bundle) -> Engine:
+        return OrtEngine(bundle, settings.device, settings.threads_per_run)
+
+    return open_engine
+
+
+async def _watch(context: Context, when_lost: Callable[[], None] | None) -> None:
+    """Look for a lost engine; its frames have their answers, and only a new process can open it again."""
+    # A slow look is enough here: readiness asks the registry itself and turns false at once.
+    while not any(status.state == "unhealthy" for status in context.registry.statuses()):  # noqa: ASYNC110 - see above
+        await asyncio.sleep(_WATCH_EVERY_S)
+    _log.error("an engine is lost; the process ends and wants to be started again")
+    if when_lost is not None:
+        when_lost()
+
+
+class _Identity:
+    """Gives every request its id and the time of its arrival, and echoes the id."""
+
+    def __init__(self, app: ASGIApp, clock: Callable[[], float]) -> None:
+        self._app = app
+        self._clock = clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        shown = request.headers.get(REQUEST_ID_HEADER)
+        fits = shown is not None and _REQUEST_ID.fullmatch(shown) is not None
+        request_id = shown if shown is not None and fits else uuid4().hex
+        request.state.request_id = request_id
+        request.state.received_at = self._clock()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        if shown is not None and not fits:
+            fault = ParameterInvalid(f"{REQUEST_ID_HEADER}: send up to 128 printable characters without spaces.")
+            await answer_fault(request, fault)(scope, receive, send_with_id)
+            return
+        await self._app(scope, receive, send_with_id)

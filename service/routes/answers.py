@@ -1,0 +1,92 @@
+"""Turns an inspection into what goes over the wire; built as plain dictionaries, since this is the hot path.
+
+`service/schemas.py` documents the same shapes as models, and tests hold every real answer against them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+from pydantic_core import to_json
+
+from service.contract.regions import Region
+from service.inspection import Inspection
+
+MEDIA_TYPE_OF_HEATMAP = {"png": "image/png", "overlay": "image/png", "f16": "application/octet-stream"}
+STAGES = ("receive", "decode", "queue", "infer", "postprocess")
+
+
+def describe(inspection: Inspection) -> dict[str, Any]:
+    """Return an answer's members, all but `timings_ms`."""
+    request, judgement = inspection.request, inspection.judgement
+    return {
+        "verdict": judgement.verdict.value,
+        "score": judgement.score,
+        "p_value": inspection.p_value,
+        "thresholds": {"review": inspection.review_threshold, "fail": inspection.fail_threshold},
+        "regions": [_describe_region(region) for region in judgement.regions],
+        "regions_total": judgement.regions_total,
+        "inspection_id": inspection.inspection_id,
+        "request_id": request.request_id,
+        "part_id": request.part_id,
+        "view": request.view,
+        "sequence": request.sequence,
+        "line": inspection.line,
+        "bundle": {"version": inspection.bundle_version, "digest": inspection.bundle_digest},
+        "policy": {"version": inspection.policy_version, "digest": inspection.policy_digest},
+        "detector": inspection.detector,
+        "device": inspection.device,
+        "frame": {"height": inspection.frame.height, "width": inspection.frame.width},
+        "heatmap": _link(inspection),
+    }
+
+
+def timings_ms(inspection: Inspection, encode_s: float, total_s: float) -> dict[str, float]:
+    """Return milliseconds by stage, with the two stages that only the edge can know."""
+    stages = {stage: inspection.timings_s[stage] for stage in STAGES} | {"encode": encode_s, "total": total_s}
+    return {stage: round(seconds * 1000, 3) for stage, seconds in stages.items()}
+
+
+def with_timings(answer: bytes, timings: Mapping[str, float]) -> bytes:
+    """Append `timings_ms` to an encoded object, so that encoding the answer is itself part of the timing."""
+    return answer[:-1] + b',"timings_ms":' + to_json(dict(timings)) + b"}"
+
+
+def server_timing(timings: Mapping[str, float]) -> str:
+    """Return the value of the `Server-Timing` header."""
+    return ", ".join(f"{stage};dur={value}" for stage, value in timings.items())
+
+
+def identity_headers(inspection: Inspection) -> dict[str, str]:
+    """Return ids and verdict as headers, for answers whose body is a picture."""
+    judgement = inspection.judgement
+    headers = {
+        "Flawline-Inspection-Id": inspection.inspection_id,
+        "Flawline-Verdict": judgement.verdict.value,
+        "Flawline-Score": repr(judgement.score),
+        "Flawline-P-Value": repr(inspection.p_value),
+        "Flawline-Line": inspection.line,
+        "Flawline-Bundle-Version": inspection.bundle_version,
+        "Flawline-Policy-Version": inspection.policy_version,
+    }
+    if inspection.request.part_id is not None:
+        headers["Flawline-Part-Id"] = inspection.request.part_id
+    return headers
+
+
+def _link(inspection: Inspection) -> dict[str, str] | None:
+    kind = inspection.request.heatmap
+    if kind == "none":
+        return None
+    url = f"/v1/inspections/{quote(inspection.inspection_id)}/heatmap?kind={kind}"
+    return {"kind": kind, "media_type": MEDIA_TYPE_OF_HEATMAP[kind], "url": url}
+
+
+def _describe_region(region: Region) -> dict[str, Any]:
+    return {
+        "box": {"x": region.x, "y": region.y, "width": region.width, "height": region.height},
+        "polygon": region.polygon,
+        "area_px": region.area_px,
+        "peak": region.peak,
+        "mean": region.mean,
+    }

@@ -1,0 +1,172 @@
+"""Receives bodies: bounded while they arrive, in memory, and never longer than their deadline.
+
+Before: the caller is known and its parameters are read. After: the bytes of one frame (or of several) and their kind.
+A body that promises too much is refused before it is read, one that turns out too large as soon as it is.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from fastapi import Request
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from service.contract.frames import FORMAT_OF_MEDIA_TYPE, FrameLimits
+from service.errors import DeadlinePassed, FrameTooLarge, MediaTypeNotAllowed, ParameterInvalid, UnreadableFrame
+from service.inspection import RawLayout
+from service.routes.problems import sentence_of
+from service.schemas import RawFrameOptions
+
+RAW_MEDIA_TYPE = "application/x-raw-frame"
+MULTIPART_MEDIA_TYPE = "multipart/form-data"
+# What programs write when they do not know the kind of a file; the decoder looks at the bytes anyway.
+_UNKNOWN_MEDIA_TYPES = frozenset({"application/octet-stream", ""})
+RAW_HEADERS = {"pixel_format": "X-Pixel-Format", "width": "X-Width", "height": "X-Height", "stride": "X-Stride"}
+_DISCARDED_BODIES = 4  # times the limit
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One frame as it came.
+
+    Attributes:
+        data: encoded image or raw pixels.
+        raw: layout of raw pixels; None for an encoded image.
+    """
+
+    data: bytes
+    raw: RawLayout | None
+
+
+async def receive_frame(request: Request, limits: FrameLimits, timeout_s: float) -> Upload:
+    """Receive one frame: the raw body, or the file field `frame` of a multipart body.
+
+    Args:
+        request: whose body has not been read.
+        limits: byte bound and accepted formats.
+        timeout_s: how long the body may take to arrive.
+
+    Raises:
+        FrameTooLarge: if the body is, or promises to be, over the limit.
+        MediaTypeNotAllowed: if its kind is not accepted.
+        ParameterInvalid: if the layout of raw pixels, or the form, does not fit.
+        UnreadableFrame: if a multipart body is broken.
+        DeadlinePassed: if it did not arrive in time.
+    """
+    media_type = _media_type(request.headers)
+    if media_type == MULTIPART_MEDIA_TYPE:
+        return (await receive_frames(request, "frame", 1, limits, timeout_s))[0]
+    raw = _layout(media_type, request.headers, limits)
+    async with _within(timeout_s):
+        chunks = [chunk async for chunk in _bounded(request, limits.max_bytes)]
+    return Upload(b"".join(chunks), raw)
+
+
+async def receive_frames(
+    request: Request, field: str, max_frames: int, limits: FrameLimits, timeout_s: float
+) -> list[Upload]:
+    """Receive a multipart body whose every part is a file of the same field.
+
+    Args:
+        request: whose body has not been read.
+        field: name of the field.
+        max_frames: how many files it may hold.
+        limits: byte bound of the body, and accepted formats.
+        timeout_s: how long the body may take to arrive.
+
+    Raises:
+        FrameTooLarge: if the body is, or promises to be, over the limit, or holds more frames.
+        MediaTypeNotAllowed: if the body is not multipart, or a part's kind is not accepted.
+        ParameterInvalid: if there is no file, or a field of another name.
+        UnreadableFrame: if the body is broken.
+        DeadlinePassed: if it did not arrive in time.
+    """
+    if _media_type(request.headers) != MULTIPART_MEDIA_TYPE:
+        raise MediaTypeNotAllowed(f"Send multipart/form-data with a file field named `{field}`.")
+    # One file too many is let through the parser, so that it is refused with our sentence.
+    parser = MultiPartParser(
+        request.headers, _bounded(request, limits.max_bytes), max_files=max_frames + 1, max_fields=0
+    )
+    parser.spool_max_size = limits.max_bytes + 1  # files never reach the disk: what bounds the body bounds the memory
+    try:
+        async with _within(timeout_s):
+            form = await parser.parse()
+    except MultiPartException as error:
+        if error.message.startswith("Too many files"):
+            raise _too_many_frames(max_frames) from error
+        if error.message.startswith("Too many fields"):
+            raise ParameterInvalid(f"The form may hold files of the field `{field}` only.") from error
+        raise UnreadableFrame("The multipart body is damaged; its parts or its boundary can't be read.") from error
+    try:
+        files = [(name, value) for name, value in form.multi_items() if isinstance(value, UploadFile)]
+        if not files or any(name != field for name, _ in files):
+            raise ParameterInvalid(f"Send each frame as a file of the field `{field}`, and no other field.")
+        return [await _upload_of(file, request.headers, limits) for _, file in files]
+    finally:
+        await form.close()
+
+
+async def _upload_of(file: UploadFile, headers: Mapping[str, str], limits: FrameLimits) -> Upload:
+    media_type = _media_type(file.headers)
+    raw = None if media_type in _UNKNOWN_MEDIA_TYPES else _layout(media_type, headers, limits)
+    return Upload(await file.read(), raw)
+
+
+@asynccontextmanager
+async def _within(timeout_s: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        raise DeadlinePassed("The body did not arrive within the deadline; look at the network.") from error
+
+
+async def _bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    promised = request.headers.get("content-length", "")
+    length = int(promised) if promised.isdigit() else None
+    # A client that can only write before it reads never sees an answer on a connection that is closed under it. So what
+    # remains of a moderate body is left to the server to throw away, unread by us; an endless one is cut off.
+    request.state.must_close = length is None or length > _DISCARDED_BODIES * max_bytes
+    if length is not None and length > max_bytes:
+        raise _too_many_bytes(max_bytes)
+    received = 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > max_bytes:
+            raise _too_many_bytes(max_bytes)
+        yield chunk
+
+
+def _media_type(headers: Mapping[str, str]) -> str:
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _layout(media_type: str, headers: Mapping[str, str], limits: FrameLimits) -> RawLayout | None:
+    if media_type == RAW_MEDIA_TYPE:
+        given = {name: headers[header] for name, header in RAW_HEADERS.items() if header in headers}
+        try:
+            layout = RawFrameOptions.model_validate_strings(given)
+        except ValidationError as error:
+            place = str(error.errors()[0]["loc"][0])
+            raise ParameterInvalid(f"{RAW_HEADERS[place]}: {sentence_of(error.errors())}") from error
+        return RawLayout(layout.pixel_format, layout.width, layout.height, layout.stride)
+    if FORMAT_OF_MEDIA_TYPE.get(media_type) not in limits.formats:
+        accepted = sorted(name for name, codec in FORMAT_OF_MEDIA_TYPE.items() if codec in limits.formats)
+        raise MediaTypeNotAllowed(
+            f"Name the frame's kind in Content-Type; accepted are {', '.join(accepted)}, {RAW_MEDIA_TYPE} "
+            f"and {MULTIPART_MEDIA_TYPE}."
+        )
+    return None
+
+
+def _too_many_bytes(max_bytes: int) -> FrameTooLarge:
+    return FrameTooLarge(
+        f"The body is over the limit of {max_bytes} bytes; send a smaller or more strongly compressed image."
+    )
+
+
+def _too_many_frames(max_frames: int) -> FrameTooLarge:
+    return FrameTooLarge(f"The body may hold {max_frames} frames at most; send the others in another request.")

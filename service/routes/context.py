@@ -1,0 +1,98 @@
+"""What every route works with: the parts that `app.py` put together, and who is calling."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+
+from service.auth import Caller, Keyring
+from service.pipeline import Pipeline
+from service.records import Records
+from service.registry import Registry
+from service.settings import Settings
+from service.telemetry import Telemetry
+
+
+class AfterAnswers:
+    """Work that starts once an answer is on its way, and is awaited before the process ends."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    def start(self, inspection_id: str, work: Coroutine[Any, Any, None]) -> None:
+        """Start work about one inspection; it first runs when the current answer has been handed over."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._running[inspection_id] = task
+        task.add_done_callback(lambda _: self._running.pop(inspection_id, None))
+
+    async def wait_for(self, inspection_id: str) -> None:
+        """Wait for the work about one inspection, where there is some."""
+        task = self._running.get(inspection_id)
+        if task is not None:
+            await asyncio.wait((task,))
+
+    async def finish(self) -> None:
+        """Wait for all work."""
+        if self._running:
+            await asyncio.wait(self._running.values())
+
+
+class Lifecycle:
+    """Whether the service still wants new frames."""
+
+    def __init__(self) -> None:
+        self.is_draining = False
+
+    def start_draining(self) -> None:
+        """Be unready from now on; what was accepted is still answered."""
+        self.is_draining = True
+
+
+@dataclass(frozen=True)
+class Context:
+    """The service's parts.
+
+    Attributes:
+        clock: seconds, monotonic; the one that deadlines are measured with.
+    """
+
+    settings: Settings
+    keyring: Keyring
+    registry: Registry
+    pipeline: Pipeline
+    records: Records
+    telemetry: Telemetry
+    clock: Callable[[], float]
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    after_answers: AfterAnswers = field(default_factory=AfterAnswers)
+
+    def reasons_not_ready(self) -> list[dict[str, str]]:
+        """Say what keeps the service from being ready; empty when it is."""
+        if self.lifecycle.is_draining:
+            return [{"state": "draining", "reason": "The service stops; send frames to another instance."}]
+        if self.registry.is_ready:
+            return []
+        lines = [
+            {"line": status.line, "state": status.state, "reason": status.reason or ""}
+            for status in self.registry.statuses()
+            if status.state != "ready"
+        ]
+        return lines or [{"state": "loading", "reason": "No line is loaded; the store may be empty."}]
+
+
+def context_of(request: Request) -> Context:
+    """Return the parts behind a request."""
+    context: Context = request.app.state.context
+    return context
+
+
+def caller_of(request: Request) -> Caller:
+    """Find out who is calling.
+
+    Raises:
+        NotAuthenticated: if the service is not open and no known key was shown.
+    """
+    headers = request.headers
+    return context_of(request).keyring.identify(headers.get("authorization"), headers.get("x-api-key"))

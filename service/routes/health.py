@@ -1,0 +1,36 @@
+"""Alive and ready are different questions, and a scraper asks a third.
+
+Live: the event loop answers; a full queue never fails it. Ready: lines are loaded, their golden frames came out right,
+their engines are healthy and the service is not draining.
+"""
+
+from fastapi import APIRouter, Request, Response
+from pydantic_core import to_json
+
+from service.routes.context import caller_of, context_of
+from service.routes.problems import responses
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz/live")
+async def live() -> dict[str, str]:
+    """Say that the process answers."""
+    return {"status": "live"}
+
+
+@router.get("/healthz/ready", response_class=Response, responses={503: {"description": "Not ready, with the reasons."}})
+async def ready(request: Request) -> Response:
+    """Say whether frames are answered here, and if not, why."""
+    context = context_of(request)
+    reasons = context.reasons_not_ready()
+    body = {"status": "not ready", "reasons": reasons} if reasons else {"status": "ready"}
+    return Response(to_json(body), 503 if reasons else 200, media_type="application/json")
+
+
+@router.get("/metrics", response_class=Response, responses=responses("not_authenticated", "not_authorised"))
+async def metrics(request: Request) -> Response:
+    """Return all metrics in the format of Prometheus."""
+    caller_of(request).demand("metrics")
+    body, content_type = context_of(request).telemetry.exposition()
+    return Response(body, media_type=content_type)

@@ -1,0 +1,278 @@
+"""HTTP in, pipeline, HTTP out: one frame, several frames, and the heatmaps of both.
+
+The way of a request: know the caller, read its parameters, count it against its quota, receive the frame, inspect it,
+answer, and only then record. Whoever hangs up is not worked for any longer.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import ValidationError
+from pydantic_core import to_json
+from starlette.requests import ClientDisconnect
+
+from service.auth import Caller
+from service.errors import FlawlineError, NotAuthorised, ParameterInvalid
+from service.inspection import Inspection, InspectionRequest
+from service.routes import answers
+from service.routes.bodies import Upload, receive_frame, receive_frames
+from service.routes.context import Context, caller_of, context_of
+from service.routes.openapi import BATCH_OPERATION, FRAME_OPERATION, HEATMAP_ANSWERS, OPTION_HEADERS
+from service.routes.problems import problem_document, request_id_of, responses, sentence_of, unexpected
+from service.schemas import InspectionOptions
+from service.telemetry import CALLER_LEFT
+
+router = APIRouter(tags=["inspections"])
+
+_FAULTS = (
+    "unreadable_frame",
+    "not_authenticated",
+    "not_authorised",
+    "unknown_line",
+    "unknown_version",
+    "unknown_policy",
+    "frame_too_large",
+    "media_type_not_allowed",
+    "parameter_invalid",
+    "quota_exceeded",
+    "internal",
+    "engine_failed",
+    "overloaded",
+    "line_not_ready",
+    "deadline_passed",
+)
+_HEATMAP_FAULTS = ("not_authenticated", "not_authorised", "unknown_inspection", "parameter_invalid", "internal")
+_Result = TypeVar("_Result")
+
+
+@router.post(
+    "/v1/lines/{line}/inspect",
+    response_class=Response,
+    responses=responses(*_FAULTS),
+    openapi_extra=FRAME_OPERATION,
+)
+async def inspect(request: Request, line: str) -> Response:
+    """Inspect one frame.
+
+    The fast path is the frame's bytes as the body; a multipart body with one file field `frame` works as well. With
+    `Accept: image/png` the answer is the overlay itself, with ids and verdict in `Flawline-*` headers.
+    """
+    context = context_of(request)
+    async with _counting(request, line):
+        caller = caller_of(request)
+        caller.demand("inspect", line)
+        options = _read_options(request)
+        caller.spend_frame()
+        upload = await receive_frame(request, context.settings.frame_limits, _receive_timeout_s(context, options))
+        asked = _ask(request, line, options, upload)
+        inspection = await _unless_left(request, context.pipeline.inspect(asked))
+        return await (_picture if _wants_picture(request) else _answer)(context, inspection)
+
+
+@router.post(
+    "/v1/lines/{line}/inspect-batch",
+    response_class=Response,
+    responses=responses(*_FAULTS),
+    openapi_extra=BATCH_OPERATION,
+)
+async def inspect_batch(request: Request, line: str) -> Response:
+    """Inspect several frames side by side, each with an answer or a problem of its own, in the order of the request.
+
+    The body is multipart with the files in the field `frames`. Parameters count for every frame; `sequence` is that of
+    the first, and the following ones count on.
+    """
+    context = context_of(request)
+    async with _counting(request, line):
+        caller = caller_of(request)
+        caller.demand("inspect", line)
+        options = _read_options(request)
+        uploads = await receive_frames(
+            request,
+            "frames",
+            context.settings.max_frames_per_request,
+            context.settings.frame_limits,
+            _receive_timeout_s(context, options),
+        )
+        asked = [_ask(request, line, options, upload, index) for index, upload in enumerate(uploads)]
+        items = await _unless_left(request, _side_by_side(_item(request, caller, frame) for frame in asked))
+    head = b'{"request_id":' + to_json(request_id_of(request)) + b',"items":['
+    return Response(head + b",".join(items) + b"]}", media_type="application/json")
+
+
+@router.get(
+    "/v1/inspections/{inspection_id}/heatmap",
+    response_class=Response,
+    responses={**HEATMAP_ANSWERS, **responses(*_HEATMAP_FAULTS)},
+)
+async def heatmap(
+    request: Request, inspection_id: str, kind: Annotated[Literal["png", "overlay", "f16"], Query()] = "overlay"
+) -> Response:
+    """Return the heatmap of an inspection while it is kept; it was asked for with the frame.
+
+    `png` is 8-bit grey on the policy's fixed scale, `overlay` the frame painted over, `f16` the raw map as
+    little-endian float16, row by row, with `Flawline-Shape` (height, width) and `Flawline-Window` (top, left, height,
+    width of the map on the original frame, in its pixels).
+    """
+    context = context_of(request)
+    caller = caller_of(request)
+    await context.after_answers.wait_for(inspection_id)
+    record = context.records.heatmap(inspection_id)
+    if not (caller.may("read", record.line) or caller.may("inspect", record.line)):
+        raise NotAuthorised("This key does not cover the line of this inspection; ask for a key that names it.")
+    body = await asyncio.to_thread(record.render, kind)
+    headers = {"Flawline-Inspection-Id": inspection_id, "Flawline-Line": record.line, "Cache-Control": "private"}
+    if kind == "f16":
+        headers["Flawline-Shape"] = ",".join(str(side) for side in record.anomaly_map.shape)
+        headers["Flawline-Window"] = ",".join(repr(float(edge)) for edge in record.window)
+    return Response(body, headers=headers, media_type=answers.MEDIA_TYPE_OF_HEATMAP[kind])
+
+
+def _read_options(request: Request) -> InspectionOptions:
+    """Read what a request says beside the frame, from its headers and its query; the query wins.
+
+    Raises:
+        ParameterInvalid: if a value does not fit, or a query parameter is unknown or stands there twice.
+    """
+    given = {name: request.headers[header] for name, header in OPTION_HEADERS.items() if header in request.headers}
+    asked = request.query_params.multi_items()
+    if len({name for name, _ in asked}) < len(asked):
+        raise ParameterInvalid("A query parameter stands there twice; send each one once.")
+    if any(name not in OPTION_HEADERS for name, _ in asked):
+        raise ParameterInvalid(f"A query parameter is unknown; known are {', '.join(OPTION_HEADERS)}.")
+    try:
+        return InspectionOptions.model_validate_strings(given | dict(asked))
+    except ValidationError as error:
+        raise ParameterInvalid(sentence_of(error.errors())) from error
+
+
+def _receive_timeout_s(context: Context, options: InspectionOptions) -> float:
+    if options.deadline_ms is None:
+        return context.settings.default_deadline_s
+    return min(options.deadline_ms / 1000, context.settings.max_deadline_s)
+
+
+def _ask(request: Request, line: str, options: InspectionOptions, upload: Upload, index: int = 0) -> InspectionRequest:
+    received_at: float = request.state.received_at
+    return InspectionRequest(
+        line=line,
+        data=upload.data,
+        raw=upload.raw,
+        part_id=options.part_id,
+        view=options.view,
+        sequence=None if options.sequence is None else options.sequence + index,
+        deadline_s=None if options.deadline_ms is None else options.deadline_ms / 1000,
+        policy_version=options.policy,
+        heatmap="overlay" if _wants_picture(request) else options.heatmap,
+        request_id=request_id_of(request),
+        received_at=received_at,
+        receive_s=context_of(request).clock() - received_at,
+        bundle_version=options.bundle_version,
+    )
+
+
+async def _answer(context: Context, inspection: Inspection) -> Response:
+    body, timings = _encode(context, inspection)
+    return Response(body, headers={"Server-Timing": answers.server_timing(timings)}, media_type="application/json")
+
+
+async def _picture(context: Context, inspection: Inspection) -> Response:
+    started_at = context.clock()
+    body = await asyncio.to_thread(lambda: context.records.keep(inspection).render("overlay"))
+    now = context.clock()
+    encode_s, total_s = now - started_at, now - inspection.request.received_at
+    context.after_answers.start(inspection.inspection_id, _record(context, inspection, encode_s, total_s, kept=True))
+    timings = answers.timings_ms(inspection, encode_s, total_s)
+    headers = {**answers.identity_headers(inspection), "Server-Timing": answers.server_timing(timings)}
+    return Response(body, headers=headers, media_type="image/png")
+
+
+async def _item(request: Request, caller: Caller, asked: InspectionRequest) -> bytes:
+    """Answer one frame of several; what goes wrong with it stays with it."""
+    context = context_of(request)
+    try:
+        caller.spend_frame()
+        inspection = await context.pipeline.inspect(asked)
+    except FlawlineError as error:
+        _count_later(request, asked.line, error.code)
+        return to_json(problem_document(error.code, error.sentence, asked.request_id, asked.line))
+    except Exception as error:  # noqa: BLE001 - the outermost handler of this frame, so that no neighbour fails with it
+        fault = unexpected(request, error)
+        _count_later(request, asked.line, fault.code)
+        return to_json(problem_document(fault.code, fault.sentence, asked.request_id, asked.line))
+    return _encode(context, inspection)[0]
+
+
+def _encode(context: Context, inspection: Inspection) -> tuple[bytes, dict[str, float]]:
+    """Write an answer, and have it recorded once it is on its way."""
+    started_at = context.clock()
+    described = to_json(answers.describe(inspection))
+    now = context.clock()
+    encode_s, total_s = now - started_at, now - inspection.request.received_at
+    kept = inspection.request.heatmap == "none"  # nothing to keep
+    context.after_answers.start(inspection.inspection_id, _record(context, inspection, encode_s, total_s, kept=kept))
+    timings = answers.timings_ms(inspection, encode_s, total_s)
+    return answers.with_timings(described, timings), timings
+
+
+async def _record(context: Context, inspection: Inspection, encode_s: float, total_s: float, *, kept: bool) -> None:
+    context.telemetry.inspected(inspection, encode_s, total_s)
+    if not kept:
+        await asyncio.to_thread(context.records.keep, inspection)
+
+
+@asynccontextmanager
+async def _counting(request: Request, line: str) -> AsyncIterator[None]:
+    """Count whatever ends without a verdict."""
+    try:
+        yield
+    except FlawlineError as error:
+        _count_later(request, line, error.code)
+        raise
+    except ClientDisconnect:
+        _count_later(request, line, CALLER_LEFT)
+        raise
+    except Exception:
+        _count_later(request, line, FlawlineError.code)
+        raise
+
+
+def _count_later(request: Request, line: str, reason: str) -> None:
+    """Count and log a frame without a verdict as soon as the answer has been handed over."""
+    context = context_of(request)
+
+    def count() -> None:
+        total_s = round(context.clock() - request.state.received_at, 6)
+        context.telemetry.not_inspected(line, reason, request_id=request_id_of(request), seconds={"total": total_s})
+
+    asyncio.get_running_loop().call_soon(count)
+
+
+async def _unless_left(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Wait for work, and cancel it as soon as the caller hangs up.
+
+    Raises:
+        ClientDisconnect: if it did.
+    """
+    working = asyncio.ensure_future(work)
+    # The body has been read to its end, so the next message can only be the disconnect.
+    leaving = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        leaving.cancel()
+        working.cancel()
+
+
+async def _side_by_side(items: Iterable[Coroutine[Any, Any, bytes]]) -> list[bytes]:
+    return await asyncio.gather(*items)
+
+
+def _wants_picture(request: Request) -> bool:
+    accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")]
+    return "image/png" in accepted and "application/json" not in accepted

@@ -1,0 +1,136 @@
+"""What is served: lines, the versions in the store, and policies. Reading only; callers see the lines of their key."""
+
+import asyncio
+from functools import lru_cache
+
+from fastapi import APIRouter, Request
+
+from service.contract.calibration import Calibration
+from service.errors import CalibrationRefused
+from service.registry import LineStatus, LiveLine
+from service.routes.context import caller_of, context_of
+from service.routes.problems import responses
+from service.schemas import (
+    FrameSize,
+    InspectedWindow,
+    LineAnswer,
+    LinesAnswer,
+    LineSummary,
+    LineThresholds,
+    LiveAnswer,
+    MetricAnswer,
+    PoliciesAnswer,
+    PolicyAnswer,
+    ThresholdAnswer,
+    VersionAnswer,
+    Versioned,
+    VersionsAnswer,
+)
+
+_FAULTS = ("not_authenticated", "not_authorised", "unknown_line", "line_not_ready")
+
+router = APIRouter(prefix="/v1/lines", tags=["lines"])
+
+
+@router.get("", responses=responses("not_authenticated", "not_authorised"))
+async def lines(request: Request) -> LinesAnswer:
+    """List the lines that the caller may know of, and how each one stands."""
+    caller = caller_of(request)
+    caller.demand("read")
+    statuses = context_of(request).registry.statuses()
+    return LinesAnswer(lines=[_summary(status) for status in statuses if caller.may("read", status.line)])
+
+
+@router.get("/{line}", responses=responses(*_FAULTS))
+async def line(request: Request, line: str) -> LineAnswer:
+    """Tell how a line stands, why it is not ready, and what serves it."""
+    status = _status(request, line)
+    # Bounds are found by bisection over long sums, once a threshold.
+    live = None if status.live is None else await asyncio.to_thread(_describe, status.live)
+    return LineAnswer(line=status.line, state=status.state, reason=status.reason, live=live)
+
+
+@router.get("/{line}/versions", responses=responses(*_FAULTS))
+async def versions(request: Request, line: str) -> VersionsAnswer:
+    """List the versions of a line's bundle in the store, oldest first, and which one is live."""
+    status = _status(request, line)
+    stored = await asyncio.to_thread(context_of(request).registry.versions, line)
+    live = None if status.live is None else status.live.bundle.manifest.version
+    return VersionsAnswer(line=line, versions=[VersionAnswer(version=name, live=name == live) for name in stored])
+
+
+@router.get("/{line}/policies", responses=responses(*_FAULTS))
+async def policies(request: Request, line: str) -> PoliciesAnswer:
+    """List a line's policies, each complete and with its digest."""
+    live = _status(request, line).live
+    listed = [] if live is None else sorted(live.policies.items())
+    return PoliciesAnswer(
+        line=line,
+        policies=[
+            PolicyAnswer(
+                version=version,
+                digest=policy.digest,
+                default=live is not None and version == live.default_policy,
+                policy=policy.policy,
+            )
+            for version, policy in listed
+        ],
+    )
+
+
+def _status(request: Request, line: str) -> LineStatus:
+    caller_of(request).demand("read", line)
+    return context_of(request).registry.status(line)
+
+
+def _summary(status: LineStatus) -> LineSummary:
+    bundle = None if status.live is None else status.live.bundle
+    return LineSummary(
+        line=status.line,
+        state=status.state,
+        reason=status.reason,
+        bundle=None if bundle is None else Versioned(version=bundle.manifest.version, digest=bundle.digest),
+        detector=None if bundle is None else bundle.manifest.detector,
+    )
+
+
+def _describe(live: LiveLine) -> LiveAnswer:
+    bundle, manifest = live.bundle, live.bundle.manifest
+    policy = live.policies[live.default_policy].policy
+    top, left, height, width = manifest.input.window(1, 1)
+    return LiveAnswer(
+        bundle=Versioned(version=manifest.version, digest=bundle.digest),
+        detector=manifest.detector,
+        backbone=None if manifest.backbone is None else manifest.backbone.name,
+        device=bundle.device,
+        precision=manifest.precision,
+        input=FrameSize(height=manifest.input.height, width=manifest.input.width),
+        anomaly_map=FrameSize(height=manifest.output.map_height, width=manifest.output.map_width),
+        inspected=InspectedWindow(top=top, left=left, height=height, width=width),
+        default_policy=live.default_policy,
+        policies=sorted(live.policies),
+        thresholds=LineThresholds(
+            review=_threshold(bundle.calibration, policy.review_threshold),
+            fail=_threshold(bundle.calibration, policy.fail_threshold),
+        ),
+        metrics={
+            name: MetricAnswer(value=metric.value, reason=metric.reason, low=metric.low, high=metric.high)
+            for name, metric in manifest.metrics.items()
+        },
+        created_at=manifest.created_at,
+    )
+
+
+@lru_cache(maxsize=256)
+def _threshold(calibration: Calibration, value: float) -> ThresholdAnswer:
+    """Tell what calibration says of a threshold: the rate and bound of the conformal threshold of the same p-value."""
+    rate = calibration.p_value(value)
+    try:
+        bound = calibration.threshold(rate).bound
+    except CalibrationRefused:  # so low that every good part reaches it; nothing is promised
+        return ThresholdAnswer(
+            value=value, false_reject_rate=None, false_reject_bound=None, good_parts=calibration.scores.size
+        )
+    return ThresholdAnswer(
+        value=value, false_reject_rate=rate, false_reject_bound=bound, good_parts=calibration.scores.size
+    )

@@ -1,0 +1,130 @@
+"""Runs the server for tests: as a real process, as operators run it, or in a thread of the test with a fake engine.
+
+Nothing sleeps for a guessed time: a server says on its log where it listens, and what a test waits for is asked again
+and again until it holds or a bounded time is over.
+"""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+PATIENCE_S = 60  # for a slow machine; every wait ends as soon as it can
+_PAUSE_S = 0.02
+
+
+def wait_until(holds: Callable[[], bool], what: str, within_s: float = PATIENCE_S) -> None:
+    """Ask until something holds.
+
+    Raises:
+        AssertionError: if it does not within the time.
+    """
+    pause = threading.Event()
+    end = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < end, f"{what} did not happen within {within_s} s"
+        pause.wait(_PAUSE_S)
+
+
+class ServerProcess:
+    """A `flawline serve` process on a free port of 127.0.0.1, with its log.
+
+    Args:
+        store: directory of bundles.
+        environment: more settings.
+        options: of the command line.
+    """
+
+    def __init__(
+        self, store: Path, environment: Mapping[str, str] | None = None, options: Sequence[str] = ()
+    ) -> None:
+        command = [sys.executable, "-m", "service", "serve", "--store", str(store), "--port", "0", *options]
+        self._process = subprocess.Popen(
+            command,
+            env={**os.environ, **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.log: list[str] = []
+        self._port: queue.Queue[int | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        port = self._port.get(timeout=PATIENCE_S)
+        assert port is not None, "the server ended before it listened:\n" + "\n".join(self.log)
+        self.url = f"http://127.0.0.1:{port}"
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def ready(self) -> Self:
+        """Wait until the server says that it is ready."""
+        wait_until(lambda: self.http.get("/healthz/ready").status_code == 200, "readiness")
+        return self
+
+    def line(self, name: str) -> dict[str, Any]:
+        """Return what the server says of a line."""
+        answer: dict[str, Any] = self.http.get(f"/v1/lines/{name}").json()
+        return answer
+
+    def wait_for_line(self, name: str, state: str) -> dict[str, Any]:
+        """Wait until a line has a state, and return what the server says of it."""
+        wait_until(lambda: self.line(name).get("state") == state, f"state {state} of {name}")
+        return self.line(name)
+
+    def terminate(self) -> None:
+        """Send SIGTERM, as an orchestrator does, and return at once."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def exit_code(self) -> int:
+        """Wait for the end of the process."""
+        return self._process.wait(PATIENCE_S)
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yield the log's JSON lines so far."""
+        for line in list(self.log):
+            if line.startswith("{"):
+                yield json.loads(line)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for raw in self._process.stdout:
+            line = raw.decode("utf-8", "replace").rstrip()
+            self.log.append(line)
+            if line.startswith("{"):
+                event = json.loads(line)
+                if event.get("message") == "listening":
+                    self._port.put(int(event["port"]))
+        self._port.put(None)
+
+
+@contextmanager
+def threads(*targets: Callable[[], None]) -> Iterator[list[threading.Thread]]:
+    """Run functions side by side, and wait for all of them at the end."""
+    running = [threading.Thread(target=target) for target in targets]
+    for thread in running:
+        thread.start()
+    try:
+        yield running
+    finally:
+        for thread in running:
+            thread.join(PATIENCE_S)
