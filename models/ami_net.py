@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.backbones import CnnBackbone
-from models.blocks.maps import require_image_size
-from models.blocks.mlp import Mlp
+from models.blocks.maps import map_deviation, require_image_size
+from models.blocks.patches import patchify, unpatchify
+from models.blocks.smoothing import SmoothUpsampling
+from models.blocks.transformer import TransformerBlock, sincos_positions
 from models.detector import AnomalyOutput, GradientStage, Recipe, Stage
-
-_GAUSSIAN_RADIUS_SIGMAS = 4.0  # the reach of scipy's Gaussian filter, which the reference code smooths with
 
 _PAPER_RECIPE = Recipe(
     optimiser="adamw",
@@ -97,90 +97,6 @@ class AmiNetConfig:
     recipe: Recipe = _PAPER_RECIPE
 
 
-class _SelfAttention(nn.Module):
-    """Softmax attention of tokens among themselves."""
-
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        queries, keys, values = qkv.unbind()  # each (B, heads, N, D / heads)
-        read = functional.scaled_dot_product_attention(queries, keys, values)
-        result: Tensor = self.proj(read.transpose(1, 2).flatten(2))
-        return result
-
-
-class _TransformerBlock(nn.Module):
-    """A vision transformer's block, normalised before each part."""
-
-    def __init__(self, channels: int, heads: int, mlp_ratio: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
-        self.attn = _SelfAttention(channels, heads)
-        self.norm2 = nn.LayerNorm(channels)
-        self.mlp = Mlp(channels, mlp_ratio)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        result: Tensor = x + self.mlp(self.norm2(x))
-        return result
-
-
-class _SmoothUpsampling(nn.Module):
-    """Resize maps bilinearly with aligned corners, then blur them with a Gaussian that reflects at the border.
-
-    Both steps are linear along each axis, so one matrix an axis does both. The border pixel is repeated by the
-    reflection, as scipy's mode "reflect" does and PyTorch's does not.
-    """
-
-    rows: Tensor
-    columns: Tensor
-
-    def __init__(self, source: tuple[int, int], target: tuple[int, int], sigma: float) -> None:
-        super().__init__()
-        for name, old, new in zip(("rows", "columns"), source, target, strict=True):
-            matrix = gaussian_matrix(new, sigma) @ bilinear_matrix(old, new)
-            self.register_buffer(name, matrix.to(torch.float32), persistent=False)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Bring `(B, h, w)` to `(B, H, W)` of the target size."""
-        return self.rows @ maps @ self.columns.T
-
-
-def bilinear_matrix(old: int, new: int) -> Tensor:
-    """Return what resizes a row of `old` values bilinearly to `new` with aligned corners: `(new, old)` float64."""
-    places = torch.linspace(0, old - 1, new, dtype=torch.float64)
-    return (1 - (places[:, None] - torch.arange(old)).abs()).clamp_min(0)
-
-
-def gaussian_matrix(size: int, sigma: float) -> Tensor:
-    """Return what blurs a row of `size` values, reflected behind its last value: `(size, size)` float64."""
-    radius = math.floor(_GAUSSIAN_RADIUS_SIGMAS * sigma + 0.5)
-    offsets = torch.arange(-radius, radius + 1)
-    weights = torch.exp(-0.5 * (offsets.double() / max(sigma, 1e-6)) ** 2)
-    places = (torch.arange(size)[:, None] + offsets) % (2 * size)
-    places = torch.where(places < size, places, 2 * size - 1 - places)
-    matrix = torch.zeros(size, size, dtype=torch.float64)
-    return matrix.scatter_add_(1, places, (weights / weights.sum()).expand(size, -1))
-
-
-def sincos_positions(grid: tuple[int, int], channels: int) -> Tensor:
-    """Return fixed positions of a grid `(height, width)`: `(height x width, channels)` float32, row by row.
-
-    The first half of the channels tells the column and the second half the row; each is sine, then cosine, of
-    frequencies 10000^(-j / (channels / 4)).
-    """
-    quarter = channels // 4
-    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
-    angles = [places.reshape(-1, 1) * frequencies for places in (columns, rows)]
-    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).to(torch.float32)
-
-
 def find_outliers(scores: Tensor, nearest: Tensor, centres: int, deviations: float) -> Tensor:
     """Mark the tokens that lie farther from their centre than is usual in their cluster.
 
@@ -232,7 +148,7 @@ class AmiNet(nn.Module):
         self.norm = nn.LayerNorm(channels)
         self.prediction = nn.Linear(channels, patch * patch * features)
         self.register_buffer("positions", sincos_positions(self.token_grid, channels), persistent=False)
-        self.upsampling = _SmoothUpsampling(self.feature_grid, config.map_size, config.blur_sigma)
+        self.upsampling = SmoothUpsampling(self.feature_grid, config.map_size, config.blur_sigma)
         self._initialise(torch.Generator().manual_seed(config.seed))
 
     def _initialise(self, generator: torch.Generator) -> None:
@@ -298,7 +214,7 @@ class AmiNet(nn.Module):
 
         tokens = self._hide(_embed(self.patch_embedding, features), masked)
         predicted = self._inpaint(self._jitter(tokens, generator))
-        targets = _patchify(features, self.config.patch_size)
+        targets = patchify(features, self.config.patch_size)
         directions = 1 - functional.cosine_similarity(predicted, targets, dim=2)
         return {
             "direction": self.config.direction_weight * directions.mean(),
@@ -376,15 +292,14 @@ class AmiNet(nn.Module):
     def _rebuild(self, features: Tensor, masked: Tensor) -> Tensor:
         """Return F^ `(B, C, h, w)`, inpainted where tokens are masked."""
         predicted = self._inpaint(self._hide(_embed(self.patch_embedding, features), masked))
-        return _unpatchify(predicted, self.token_grid, self.config.patch_size)
+        return unpatchify(predicted, self.token_grid, self.config.patch_size)
 
     def _finish_map(self, features: Tensor, rebuilt: Tensor) -> AnomalyOutput:
         """Smooth squared error and cosine distance, multiply them, and score by the map's standard deviation."""
         distance = (features - rebuilt).square().mean(dim=1)
         direction = 1 - functional.cosine_similarity(features, rebuilt, dim=1)
         anomaly_map = self.upsampling(direction) * self.upsampling(distance)
-        mean = anomaly_map.mean(dim=(1, 2), keepdim=True)
-        return AnomalyOutput(anomaly_map, (anomaly_map - mean).square().mean(dim=(1, 2)).sqrt())
+        return AnomalyOutput(anomaly_map, map_deviation(anomaly_map))
 
 
 def _refuse_misfits(config: AmiNetConfig, strides: Sequence[int]) -> None:
@@ -403,7 +318,7 @@ def _divide(size: tuple[int, int], step: int) -> tuple[int, int]:
 
 def _transformer(config: AmiNetConfig, depth: int) -> nn.Sequential:
     return nn.Sequential(
-        *(_TransformerBlock(config.token_channels, config.heads, config.mlp_ratio) for _ in range(depth))
+        *(TransformerBlock(config.token_channels, config.heads, config.mlp_ratio) for _ in range(depth))
     )
 
 
@@ -423,18 +338,3 @@ def _distances(points: Tensor, centres: Tensor) -> Tensor:
     cosine = functional.normalize(points, dim=2) @ functional.normalize(centres, dim=2).transpose(1, 2)
     distances: Tensor = euclidean * (1 - cosine)
     return distances
-
-
-def _patchify(features: Tensor, patch: int) -> Tensor:
-    """Cut `(B, C, h, w)` into `(B, N, k k C)`: row in patch, column in patch, channel (fastest)."""
-    batch, channels, height, width = features.shape
-    x = features.reshape(batch, channels, height // patch, patch, width // patch, patch)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
-
-
-def _unpatchify(patches: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """Put `(B, N, k k C)` back together to `(B, C, h, w)`."""
-    rows, columns = grid
-    x = patches.reshape(-1, rows, columns, patch, patch, patches.shape[2] // patch**2)
-    x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, rows, k, columns, k)
-    return x.flatten(4, 5).flatten(2, 3)

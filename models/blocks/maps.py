@@ -60,6 +60,16 @@ def top_fraction_mean(anomaly_map: Tensor, fraction: float) -> Tensor:
     return values.topk(count, dim=1, sorted=False).values.mean(dim=1)
 
 
+def map_deviation(anomaly_map: Tensor) -> Tensor:
+    """Score each image by the standard deviation of its map `(B, h, w)`, over all pixels: `(B,)` float32.
+
+    In two passes, because the mean square less the squared mean loses the digits of a nearly flat map. A constant that
+    is added to a map changes nothing.
+    """
+    mean = anomaly_map.mean(dim=(1, 2), keepdim=True)
+    return (anomaly_map - mean).square().mean(dim=(1, 2)).sqrt()
+
+
 def require_image_size(images: Tensor, image_size: tuple[int, int]) -> None:
     """Refuse images that are not `(B, 3, H, W)` of the detector's size.
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from models.ami_net import AmiNet, _embed, bilinear_matrix, find_outliers
+from models.ami_net import AmiNet, _embed, find_outliers
+from models.blocks.smoothing import bilinear_matrix
 from models.detector import GradientStage
 from tests.shared_material import require_shared
 from training.import_checkpoint import import_ami_net

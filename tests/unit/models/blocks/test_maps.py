@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.blocks.maps import GaussianBlur, require_image_size, resize_map, top_fraction_mean
+from models.blocks.maps import GaussianBlur, map_deviation, require_image_size, resize_map, top_fraction_mean
 
 
 def test_blur_when_given_one_bright_pixel_then_shows_the_normalised_kernel():
@@ -73,6 +73,16 @@ def test_top_fraction_mean_when_fraction_is_impossible_then_refuses(fraction):
     """Nothing and more than everything can't be averaged."""
     with pytest.raises(ValueError, match="fraction"):
         top_fraction_mean(torch.zeros(1, 2, 2), fraction)
+
+
+def test_deviation_when_a_constant_is_added_then_the_score_stays():
+    """The score is the deviation over all pixels, whatever level the map lies at."""
+    maps = torch.rand(3, 7, 9, generator=torch.Generator().manual_seed(0))
+
+    score = map_deviation(maps)
+
+    torch.testing.assert_close(score, maps.flatten(1).std(dim=1, correction=0))
+    torch.testing.assert_close(map_deviation(maps + 10), score, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 6), (1, 1, 8, 6), (1, 3, 6, 8)], ids=["no batch", "grey", "transposed"])
