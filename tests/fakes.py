@@ -1,7 +1,10 @@
-"""Stand-ins with the real signatures: an engine that computes nothing much, and a clock that stands still."""
+"""Stand-ins with the real signatures: an engine that computes nothing much, a clock that stands still, and a loop."""
 
+import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +39,7 @@ class FakeEngine:
         line_indices: what each run was told of its lines.
         on_run: called with the frames inside each run, before the answer; raise here to fail, or return an answer to
             replace the real one.
+        started: released once for each run that began; acquire it in a thread to wait for one.
         gate: runs wait here; open unless `hold` was called.
     """
 
@@ -44,6 +48,7 @@ class FakeEngine:
         self.batches: list[int] = []
         self.line_indices: list[list[int]] = []
         self.on_run: Callable[[NDArray[np.uint8]], EngineOutput | None] = lambda _: None
+        self.started = threading.Semaphore(0)
         self.gate = threading.Event()
         self.gate.set()
         self._map_size = map_size
@@ -60,6 +65,7 @@ class FakeEngine:
         """Answer as `Engine.run` promises, unless `on_run` says otherwise."""
         self.batches.append(len(frames))
         self.line_indices.append(line_index.tolist())
+        self.started.release()
         self.gate.wait()
         replaced = self.on_run(frames)
         return grey_level(frames, self._map_size) if replaced is None else replaced
@@ -70,3 +76,17 @@ def grey_level(frames: NDArray[np.uint8], map_size: tuple[int, int] = (4, 6)) ->
     scores = frames.mean(axis=(1, 2, 3), dtype=np.float64).astype(np.float32) / np.float32(255)
     maps = np.broadcast_to(scores[:, None, None], (len(frames), *map_size)).astype(np.float32)
     return EngineOutput(scores, maps)
+
+
+def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run an async test in a loop of its own, and let it fail rather than wait for ever."""
+
+    @wraps(test)
+    def run(*arguments: Any, **fixtures: Any) -> None:
+        async def bounded() -> None:
+            async with asyncio.timeout(30):
+                await test(*arguments, **fixtures)
+
+        asyncio.run(bounded())
+
+    return run

@@ -1,0 +1,454 @@
+"""Promises of the batcher: each frame is answered once, on time, whatever the engine does."""
+
+import asyncio
+import re
+import time
+
+import numpy as np
+import pytest
+from prometheus_client import Histogram
+
+from service.batcher import Batcher
+from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded
+from service.schedule import RunTimes
+from service.telemetry import EngineMeter, Telemetry
+from tests.fakes import FakeEngine, grey_level, in_loop
+
+SOON_S = 0.05
+LONG_S = 20.0
+BATCHES_PAY = RunTimes((0.001, 0.001, 0.001, 0.001))
+
+
+class Bench:
+    """A batcher with a fake engine under it."""
+
+    def __init__(self, *, runners=1, max_queue_size=64, run_times=None, stuck_after_s=LONG_S):
+        self.engine = FakeEngine()
+        self.telemetry = Telemetry()
+        self.probes = 0
+        self.probe_fault: Exception | None = None
+        self.batcher = Batcher(
+            self.engine,
+            self._probe,
+            runners=runners,
+            max_queue_size=max_queue_size,
+            run_times=run_times or RunTimes.unknown(1),
+            stuck_after_s=stuck_after_s,
+            meter=self.telemetry.engine("bench"),
+            clock=time.monotonic,
+        )
+
+    def _probe(self):
+        self.probes += 1
+        if self.probe_fault is not None:
+            raise self.probe_fault
+
+    async def inspect(self, grey=0, *, deadline_s=LONG_S, line_index=0):
+        """Take a place and run a frame of one grey level."""
+        with self.batcher.place(time.monotonic() + deadline_s) as place:
+            return await self.batcher.submit(place, np.full((8, 12, 3), grey, np.uint8), line_index)
+
+    def start(self, grey=0, **options):
+        """Begin to inspect, and go on."""
+        return asyncio.ensure_future(self.inspect(grey, **options))
+
+    async def until_a_run_starts(self):
+        """Wait until one more run is inside the engine."""
+        await asyncio.to_thread(self.engine.started.acquire)
+
+    def metric(self, name):
+        """Return the value of a metric of this engine."""
+        text = self.telemetry.exposition()[0].decode()
+        (value,) = re.findall(rf"^flawline_{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        return float(value)
+
+
+@pytest.fixture
+def make_bench():
+    """Build benches whose runners end with the test."""
+    benches = []
+
+    def make(**options):
+        benches.append(Bench(**options))
+        return benches[-1]
+
+    yield make
+    for bench in benches:
+        bench.engine.release()
+        bench.batcher.close()
+
+
+def watch_greys(engine):
+    """Return a list that collects the grey levels of each run."""
+    runs = []
+
+    def note(frames):
+        runs.append(frames[:, 0, 0, 0].tolist())
+
+    engine.on_run = note
+    return runs
+
+
+@in_loop
+async def test_submit_when_engine_answers_then_returns_this_frames_part(make_bench):
+    """A frame gets its own score and map, with the size of its batch and its times."""
+    bench = make_bench()
+
+    result = await bench.inspect(grey=51, line_index=3)
+
+    expected = grey_level(np.full((1, 8, 12, 3), 51, np.uint8))
+    assert result.score == pytest.approx(0.2)
+    np.testing.assert_array_equal(result.anomaly_map, expected.anomaly_maps[0])
+    assert result.batch_size == 1
+    assert result.queue_s >= 0
+    assert result.infer_s >= 0
+    assert bench.engine.line_indices == [[3]]
+
+
+@in_loop
+async def test_submit_when_many_frames_share_batches_then_each_gets_its_own_answer(make_bench):
+    """No frame is ever answered with a neighbour's score."""
+    bench = make_bench(runners=2, run_times=BATCHES_PAY)
+
+    results = await asyncio.gather(*(bench.inspect(grey) for grey in range(60)))
+
+    assert [round(result.score * 255) for result in results] == list(range(60))
+    assert max(bench.engine.batches) <= 4
+    assert sum(bench.engine.batches) == 60
+
+
+@in_loop
+async def test_submit_when_runners_are_idle_then_frames_run_side_by_side(make_bench):
+    """Two frames on two idle runners are inside the engine at the same time, each alone."""
+    bench = make_bench(runners=2, run_times=BATCHES_PAY)
+    bench.engine.hold()
+
+    answers = [bench.start(), bench.start()]
+    await bench.until_a_run_starts()
+    await bench.until_a_run_starts()
+    bench.engine.release()
+    await asyncio.gather(*answers)
+
+    assert bench.engine.batches == [1, 1]
+
+
+@in_loop
+async def test_submit_when_frames_wait_then_earliest_deadline_runs_first(make_bench):
+    """Behind a busy runner, frames run in the order of their deadlines, and of arrival among equals."""
+    bench = make_bench()
+    runs = watch_greys(bench.engine)
+    bench.engine.hold()
+    answers = [bench.start(0)]
+    await bench.until_a_run_starts()
+
+    answers += [bench.start(1, deadline_s=18), bench.start(2, deadline_s=12), bench.start(3, deadline_s=15)]
+    await asyncio.sleep(0)
+    bench.engine.release()
+    await asyncio.gather(*answers)
+
+    assert runs == [[0], [2], [3], [1]]
+
+
+@in_loop
+async def test_submit_when_batch_is_stuck_then_deadline_fires_on_time(make_bench):
+    """The caller hears of the deadline while its run still hangs, and the late result is thrown away and counted."""
+    bench = make_bench()
+    bench.engine.hold()
+    began_at = time.monotonic()
+
+    with pytest.raises(DeadlinePassed):
+        await bench.inspect(deadline_s=SOON_S)
+    waited_s = time.monotonic() - began_at
+    bench.engine.release()
+    await bench.inspect()  # the late result came before this one
+
+    assert SOON_S * 0.9 <= waited_s < LONG_S / 4
+    assert bench.metric('discarded_total{engine="bench",reason="late"}') == 1
+
+
+@in_loop
+async def test_submit_when_deadline_comes_in_the_queue_then_frame_never_runs(make_bench):
+    """A frame that waits behind a stuck run until its deadline is answered on time and not run afterwards."""
+    bench = make_bench()
+    runs = watch_greys(bench.engine)
+    bench.engine.hold()
+    first = bench.start(1)
+    await bench.until_a_run_starts()
+
+    with pytest.raises((DeadlinePassed, Overloaded)):
+        await bench.inspect(2, deadline_s=SOON_S)
+    bench.engine.release()
+    await first
+    await bench.inspect(3)
+
+    assert runs == [[1], [3]]
+
+
+@in_loop
+async def test_place_when_run_times_say_too_late_then_refuses_at_once(make_bench):
+    """A deadline that can't be met behind the running batch is refused before any work, with a time to wait."""
+    bench = make_bench(run_times=RunTimes((5.0,)))
+    bench.engine.hold()
+    first = bench.start()
+    await bench.until_a_run_starts()
+
+    with pytest.raises(Overloaded) as refusal:
+        await bench.inspect(deadline_s=6)
+    bench.engine.release()
+    await first
+
+    assert refusal.value.retry_after_s == pytest.approx(5, abs=1)
+
+
+@in_loop
+async def test_submit_when_frame_can_no_longer_be_in_time_then_refuses_it_before_its_deadline(make_bench):
+    """A waiting frame is refused as soon as it could not end in time any more, well before its deadline."""
+    bench = make_bench(run_times=RunTimes((0.3,)))
+    bench.engine.hold()
+    first = bench.start(deadline_s=LONG_S)
+    await bench.until_a_run_starts()
+    began_at = time.monotonic()
+
+    with pytest.raises(Overloaded):
+        await bench.inspect(deadline_s=0.61)  # admitted: 0.3 s of the running batch, 0.3 s of its own
+    waited_s = time.monotonic() - began_at
+    bench.engine.release()
+    await first
+
+    assert waited_s < 0.6
+
+
+@in_loop
+async def test_place_when_queue_is_full_then_refuses_and_has_room_again_later(make_bench):
+    """One frame more than there are places is refused; an answered frame gives its place back."""
+    bench = make_bench(max_queue_size=2)
+    bench.engine.hold()
+    accepted = [bench.start(), bench.start()]
+    await bench.until_a_run_starts()
+
+    with pytest.raises(Overloaded) as refusal:
+        await bench.inspect()
+    depth = bench.metric('queue_depth{engine="bench"}')
+    bench.engine.release()
+    await asyncio.gather(*accepted)
+    await bench.inspect()
+
+    assert refusal.value.retry_after_s is not None
+    assert depth == 2
+    assert bench.metric('queue_depth{engine="bench"}') == 0
+
+
+@in_loop
+async def test_submit_when_one_frame_fails_its_batch_then_neighbours_are_answered(make_bench):
+    """A batch that fails is run again frame by frame, and only the frame that fails alone has no verdict."""
+    bench = make_bench(run_times=BATCHES_PAY)
+
+    def refuse_white(frames):
+        if (frames == 255).all(axis=(1, 2, 3)).any():
+            raise ValueError
+
+    bench.engine.on_run = refuse_white
+    bench.engine.hold()
+    first = bench.start(0)
+    await bench.until_a_run_starts()
+    batch = [bench.start(grey) for grey in (10, 255, 20)]
+    await asyncio.sleep(0)
+    bench.engine.release()
+
+    answers = await asyncio.gather(first, *batch, return_exceptions=True)
+
+    assert bench.engine.batches == [1, 3, 1, 1, 1]
+    assert isinstance(answers[2], EngineFailed)
+    assert [round(answers[i].score * 255) for i in (0, 1, 3)] == [0, 10, 20]
+    assert bench.probes == 1
+    assert bench.batcher.is_healthy
+
+
+@pytest.mark.parametrize("count", [0, 2])
+@in_loop
+async def test_submit_when_engine_answers_another_number_of_frames_then_fails(make_bench, count):
+    """As many answers as frames, or no verdict."""
+    bench = make_bench()
+    bench.engine.on_run = lambda frames: grey_level(np.repeat(frames, count, axis=0))
+
+    with pytest.raises(EngineFailed):
+        await bench.inspect()
+
+
+@in_loop
+async def test_batcher_when_probe_fails_too_then_is_unhealthy_and_answers_everyone(make_bench):
+    """A lost engine fails whoever waits, admits nobody, and says so to readiness."""
+    bench = make_bench()
+
+    def fail(_):
+        raise RuntimeError
+
+    bench.engine.on_run = fail
+    bench.probe_fault = EngineFailed("The known frames fail as well.")
+    bench.engine.hold()
+    waiting = [bench.start() for _ in range(3)]
+    await bench.until_a_run_starts()
+    bench.engine.release()
+
+    answers = await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert [type(answer) for answer in answers] == [EngineFailed] * 3
+    assert not bench.batcher.is_healthy
+    with pytest.raises(LineNotReady):
+        await bench.inspect()
+
+
+@in_loop
+async def test_batcher_when_a_run_does_not_end_then_is_unhealthy_and_answers_everyone(make_bench):
+    """A run that takes longer than anything reasonable counts as a lost engine."""
+    bench = make_bench(stuck_after_s=SOON_S)
+    bench.engine.hold()
+
+    answers = await asyncio.gather(bench.inspect(), bench.inspect(), return_exceptions=True)
+
+    assert [type(answer) for answer in answers] == [EngineFailed] * 2
+    assert not bench.batcher.is_healthy
+
+
+@in_loop
+async def test_batcher_when_a_runner_ends_then_is_unhealthy_and_answers_everyone(make_bench):
+    """A runner that is torn down from inside takes nobody's answer with it."""
+    bench = make_bench(runners=2)
+
+    def end(_):
+        raise SystemExit
+
+    bench.engine.on_run = end
+
+    answers = await asyncio.gather(*(bench.inspect() for _ in range(5)), return_exceptions=True)
+
+    assert [type(answer) for answer in answers] == [EngineFailed] * 5
+    assert not bench.batcher.is_healthy
+
+
+class TornHistogram(Histogram):
+    """A metric that fails, and with it the batch loop that counts on it."""
+
+    def observe(self, amount, exemplar=None):
+        """Fail."""
+        raise OSError(amount, exemplar)
+
+
+@in_loop
+async def test_batcher_when_the_batch_loop_itself_fails_then_is_unhealthy_and_answers_everyone():
+    """A fault of the loop's own is heard by everyone who waits."""
+    telemetry = Telemetry()
+    torn = TornHistogram("torn", "Fails.", registry=None)
+    meter = EngineMeter(torn, telemetry._queue_depth.labels("torn"), {})
+    batcher = Batcher(
+        FakeEngine(),
+        lambda: None,
+        runners=1,
+        max_queue_size=4,
+        run_times=RunTimes.unknown(1),
+        stuck_after_s=LONG_S,
+        meter=meter,
+        clock=time.monotonic,
+    )
+
+    with pytest.raises(EngineFailed), batcher.place(time.monotonic() + LONG_S) as place:
+        await batcher.submit(place, np.zeros((8, 12, 3), np.uint8), 0)
+
+    assert not batcher.is_healthy
+    with pytest.raises(EngineFailed):
+        await batcher.submit(place, np.zeros((8, 12, 3), np.uint8), 0)
+
+
+@in_loop
+async def test_submit_when_caller_leaves_then_frame_is_not_run_and_counted(make_bench):
+    """A frame whose caller hung up while it waited is dropped before it takes a place in a batch."""
+    bench = make_bench()
+    runs = watch_greys(bench.engine)
+    bench.engine.hold()
+    first = bench.start(1)
+    await bench.until_a_run_starts()
+    leaving = bench.start(2)
+    await asyncio.sleep(0)
+
+    leaving.cancel()
+    bench.engine.release()
+    await first
+    await bench.inspect(3)
+
+    assert runs == [[1], [3]]
+    assert bench.metric('discarded_total{engine="bench",reason="caller_left"}') == 1
+
+
+@in_loop
+async def test_submit_when_caller_leaves_during_the_run_then_result_is_counted_as_discarded(make_bench):
+    """A result that nobody waits for any more is thrown away and counted."""
+    bench = make_bench()
+    bench.engine.hold()
+    leaving = bench.start()
+    await bench.until_a_run_starts()
+
+    leaving.cancel()
+    bench.engine.release()
+    await bench.inspect()
+
+    assert leaving.cancelled()
+    assert bench.metric('discarded_total{engine="bench",reason="caller_left"}') == 1
+
+
+@in_loop
+async def test_drain_when_frames_are_accepted_then_answers_them_and_admits_no_more(make_bench):
+    """Draining ends when the last accepted frame is answered; meanwhile new ones are sent elsewhere."""
+    bench = make_bench()
+    bench.engine.hold()
+    accepted = [bench.start(), bench.start()]
+    await bench.until_a_run_starts()
+    draining = asyncio.ensure_future(bench.batcher.drain())
+    await asyncio.sleep(0)
+
+    with pytest.raises(LineNotReady):
+        await bench.inspect()
+    bench.engine.release()
+    await draining
+
+    assert [answer.result().batch_size for answer in accepted] == [1, 1]
+
+
+@in_loop
+async def test_close_when_frames_still_wait_then_they_are_told(make_bench):
+    """Whoever is left after the drain hears that the service stops."""
+    bench = make_bench()
+    bench.engine.hold()
+    waiting = [bench.start(), bench.start()]
+    await bench.until_a_run_starts()
+
+    bench.batcher.close()
+    answers = await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert [type(answer) for answer in answers] == [LineNotReady] * 2
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "on_run",
+    [
+        pytest.param(lambda _: None, id="answered"),
+        pytest.param(lambda _: _raise(ValueError()), id="engine raises"),
+        pytest.param(lambda frames: grey_level(frames[:0]), id="no answers"),
+    ],
+)
+@in_loop
+async def test_place_when_a_frame_ends_in_any_way_then_is_given_back(make_bench, on_run):
+    """With a single place, the next frame is admitted whatever became of the one before."""
+    bench = make_bench(max_queue_size=1)
+    bench.engine.on_run = on_run
+
+    for _ in range(3):
+        try:
+            await bench.inspect()
+        except FlawlineError as error:
+            assert isinstance(error, EngineFailed)  # noqa: PT017 - the outcome may be either; only the place matters
+
+    assert bench.metric('queue_depth{engine="bench"}') == 0

@@ -1,0 +1,210 @@
+"""Promises of the schedule, each rule of its docstring, on examples and as a state machine."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from service.schedule import Decision, RunTimes, WaitingFrame, admit, decide
+
+NOW = 100.0
+ROUNDING_S = 1e-9
+
+FLAT = RunTimes((1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0))  # a CPU: batches save nothing
+CHEAP = RunTimes((1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35))  # a GPU: batches cost next to nothing
+
+
+def waiting(*deadlines: float) -> list[WaitingFrame]:
+    """Return frames in order of arrival, with deadlines so many seconds from now."""
+    return [WaitingFrame(number, NOW + deadline) for number, deadline in enumerate(deadlines)]
+
+
+@pytest.mark.parametrize(
+    ("frames", "idle", "run_times", "batches"),
+    [
+        pytest.param(waiting(60), 2, CHEAP, ((0,),), id="a lone frame runs at once"),
+        pytest.param(waiting(60, 50, 50), 3, FLAT, ((1,), (2,), (0,)), id="earliest deadline, then arrival"),
+        pytest.param(waiting(*[60] * 8), 2, CHEAP, ((0, 1, 2, 3), (4, 5, 6, 7)), id="split evenly over idle runners"),
+        pytest.param(waiting(*[60] * 5), 2, CHEAP, ((0, 1, 2), (3, 4)), id="the odd one goes first"),
+        pytest.param(waiting(*[60] * 20), 1, CHEAP, (tuple(range(8)),), id="never above the largest batch"),
+        pytest.param(waiting(*[60] * 8), 2, FLAT, ((0,), (1,)), id="no batches where they do not pay"),
+        pytest.param(waiting(1.08, 60, 60), 1, CHEAP, ((0, 1),), id="no frame joins that makes the first one late"),
+        pytest.param(waiting(60, 60), 0, CHEAP, (), id="nothing starts where every runner is busy"),
+        pytest.param(
+            [WaitingFrame(0, NOW + 60, weight=12), WaitingFrame(1, NOW + 60, weight=2)],
+            1,
+            CHEAP,
+            ((0,),),
+            id="a frame of many tiles runs alone",
+        ),
+    ],
+)
+def test_batches_when_frames_wait_then_follow_the_rules(frames, idle, run_times, batches):
+    """Which frames run together follows from deadlines, idle runners and learned run times."""
+    decision = decide(frames, idle, 1, NOW, run_times)
+
+    assert decision.batches == batches
+
+
+def test_decision_when_deadlines_are_past_or_out_of_reach_then_expires_and_refuses():
+    """A passed deadline expires, one that can't be met is refused, and the rest runs."""
+    decision = decide(waiting(-1, 0, 0.5, 1, 1.5), 1, 1, NOW, FLAT)
+
+    assert decision == Decision(batches=((4,),), expired=(0, 1), refused=(2, 3), look_again_at=None)
+
+
+def test_decision_when_frames_go_on_waiting_then_looks_again_before_the_first_would_be_too_late():
+    """The next look is at the latest moment at which a waiting frame could still start in time."""
+    decision = decide(waiting(7, 5), 0, 2, NOW, FLAT)
+
+    assert decision == Decision(batches=(), expired=(), refused=(), look_again_at=NOW + 4)
+
+
+def test_decision_when_nothing_runs_and_all_seem_hopeless_then_tries_the_one_with_most_time():
+    """A wrong estimate can't refuse frames for ever, because an idle engine tries one nevertheless."""
+    decision = decide(waiting(0.2, 0.9, 0.5), 2, 0, NOW, FLAT)
+
+    assert decision.batches == ((1,),)
+    assert set(decision.refused) == {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("ahead", "deadline", "free_in_s", "possible", "wait_s"),
+    [
+        pytest.param([], 0.5, [0, 0], True, 0, id="an idle engine tries"),
+        pytest.param([], 0, [0, 0], False, 0, id="a passed deadline is never admitted"),
+        pytest.param([], 1.5, [2, 0.4], True, 0.4, id="in time once a runner is free"),
+        pytest.param([], 1.4, [2, 0.4], False, 0.4, id="too late even as the next"),
+        pytest.param([5, 5, 5, 5], 6, [0.5, 0.5], True, 2.5, id="two runners share what is ahead"),
+        pytest.param([5, 5, 5, 5], 3, [0.5, 0.5], True, 0.5, id="later deadlines are not ahead"),
+        pytest.param([2, 2, 2, 2], 3, [0.5, 0.5], False, 2.5, id="too late behind those that are ahead"),
+    ],
+)
+def test_admission_when_others_are_ahead_then_counts_what_comes_before(ahead, deadline, free_in_s, possible, wait_s):
+    """A frame is admitted if it can end in time behind running frames and behind those with earlier deadlines."""
+    admission = admit([NOW + other for other in ahead], NOW + deadline, free_in_s, NOW, FLAT)
+
+    assert (admission.is_possible, admission.wait_s) == (possible, pytest.approx(wait_s))
+
+
+def test_run_times_when_nothing_is_known_then_promise_nothing():
+    """Before the first run every deadline seems possible and the largest batch worth trying."""
+    run_times = RunTimes.unknown(4)
+
+    assert (run_times.of(3), run_times.best_weight, run_times.max_batch_size) == (0.0, 4, 4)
+
+
+def test_run_times_when_a_run_stalls_then_move_little_and_come_back_quickly():
+    """One stall changes the estimate by a tenth, one faster run brings it half the way back."""
+    run_times = RunTimes.unknown(1).learn(1, 1.0)
+
+    stalled = run_times.learn(1, 11.0)
+    recovered = stalled.learn(1, 1.0)
+
+    assert stalled.of(1) == pytest.approx(2.0)
+    assert recovered.of(1) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(("weight", "seconds"), [(1, 1.0), (2, 1.0), (3, 1.5), (4, 3.0), (8, 6.0)])
+def test_run_times_when_a_weight_never_ran_then_scale_the_nearest(weight, seconds):
+    """An unknown weight takes as long as the nearest known one, and longer in proportion where it is heavier."""
+    run_times = RunTimes((None, 1.0, None, 3.0))
+
+    assert run_times.of(weight) == pytest.approx(seconds)
+
+
+def test_run_times_when_a_frame_is_heavier_than_a_batch_then_learn_its_share():
+    """A frame of many tiles teaches what a full batch takes."""
+    run_times = RunTimes.unknown(2).learn(6, 3.0)
+
+    assert run_times.of(2) == pytest.approx(1.0)
+
+
+class ScheduleMachine(RuleBasedStateMachine):
+    """Frames arrive, runs end, time passes; after each event one decision is taken and held against every rule."""
+
+    @initialize(
+        runners=st.integers(1, 4),
+        seconds=st.lists(st.none() | st.integers(1, 40).map(lambda n: n / 8), min_size=1, max_size=8),
+    )
+    def start(self, runners, seconds):
+        """Choose the runners and what is known of run times."""
+        self.runners = runners
+        self.run_times = RunTimes(tuple(seconds))
+        self.now = 0.0
+        self.arrived = 0
+        self.waiting: dict[int, WaitingFrame] = {}
+        self.running: list[tuple[int, ...]] = []
+        self.left: list[int] = []
+        self.look_again_at: float | None = None
+
+    @rule(in_s=st.integers(0, 80).map(lambda n: n / 8), weight=st.integers(1, 3))
+    def arrive(self, in_s, weight):
+        """Let a frame arrive."""
+        self.waiting[self.arrived] = WaitingFrame(self.arrived, self.now + in_s, weight)
+        self.arrived += 1
+        self._decide()
+
+    @rule(seconds=st.integers(1, 40).map(lambda n: n / 8))
+    def wait(self, seconds):
+        """Let time pass, but stop where the schedule wanted to look again."""
+        until = self.now + seconds
+        if self.look_again_at is not None and self.look_again_at < until:
+            until = self.look_again_at
+        self.now = max(self.now, until)
+        self._decide()
+
+    @rule(choice=st.integers(0, 3), seconds=st.integers(1, 40).map(lambda n: n / 8))
+    def end_a_run(self, choice, seconds):
+        """Let a run end that took so long."""
+        if self.running:
+            batch = self.running.pop(choice % len(self.running))
+            self.run_times = self.run_times.learn(len(batch), seconds)
+            self._decide()
+
+    def _decide(self):
+        idle, busy = self.runners - len(self.running), len(self.running)
+        decision = decide(self.waiting.values(), idle, busy, self.now, self.run_times)
+        self._hold_against_rules(decision, idle, busy)
+        for number in (*decision.expired, *decision.refused, *(n for batch in decision.batches for n in batch)):
+            del self.waiting[number]  # raises where a frame left before
+            self.left.append(number)
+        self.running += decision.batches
+        self.look_again_at = decision.look_again_at
+
+    def _hold_against_rules(self, decision, idle, busy):
+        weights = [sum(self.waiting[number].weight for number in batch) for batch in decision.batches]
+        started = [self.waiting[number] for batch in decision.batches for number in batch]
+        gone = {frame.number for frame in started} | set(decision.expired) | set(decision.refused)
+        others = [frame for number, frame in self.waiting.items() if number not in gone]
+        assert len(decision.batches) <= idle
+        for batch, weight in zip(decision.batches, weights, strict=True):
+            assert len(batch) == 1 or weight <= min(self.run_times.max_batch_size, self.run_times.best_weight)
+        assert not others or len(decision.batches) == idle, "a frame waits while a runner is idle"
+        order = [(frame.deadline, frame.number) for frame in started]
+        assert order == sorted(order)
+        assert not order or all((frame.deadline, frame.number) > order[-1] for frame in others)
+        assert set(decision.expired) == {n for n, frame in self.waiting.items() if frame.deadline <= self.now}
+        for number in decision.refused:
+            frame = self.waiting[number]
+            assert self.now + self.run_times.of(frame.weight) >= frame.deadline - ROUNDING_S
+        is_trial = busy == 0 and len(started) == 1
+        for batch, weight in zip(decision.batches, weights, strict=True):
+            for number in batch:
+                in_time = self.now + self.run_times.of(weight) < self.waiting[number].deadline + ROUNDING_S
+                assert in_time or is_trial
+        if all(frame.weight == 1 for frame in started + others) and weights:
+            ready = len(started) + len(others)
+            assert max(weights) <= -(-ready // min(idle, ready))
+        assert (decision.look_again_at is None) == (not others)
+        assert decision.look_again_at is None or decision.look_again_at > self.now - ROUNDING_S
+
+    @invariant()
+    def each_frame_leaves_exactly_once(self):
+        """Whoever arrived waits or left, and left once."""
+        if hasattr(self, "left"):
+            assert sorted([*self.left, *self.waiting]) == list(range(self.arrived))
+
+
+TestSchedule = ScheduleMachine.TestCase
+TestSchedule.settings = settings(max_examples=150, stateful_step_count=40)
