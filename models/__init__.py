@@ -8,6 +8,7 @@ from models.ami_net import AmiNet, AmiNetConfig
 from models.detector import Detector
 from models.inp_former import InpFormer, InpFormerConfig
 from models.inp_former_pp import InpFormerPp, InpFormerPpConfig
+from models.st_mae import StMae, StMaeConfig
 
 
 class DetectorEntry(NamedTuple):
@@ -22,6 +23,7 @@ DETECTORS: Mapping[str, DetectorEntry] = MappingProxyType(
         "ami_net": DetectorEntry(AmiNetConfig, AmiNet),
         "inp_former": DetectorEntry(InpFormerConfig, InpFormer),
         "inp_former_pp": DetectorEntry(InpFormerPpConfig, InpFormerPp),
+        "st_mae": DetectorEntry(StMaeConfig, StMae),
     }
 )
 

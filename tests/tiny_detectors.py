@@ -5,6 +5,7 @@ insists on it and then tests it like all others.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from models.backbones import untrained_weights
 from models.detector import Recipe
 from models.inp_former import InpFormerConfig
 from models.inp_former_pp import InpFormerPpConfig
+from models.st_mae import StMaeConfig
 
 _BRIEF = Recipe(
     optimiser="stable_adamw",
@@ -107,6 +109,21 @@ TINY: Mapping[str, Any] = {
         blur_sigma=1.0,
         recipe=_BRIEF,
         head_recipe=_BRIEF,
+    ),
+    "st_mae": StMaeConfig(
+        backbone="test_resnet",
+        layers=(1, 2, 3),
+        image_size=(64, 64),
+        feature_grid=(16, 16),
+        patch_size=2,
+        encoder_channels=64,
+        encoder_heads=2,
+        encoder_blocks=2,
+        decoder_channels=48,
+        decoder_heads=2,
+        decoder_blocks=2,
+        mlp_ratio=2,
+        recipe=replace(_BRIEF_ADAMW, learning_rate=5e-3, final_learning_rate=5e-4),
     ),
 }
 
