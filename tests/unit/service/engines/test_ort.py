@@ -1,0 +1,158 @@
+"""Promises of the ONNX Runtime engine: the graph that was promised, on the device that was asked for, or a refusal."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from service.contract.bundle import Bundle, load_bundle
+from service.engines.ort import OrtEngine
+from service.errors import BundleRefused, EngineFailed
+from tests.factories import HEIGHT, WIDTH, make_bundle, make_frame, make_graph, make_runner
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Bundle:
+    """Return a verified bundle of the tiny graph."""
+    return load_bundle(make_bundle(tmp_path_factory.mktemp("store")))
+
+
+def frames_of(count):
+    """Return `(count, HEIGHT, WIDTH, 3)` uint8 and as many line indices."""
+    frames = np.stack([make_frame(HEIGHT, WIDTH, seed=seed, defect=seed % 2 == 1) for seed in range(count)])
+    return frames, np.zeros(count, np.int64)
+
+
+def test_run_when_frames_come_alone_or_together_then_answers_are_equal(bundle):
+    """One frame's answer does not depend on its batch mates."""
+    engine = OrtEngine(bundle)
+    frames, line_index = frames_of(4)
+
+    together = engine.run(frames, line_index)
+    alone = [engine.run(frames[i : i + 1], line_index[i : i + 1]) for i in range(4)]
+
+    np.testing.assert_allclose(together.scores, [answer.scores[0] for answer in alone], rtol=1e-6)
+    np.testing.assert_allclose(together.anomaly_maps, np.concatenate([a.anomaly_maps for a in alone]), rtol=1e-6)
+    assert engine.device == "cpu"
+
+
+def test_run_when_called_from_several_threads_then_answers_are_right(bundle):
+    """One session serves several runners at once."""
+    engine = OrtEngine(bundle)
+    frames, line_index = frames_of(4)
+    expected = engine.run(frames, line_index).scores
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda i: engine.run(frames[[i % 4]], line_index[:1]).scores[0], range(200)))
+
+    np.testing.assert_allclose(answers, np.tile(expected, 50), rtol=1e-6)
+
+
+def test_run_when_network_is_conditional_then_follows_the_line_index(tmp_path):
+    """A class-conditional network is told which line each frame shows."""
+    bundle = load_bundle(make_bundle(tmp_path, "pair", lines=("a", "b"), conditional=True))
+    frames, _ = frames_of(2)
+
+    scores = OrtEngine(bundle).run(frames, np.array([0, 1], np.int64)).scores
+
+    np.testing.assert_allclose(scores[0], make_runner(bundle.model, 0)(frames)[0][0], rtol=1e-6)
+    np.testing.assert_allclose(scores[1], make_runner(bundle.model, 1)(frames)[0][1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        pytest.param(np.zeros((1, HEIGHT, WIDTH, 3), np.float32), id="type"),
+        pytest.param(np.zeros((1, WIDTH, HEIGHT, 3), np.uint8), id="shape"),
+    ],
+)
+def test_run_when_frames_do_not_fit_then_fails(bundle, frames):
+    """Whatever the runtime raises arrives as one error."""
+    engine = OrtEngine(bundle)
+
+    with pytest.raises(EngineFailed, match="runtime failed"):
+        engine.run(frames, np.zeros(1, np.int64))
+
+
+def graph(inputs, outputs, extra_answers=0):
+    """Return a graph of these inputs and outputs that answers zeros, so many more than it was given frames."""
+    nodes = [
+        helper.make_node("Shape", [inputs[0].name], ["given"], start=0, end=1),
+        helper.make_node("Add", ["given", "extra"], ["answers"]),
+    ]
+    constants = [numpy_helper.from_array(np.array([extra_answers], np.int64), "extra")]
+    for output in outputs:
+        kind = output.type.tensor_type.elem_type
+        sizes = [dim.dim_value for dim in output.type.tensor_type.shape.dim][1:]
+        constants.append(numpy_helper.from_array(np.array(sizes, np.int64), f"{output.name}_sizes"))
+        shape = f"{output.name}_shape"
+        nodes.append(helper.make_node("Concat", ["answers", f"{output.name}_sizes"], [shape], axis=0))
+        zero = helper.make_tensor("zero", kind, [1], [0])
+        nodes.append(helper.make_node("ConstantOfShape", [shape], [output.name], value=zero))
+    body = helper.make_graph(nodes, "odd", inputs, outputs, constants)
+    return helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+
+
+def tensor(name, kind=TensorProto.FLOAT, shape=("B",)):
+    """Describe one input or output."""
+    return helper.make_tensor_value_info(name, kind, list(shape))
+
+
+FRAMES = tensor("frames", TensorProto.UINT8, ("B", HEIGHT, WIDTH, 3))
+SCORE, MAP = tensor("score"), tensor("anomaly_map", shape=("B", HEIGHT // 2, WIDTH // 2))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "sentence"),
+    [
+        pytest.param([tensor("images", TensorProto.UINT8, ("B", 2, 2, 3))], [SCORE, MAP], "must take", id="input name"),
+        pytest.param([FRAMES, tensor("more")], [SCORE, MAP], "must take", id="another input"),
+        pytest.param([FRAMES], [SCORE], "must take", id="no map"),
+        pytest.param([tensor("frames", shape=("B", HEIGHT, WIDTH, 3))], [SCORE, MAP], "type or rank", id="input type"),
+        pytest.param([FRAMES], [tensor("score", shape=("B", 1)), MAP], "type or rank", id="score rank"),
+        pytest.param(
+            [tensor("frames", TensorProto.UINT8, ("B", WIDTH, HEIGHT, 3))], [SCORE, MAP], "size", id="input size"
+        ),
+        pytest.param([FRAMES], [SCORE, tensor("anomaly_map", shape=("B", 3, 3))], "size", id="map size"),
+        pytest.param(
+            [tensor("frames", TensorProto.UINT8, (1, HEIGHT, WIDTH, 3))], [SCORE, MAP], "batch size", id="fixed batch"
+        ),
+    ],
+)
+def test_engine_when_graph_is_not_the_promised_one_then_refuses(bundle, inputs, outputs, sentence):
+    """Names, types, ranks, sizes and the dynamic batch are looked at before any frame is."""
+    odd = replace(bundle, model=graph(inputs, outputs))
+
+    with pytest.raises(BundleRefused, match=sentence):
+        OrtEngine(odd)
+
+
+def test_run_when_answer_has_another_shape_then_fails(bundle):
+    """What the graph leaves open is checked after each run: here there is one answer too many."""
+    engine = OrtEngine(replace(bundle, model=graph([FRAMES], [SCORE, MAP], extra_answers=1)))
+
+    with pytest.raises(EngineFailed, match="another shape"):
+        engine.run(*frames_of(2))
+
+
+def test_engine_when_graph_is_broken_then_refuses(bundle):
+    """A graph that the runtime can't load is the bundle's fault."""
+    model = onnx.load_from_string(make_graph())
+    model.graph.node[0].op_type = "NoSuchOperator"
+
+    with pytest.raises(BundleRefused, match="can't load"):
+        OrtEngine(replace(bundle, model=model.SerializeToString()))
+
+
+def test_engine_when_device_is_not_there_then_fails_and_does_not_fall_back(bundle):
+    """Asking for a GPU on a machine without one is refused, never served by the CPU without a word."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this installation has CUDA")
+
+    with pytest.raises(EngineFailed, match="CUDAExecutionProvider"):
+        OrtEngine(bundle, device="cuda")

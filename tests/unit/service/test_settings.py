@@ -1,0 +1,105 @@
+"""Promises of the settings: what is set is taken, and what can't be meant stops the start with a sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from service.contract.frames import FRAME_FORMATS
+from service.settings import Settings, SettingsInvalid, read_settings, usable_cpus
+
+
+def test_settings_when_nothing_is_set_then_serve_safely():
+    """Without any variable, the service listens on this machine only, one frame a run, with bounds."""
+    settings = read_settings()
+
+    assert (settings.host, settings.max_batch_size, settings.lines, settings.keys_file) == ("127.0.0.1", 1, None, None)
+    assert settings.frame_limits.formats == FRAME_FORMATS
+    assert settings.runners_per_engine == settings.decode_threads == usable_cpus()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("STORE_DIRECTORY", "/data/store", Path("/data/store")),
+        ("LINES", "screws, bottles", frozenset({"screws", "bottles"})),
+        ("FORMATS", "JPEG,PNG", frozenset({"JPEG", "PNG"})),
+        ("MAX_PIXELS", "1000", 1000),
+        ("DEFAULT_DEADLINE_S", "0.25", 0.25),
+        ("LOG_LEVEL", "warning", "WARNING"),
+        ("PORT", "", 8000),
+        ("RUNNERS", "3", 3),
+    ],
+)
+def test_settings_when_a_variable_is_set_then_is_taken(monkeypatch, name, text, value):
+    """Each variable becomes the setting of its name; an empty one counts as absent."""
+    monkeypatch.setenv(f"FLAWLINE_{name}", text)
+
+    settings = read_settings()
+
+    assert getattr(settings, name.lower()) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("PORT", "70000", r"FLAWLINE_PORT: .*65535.* A right value is 8000\."),
+        ("PORT", "tcp://10.0.0.1:8000", "enableServiceLinks"),
+        ("MAX_PIXELS", "many", "FLAWLINE_MAX_PIXELS: .*integer"),
+        ("MAX_BATCH_SIZE", "0", "FLAWLINE_MAX_BATCH_SIZE"),
+        ("FORMATS", "GIF", "choose from BMP,JPEG"),
+        ("LINES", ",", "name at least one line"),
+        ("LINES", "../etc", "FLAWLINE_LINES"),
+        ("DEVICE", "tpu", "FLAWLINE_DEVICE"),
+        ("DEFAULT_DEADLINE_S", "11", "default_deadline_s must not be above"),
+        ("DRAIN_TIMEOUT_S", "5", "drain_timeout_s must not be below"),
+        ("KEY_FILE", "/keys.json", "did you mean FLAWLINE_KEYS_FILE"),
+    ],
+)
+def test_settings_when_a_value_can_not_be_meant_then_stop_with_one_sentence(monkeypatch, name, text, sentence):
+    """The sentence names the variable; a misspelt name is no silent default."""
+    monkeypatch.setenv(f"FLAWLINE_{name}", text)
+
+    with pytest.raises(SettingsInvalid, match=sentence):
+        read_settings()
+
+
+def test_settings_when_a_variable_is_somebody_elses_then_ignore_it(monkeypatch):
+    """What Kubernetes sets for a service called flawline is no misspelt setting."""
+    monkeypatch.setenv("FLAWLINE_SERVICE_HOST", "10.0.0.1")
+
+    assert read_settings() == Settings()
+
+
+def test_settings_when_built_then_can_not_be_changed():
+    """A setting holds for the life of the process."""
+    settings = Settings()
+
+    with pytest.raises(ValueError, match="frozen"):
+        settings.port = 1  # type: ignore[misc]  # that is the point
+
+
+def test_runners_when_device_is_a_gpu_then_one():
+    """One runner drives a GPU unless more are asked for."""
+    assert Settings(device="cuda").runners_per_engine == 1
+    assert Settings(device="cuda", runners=2).runners_per_engine == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        pytest.param({}, None, id="no control groups"),
+        pytest.param({"cpu.max": "max 100000\n"}, None, id="no quota"),
+        pytest.param({"cpu.max": "50000 100000\n"}, 1, id="half a CPU"),
+        pytest.param({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None, id="v1, no quota"),
+        pytest.param({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1, id="v1, one CPU"),
+    ],
+)
+def test_usable_cpus_when_container_has_a_quota_then_counts_it(tmp_path, files, limit):
+    """A pod with one CPU on a large node gets one runner, not one for each CPU of the node."""
+    import os
+
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    assert usable_cpus(tmp_path) == (limit or len(os.sched_getaffinity(0)))
