@@ -13,11 +13,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import httpx
+import numpy as np
+import uvicorn
+
+from service.app import create_app
+from service.contract.bundle import Bundle
+from service.engines.ort import OrtEngine
+from service.registry import OpenEngine
+from service.settings import Settings
+from tests.fakes import FakeEngine
+
+_Result = TypeVar("_Result")
 
 PATIENCE_S = 60  # for a slow machine; every wait ends as soon as it can
 _PAUSE_S = 0.02
@@ -45,9 +57,7 @@ class ServerProcess:
         options: of the command line.
     """
 
-    def __init__(
-        self, store: Path, environment: Mapping[str, str] | None = None, options: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, store: Path, environment: Mapping[str, str] | None = None, options: Sequence[str] = ()) -> None:
         command = [sys.executable, "-m", "service", "serve", "--store", str(store), "--port", "0", *options]
         self._process = subprocess.Popen(
             command,
@@ -78,7 +88,7 @@ class ServerProcess:
 
     def ready(self) -> Self:
         """Wait until the server says that it is ready."""
-        wait_until(lambda: self.http.get("/healthz/ready").status_code == 200, "readiness")
+        wait_until_ready(self.http)
         return self
 
     def line(self, name: str) -> dict[str, Any]:
@@ -117,14 +127,56 @@ class ServerProcess:
         self._port.put(None)
 
 
+def held_engine(bundle: Bundle) -> FakeEngine:
+    """Return an engine that answers as the bundle's network does, and whose runs a test can hold."""
+    network = OrtEngine(bundle)
+    engine = FakeEngine(device="cpu")
+    engine.on_run = lambda frames: network.run(frames, np.zeros(len(frames), np.int64))
+    return engine
+
+
 @contextmanager
-def threads(*targets: Callable[[], None]) -> Iterator[list[threading.Thread]]:
-    """Run functions side by side, and wait for all of them at the end."""
-    running = [threading.Thread(target=target) for target in targets]
-    for thread in running:
-        thread.start()
+def serve_in_thread(settings: Settings, open_engine: OpenEngine | None = None) -> Iterator[httpx.Client]:
+    """Serve over real sockets, in a thread of the test, until the end of the block."""
+    config = uvicorn.Config(
+        create_app(settings, open_engine=open_engine),
+        port=0,
+        ws="none",
+        log_config=None,
+        log_level="critical",
+        timeout_graceful_shutdown=PATIENCE_S,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
     try:
-        yield running
+        wait_until(lambda: server.started or not thread.is_alive(), "the start")
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as http:
+            yield http
     finally:
-        for thread in running:
-            thread.join(PATIENCE_S)
+        server.should_exit = True
+        thread.join(PATIENCE_S)
+
+
+def wait_until_ready(http: httpx.Client) -> None:
+    """Wait until a server says that it is ready."""
+    wait_until(lambda: http.get("/healthz/ready").status_code == 200, "readiness")
+
+
+class Side(Generic[_Result]):
+    """A call that runs beside the test; its answer, or what it raised, is there when asked for."""
+
+    def __init__(self, call: Callable[[], _Result]) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._future = self._pool.submit(call)
+        self._pool.shutdown(wait=False)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has ended."""
+        return self._future.done()
+
+    def answer(self) -> _Result:
+        """Wait for the end."""
+        return self._future.result(PATIENCE_S)

@@ -15,7 +15,14 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from service.contract.frames import FORMAT_OF_MEDIA_TYPE, FrameLimits
-from service.errors import DeadlinePassed, FrameTooLarge, MediaTypeNotAllowed, ParameterInvalid, UnreadableFrame
+from service.errors import (
+    DeadlinePassed,
+    FlawlineError,
+    FrameTooLarge,
+    MediaTypeNotAllowed,
+    ParameterInvalid,
+    UnreadableFrame,
+)
 from service.inspection import RawLayout
 from service.routes.problems import sentence_of
 from service.schemas import RawFrameOptions
@@ -58,7 +65,7 @@ async def receive_frame(request: Request, limits: FrameLimits, timeout_s: float)
     """
     media_type = _media_type(request.headers)
     if media_type == MULTIPART_MEDIA_TYPE:
-        return (await receive_frames(request, "frame", 1, limits, timeout_s))[0]
+        return usable((await receive_frames(request, "frame", 1, limits, timeout_s))[0])
     raw = _layout(media_type, request.headers, limits)
     async with _within(timeout_s):
         chunks = [chunk async for chunk in _bounded(request, limits.max_bytes)]
@@ -67,7 +74,7 @@ async def receive_frame(request: Request, limits: FrameLimits, timeout_s: float)
 
 async def receive_frames(
     request: Request, field: str, max_frames: int, limits: FrameLimits, timeout_s: float
-) -> list[Upload]:
+) -> list[Upload | FlawlineError]:
     """Receive a multipart body whose every part is a file of the same field.
 
     Args:
@@ -77,19 +84,19 @@ async def receive_frames(
         limits: byte bound of the body, and accepted formats.
         timeout_s: how long the body may take to arrive.
 
+    Returns:
+        One entry a file, in order: its frame, or what is wrong with its kind.
+
     Raises:
         FrameTooLarge: if the body is, or promises to be, over the limit, or holds more frames.
-        MediaTypeNotAllowed: if the body is not multipart, or a part's kind is not accepted.
+        MediaTypeNotAllowed: if the body is not multipart.
         ParameterInvalid: if there is no file, or a field of another name.
         UnreadableFrame: if the body is broken.
         DeadlinePassed: if it did not arrive in time.
     """
     if _media_type(request.headers) != MULTIPART_MEDIA_TYPE:
         raise MediaTypeNotAllowed(f"Send multipart/form-data with a file field named `{field}`.")
-    # One file too many is let through the parser, so that it is refused with our sentence.
-    parser = MultiPartParser(
-        request.headers, _bounded(request, limits.max_bytes), max_files=max_frames + 1, max_fields=0
-    )
+    parser = _FormParser(request.headers, _bounded(request, limits.max_bytes), max_files=max_frames, max_fields=0)
     parser.spool_max_size = limits.max_bytes + 1  # files never reach the disk: what bounds the body bounds the memory
     try:
         async with _within(timeout_s):
@@ -101,6 +108,8 @@ async def receive_frames(
             raise ParameterInvalid(f"The form may hold files of the field `{field}` only.") from error
         raise UnreadableFrame("The multipart body is damaged; its parts or its boundary can't be read.") from error
     try:
+        if not parser.has_ended:
+            raise UnreadableFrame("The multipart body is truncated; its last boundary is missing.")
         files = [(name, value) for name, value in form.multi_items() if isinstance(value, UploadFile)]
         if not files or any(name != field for name, _ in files):
             raise ParameterInvalid(f"Send each frame as a file of the field `{field}`, and no other field.")
@@ -109,9 +118,28 @@ async def receive_frames(
         await form.close()
 
 
-async def _upload_of(file: UploadFile, headers: Mapping[str, str], limits: FrameLimits) -> Upload:
+def usable(upload: Upload | FlawlineError) -> Upload:
+    """Return a frame, or raise what is wrong with its kind."""
+    if isinstance(upload, FlawlineError):
+        raise upload
+    return upload
+
+
+class _FormParser(MultiPartParser):
+    """Starlette's parser, which by itself takes a truncated form for a shorter one."""
+
+    has_ended = False
+
+    def on_end(self) -> None:
+        self.has_ended = True
+
+
+async def _upload_of(file: UploadFile, headers: Mapping[str, str], limits: FrameLimits) -> Upload | FlawlineError:
     media_type = _media_type(file.headers)
-    raw = None if media_type in _UNKNOWN_MEDIA_TYPES else _layout(media_type, headers, limits)
+    try:
+        raw = None if media_type in _UNKNOWN_MEDIA_TYPES else _layout(media_type, headers, limits)
+    except FlawlineError as error:
+        return error
     return Upload(await file.read(), raw)
 
 

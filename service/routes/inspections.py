@@ -18,7 +18,7 @@ from service.auth import Caller
 from service.errors import FlawlineError, NotAuthorised, ParameterInvalid
 from service.inspection import Inspection, InspectionRequest
 from service.routes import answers
-from service.routes.bodies import Upload, receive_frame, receive_frames
+from service.routes.bodies import Upload, receive_frame, receive_frames, usable
 from service.routes.context import Context, caller_of, context_of
 from service.routes.openapi import BATCH_OPERATION, FRAME_OPERATION, HEATMAP_ANSWERS, OPTION_HEADERS
 from service.routes.problems import problem_document, request_id_of, responses, sentence_of, unexpected
@@ -96,8 +96,8 @@ async def inspect_batch(request: Request, line: str) -> Response:
             context.settings.frame_limits,
             _receive_timeout_s(context, options),
         )
-        asked = [_ask(request, line, options, upload, index) for index, upload in enumerate(uploads)]
-        items = await _unless_left(request, _side_by_side(_item(request, caller, frame) for frame in asked))
+        frames = (_item(request, caller, line, options, upload, index) for index, upload in enumerate(uploads))
+        items = await _unless_left(request, _side_by_side(frames))
     head = b'{"request_id":' + to_json(request_id_of(request)) + b',"items":['
     return Response(head + b",".join(items) + b"]}", media_type="application/json")
 
@@ -189,20 +189,21 @@ async def _picture(context: Context, inspection: Inspection) -> Response:
     return Response(body, headers=headers, media_type="image/png")
 
 
-async def _item(request: Request, caller: Caller, asked: InspectionRequest) -> bytes:
+async def _item(
+    request: Request, caller: Caller, line: str, options: InspectionOptions, upload: Upload | FlawlineError, index: int
+) -> bytes:
     """Answer one frame of several; what goes wrong with it stays with it."""
     context = context_of(request)
     try:
+        frame = usable(upload)
         caller.spend_frame()
-        inspection = await context.pipeline.inspect(asked)
+        return _encode(context, await context.pipeline.inspect(_ask(request, line, options, frame, index)))[0]
     except FlawlineError as error:
-        _count_later(request, asked.line, error.code)
-        return to_json(problem_document(error.code, error.sentence, asked.request_id, asked.line))
+        fault = error
     except Exception as error:  # noqa: BLE001 - the outermost handler of this frame, so that no neighbour fails with it
         fault = unexpected(request, error)
-        _count_later(request, asked.line, fault.code)
-        return to_json(problem_document(fault.code, fault.sentence, asked.request_id, asked.line))
-    return _encode(context, inspection)[0]
+    _count_later(request, line, fault.code)
+    return to_json(problem_document(fault.code, fault.sentence, request_id_of(request), line))
 
 
 def _encode(context: Context, inspection: Inspection) -> tuple[bytes, dict[str, float]]:
