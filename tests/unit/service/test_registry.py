@@ -1,0 +1,416 @@
+"""Promises of the registry: only what was proved on this device answers, and nobody steps back silently."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from service.engines.ort import OrtEngine
+from service.errors import EngineFailed, LineNotReady, UnknownLine, UnknownPolicy, UnknownVersion
+from service.registry import BatcherOptions, Registry, policy_digest
+from service.schedule import RunTimes
+from service.telemetry import Telemetry
+from tests.factories import REFERENCE, make_bundle, make_graph, make_policy, reseal
+from tests.fakes import FakeEngine, in_loop
+
+OPTIONS = BatcherOptions(runners=1, max_batch_size=3, max_queue_size=4, stuck_after_s=20)
+
+
+class Shelf:
+    """A store and registries on it, whose runners end with the test."""
+
+    def __init__(self, path):
+        self.path = path
+        self.telemetry = Telemetry()
+        self.registries = []
+
+    def open(self, wanted=None, open_engine=OrtEngine):
+        """Return a registry that has not loaded yet."""
+        registry = Registry(self.path, wanted, open_engine, OPTIONS, self.telemetry, time.monotonic)
+        self.registries.append(registry)
+        return registry
+
+    def load(self, wanted=None, open_engine=OrtEngine):
+        """Return a registry that has loaded."""
+        registry = self.open(wanted, open_engine)
+        registry.load()
+        return registry
+
+    def metrics(self):
+        """Return the text that a scraper reads."""
+        return self.telemetry.exposition()[0].decode()
+
+    def add_policy(self, line, version, **fields):
+        """Write a policy file of a line."""
+        folder = self.path / line / "policies"
+        folder.mkdir(parents=True, exist_ok=True)
+        policy = make_policy(**{"version": version} | fields)
+        (folder / f"{version}.json").write_text(policy.model_dump_json())
+        return policy
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    """Return an empty store."""
+    shelf = Shelf(tmp_path / "store")
+    yield shelf
+    for registry in shelf.registries:
+        registry.close()
+
+
+def states(registry):
+    """Return the state of each line."""
+    return {status.line: status.state for status in registry.statuses()}
+
+
+def test_load_when_bundle_holds_then_line_is_ready_on_its_newest_version(shelf):
+    """Versions are numbers: ten is newer than nine; the newest one serves."""
+    make_bundle(shelf.path, version="9")
+    newest = make_bundle(shelf.path, version="10", policy={"fail_threshold": 0.3})
+
+    registry = shelf.load()
+
+    line, policy = registry.find("demo_line", None, None)
+    assert registry.is_ready
+    assert states(registry) == {"demo_line": "ready"}
+    assert line.bundle.manifest.version == "10"
+    assert line.bundle.device == "cpu"
+    assert policy.policy.fail_threshold == 0.3
+    assert registry.versions("demo_line") == ["9", "10"]
+    assert newest.name == "10"
+
+
+def test_load_when_line_is_live_then_metrics_say_what_serves_it(shelf):
+    """`model_info` and the load time are there as soon as the line is."""
+    make_bundle(shelf.path)
+
+    registry = shelf.load()
+
+    digest = registry.find("demo_line", None, None).line.bundle.digest
+    labels = f'device="cpu",digest="{digest}",line="demo_line",policy="1",version="1"'
+    assert f"flawline_model_info{{{labels}}} 1.0" in shelf.metrics()
+    assert 'flawline_engine_load_seconds{engine="demo_line"}' in shelf.metrics()
+    assert "flawline_golden_failures_total 0.0" in shelf.metrics()
+
+
+def test_load_when_bundle_serves_several_lines_then_they_share_one_engine(shelf):
+    """Each line of a class-conditional bundle has its own index, and all have one engine."""
+    make_bundle(shelf.path, "pair", lines=("left", "right"), conditional=True)
+
+    registry = shelf.load()
+
+    left, right = (registry.find(line, None, None).line for line in ("left", "right"))
+    assert left.bundle is right.bundle
+    assert (left.line_index, right.line_index) == (0, 1)
+    assert states(registry) == {"left": "ready", "right": "ready"}
+
+
+def damage_model(folder):
+    """Change a byte of the graph."""
+    data = bytearray((folder / "model.onnx").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.onnx").write_bytes(bytes(data))
+
+
+def swap_network(folder):
+    """Put another network in, with all digests right."""
+    (folder / "model.onnx").write_bytes(make_graph(reference=REFERENCE + 0.05))
+    reseal(folder)
+
+
+def rename_version(folder):
+    """Move the bundle to a version that it is not."""
+    folder.rename(folder.parent / "2")
+
+
+def remove_manifest(folder):
+    """Take away what says what it is."""
+    (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (damage_model, "model.onnx is not the file"),
+        (swap_network, "golden frame"),
+        (rename_version, "another name or version"),
+        (remove_manifest, "manifest.json"),
+    ],
+)
+def test_load_when_bundle_does_not_hold_then_line_is_refused_with_the_reason(shelf, harm, reason):
+    """A refused line answers no frame, says why, and keeps the service from being ready."""
+    harm(make_bundle(shelf.path))
+
+    registry = shelf.load()
+
+    (status,) = registry.statuses()
+    assert (status.line, status.state) == ("demo_line", "refused")
+    assert reason in status.reason
+    assert not registry.is_ready
+    with pytest.raises(LineNotReady, match="refused"):
+        registry.find("demo_line", None, None)
+
+
+def test_load_when_golden_frames_differ_then_counts_it(shelf):
+    """A network that is not the validated one is counted, so that somebody is told."""
+    swap_network(make_bundle(shelf.path))
+
+    shelf.load()
+
+    assert "flawline_golden_failures_total 1.0" in shelf.metrics()
+
+
+def test_load_when_newest_version_is_refused_then_older_one_does_not_serve(shelf):
+    """There is no silent step back to a version that nobody expects."""
+    make_bundle(shelf.path, version="1")
+    damage_model(make_bundle(shelf.path, version="2"))
+
+    registry = shelf.load()
+
+    assert states(registry) == {"demo_line": "refused"}
+
+
+def test_load_when_one_bundle_is_refused_then_others_serve_but_nothing_is_ready(shelf):
+    """One line's fault neither takes the others with it nor goes unnoticed."""
+    make_bundle(shelf.path, "good")
+    damage_model(make_bundle(shelf.path, "harmed"))
+
+    registry = shelf.load()
+
+    assert states(registry) == {"good": "ready", "harmed": "refused"}
+    assert registry.find("good", None, None)
+    assert not registry.is_ready
+
+
+@pytest.mark.parametrize("error", [EngineFailed("The device is not there."), ValueError("unforeseen")])
+def test_load_when_engine_can_not_be_opened_then_line_is_refused(shelf, error):
+    """Whatever goes wrong while loading ends in a state, never in a thread that dies silently."""
+    make_bundle(shelf.path)
+
+    def open_engine(_):
+        raise error
+
+    registry = shelf.load(open_engine=open_engine)
+
+    assert states(registry) == {"demo_line": "refused"}
+
+
+def test_load_when_two_bundles_claim_a_line_then_the_second_is_refused(shelf):
+    """A line is served by one bundle, and nobody guesses which."""
+    make_bundle(shelf.path, "first", lines=("shared",))
+    make_bundle(shelf.path, "second", lines=("shared", "own"))
+
+    registry = shelf.load()
+
+    assert states(registry) == {"shared": "ready", "own": "refused"}
+
+
+def test_load_when_lines_are_chosen_then_serves_only_those(shelf):
+    """Lines that are not wanted are not loaded, and one that is missing keeps the service from being ready."""
+    make_bundle(shelf.path, "wanted")
+    make_bundle(shelf.path, "other")
+
+    registry = shelf.load(wanted=frozenset({"wanted", "missing"}))
+
+    assert states(registry) == {"wanted": "ready", "missing": "refused"}
+    assert not registry.is_ready
+    with pytest.raises(UnknownLine):
+        registry.find("other", None, None)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_load_when_store_is_empty_then_never_ready(shelf, exists):
+    """An empty registry answers nothing and is not ready."""
+    if exists:
+        shelf.path.mkdir()
+
+    registry = shelf.load()
+
+    assert not registry.is_ready
+    assert registry.statuses() == []
+
+
+def test_find_when_nothing_is_loaded_yet_then_says_loading(shelf):
+    """Before loading ends, no line is unknown: it may still come."""
+    make_bundle(shelf.path)
+
+    registry = shelf.open()
+
+    assert not registry.is_ready
+    with pytest.raises(LineNotReady) as refusal:
+        registry.find("demo_line", None, None)
+    assert refusal.value.retry_after_s is not None
+
+
+def test_load_when_it_goes_on_then_lines_are_loading_until_proven(shelf):
+    """A line is listed as loading while its engine is opened, and answers nothing."""
+    make_bundle(shelf.path, "pair", lines=("left", "right"))
+    seen = []
+
+    def open_engine(bundle):
+        seen.append(states(registry))
+        return OrtEngine(bundle)
+
+    registry = shelf.open(open_engine=open_engine)
+    registry.load()
+
+    assert seen == [{"left": "loading", "right": "loading"}]
+
+
+def test_load_when_engine_is_opened_then_every_batch_size_is_warmed(shelf):
+    """No frame is the first to pay for a batch size."""
+    make_bundle(shelf.path)
+    engines = []
+
+    def open_engine(bundle):
+        engine = OrtEngine(bundle)
+        engines.append(Counting(engine))
+        return engines[0]
+
+    registry = shelf.load(open_engine=open_engine)
+
+    assert engines[0].sizes[:6] == [1, 1, 2, 2, 3, 3]
+    run_times: RunTimes = registry.find("demo_line", None, None).line.bundle.batcher._run_times
+    assert all(seconds is not None for seconds in run_times.seconds)
+
+
+class Counting:
+    """An engine that notes the size of each batch."""
+
+    def __init__(self, engine):
+        self.device = engine.device
+        self.sizes = []
+        self._engine = engine
+
+    def run(self, frames, line_index):
+        """Run and note."""
+        self.sizes.append(len(frames))
+        return self._engine.run(frames, line_index)
+
+
+@pytest.mark.parametrize(
+    ("line", "bundle_version", "policy_version", "error"),
+    [
+        ("nobody", None, None, UnknownLine),
+        ("demo_line", "7", None, UnknownVersion),
+        ("demo_line", None, "7", UnknownPolicy),
+    ],
+)
+def test_find_when_name_is_unknown_then_says_which(shelf, line, bundle_version, policy_version, error):
+    """Unknown lines, versions and policies are told apart."""
+    make_bundle(shelf.path)
+    registry = shelf.load()
+
+    with pytest.raises(error):
+        registry.find(line, bundle_version, policy_version)
+
+
+def test_find_when_line_has_own_policies_then_offers_them_beside_the_default(shelf):
+    """A line's policy is taken by its version; the bundle's own stays the default one."""
+    make_bundle(shelf.path)
+    strict = shelf.add_policy("demo_line", "strict", review_threshold=0.01, fail_threshold=0.05)
+
+    registry = shelf.load()
+
+    found = registry.find("demo_line", "1", "strict")
+    assert found.policy.policy == strict
+    assert found.policy.digest == policy_digest(strict)
+    assert registry.find("demo_line", None, None).policy.policy.version == "1"
+    assert sorted(found.line.policies) == ["1", "strict"]
+
+
+def test_find_when_policy_has_a_region_of_interest_then_mask_is_ready(shelf):
+    """The region of interest is laid on the map's grid once, not for every frame."""
+    make_bundle(shelf.path)
+    left_half = ((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0))
+    shelf.add_policy("demo_line", "left", region_of_interest=(left_half,))
+
+    inspected = shelf.load().find("demo_line", None, "left").policy.inspected
+
+    assert inspected is not None
+    assert inspected.shape == (16, 24)
+    assert inspected[:, :12].all()
+    assert not inspected[:, 14:].any()
+
+
+def test_find_when_policy_file_does_not_hold_then_it_is_not_offered(shelf):
+    """A policy that is damaged, misnamed or in the default's place is left out; the line goes on."""
+    make_bundle(shelf.path)
+    shelf.add_policy("demo_line", "1", fail_threshold=9.0)
+    folder = shelf.path / "demo_line" / "policies"
+    (folder / "broken.json").write_text("{")
+    (folder / "misnamed.json").write_text(make_policy(version="other").model_dump_json())
+    reversed_thresholds = json.loads(make_policy(version="reversed").model_dump_json()) | {"fail_threshold": 0.0}
+    (folder / "reversed.json").write_text(json.dumps(reversed_thresholds))
+
+    registry = shelf.load()
+
+    assert registry.is_ready
+    assert list(registry.find("demo_line", None, None).line.policies) == ["1"]
+    assert registry.find("demo_line", None, None).policy.policy.fail_threshold == 0.2
+
+
+@in_loop
+async def test_find_when_engine_is_lost_then_line_is_unhealthy_and_service_not_ready(tmp_path):
+    """A lost engine turns readiness false at once."""
+    shelf = Shelf(tmp_path)
+    make_bundle(shelf.path)
+    switch = Switched()
+    registry = shelf.load(open_engine=switch.open)
+    batcher = registry.find("demo_line", None, None).line.bundle.batcher
+    switch.is_lost = True
+
+    with pytest.raises(EngineFailed), batcher.place(time.monotonic() + 20) as place:
+        await batcher.submit(place, np.zeros((32, 48, 3), np.uint8), 0)
+
+    assert states(registry) == {"demo_line": "unhealthy"}
+    assert not registry.is_ready
+    with pytest.raises(LineNotReady, match="unhealthy"):
+        registry.find("demo_line", None, None)
+
+
+class Switched:
+    """An engine that can be lost, as a GPU can."""
+
+    device = "fake"
+
+    def __init__(self):
+        self.is_lost = False
+
+    def open(self, bundle):
+        """Open the real one behind."""
+        self._engine = OrtEngine(bundle)
+        return self
+
+    def run(self, frames, line_index):
+        """Run, unless lost."""
+        if self.is_lost:
+            raise OSError
+        return self._engine.run(frames, line_index)
+
+
+def test_load_when_engine_answers_nonsense_then_golden_frames_refuse_it(shelf):
+    """An engine that runs but computes something else never gets live."""
+    make_bundle(shelf.path)
+
+    registry = shelf.load(open_engine=lambda _: FakeEngine(map_size=(16, 24)))
+
+    assert states(registry) == {"demo_line": "refused"}
+
+
+@in_loop
+async def test_drain_when_lines_share_an_engine_then_all_stop_admitting(tmp_path):
+    """After the drain no line admits a frame."""
+    shelf = Shelf(tmp_path)
+    make_bundle(shelf.path, "one")
+    make_bundle(shelf.path, "two")
+    registry = shelf.load()
+
+    await registry.drain()
+
+    for name in ("one", "two"):
+        batcher = registry.find(name, None, None).line.bundle.batcher
+        with pytest.raises(LineNotReady), batcher.place(time.monotonic() + 20):
+            pass
+    registry.close()

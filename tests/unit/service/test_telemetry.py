@@ -1,0 +1,158 @@
+"""Promises of the telemetry: every frame is counted and logged once, under labels from closed sets."""
+
+import io
+import json
+import logging
+
+import pytest
+
+from service.telemetry import CALLER_LEFT, JsonLines, Telemetry, in_units, log_json_lines
+from tests.factories import make_policy
+from tests.inspections import STAGES_S, make_inspection
+
+
+@pytest.fixture
+def telemetry():
+    """Return telemetry that knows one line."""
+    telemetry = Telemetry()
+    telemetry.declare_line("demo_line")
+    return telemetry
+
+
+def metrics(telemetry):
+    """Return every sample by its name with labels."""
+    lines = telemetry.exposition()[0].decode().splitlines()
+    return {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines if x[:1] not in ("#", ""))}
+
+
+def test_inspected_when_frame_is_answered_then_every_metric_moves(telemetry):
+    """Verdict, stages, slack and score of an answer are all counted under its line."""
+    telemetry.inspected(make_inspection(), encode_s=0.0002, total_s=0.5)
+
+    samples = metrics(telemetry)
+    assert samples['flawline_inspections_total{line="demo_line",verdict="REVIEW",version="4"}'] == 1
+    for stage in (*STAGES_S, "encode", "total"):
+        assert samples[f'flawline_stage_duration_seconds_count{{line="demo_line",stage="{stage}"}}'] == 1
+    assert samples['flawline_stage_duration_seconds_sum{line="demo_line",stage="infer"}'] == pytest.approx(0.019)
+    assert samples['flawline_deadline_slack_seconds_sum{line="demo_line"}'] == pytest.approx(1.5)
+    assert samples['flawline_score_sum{line="demo_line",version="4"}'] == pytest.approx(0.5)
+
+
+def test_inspected_when_frame_is_answered_then_one_canonical_line_is_logged(telemetry, caplog):
+    """The log line holds ids, versions, verdict, sizes and seconds, and nothing of the frame itself."""
+    with caplog.at_level(logging.INFO, "flawline.inspections"):
+        telemetry.inspected(make_inspection(), encode_s=0.0002, total_s=0.5)
+
+    (record,) = caplog.records
+    line = json.loads(JsonLines().format(record))
+    assert line.pop("time").endswith("+00:00")
+    assert line == {
+        "level": "INFO",
+        "logger": "flawline.inspections",
+        "message": "inspection",
+        "inspection_id": "0" * 32,
+        "request_id": "request-1",
+        "part_id": "part 7",
+        "view": "top",
+        "sequence": 3,
+        "line": "demo_line",
+        "bundle_version": "4",
+        "policy_version": "1",
+        "verdict": "REVIEW",
+        "score": 0.1,
+        "bytes": 1000,
+        "pixels": 2000,
+        "batch_size": 2,
+        "seconds": {**STAGES_S, "encode": 0.0002, "total": 0.5},
+    }
+
+
+@pytest.mark.parametrize(("line", "label"), [("demo_line", "demo_line"), ("../../etc\n", "unknown")])
+def test_not_inspected_when_line_is_anything_then_label_is_bounded(telemetry, caplog, line, label):
+    """A name that the registry does not know is neither a label nor in the log."""
+    with caplog.at_level(logging.INFO, "flawline.inspections"):
+        telemetry.not_inspected(line, CALLER_LEFT, request_id="request-1", seconds={"total": 0.1})
+
+    assert metrics(telemetry)[f'flawline_no_verdict_total{{line="{label}",reason="caller_left"}}'] == 1
+    (record,) = caplog.records
+    logged = json.loads(JsonLines().format(record))
+    assert (logged["line"], logged["verdict"], logged["code"]) == (label, "NO_VERDICT", "caller_left")
+    assert logged["seconds"] == {"total": 0.1}
+
+
+def test_line_serves_when_version_changes_then_only_the_new_one_is_left(telemetry):
+    """`model_info` names what serves now, once a line."""
+    telemetry.line_serves("demo_line", "1", "a", "p", "cpu")
+    telemetry.line_serves("demo_line", "2", "b", "p", "cpu")
+
+    names = [name for name in metrics(telemetry) if name.startswith("flawline_model_info")]
+    assert names == ['flawline_model_info{device="cpu",digest="b",line="demo_line",policy="p",version="2"}']
+
+
+def test_engine_when_batches_run_then_gauges_move(telemetry):
+    """Batch sizes, depth and discarded frames are kept for each engine."""
+    meter = telemetry.engine("engine")
+
+    meter.batch(3)
+    meter.depth(7)
+    meter.discard("late")
+
+    samples = metrics(telemetry)
+    assert samples['flawline_batch_size_sum{engine="engine"}'] == 3
+    assert samples['flawline_queue_depth{engine="engine"}'] == 7
+    assert samples['flawline_discarded_total{engine="engine",reason="late"}'] == 1
+    assert samples['flawline_discarded_total{engine="engine",reason="caller_left"}'] == 0
+
+
+def test_exposition_when_nothing_happened_then_counters_start_at_zero(telemetry):
+    """What alerts watch for exists before it first happens."""
+    samples = metrics(telemetry)
+
+    assert samples["flawline_golden_failures_total"] == 0
+    assert samples['flawline_records_dropped_total{sink="heatmaps"}'] == 0
+    assert not [name for name in samples if name.endswith("_created")]
+
+
+@pytest.mark.parametrize(
+    ("score", "fail_threshold", "units"),
+    [(0.2, 0.2, 1), (0.1, 0.2, 0.5), (-2.0, -2.0, 1), (-4.0, -2.0, 0), (-1.0, -2.0, 1.5)],
+)
+def test_in_units_when_threshold_has_any_sign_then_one_is_at_it(score, fail_threshold, units):
+    """Raw scores may be negative; still 1 is at the threshold and more is more anomalous."""
+    policy = make_policy(review_threshold=fail_threshold, fail_threshold=fail_threshold)
+
+    assert in_units(score, policy) == pytest.approx(units)
+
+
+def test_in_units_when_threshold_is_zero_then_stays_ordered():
+    """A threshold of zero is no division by zero."""
+    policy = make_policy(review_threshold=0.0, fail_threshold=0.0)
+
+    assert in_units(-0.1, policy) < in_units(0.0, policy) == 1 < in_units(0.1, policy)
+
+
+@pytest.fixture
+def root_logger():
+    """Give the root logger back as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield root
+    root.handlers[:], root.level = handlers, level
+
+
+@pytest.mark.usefixtures("root_logger")
+def test_log_json_lines_when_something_raised_then_line_holds_the_traceback():
+    """Every record is one line of JSON, with exceptions and extras inside."""
+    stream = io.StringIO()
+    log_json_lines("WARNING", stream)
+
+    logging.getLogger("anywhere").info("not wanted")
+    try:
+        int("harm\ndone")
+    except ValueError:
+        logging.getLogger("anywhere").exception("caught", extra={"request_id": "r", "odd": object()})
+
+    (line,) = stream.getvalue().splitlines()
+    logged = json.loads(line)
+    assert (logged["level"], logged["message"], logged["request_id"]) == ("ERROR", "caught", "r")
+    assert "ValueError: invalid literal" in logged["exception"]
