@@ -74,7 +74,7 @@ def prepare_detector(
         _load(built, name, resolved)
         backbone = BackboneRecord(name=name, digest=resolved.digest, source=resolved.source)
     module: nn.Module = built
-    return PreparedDetector(module.to(device), backbone, _score_rule(own), device)
+    return PreparedDetector(module.to(device), backbone, score_rule_of(own), device)
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -93,13 +93,14 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def score_rule_of(own: Any) -> ScoreRule:
+    """Return how a detector with this configuration of its own reduces scores from maps; `graph` where it does not."""
+    fraction = getattr(own, "top_fraction", None)
+    return ScoreRule(kind="graph") if fraction is None else ScoreRule(kind="top_fraction_mean", fraction=fraction)
+
+
 def _load(detector: _WithBackbone, name: str, resolved: ResolvedWeights) -> None:
     try:
         detector.load_backbone_weights(resolved.state_dict)
     except ValueError as error:
         raise ConfigFault(f"{resolved.source} does not belong to the backbone {name}: {error}.") from error
-
-
-def _score_rule(own: Any) -> ScoreRule:
-    fraction = getattr(own, "top_fraction", None)
-    return ScoreRule(kind="graph") if fraction is None else ScoreRule(kind="top_fraction_mean", fraction=fraction)

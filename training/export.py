@@ -146,8 +146,8 @@ def check_parity(
     """Compare the graph with PyTorch on real frames, at batch sizes that were not traced: maps, scores and verdicts.
 
     Scores must also be what `rule` makes of the maps, since the service reduces them again inside a region of interest.
-    Of a frame whose score lies nearer to a threshold than the tolerance either verdict is right, so such frames are
-    left out of the comparison of verdicts.
+    Of a frame whose score lies within a ten-thousandth of a threshold either verdict is right, so such frames are left
+    out of the comparison of verdicts.
 
     Args:
         detector: PyTorch.
@@ -174,7 +174,7 @@ def check_parity(
     if rule.kind != "graph":
         _check_rule(rule, scores, maps, allowed)
     inspected = inspected_mask(policy, *maps.shape[1:], window=window)
-    differ = _verdicts_that_differ((expected_scores, expected_maps), (scores, maps), policy, rule, inspected, allowed)
+    differ = _verdicts_that_differ((expected_scores, expected_maps), (scores, maps), policy, rule, inspected)
     if differ:
         raise _differs("verdicts", f"{differ} of {len(frames)} frames", "0")
     return ParityRecord(
@@ -246,12 +246,13 @@ def _verdicts_that_differ(
     policy: Policy,
     rule: ScoreRule,
     inspected: NDArray[np.bool_] | None,
-    allowed: float,
 ) -> int:
+    # A share of the threshold, not of the maps' range: a hot spot outside of the region of interest must not widen it.
+    near = SCORE_TOLERANCE * abs(policy.fail_threshold)
     differ = 0
     for score, anomaly_map, other_score, other_map in zip(*expected, *found, strict=True):
         compared = image_score(float(score), anomaly_map, inspected, rule)
-        if min(abs(compared - policy.review_threshold), abs(compared - policy.fail_threshold)) <= allowed:
+        if min(abs(compared - policy.review_threshold), abs(compared - policy.fail_threshold)) <= near:
             continue
         other = image_score(float(other_score), other_map, inspected, rule)
         differ += verdict_of(compared, policy) is not verdict_of(other, policy)

@@ -1,0 +1,166 @@
+"""The graph that leaves training says what PyTorch says, from camera bytes to verdict, or it does not leave."""
+
+import warnings
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from models.detector import AnomalyOutput, PassStage
+from service.contract.graph import opset_of, verify_graph
+from service.contract.policy import Policy, ScoreRule
+from tests.factories import make_frame, make_policy
+from tests.tiny_detectors import TINY, make_detector
+from training.detectors import score_rule_of
+from training.export import DetectorRun, ExportFailed, GraphRun, check_parity, export_graph
+
+_CPU = torch.device("cpu")
+_MAXIMUM = ScoreRule(kind="maximum")
+_ROI = (((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)),)
+
+
+class _Brightness(nn.Module):
+    """The smallest detector: how bright a cell is. Exported, it can be told to say something else."""
+
+    image_size = (32, 48)
+
+    def __init__(self, *, exported_offset=0.0, exported_gain=1.0, noise=False):
+        super().__init__()
+        self.register_buffer("offset", torch.zeros(()))
+        self._exported = (exported_offset, exported_gain)
+        self._noise = noise
+
+    def stages(self):
+        """Learn nothing."""
+        return []
+
+    def forward(self, images):
+        """Judge images `(B, 3, H, W)`."""
+        anomaly_map = functional.avg_pool2d(images.mean(dim=1, keepdim=True), 4)[:, 0] + self.offset
+        score = anomaly_map.flatten(1).amax(dim=1)
+        if torch.compiler.is_compiling():
+            offset, gain = self._exported
+            anomaly_map, score = anomaly_map * gain, score * gain + offset
+        return AnomalyOutput(anomaly_map, score)
+
+
+def _frames(count=9):
+    return np.stack([make_frame(32, 48, seed=seed, defect=seed % 2 == 1) for seed in range(count)])
+
+
+def _policy(**fields):
+    return make_policy(**{"review_threshold": 0.6, "fail_threshold": 0.9, "region_threshold": 0.8} | fields)
+
+
+def _check(detector, policy=None, rule=_MAXIMUM):
+    graph = GraphRun(export_graph(detector))
+    return check_parity(DetectorRun(detector, _CPU), graph, _frames(), policy or _policy(), rule)
+
+
+@pytest.mark.parametrize("variant", sorted(TINY))
+def test_export_graph_when_a_detector_is_fitted_then_its_graph_passes_parity(variant):
+    """Every detector leaves as one self-contained graph of standard operators with the same answers at any batch."""
+    detector = make_detector(variant)
+    frames = np.stack([make_frame(*detector.image_size, seed=seed, defect=seed % 2 == 1) for seed in range(9)])
+    for stage in detector.stages():
+        if isinstance(stage, PassStage):
+            stage.observe(torch.from_numpy(frames).permute(0, 3, 1, 2) / 255)
+            stage.finish()
+    run = DetectorRun(detector, _CPU)
+    scores = run(frames)[0]
+    policy = _policy(review_threshold=float(np.median(scores)) * 1.001, fail_threshold=float(scores.max()) * 1.01)
+
+    model = export_graph(detector)
+
+    verify_graph(model)
+    assert opset_of(model) == 20
+    parity = check_parity(run, GraphRun(model), frames, policy, score_rule_of(TINY[variant]))
+    assert parity.frames == 9
+    assert parity.map_difference < 1e-4
+
+
+def test_export_graph_when_run_then_is_silent_and_tells_nothing_of_this_machine(capfd):
+    """No progress or warning reaches whoever waits, and no path of the sources is in the file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = export_graph(_Brightness())
+
+    assert capfd.readouterr() == ("", "")
+    assert b"/" not in b"".join(node.SerializeToString() for node in onnx.load_from_string(model).graph.node)
+    assert b".py" not in model
+    assert export_graph(_Brightness()) == model
+
+
+def test_export_graph_when_read_then_has_the_names_and_shapes_of_the_contract():
+    """`frames` is uint8 with a free batch; `score` and `anomaly_map` are float32 with the same batch."""
+    graph = onnx.load_from_string(export_graph(_Brightness())).graph
+
+    values = {value.name: value.type.tensor_type for value in (*graph.input, *graph.output)}
+    dims = {name: [d.dim_param or d.dim_value for d in v.shape.dim] for name, v in values.items()}
+    batch = dims["frames"][0]
+    assert isinstance(batch, str)
+    assert dims == {"frames": [batch, 32, 48, 3], "score": [batch], "anomaly_map": [batch, 8, 12]}
+    assert values["frames"].elem_type == onnx.TensorProto.UINT8
+
+
+@pytest.mark.parametrize(
+    ("detector", "words"),
+    [
+        (_Brightness(exported_gain=1.01), "anomaly maps"),
+        (_Brightness(exported_offset=0.01), "scores"),
+        (_Brightness(exported_offset=float("nan")), "scores"),
+        (_Brightness(exported_gain=float("nan")), "anomaly maps"),
+    ],
+    ids=["map", "score", "score NaN", "map NaN"],
+)
+def test_check_parity_when_the_graph_says_something_else_then_the_export_fails(detector, words):
+    """A difference of one percent, or a number that is none, never leaves training."""
+    with pytest.raises(ExportFailed, match=words):
+        _check(detector)
+
+
+def test_check_parity_when_a_verdict_differs_inside_the_region_of_interest_then_the_export_fails():
+    """Verdicts are compared as the service finds them, not as the graph's own score would have it."""
+    frames = _frames()
+
+    def run(batch):
+        maps = np.full((len(batch), 8, 12), 0.5, np.float32)
+        maps[:, 0, 11] = 1000.0  # outside of the region of interest; makes a small difference smaller still
+        return np.full(len(batch), 1000.0, np.float32), maps
+
+    def other(batch):
+        scores, maps = run(batch)
+        maps[:, 0, 0] += 0.05
+        return scores, maps
+
+    policy: Policy = _policy(review_threshold=0.52, fail_threshold=0.9, region_of_interest=_ROI)
+
+    with pytest.raises(ExportFailed, match="verdicts differ"):
+        check_parity(run, other, frames, policy, _MAXIMUM)
+
+
+def test_check_parity_when_the_score_rule_is_not_the_graphs_then_the_export_fails():
+    """A bundle never promises a rule under which a region of interest would give other scores."""
+    with pytest.raises(ExportFailed, match="score rule"):
+        _check(_Brightness(), rule=ScoreRule(kind="top_fraction_mean", fraction=0.5))
+
+
+def test_export_graph_when_the_detector_cannot_be_traced_then_says_so_in_one_sentence():
+    """What the exporter raises ends as one typed fault."""
+
+    class Branching(_Brightness):
+        def forward(self, images):
+            output = super().forward(images)
+            return output if float(images.sum()) > 0 else AnomalyOutput(output.anomaly_map * 2, output.score)
+
+    with pytest.raises(ExportFailed, match="can't be exported"):
+        export_graph(Branching())
+
+
+def test_graph_run_when_the_bytes_are_no_graph_then_is_refused():
+    """The runtime's own exceptions do not reach the caller."""
+    with pytest.raises(ExportFailed):
+        GraphRun(b"no graph")
