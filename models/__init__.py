@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from models.ami_net import AmiNet, AmiNetConfig
+from models.dadf import Dadf, DadfConfig
 from models.detector import Detector
 from models.inp_former import InpFormer, InpFormerConfig
 from models.inp_former_pp import InpFormerPp, InpFormerPpConfig
@@ -21,6 +22,7 @@ class DetectorEntry(NamedTuple):
 DETECTORS: Mapping[str, DetectorEntry] = MappingProxyType(
     {
         "ami_net": DetectorEntry(AmiNetConfig, AmiNet),
+        "dadf": DetectorEntry(DadfConfig, Dadf),
         "inp_former": DetectorEntry(InpFormerConfig, InpFormer),
         "inp_former_pp": DetectorEntry(InpFormerPpConfig, InpFormerPp),
         "st_mae": DetectorEntry(StMaeConfig, StMae),

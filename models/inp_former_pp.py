@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.blocks.backbone_tokens import PyramidTokens, build_front, sample_tokens
+from models.blocks.initial_values import draw_defaults
 from models.blocks.maps import GaussianBlur, require_image_size, resize_map, top_fraction_mean
 from models.blocks.mlp import Mlp
 from models.blocks.prototypes import InpDecoder, InpExtractor, initialise_linears
@@ -143,11 +144,7 @@ class _SegmentationHead(nn.Sequential):
             nn.ReLU(),
             nn.Conv2d(hidden[1], 1, 3, padding=1),
         )
-        for parameter in self.parameters():
-            # PyTorch's own initial values, drawn from our generator: biases share the bound of their weights.
-            if parameter.ndim > 1:
-                bound = parameter[0].numel() ** -0.5
-            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        draw_defaults(self, generator)
 
 
 class InpFormerPp(nn.Module):

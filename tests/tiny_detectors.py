@@ -13,6 +13,7 @@ from torch import nn
 from models import build_detector
 from models.ami_net import AmiNetConfig
 from models.backbones import untrained_weights
+from models.dadf import DadfConfig
 from models.detector import Recipe
 from models.inp_former import InpFormerConfig
 from models.inp_former_pp import InpFormerPpConfig
@@ -57,6 +58,17 @@ TINY: Mapping[str, Any] = {
         jitter=6.0,
         map_size=(64, 64),
         recipe=_BRIEF_ADAMW,
+    ),
+    "dadf": DadfConfig(
+        backbone="test_resnet",
+        image_size=(64, 64),
+        scale_channels=16,
+        blocks=2,
+        heads=2,
+        mlp_ratio=2,
+        flow_steps=4,
+        recipe=_BRIEF_ADAMW,
+        flow_recipe=_BRIEF_ADAMW,
     ),
     "inp_former-vit": InpFormerConfig(
         backbone="test_vit2",
