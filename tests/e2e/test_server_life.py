@@ -1,0 +1,176 @@
+"""A server's life as a real process: start, refuse what is wrong, answer, stop in order."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.factories import encode, make_bundle, make_frame, make_graph, reseal
+from tests.servers import PATIENCE_S, ServerProcess, wait_until
+
+INSPECT = "/v1/lines/demo_line/inspect"
+PNG = {"Content-Type": "image/png"}
+GOOD = encode(make_frame())
+CAMERAS = 4
+
+
+def test_server_when_started_then_alive_first_and_ready_only_when_proven(tmp_path):
+    """The port answers while lines are loading; readiness comes with the golden frames, and then frames pass."""
+    make_bundle(tmp_path)
+    with ServerProcess(tmp_path) as server:
+        assert server.http.get("/healthz/live").status_code == 200
+
+        server.ready()
+
+        assert server.line("demo_line")["state"] == "ready"
+        assert server.http.post(INSPECT, content=GOOD, headers=PNG).json()["verdict"] == "PASS"
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "calibration.npz", "policy.json", "golden/0.png", "manifest.json"])
+def test_bundle_when_one_byte_is_flipped_then_refused_by_the_name_of_the_file_and_never_ready(tmp_path, name):
+    """A flipped byte anywhere keeps the line and the whole service from being ready, and the line says which file."""
+    path = make_bundle(tmp_path)
+    data = bytearray((path / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / name).write_bytes(bytes(data))
+
+    with ServerProcess(tmp_path) as server:
+        line = server.wait_for_line("demo_line", "refused")
+        ready = server.http.get("/healthz/ready")
+        answer = server.http.post(INSPECT, content=GOOD, headers=PNG)
+
+    assert name in line["reason"]
+    assert ready.status_code == 503
+    assert name in ready.json()["reasons"][0]["reason"]
+    assert (answer.status_code, answer.json()["code"]) == (503, "line_not_ready")
+    assert answer.json()["verdict"] == "NO_VERDICT"
+
+
+def test_bundle_when_its_weights_are_changed_and_its_digests_repaired_then_refused_by_the_golden_set(tmp_path):
+    """Digests can be made right again; the known answers of the golden frames can't."""
+    path = make_bundle(tmp_path)
+    (path / "model.onnx").write_bytes(make_graph(reference=0.5))
+    reseal(path)
+
+    with ServerProcess(tmp_path) as server:
+        line = server.wait_for_line("demo_line", "refused")
+        ready = server.http.get("/healthz/ready")
+        metrics = server.http.get("/metrics").text
+
+    assert "golden" in line["reason"]
+    assert ready.status_code == 503
+    assert "flawline_golden_failures_total 1.0" in metrics
+
+
+def test_bundle_when_refused_then_the_other_lines_are_answered_while_the_service_is_not_ready(tmp_path):
+    """One broken bundle takes down its own lines only, but readiness tells that one is missing."""
+    make_bundle(tmp_path)
+    broken = make_bundle(tmp_path, "other_line")
+    (broken / "policy.json").write_bytes(b"{}")
+
+    with ServerProcess(tmp_path) as server:
+        server.wait_for_line("other_line", "refused")
+        server.wait_for_line("demo_line", "ready")
+
+        assert server.http.post(INSPECT, content=GOOD, headers=PNG).json()["verdict"] == "PASS"
+        assert server.http.get("/healthz/ready").status_code == 503
+
+
+def test_server_when_told_to_stop_under_load_then_accepted_frames_are_answered_and_it_exits_with_zero(tmp_path):
+    """SIGTERM costs nobody an answer: whatever was accepted is answered in full, later connections are refused."""
+    make_bundle(tmp_path)
+    answers: list[httpx.Response] = []
+    cut_off: list[Exception] = []
+    stopping = threading.Event()
+    frame = encode(make_frame(1200, 1600, seed=1))
+
+    def camera() -> None:
+        # A connection for each frame: one that is kept may be closed by the server just when the next frame is sent.
+        while True:
+            try:
+                answers.append(httpx.post(server.url + INSPECT, content=frame, headers=PNG, timeout=PATIENCE_S))
+            except httpx.ConnectError:
+                return
+            except httpx.TransportError as error:
+                if stopping.is_set():
+                    cut_off.append(error)
+                    return
+                raise
+
+    with ServerProcess(tmp_path) as server:
+        server.ready()
+        cameras = [threading.Thread(target=camera) for _ in range(CAMERAS)]
+        for thread in cameras:
+            thread.start()
+        wait_until(lambda: len(answers) >= 2 * CAMERAS, "load")
+        stopping.set()
+        server.terminate()
+        exit_code = server.exit_code()
+        for thread in cameras:
+            thread.join(PATIENCE_S)
+        told = [event for event in server.events() if event["message"] == "inspection"]
+
+    assert exit_code == 0
+    assert {answer.json()["verdict"] for answer in answers if answer.status_code == 200} == {"PASS"}
+    assert all(answer.json()["code"] == "line_not_ready" for answer in answers if answer.status_code != 200)
+    # Connections that the kernel had taken but the server had not are cut; no frame that was judged lost its answer.
+    assert sum(event["verdict"] == "PASS" for event in told) == sum(answer.status_code == 200 for answer in answers)
+    assert len(cut_off) <= CAMERAS
+
+
+def test_server_when_its_log_is_read_then_every_line_is_json_and_each_frame_has_one(tmp_path):
+    """One canonical line a frame, with ids, verdict and seconds by stage; no access log beside it."""
+    make_bundle(tmp_path)
+    with ServerProcess(tmp_path) as server:
+        server.ready()
+        server.http.post(INSPECT, content=GOOD, headers=PNG | {"X-Request-Id": "r-1", "X-Part-Id": "917"})
+        server.http.post(INSPECT, content=b"no image", headers=PNG | {"X-Request-Id": "r-2"})
+        server.terminate()
+        server.exit_code()
+        log, events = list(server.log), list(server.events())
+
+    inspections = {event["request_id"]: event for event in events if event["message"] == "inspection"}
+    assert len(log) == len(events)
+    assert (inspections["r-1"]["verdict"], inspections["r-1"]["part_id"]) == ("PASS", "917")
+    assert (inspections["r-2"]["verdict"], inspections["r-2"]["code"]) == ("NO_VERDICT", "unreadable_frame")
+    assert inspections["r-1"]["seconds"].keys() >= {"decode", "infer", "total"}
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "sentence"),
+    [
+        (["--port", "70000"], {}, "FLAWLINE_PORT"),
+        (["--deadline-ms", "0"], {}, "FLAWLINE_DEFAULT_DEADLINE_S"),
+        (["--device", "tpu"], {}, "FLAWLINE_DEVICE"),
+        (["--keys-file", "absent.json"], {}, "absent.json"),
+        ([], {"FLAWLINE_KEY_FILE": "keys.json"}, "did you mean FLAWLINE_KEYS_FILE?"),
+        ([], {"FLAWLINE_MAX_BODY_BYTES": "lots"}, "FLAWLINE_MAX_BODY_BYTES"),
+    ],
+    ids=["port", "deadline", "device", "keys", "misspelt", "bytes"],
+)
+def test_start_when_a_setting_is_wrong_then_one_sentence_and_exit_code_two(tmp_path, options, environment, sentence):
+    """A wrong option or setting stops the start with a sentence that names it, and without a traceback."""
+    command = [sys.executable, "-m", "service", "serve", "--store", str(tmp_path), *options]
+
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False, cwd=Path.cwd()
+    )
+
+    assert ended.returncode == 2
+    assert sentence in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_port_when_taken_then_the_start_fails_with_a_reason(tmp_path):
+    """Two servers on one port are told apart: the second one ends, and says why."""
+    with ServerProcess(tmp_path) as server:
+        port = server.url.rpartition(":")[2]
+        command = [sys.executable, "-m", "service", "serve", "--store", str(tmp_path), "--port", port]
+
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+
+    assert ended.returncode != 0
+    assert "address already in use" in ended.stderr

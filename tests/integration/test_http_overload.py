@@ -1,0 +1,253 @@
+"""The moments in which the service must say no, or too late: loading, full, stuck, left alone, told to stop."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.app import create_app
+from service.contract.bundle import Bundle
+from service.engines.engine import Engine
+from service.errors import EngineFailed
+from service.settings import Settings
+from tests.factories import encode, make_bundle, make_frame
+from tests.fakes import FakeEngine
+from tests.servers import PATIENCE_S, Side, held_engine, serve_in_thread, wait_until, wait_until_ready
+
+INSPECT = "/v1/lines/demo_line/inspect"
+GOOD = encode(make_frame())
+PNG = {"Content-Type": "image/png"}
+LONG_S = 600.0
+
+
+@pytest.fixture
+def store(tmp_path) -> Path:
+    """A store with one line."""
+    make_bundle(tmp_path)
+    return tmp_path
+
+
+@contextmanager
+def _serving(store: Path, **settings: float) -> Iterator[tuple[httpx.Client, FakeEngine]]:
+    """Serve with one runner, whose engine the test holds; it is let go at the end."""
+    made: list[FakeEngine] = []
+
+    def open_engine(bundle: Bundle) -> Engine:
+        made.append(held_engine(bundle))
+        return made[0]
+
+    fixed = {"runners": 1, "default_deadline_s": LONG_S, "max_deadline_s": LONG_S, "drain_timeout_s": LONG_S}
+    known = Settings(store_directory=store, stuck_after_s=LONG_S, **(fixed | settings))
+    with serve_in_thread(known, open_engine) as http:
+        wait_until_ready(http)
+        try:
+            yield http, made[0]
+        finally:
+            made[0].release()
+
+
+def _inspect(http: httpx.Client, **options: object) -> httpx.Response:
+    return httpx.post(http.base_url.join(INSPECT), content=GOOD, headers=PNG, timeout=PATIENCE_S, **options)
+
+
+def _occupy(http: httpx.Client, engine: FakeEngine) -> Side[httpx.Response]:
+    """Start an inspection and return once its run is held in the engine."""
+    engine.hold()
+    runs = len(engine.batches)
+    side = Side(lambda: _inspect(http))
+    wait_until(lambda: len(engine.batches) > runs, "the run")
+    return side
+
+
+def test_line_when_it_is_loading_then_503_with_the_wait_and_readiness_is_false_until_it_is_proven(store):
+    """Before the golden frames came out right nothing is answered; afterwards everything is."""
+    may_open = threading.Event()
+
+    def open_engine(bundle: Bundle) -> Engine:
+        may_open.wait(PATIENCE_S)
+        return held_engine(bundle)
+
+    with serve_in_thread(Settings(store_directory=store), open_engine) as http:
+        wait_until(lambda: bool(http.get("/v1/lines").json()["lines"]), "the scan")
+        early, not_ready, live = _inspect(http), http.get("/healthz/ready"), http.get("/healthz/live")
+        line = http.get("/v1/lines/demo_line").json()
+        may_open.set()
+        wait_until_ready(http)
+        late = _inspect(http)
+
+    assert (early.status_code, early.json()["code"]) == (503, "line_not_ready")
+    assert int(early.headers["retry-after"]) >= 1
+    assert early.json()["verdict"] == "NO_VERDICT"
+    assert not_ready.status_code == 503
+    assert not_ready.json()["reasons"][0]["line"] == "demo_line"
+    assert live.status_code == 200
+    assert (line["state"], line["live"]) == ("loading", None)
+    assert late.json()["verdict"] == "PASS"
+
+
+def test_store_when_it_is_empty_then_the_service_is_alive_and_never_ready(tmp_path):
+    """An empty registry answers nothing, and says so to the orchestrator."""
+    with serve_in_thread(Settings(store_directory=tmp_path)) as http:
+        wait_until(lambda: _inspect(http).status_code == 404, "the end of loading")
+
+        ready, live = http.get("/healthz/ready"), http.get("/healthz/live")
+
+    assert (ready.status_code, live.status_code) == (503, 200)
+    assert ready.json()["reasons"]
+
+
+def test_queue_when_full_then_503_with_the_wait_and_health_stays_true(store):
+    """One frame more than the queue takes is refused at once; the accepted ones are answered, health stays true."""
+    with _serving(store, max_queue_size=2) as (http, engine):
+        first = _occupy(http, engine)
+        second = Side(lambda: _inspect(http))
+        wait_until(lambda: 'flawline_queue_depth{engine="demo_line"} 2.0' in http.get("/metrics").text, "a full queue")
+
+        refused = _inspect(http)
+        live, ready = http.get("/healthz/live"), http.get("/healthz/ready")
+        engine.release()
+
+        assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["verdict"] == "NO_VERDICT"
+        assert (live.status_code, ready.status_code) == (200, 200)
+        assert [side.answer().json()["verdict"] for side in (first, second)] == ["PASS", "PASS"]
+
+
+def test_deadline_when_a_run_is_stuck_then_504_on_time_for_the_running_and_the_waiting(store):
+    """Whoever runs or waits behind a run that does not end hears of it at the deadline, not at the end of the run."""
+    with _serving(store) as (http, engine):
+        engine.hold()
+        sides = [Side(lambda: _inspect(http, params={"deadline_ms": "400"})) for _ in range(2)]
+
+        answers = [side.answer() for side in sides]  # the engine is still held
+
+        assert engine.gate.is_set() is False
+        for answer in answers:
+            assert (answer.status_code, answer.json()["code"]) == (504, "deadline_passed")
+            assert answer.json()["verdict"] == "NO_VERDICT"
+            assert 0.3 < answer.elapsed.total_seconds() < 5
+
+
+def test_deadline_when_it_passed_then_the_next_frame_is_answered_as_if_nothing_had_been(store):
+    """A late run spoils nothing for those who come after it."""
+    with _serving(store) as (http, engine):
+        engine.hold()
+        late = Side(lambda: _inspect(http, params={"deadline_ms": "200"})).answer()
+        engine.release()
+
+        answer = _inspect(http)
+
+    assert late.status_code == 504
+    assert answer.json()["verdict"] == "PASS"
+
+
+def test_body_when_it_does_not_arrive_in_time_then_504(store):
+    """A camera that stops sending half way holds nothing for ever."""
+    sent = threading.Event()
+
+    def body() -> Iterator[bytes]:
+        yield GOOD[:100]
+        sent.wait(PATIENCE_S)
+        yield GOOD[100:]
+
+    with _serving(store) as (http, _):
+        answer = Side(
+            lambda: httpx.post(
+                http.base_url.join(INSPECT),
+                content=body(),
+                headers=PNG,
+                params={"deadline_ms": "200"},
+                timeout=PATIENCE_S,
+            )
+        )
+        wait_until(
+            lambda: (
+                'flawline_no_verdict_total{line="demo_line",reason="deadline_passed"} 1.0' in http.get("/metrics").text
+            ),
+            "the refusal",
+        )
+        sent.set()
+
+        assert answer.answer().status_code == 504
+
+
+def test_caller_when_it_hangs_up_then_its_frame_is_dropped_and_counted(store):
+    """Nobody is worked for who has left: the waiting frame never runs."""
+    with _serving(store) as (http, engine):
+        first = _occupy(http, engine)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(http.base_url.join(INSPECT), content=GOOD, headers=PNG, timeout=0.5)
+        wait_until(
+            lambda: 'flawline_no_verdict_total{line="demo_line",reason="caller_left"} 1.0' in http.get("/metrics").text,
+            "the count",
+        )
+        runs = len(engine.batches)
+        engine.release()
+
+        assert first.answer().json()["verdict"] == "PASS"
+        assert len(engine.batches) == runs
+
+
+def test_engine_when_it_fails_on_one_frame_then_500_and_the_next_one_passes(store):
+    """A failing run is our fault and no verdict; the golden frames show that the engine still works."""
+    with _serving(store) as (http, engine):
+        network = engine.on_run
+        failing = iter([True])
+
+        def on_run(frames):
+            if next(failing, False):
+                raise EngineFailed("The runtime failed on this batch; the parts have no verdict.")
+            return network(frames)
+
+        engine.on_run = on_run
+        failed, after = _inspect(http), _inspect(http)
+
+    assert (failed.status_code, failed.json()["code"]) == (500, "engine_failed")
+    assert failed.json()["verdict"] == "NO_VERDICT"
+    assert after.json()["verdict"] == "PASS"
+
+
+def test_engine_when_it_is_lost_then_the_service_is_unready_and_still_says_no_verdict(store):
+    """An engine that fails on its golden frames too is lost: no frame is answered any more, and readiness says so."""
+    with _serving(store) as (http, engine):
+
+        def broken(_):
+            raise RuntimeError("device lost")
+
+        engine.on_run = broken
+        failed = _inspect(http)
+        wait_until(lambda: http.get("/healthz/ready").status_code == 503, "unreadiness")
+        after = _inspect(http)
+        line = http.get("/v1/lines/demo_line").json()
+
+    assert failed.status_code == 500
+    assert (after.status_code, after.json()["code"]) == (503, "line_not_ready")
+    assert line["state"] == "unhealthy"
+    assert "device lost" not in failed.text
+
+
+def test_fault_when_nobody_expected_it_then_500_tells_nothing_of_it(tmp_path):
+    """An exception that is none of ours is answered with the request id alone; the log holds the rest."""
+    app = create_app(Settings(store_directory=tmp_path))
+
+    async def broken() -> None:
+        raise ZeroDivisionError("secret detail")
+
+    app.add_api_route("/broken", broken)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            return await http.get("/broken")
+
+    answer = asyncio.run(ask())
+
+    assert (answer.status_code, answer.json()["code"]) == (500, "internal")
+    assert answer.json()["verdict"] == "NO_VERDICT"
+    assert "secret" not in answer.text
+    assert answer.headers["x-request-id"] == answer.json()["request_id"]
