@@ -79,7 +79,9 @@ class Pipeline:
             ran_at = self._clock()
             window = bundle.manifest.input.window(frame.height, frame.width)
             judgement = await self._judge(result, found, window, deadline)
-            postprocess_s = self._clock() - ran_at
+            judged_at = self._clock()
+        if judged_at > deadline:  # the process was stopped for a while, and its timers with it
+            raise _deadline_passed()
         return Inspection(
             inspection_id=uuid4().hex,
             request=request,
@@ -104,7 +106,7 @@ class Pipeline:
                 "decode": decode_s,
                 "queue": result.queue_s,
                 "infer": result.infer_s,
-                "postprocess": postprocess_s,
+                "postprocess": judged_at - ran_at,
             },
             deadline_s=deadline_s,
         )
@@ -146,7 +148,11 @@ class Pipeline:
             async with asyncio.timeout(deadline - self._clock()):
                 yield
         except TimeoutError as error:
-            raise DeadlinePassed("The deadline passed before the answer was there; the part has no verdict.") from error
+            raise _deadline_passed() from error
+
+
+def _deadline_passed() -> DeadlinePassed:
+    return DeadlinePassed("The deadline passed before the answer was there; the part has no verdict.")
 
 
 def _decode_and_fit(

@@ -1,0 +1,245 @@
+"""Promises of the pipeline, on a real bundle: the validated verdict, on time, and the place given back."""
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from service.contract.bundle import load_bundle
+from service.contract.frames import FrameLimits, decode_image, fit_to_input
+from service.contract.golden import read_golden
+from service.contract.policy import Verdict
+from service.engines.ort import OrtEngine
+from service.errors import (
+    DeadlinePassed,
+    FrameTooLarge,
+    LineNotReady,
+    Overloaded,
+    ParameterInvalid,
+    UnknownLine,
+    UnreadableFrame,
+)
+from service.inspection import RawLayout
+from service.pipeline import Pipeline
+from service.registry import BatcherOptions, Registry
+from service.telemetry import Telemetry
+from tests.factories import encode, make_bundle, make_frame, make_policy, make_runner
+from tests.fakes import in_loop
+from tests.gated_engine import GatedEngine
+from tests.inspections import make_request
+
+LIMITS = FrameLimits(max_bytes=100_000, max_pixels=10_000)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Return a store with one line that has a policy of its own, and two lines that share a bundle."""
+    store = tmp_path_factory.mktemp("store")
+    make_bundle(store, "demo_line", margin=4)
+    make_bundle(store, "pair", lines=("left", "right"), conditional=True)
+    policies = store / "demo_line" / "policies"
+    policies.mkdir()
+    harsh = make_policy(version="harsh", review_threshold=0, fail_threshold=0)
+    (policies / "harsh.json").write_text(harsh.model_dump_json())
+    return store
+
+
+@asynccontextmanager
+async def open_pipeline(store, open_engine=OrtEngine, **options):
+    """Load a store and return a pipeline on it, with its registry."""
+    driven = BatcherOptions(**{"runners": 2, "max_batch_size": 4, "max_queue_size": 8, "stuck_after_s": 20} | options)
+    registry = Registry(store, None, open_engine, driven, Telemetry(), time.monotonic)
+    await asyncio.to_thread(registry.load)
+    pipeline = Pipeline(registry, limits=LIMITS, default_deadline_s=20, max_deadline_s=30, decode_workers=2)
+    try:
+        yield pipeline, registry
+    finally:
+        registry.close()
+        pipeline.close()
+
+
+@pytest.mark.parametrize(("defect", "verdict"), [(False, Verdict.PASS), (True, Verdict.FAIL)])
+@in_loop
+async def test_inspect_when_frame_is_answered_then_says_everything(store, defect, verdict):
+    """The answer holds the verdict, what made it, where it looked, and how long each stage took."""
+    frame = make_frame(defect=defect)
+    request = make_request(data=encode(frame))
+    async with open_pipeline(store) as (pipeline, registry):
+        live = registry.find("demo_line", None, None).line
+
+        inspection = await pipeline.inspect(request)
+
+    bundle = load_bundle(store / "demo_line" / "1")
+    scores, maps = make_runner(bundle.model)(fit_to_input(frame, bundle.manifest.input)[None])
+    assert inspection.judgement.verdict is verdict
+    assert inspection.judgement.score == pytest.approx(float(scores[0]))
+    assert bool(inspection.judgement.regions) is defect
+    np.testing.assert_allclose(inspection.anomaly_map, maps[0], rtol=1e-6)
+    assert inspection.p_value == bundle.calibration.p_value(inspection.judgement.score)
+    assert inspection.request is request
+    assert (inspection.line, inspection.bundle_version, inspection.bundle_digest) == (
+        "demo_line",
+        "1",
+        live.bundle.digest,
+    )
+    assert (inspection.policy_version, inspection.detector, inspection.device) == ("1", "distance_from_good", "cpu")
+    assert (inspection.frame.height, inspection.frame.width) == (64, 80)
+    assert inspection.window == bundle.manifest.input.window(64, 80)
+    assert len(inspection.inspection_id) == 32
+    assert list(inspection.timings_s) == ["receive", "decode", "queue", "infer", "postprocess"]
+    assert all(seconds >= 0 for seconds in inspection.timings_s.values())
+    assert inspection.deadline_s == 20
+
+
+@in_loop
+async def test_inspect_when_golden_frames_are_sent_then_verdicts_are_the_validated_ones(store):
+    """What export promised of a frame is what the service says of it."""
+    bundle = load_bundle(store / "demo_line" / "1")
+    golden = read_golden(bundle)
+    async with open_pipeline(store) as (pipeline, _):
+        requests = [make_request(data=bundle.files[answer.file]) for answer in golden.answers]
+
+        inspections = await asyncio.gather(*(pipeline.inspect(request) for request in requests))
+
+    assert [i.judgement.verdict for i in inspections] == [answer.verdict for answer in golden.answers]
+    scores = [answer.score for answer in golden.answers]
+    assert [i.judgement.score for i in inspections] == pytest.approx(scores, rel=1e-5)
+
+
+@in_loop
+async def test_inspect_when_frame_is_raw_then_answer_equals_that_of_the_image(store):
+    """Raw sensor bytes and a lossless image of the same pixels get the same score."""
+    frame = make_frame(defect=True)
+    raw = RawLayout("RGB8", width=80, height=64, stride=None)
+    async with open_pipeline(store) as (pipeline, _):
+        encoded = await pipeline.inspect(make_request(data=encode(frame)))
+        unpacked = await pipeline.inspect(make_request(data=frame.tobytes(), raw=raw))
+
+    assert unpacked.judgement == encoded.judgement
+
+
+@in_loop
+async def test_inspect_when_jpeg_is_large_then_sees_the_pixels_that_calibration_sees(store):
+    """The service decodes a JPEG at the same reduced scale as training does."""
+    data = encode(make_frame(96, 100, defect=True), "JPEG", quality=95)
+    bundle = load_bundle(store / "demo_line" / "1")
+    pixels = decode_image(data, LIMITS, bundle.manifest.input.resize_target).pixels
+    expected = make_runner(bundle.model)(fit_to_input(pixels, bundle.manifest.input)[None])[0][0]
+    async with open_pipeline(store) as (pipeline, _):
+        inspection = await pipeline.inspect(make_request(data=data))
+
+    assert inspection.judgement.score == pytest.approx(float(expected), rel=1e-6)
+
+
+@in_loop
+async def test_inspect_when_policy_is_named_then_it_judges(store):
+    """Another policy changes the verdict and is named in the answer; the score stays."""
+    async with open_pipeline(store) as (pipeline, _):
+        usual = await pipeline.inspect(make_request())
+        harsh = await pipeline.inspect(make_request(policy_version="harsh"))
+
+    assert (usual.judgement.verdict, harsh.judgement.verdict) == (Verdict.PASS, Verdict.FAIL)
+    assert usual.judgement.score == harsh.judgement.score
+    assert harsh.policy_version == "harsh"
+    assert harsh.policy_digest != usual.policy_digest
+
+
+@in_loop
+async def test_inspect_when_lines_share_an_engine_then_each_is_judged_as_its_own(store):
+    """The network is told which line a frame belongs to, also inside one batch."""
+    async with open_pipeline(store) as (pipeline, _):
+        answers = await asyncio.gather(*(pipeline.inspect(make_request(line=x)) for x in ("left", "right")))
+
+    frame = fit_to_input(make_frame(), load_bundle(store / "pair" / "1").manifest.input)[None]
+    model = load_bundle(store / "pair" / "1").model
+    expected = [float(make_runner(model, index)(frame)[0][0]) for index in (0, 1)]
+    assert [answer.judgement.score for answer in answers] == pytest.approx(expected, rel=1e-6)
+    assert expected[0] != expected[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"line": "nobody"}, UnknownLine),
+        ({"data": b"no image"}, UnreadableFrame),
+        ({"data": b"x" * 200_000}, FrameTooLarge),
+        ({"deadline_s": 31.0}, ParameterInvalid),
+        ({"deadline_s": 0.0}, ParameterInvalid),
+        ({"deadline_s": float("nan")}, ParameterInvalid),
+        ({"received_at": 0.0, "deadline_s": 1.0}, Overloaded),
+        ({"data": b"1234", "raw": RawLayout("Mono8", 3, 3, None)}, UnreadableFrame),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+@in_loop
+async def test_inspect_when_request_can_not_be_served_then_raises_and_gives_the_place_back(store, changes, error):
+    """With a single place, the next frame is answered whatever was wrong with the one before."""
+    async with open_pipeline(store, max_queue_size=1) as (pipeline, _):
+        for _attempt in range(2):
+            with pytest.raises(error):
+                await pipeline.inspect(make_request(**changes))
+        inspection = await pipeline.inspect(make_request())
+
+    assert inspection.judgement.verdict is Verdict.PASS
+
+
+@in_loop
+async def test_inspect_when_engine_hangs_then_deadline_passes_on_time_and_place_is_given_back(store):
+    """The caller waits no longer than its deadline, and the place is free again."""
+    gated = GatedEngine()
+    async with open_pipeline(store, gated.open, max_queue_size=1) as (pipeline, registry):
+        gated.hold()
+        began_at = time.monotonic()
+
+        with pytest.raises(DeadlinePassed):
+            await pipeline.inspect(make_request(deadline_s=0.1))
+        waited_s = time.monotonic() - began_at
+        gated.release()
+        inspection = await pipeline.inspect(make_request())
+        places = registry.find("demo_line", None, None).line.bundle.batcher._places
+
+    assert waited_s < 5
+    assert inspection.judgement.verdict is Verdict.PASS
+    assert not places
+
+
+@in_loop
+async def test_inspect_when_decoding_is_behind_then_deadline_covers_it(store):
+    """A frame that waits for a decoder is told at its deadline, too."""
+    async with open_pipeline(store) as (pipeline, _):
+        gate = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        holding = [
+            loop.run_in_executor(pipeline._decoders, asyncio.run_coroutine_threadsafe(gate.wait(), loop).result)
+            for _ in range(2)
+        ]
+
+        with pytest.raises(DeadlinePassed):
+            await pipeline.inspect(make_request(deadline_s=0.1))
+        gate.set()
+        await asyncio.gather(*holding)
+        inspection = await pipeline.inspect(make_request())
+
+    assert inspection.judgement.verdict is Verdict.PASS
+
+
+@in_loop
+async def test_inspect_when_draining_then_answers_what_was_accepted_and_refuses_the_rest(store):
+    """No accepted frame is lost by a drain."""
+    gated = GatedEngine()
+    async with open_pipeline(store, gated.open) as (pipeline, registry):
+        gated.hold()
+        accepted = [asyncio.ensure_future(pipeline.inspect(make_request())) for _ in range(4)]
+        await asyncio.to_thread(gated.started.acquire)
+        draining = asyncio.ensure_future(registry.drain())
+        await asyncio.sleep(0)
+
+        with pytest.raises(LineNotReady):
+            await pipeline.inspect(make_request())
+        gated.release()
+        await draining
+        inspections = await asyncio.gather(*accepted)
+
+    assert [i.judgement.verdict for i in inspections] == [Verdict.PASS] * 4
