@@ -38,6 +38,10 @@ _MODELS = (
     ProblemDocument,
     VersionsAnswer,
 )
+_KEYS = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _DIGEST = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 _EXAMPLE = {
@@ -99,6 +103,8 @@ def complete_openapi(app: FastAPI) -> None:
         )
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         schemas.update(definitions["$defs"])
+        document["components"]["securitySchemes"] = _KEYS
+        document["security"] = [{}, *({name: []} for name in _KEYS)]  # the first one: an open service asks for none
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         for methods in document["paths"].values():

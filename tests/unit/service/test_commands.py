@@ -1,0 +1,132 @@
+"""Promises of the `flawline` command: packages bring their own commands, and a missing one says how to get it."""
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pytest
+import typer
+
+from service.__main__ import GROUP, commands, run
+
+INSTALL_TRAINING = "pip install 'flawline[training]'"
+
+
+class _Group:
+    """An entry point whose loading is a function of the test."""
+
+    def __init__(self, name: str, load: Callable[[], Any]) -> None:
+        self.name = name
+        self.load = load
+
+
+def _missing() -> Any:
+    return importlib.import_module("a_package_that_is_not_installed")
+
+
+def _greeting() -> typer.Typer:
+    application = typer.Typer()
+
+    @application.command()
+    def greet(name: str = "camera") -> None:
+        """Greet somebody."""
+        typer.echo(f"hello {name}")
+
+    @application.command(name="break")
+    def needs_more() -> None:
+        """Need a package inside the command."""
+        _missing()
+
+    return application
+
+
+def _run(capsys: Any, *arguments: str, training: Callable[[], Any] = _greeting) -> tuple[int, str, str]:
+    groups: list[Any] = [_Group("training", training), _Group("service", lambda: commands)]
+    with pytest.raises(SystemExit) as ended:
+        run(arguments, groups)
+    told = capsys.readouterr()
+    return int(ended.value.code or 0), told.out, told.err
+
+
+def test_command_when_its_package_is_there_then_it_runs(capsys):
+    """A command of another package is found by its name and gets its options."""
+    code, out, _ = _run(capsys, "greet", "--name", "line 4")
+
+    assert (code, out) == (0, "hello line 4\n")
+
+
+def test_command_when_its_package_is_a_function_then_it_registers_itself(capsys):
+    """An entry point may also be a function that is given the application."""
+
+    def register(application: typer.Typer) -> None:
+        application.command(name="greet")(lambda: typer.echo("hello"))
+
+    code, out, _ = _run(capsys, "greet", training=lambda: register)
+
+    assert (code, out) == (0, "hello\n")
+
+
+def test_own_command_when_called_then_other_packages_are_not_even_imported(capsys):
+    """Serving never waits for the import of training, nor fails with it."""
+
+    def explode() -> Any:
+        pytest.fail("training was imported")
+
+    code, out, _ = _run(capsys, "serve", "--help", training=explode)
+
+    assert code == 0
+    assert "--deadline-ms" in out
+    assert "flawline serve --store" in out
+
+
+def test_command_when_its_package_is_missing_then_one_sentence_says_what_to_install(capsys):
+    """Without torch, `flawline train` names the extra; no traceback."""
+    code, _, err = _run(capsys, "train", training=_missing)
+
+    assert code == 2
+    assert "'train'" in err
+    assert INSTALL_TRAINING in err
+
+
+def test_command_when_it_needs_more_than_its_package_then_the_same_sentence(capsys):
+    """A package that is only missed inside of the command is named as well."""
+    code, _, err = _run(capsys, "break")
+
+    assert code == 2
+    assert INSTALL_TRAINING in err
+
+
+def test_help_when_a_package_is_missing_then_the_rest_is_listed_and_the_missing_told(capsys):
+    """Help lists what there is, and what could be there."""
+    code, out, _ = _run(capsys, "--help", training=_missing)
+
+    assert code == 0
+    assert "serve" in out
+    assert INSTALL_TRAINING in " ".join(out.split())
+
+
+def test_fault_when_it_is_ours_then_it_is_not_taken_for_a_missing_package():
+    """A module of our own that is missing is a bug and stays one."""
+
+    def ours() -> Any:
+        raise ModuleNotFoundError(name="service.nowhere")
+
+    with pytest.raises(ModuleNotFoundError):
+        run(["train"], [_Group("training", ours)])  # type: ignore[list-item]
+
+
+def test_installed_command_when_asked_for_help_then_both_packages_are_there():
+    """The installed project brings both groups, and the command of the operating system finds them."""
+    names = {group.name for group in entry_points(group=GROUP) if isinstance(group, EntryPoint)}
+
+    ended = subprocess.run(
+        [sys.executable, "-m", "service", "--help"], capture_output=True, text=True, timeout=120, check=False
+    )
+
+    assert names == {"service", "training"}
+    assert ended.returncode == 0
+    assert "serve" in ended.stdout
+    assert "train" in ended.stdout
