@@ -1,0 +1,302 @@
+"""What is DADF's own: memorial attention, flow steps with their volume, two stages, and the map."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.backbones import untrained_weights
+from models.blocks.packing import unpack
+from models.dadf import Dadf, DadfConfig, _DualAttention, _Flow, _FlowStep
+from tests.tiny_detectors import TINY, make_detector
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _images(count: int = 2) -> Tensor:
+    return torch.rand(count, 3, 64, 64, generator=_generator())
+
+
+def _build(**changes: object) -> Dadf:
+    detector = Dadf(replace(TINY["dadf"], **changes))
+    detector.load_backbone_weights(untrained_weights("test_resnet"))
+    return detector.eval()
+
+
+def _stir(step: _FlowStep) -> _FlowStep:
+    """Move a step away from its initial values, where gains are 1 and offsets 0."""
+    with torch.no_grad():
+        for parameter in step.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=_generator(9)), alpha=0.5)
+    return step
+
+
+def _attention(x: Tensor, m: Tensor) -> tuple[_DualAttention, Tensor, Tensor]:
+    attention = _DualAttention(8, 2)
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, generator=_generator())
+    return attention, *attention(x, m)
+
+
+def test_memorial_attention_when_written_out_then_mixes_memory_by_the_keys_of_the_image():
+    """Queries and values come from memory and keys from the image; rows of weights sum to one."""
+    x, m = torch.randn(2, 3, 5, 8, generator=_generator(1)).unbind()
+
+    attention, _, remembered = _attention(x, m)
+
+    _, keys, _ = attention.qkv(x).chunk(3, dim=-1)
+    queries, _, values = attention.qkv(m).chunk(3, dim=-1)
+    heads = []
+    for head in (slice(0, 4), slice(4, 8)):
+        weights = (queries[..., head] @ keys[..., head].transpose(1, 2) / 2).softmax(dim=-1)
+        heads.append(weights @ values[..., head])
+    torch.testing.assert_close(remembered, attention.proj(torch.cat(heads, dim=-1)))
+
+
+def test_memorial_attention_when_the_image_is_the_same_everywhere_then_does_not_depend_on_it():
+    """Equal keys weigh all of memory alike: the image steers the weights and nothing else."""
+    m = torch.randn(1, 5, 8, generator=_generator(1))
+
+    _, _, dark = _attention(torch.zeros(1, 5, 8), m)
+    _, _, bright = _attention(torch.full((1, 5, 8), 3.0), m)
+
+    torch.testing.assert_close(dark, bright)
+
+
+def test_self_attention_is_the_usual_one():
+    """The image's stream does not see memory."""
+    x, m = torch.randn(2, 3, 5, 8, generator=_generator(1)).unbind()
+
+    _, read, _ = _attention(x, m)
+    _, other, _ = _attention(x, 2 * m)
+
+    assert torch.equal(read, other)
+
+
+def test_rebuilt_maps_have_the_shapes_of_the_features():
+    """Both streams answer each scale with a map of its size."""
+    detector = _build()
+    features = unpack(detector.encode_features(_images()), detector.shapes)
+
+    rebuilt, remembered = detector.transformer(features)
+
+    assert [tuple(one.shape[1:]) for one in rebuilt] == detector.shapes
+    assert [tuple(one.shape[1:]) for one in remembered] == detector.shapes
+
+
+def test_joint_is_features_then_rebuilt_then_remembered():
+    """The flows see the three side by side, channel upon channel."""
+    detector = _build()
+    features = unpack(detector.encode_features(_images()), detector.shapes)
+
+    with torch.no_grad():
+        rebuilt, remembered = detector.transformer(features)
+        joint = unpack(detector.encode_joint(_images()), detector.joint_shapes)
+
+    for scale, parts in zip(joint, zip(features, rebuilt, remembered, strict=True), strict=True):
+        torch.testing.assert_close(scale, torch.cat(parts, dim=1))
+
+
+def test_reconstruction_loss_when_written_out_then_is_the_mean_square_of_each_scale():
+    """Scales weigh the same, whatever their size, and so do the streams."""
+    detector = _build()
+    encoded = detector.encode_features(_images())
+
+    with torch.no_grad():
+        loss = detector.reconstruction_loss(encoded, 0)
+        features = unpack(encoded, detector.shapes)
+        streams = dict(zip(("self", "memory"), detector.transformer(features), strict=True))
+
+    for name, maps in streams.items():
+        expected = sum((one - target).square().mean() for one, target in zip(maps, features, strict=True))
+        torch.testing.assert_close(loss[name], expected)
+    assert loss["self"] != loss["memory"]
+
+
+@pytest.mark.parametrize("channels", [6, 7], ids=["even", "odd"])
+@pytest.mark.parametrize("kernel_size", [3, 1])
+def test_flow_step_when_inverted_then_gives_back_its_input(channels, kernel_size):
+    """The step loses nothing; the first part takes the channel that is left over."""
+    step = _stir(_FlowStep(channels, kernel_size, _generator()))
+    u = torch.randn(2, channels, 4, 4, generator=_generator(1))
+
+    with torch.no_grad():
+        out, _ = step(u)
+        v = torch.empty_like(out)
+        v[:, step.permutation] = out
+        v = (v - step.offset[:, None, None]) / step.gain()[:, None, None]
+        kept, changed = v.split([(channels + 1) // 2, channels // 2], dim=1)
+        answer = 0.1 * step.subnet(kept)
+        log_scale = 2 * torch.tanh(answer[:, : channels // 2])
+        restored = torch.cat((kept, (changed - answer[:, channels // 2 :]) * (-log_scale).exp()), dim=1)
+
+    torch.testing.assert_close(restored, u, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel_size", [3, 1])
+def test_flow_step_volume_equals_the_determinant_of_its_jacobian(kernel_size):
+    """What the likelihood counts is what autograd says; 1e-4 is float32."""
+    step = _stir(_FlowStep(5, kernel_size, _generator()))
+    u = torch.randn(1, 5, 2, 3, generator=_generator(1))
+
+    jacobian = torch.autograd.functional.jacobian(lambda value: step(value)[0].flatten(), u)
+    _, volume = step(u)
+
+    _, expected = torch.linalg.slogdet(jacobian.reshape(30, 30))
+    torch.testing.assert_close(volume, expected[None], rtol=1e-4, atol=1e-4)
+
+
+def test_flow_step_when_untrained_then_gains_are_one_and_scales_bounded():
+    """A new step is nearly a permutation, and no input can make it stretch by more than e^2."""
+    step = _FlowStep(6, 3, _generator())
+    u = 1e6 * torch.randn(1, 6, 4, 4, generator=_generator(1))
+
+    with torch.no_grad():
+        out, volume = step(u)
+
+    torch.testing.assert_close(step.gain(), torch.ones(6))
+    assert not step.offset.any()
+    assert volume.abs().item() <= 2.0 * 3 * 16 + 1e-3
+    assert torch.isfinite(out).all()
+
+
+def test_gain_is_a_softplus_of_sharpness_one_half():
+    """The exported form gives the values of the published one."""
+    step = _stir(_FlowStep(6, 3, _generator()))
+
+    expected = 0.1 * functional.softplus(step.gain_logits, beta=0.5)
+
+    torch.testing.assert_close(step.gain(), expected)
+
+
+def test_flow_changes_kernels_in_turn_and_keeps_its_norm_out_of_the_volume():
+    """Even steps look around, odd ones don't; the norm over the whole map is learnt and not counted."""
+    flow = _Flow((6, 4, 4), 4, _generator())
+    joint = torch.randn(2, 6, 4, 4, generator=_generator(1))
+
+    z, volume = flow(joint)
+    u, expected = flow.norm(joint), 0
+    for step in flow.steps:
+        u, change = step(u)
+        expected = expected + change
+
+    assert [step.subnet[0].kernel_size[0] for step in flow.steps] == [3, 1, 3, 1]
+    assert flow.norm.weight.shape == (6, 4, 4)
+    torch.testing.assert_close((z, volume), (u, expected))
+
+
+def test_flow_loss_when_written_out_then_is_half_the_squares_less_the_volume():
+    """Terms are sums over a frame, not divided by its size, averaged over frames."""
+    detector = _build()
+    encoded = detector.encode_joint(_images())
+
+    with torch.no_grad():
+        terms = detector.flow_loss(encoded, 0)
+        joint = unpack(encoded, detector.joint_shapes)
+        for flow, one, name in zip(detector.flows, joint, terms, strict=True):
+            z, volume = flow(one)
+            torch.testing.assert_close(terms[name], (z.square().flatten(1).sum(dim=1) / 2 - volume).mean())
+
+    assert list(terms) == ["stride 4", "stride 8", "stride 16"]
+
+
+def test_permutations_are_kept_with_the_weights_and_differ_from_step_to_step():
+    """A process that loads the weights permutes as the one that trained them."""
+    detector = _build()
+
+    kept = [value for name, value in detector.state_dict().items() if name.endswith("permutation")]
+
+    assert len(kept) == 12
+    assert not torch.equal(kept[0], kept[1])
+    assert all(torch.equal(value.sort().values, torch.arange(len(value))) for value in kept)
+
+
+def test_stages_when_followed_then_the_second_leaves_the_transformer_alone():
+    """Transformer and memory belong to the first stage, norms and flows to the second."""
+    detector = make_detector("dadf")
+
+    first, second = detector.stages()
+
+    names = {id(value): name for name, value in detector.named_parameters()}
+    assert {names[id(value)].partition(".")[0] for value in first.parameters} == {"transformer"}
+    assert {names[id(value)].partition(".")[0] for value in second.parameters} == {"flows"}
+    assert "transformer.memory" in {names[id(value)] for value in first.parameters}
+
+
+def test_map_is_one_plus_the_published_one_over_e():
+    """Each scale shows 1 - exp(-mean square / 2), in [0, 1); the mean of the scales is scored by its maximum."""
+    detector = _build()
+
+    with torch.no_grad():
+        output = detector(_images())
+        joint = unpack(detector.encode_joint(_images()), detector.joint_shapes)
+        published = []
+        for flow, one in zip(detector.flows, joint, strict=True):
+            z, _ = flow(one)
+            likely = -torch.exp(1 - 0.5 * z.square().mean(dim=1, keepdim=True))
+            published.append(functional.interpolate(likely, size=(64, 64), mode="bilinear")[:, 0])
+
+    torch.testing.assert_close(output.anomaly_map, 1 + sum(published) / 3 / math.e)
+    torch.testing.assert_close(output.score, output.anomaly_map.flatten(1).amax(dim=1))
+    assert output.anomaly_map.min() >= 0
+    assert output.anomaly_map.max() < 1
+
+
+def test_map_when_energy_is_asked_for_then_strong_defects_do_not_saturate():
+    """Far off values that the exponential shows alike keep their order."""
+    by_likelihood, by_energy = _build(), _build(map_mode="energy")
+    scores = []
+    for detector in (by_likelihood, by_energy):
+        for scale in (20.0, 40.0):
+            for flow in detector.flows:
+                nn.init.constant_(flow.norm.weight, scale)
+            with torch.no_grad():
+                scores.append(detector(_images(1)).score.item())
+
+    assert scores[0] == scores[1] == 1
+    assert scores[3] > 2 * scores[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": (64, 72)}, "multiple of the stride 16"),
+        ({"heads": 5}, "5 heads"),
+        ({"scale_channels": 7, "heads": 3}, "multiple of 4"),
+    ],
+    ids=["size", "heads", "positions"],
+)
+def test_detector_when_the_configuration_contradicts_itself_then_says_where(changes, message):
+    """Impossible combinations are refused before any frame is read."""
+    with pytest.raises(ValueError, match=message):
+        _build(**changes)
+
+
+def test_initial_values_when_the_seed_is_the_same_then_are_the_same():
+    """A run is repeatable from its configuration alone, permutations included."""
+    first, again, other = _build(), _build(), _build(seed=2)
+
+    states = [detector.state_dict() for detector in (first, again, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["transformer.memory"], states[2]["transformer.memory"])
+    assert not torch.equal(states[0]["flows.0.steps.0.permutation"], states[2]["flows.0.steps.0.permutation"])
+
+
+def test_config_when_left_alone_then_holds_the_published_values():
+    """The defaults are what the reference code trains."""
+    config = DadfConfig()
+
+    assert (config.backbone, config.layers, config.image_size) == ("wide_resnet50_2.tv_in1k", (1, 2, 3), (256, 256))
+    assert (config.scale_channels, config.blocks, config.heads, config.mlp_ratio) == (480, 8, 8, 4)
+    assert (config.flow_steps, config.map_mode) == (8, "exp")
+    assert (config.recipe.learning_rate, config.recipe.epochs, config.recipe.batch_size) == (1e-4, 200, 8)
+    assert (config.flow_recipe.learning_rate, config.flow_recipe.epochs, config.flow_recipe.batch_size) == (
+        1e-3,
+        15,
+        16,
+    )
