@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -50,7 +51,12 @@ class Shooting:
 
 
 def run_demo(
-    line: Path | None, folder: Path, config: RunConfig, weight_folders: tuple[Path, ...], reporter: Reporter
+    line: Path | None,
+    folder: Path,
+    config: RunConfig,
+    weights: Path | Literal["untrained"] | None,
+    weight_folders: tuple[Path, ...],
+    reporter: Reporter,
 ) -> None:
     """Fit, export, serve and inspect one line.
 
@@ -58,7 +64,8 @@ def run_demo(
         line: the user's frames, or None for the solar cells of the package `elpv-dataset`.
         folder: receives frames, store, run, log and overlays.
         config: of the run.
-        weight_folders: where backbone weights may lie.
+        weights: of the backbone; a file, "untrained", or None to look for them.
+        weight_folders: where they are looked for.
         reporter: shows how far it is.
 
     Raises:
@@ -70,7 +77,12 @@ def run_demo(
         line = write_solar_cells(folder / "frames" / "solar_cell")
     name = line.resolve().name
     request = RunRequest(
-        name=name, line_folder=line, store=folder / "store", config=config, weight_folders=weight_folders
+        name=name,
+        line_folder=line,
+        store=folder / "store",
+        config=config,
+        weights=weights,
+        weight_folders=weight_folders,
     )
     finished = train(request, folder / "run", reporter)
 

@@ -198,7 +198,8 @@ def demonstrate(
 ) -> None:
     """Fit, export, serve and inspect one line over HTTP."""
     _use_threads(threads)
-    run_demo(line, folder, load_config(config, detector, settings), _weight_folders(weights), _reporter())
+    description = load_config(config, detector, settings)
+    run_demo(line, folder, description, _weights_file(weights), _weight_folders(weights), _reporter())
 
 
 def _run(request: RunRequest, directory: Path, beginning: Beginning, threads: int | None) -> None:

@@ -1,0 +1,58 @@
+"""The demo, on a line that takes seconds: the same run, the same server process, frames posted over real sockets."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from service.contract.bundle import load_bundle
+from tests.tiny_line import DEFECTS, TEST_GOOD, make_config, write_line
+from training.camera import ServerDidNotStart, post_frames, running_server
+from training.demo import run_demo
+from training.progress import LineReporter
+
+
+def test_demo_when_run_on_a_line_judges_every_test_frame_over_http(tmp_path: Path) -> None:
+    """From a folder of frames to verdicts over HTTP: the table counts every frame, pictures and report are there."""
+    line, paper = write_line(tmp_path / "square_line"), io.StringIO()
+
+    run_demo(line, tmp_path / "demo", make_config(), "untrained", (), LineReporter(Console(file=paper)))
+
+    told = paper.getvalue()
+    counts = {
+        row.split(" | ")[0]: [int(n) for n in row.split(" | ")[1:]]
+        for row in _rows(told.splitlines(), "good", "square")
+    }
+    assert sum(counts["good"]) == TEST_GOOD
+    assert sum(counts["square"]) == DEFECTS
+    assert counts["good"][3] == counts["square"][3] == 0, "a frame without a verdict"
+    assert "I-AUROC through HTTP" in told
+    assert "frames a second" in told
+    assert len(list((tmp_path / "demo/overlays").glob("*.png"))) == TEST_GOOD + DEFECTS
+    assert load_bundle(tmp_path / "demo/store/square_line/1").files["report.html"].startswith(b"<!")
+
+
+def test_running_server_when_the_store_is_empty_says_where_the_log_is(tmp_path: Path) -> None:
+    """A server that never becomes ready ends the demo with one sentence that names its log."""
+    log = tmp_path / "server.log"
+
+    with (
+        pytest.raises(ServerDidNotStart, match=r"server\.log"),
+        running_server(tmp_path / "empty", log, ready_within_s=3),
+    ):
+        pytest.fail("an empty store was called ready")
+
+
+def test_post_frames_when_nobody_answers_counts_as_no_verdict(tmp_path: Path) -> None:
+    """A camera that gets no answer has no verdict, and never a good part."""
+    line = write_line(tmp_path / "line")
+
+    shots = post_frames("http://127.0.0.1:9", "line", sorted(line.rglob("*.png"))[:2])
+
+    assert [shot.verdict for shot in shots] == ["NO_VERDICT", "NO_VERDICT"]
+    assert all(shot.score is None for shot in shots)
+
+
+def _rows(lines: list[str], *kinds: str) -> list[str]:
+    return [line for line in lines if line.split(" | ")[0] in kinds and line.count(" | ") == 4]
