@@ -158,10 +158,11 @@ class AmiNet(nn.Module):
             for parameter in embedding.parameters():
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
         nn.init.xavier_uniform_(self.patch_embedding.weight.data.flatten(1), generator=generator)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight, generator=generator)
-                nn.init.zeros_(module.bias)
+        for part in (self.centre_blocks, self.blocks, self.prediction):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight, generator=generator)
+                    nn.init.zeros_(module.bias)
 
     def load_backbone_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take the backbone's weights in timm's naming.

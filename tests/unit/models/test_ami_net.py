@@ -1,0 +1,231 @@
+"""What is AMI-Net's own: the adaptive mask, the random masks of training, its loss and its map."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from models.ami_net import AmiNet, _distances, find_outliers
+from models.backbones import untrained_weights
+from tests.tiny_detectors import TINY, make_detector
+
+_CONFIG = TINY["ami_net"]
+
+
+def _draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _detector(**changes: object) -> AmiNet:
+    """Build the tiny detector with some values changed."""
+    detector = AmiNet(replace(_CONFIG, **changes))
+    detector.load_backbone_weights(untrained_weights(_CONFIG.backbone))
+    return detector.eval()
+
+
+def _mask_slowly(scores: np.ndarray, nearest: np.ndarray, centres: int, deviations: float) -> np.ndarray:
+    """Mask cluster by cluster, as the method is told in words."""
+    masked = np.zeros(scores.shape, dtype=bool)
+    for row, clusters, out in zip(scores, nearest, masked, strict=True):
+        for cluster in range(centres):
+            members = clusters == cluster
+            if members.sum() > 1:
+                threshold = row[members].mean() + deviations * row[members].std(ddof=1)
+                out[members] = row[members] >= threshold
+    return masked
+
+
+@pytest.mark.parametrize("deviations", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("used", [1, 3, 8], ids=lambda used: f"{used} clusters in use")
+def test_outliers_when_found_without_loops_then_are_those_of_the_plain_rule(deviations, used):
+    """The closed form masks what a loop over images and clusters masks; clusters may be empty."""
+    scores = 100 * _draw(4, 60)
+    nearest = torch.randint(used, (4, 60), generator=torch.Generator().manual_seed(1))
+
+    masked = find_outliers(scores, nearest, centres=8, deviations=deviations)
+
+    slowly = _mask_slowly(scores.double().numpy(), nearest.numpy(), 8, deviations)
+    np.testing.assert_array_equal(masked.numpy(), slowly)
+
+
+def test_outliers_when_a_cluster_has_one_member_then_it_stays_visible():
+    """A token that is alone in its cluster has nothing to be compared with."""
+    scores = torch.tensor([[1.0, 1.0, 4.0, 900.0]])
+    nearest = torch.tensor([[0, 0, 0, 1]])
+
+    masked = find_outliers(scores, nearest, centres=2, deviations=0.5)
+
+    assert masked.tolist() == [[False, False, True, False]]
+
+
+def test_rebuilding_when_a_token_is_masked_then_nothing_that_it_shows_is_used():
+    """A defect under the mask can't reach what is rebuilt, at its own place or elsewhere."""
+    detector = _detector()
+    features = _draw(1, sum(detector.backbone.channels), *detector.feature_grid)
+    masked = torch.zeros(1, detector.positions.shape[0], dtype=torch.bool)
+    masked[0, 0] = True
+    altered = features.clone()
+    altered[:, :, : _CONFIG.patch_size, : _CONFIG.patch_size] += 5
+
+    with torch.no_grad():
+        hidden = [detector._rebuild(frame, masked) for frame in (features, altered)]
+        shown = [detector._rebuild(frame, ~masked) for frame in (features, altered)]
+
+    assert torch.equal(hidden[0], hidden[1])
+    assert not torch.equal(shown[0], shown[1])
+
+
+def test_features_when_unpacked_then_are_the_smoothed_layers_on_the_finest_grid():
+    """Layers that were kept on their own grids become the published features, zeros around the border included."""
+    detector = _detector()
+    images = _draw(2, 3, *detector.image_size)
+
+    features = detector._unpack(detector.encode(images))
+
+    with torch.no_grad():
+        layers = detector.backbone(images)
+    resized = [
+        functional.interpolate(layer, layers[0].shape[2:], mode="bilinear", align_corners=True) for layer in layers
+    ]
+    smoothed = functional.conv2d(
+        torch.cat(resized, dim=1).flatten(0, 1)[:, None], torch.full((1, 1, 3, 3), 1 / 9), padding=1
+    )
+    torch.testing.assert_close(features.flatten(), smoothed.flatten())
+
+
+def test_random_masks_when_drawn_then_number_and_place_differ_from_image_to_image():
+    """Shares of masked tokens cover 0 to 1 evenly, and no place is preferred."""
+    detector = _detector()
+
+    masked = detector._draw_mask(4000, torch.Generator().manual_seed(0))
+
+    shares = masked.float().mean(dim=1)
+    assert masked.shape == (4000, detector.positions.shape[0])
+    assert shares.min() < 0.02
+    assert shares.max() > 0.95
+    np.testing.assert_allclose(np.histogram(shares, 4, (0, 1))[0] / 4000, 0.25, atol=0.03)
+    np.testing.assert_allclose(masked.float().mean(dim=0), shares.mean(), atol=0.04)
+
+
+def test_jitter_when_added_then_is_in_proportion_to_each_tokens_norm():
+    """The noise of an entry has the deviation norm x jitter / D; a token of zeros stays."""
+    detector = _detector()
+    channels = _CONFIG.token_channels
+    tokens = torch.stack([torch.zeros(500, channels), torch.ones(500, channels), 3 * torch.ones(500, channels)])
+
+    noise = detector._jitter(tokens, torch.Generator().manual_seed(0)) - tokens
+
+    expected = torch.tensor([0.0, 1.0, 3.0]) * channels**0.5 * _CONFIG.jitter / channels
+    torch.testing.assert_close(noise.std(dim=(1, 2)), expected, rtol=0.02, atol=0.0)
+
+
+def test_loss_when_steps_differ_then_masks_and_noise_differ():
+    """A new mask for every step; the same step draws the same one again."""
+    detector = _detector()
+    encoded = detector.encode(_draw(2, 3, *detector.image_size))
+
+    first, again, other = (detector.loss(encoded, step)["distance"].item() for step in (0, 0, 1))
+
+    assert first == again
+    assert first != other
+
+
+def test_loss_when_compared_with_its_formula_then_covers_all_tokens():
+    """Direction and distance are means over masked and visible tokens alike."""
+    detector = _detector(jitter=0.0)
+    features = detector._unpack(detector.encode(_draw(2, 3, *detector.image_size)))
+    masked = _draw(2, detector.positions.shape[0]) < 0.5
+
+    terms = detector._weigh_terms(features, masked, torch.Generator())
+
+    rebuilt = detector._rebuild(features, masked)
+    size = _CONFIG.patch_size
+    tokens = [functional.unfold(maps, size, stride=size) for maps in (features, rebuilt)]
+    direction = 1 - functional.cosine_similarity(*tokens, dim=1)
+    torch.testing.assert_close(terms["distance"], (features - rebuilt).square().mean())
+    torch.testing.assert_close(terms["direction"], 5 * direction.mean())
+
+
+def test_loss_when_centres_coincide_then_gradients_are_finite():
+    """Distances of zero, as of each centre to itself, have a gradient of zero instead of none at all."""
+    points = torch.ones(1, 3, 4, requires_grad=True)
+
+    _distances(points, points).sum().backward()
+
+    assert torch.equal(points.grad, torch.zeros(1, 3, 4))
+
+
+def test_loss_when_centres_move_apart_then_diversity_rewards_it():
+    """The diversity term is the negative mean distance of two different centres."""
+    centres = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+
+    distances = _distances(centres, centres)
+
+    torch.testing.assert_close(distances, torch.tensor([[[0.0, 2**0.5], [2**0.5, 0.0]]]))
+
+
+def test_score_when_the_map_is_known_then_is_its_population_deviation():
+    """An image's score is the standard deviation of its whole map, divided by the number of pixels."""
+    detector = _detector()
+
+    with torch.no_grad():
+        output = detector(_draw(3, 3, *detector.image_size))
+
+    expected = output.anomaly_map.double().flatten(1).std(dim=1, correction=0)
+    torch.testing.assert_close(output.score.double(), expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("frames", [1, 2], ids=["one shot", "two shots"])
+def test_stage_when_there_are_few_shots_then_single_frames_train(frames):
+    """A batch of one frame gives finite terms and a gradient to every parameter of the stage."""
+    detector = make_detector("ami_net")
+    (stage,) = detector.stages()
+
+    for step, frame in enumerate(stage.encode(_draw(frames, 3, *detector.image_size)).split(1)):
+        terms = stage.loss(frame, step)
+        sum(terms.values()).backward()
+        assert all(torch.isfinite(term) for term in terms.values())
+
+    assert all(torch.isfinite(parameter.grad).all() for parameter in stage.parameters)
+
+
+def test_detector_when_the_frame_is_not_square_then_height_comes_first():
+    """Grids, positions and maps follow a frame of any two sides."""
+    detector = _detector(image_size=(64, 96), map_size=(32, 48))
+
+    with torch.no_grad():
+        output = detector(_draw(2, 3, 64, 96))
+
+    assert detector.token_grid == (8, 12)
+    assert output.anomaly_map.shape == (2, 32, 48)
+
+
+def test_initial_values_when_the_seed_is_the_same_then_are_the_same():
+    """A run is repeatable from its configuration alone, whatever was drawn before."""
+    torch.rand(1)
+    first, again, other = AmiNet(_CONFIG), AmiNet(_CONFIG), AmiNet(replace(_CONFIG, seed=2))
+
+    trained = [name for name, parameter in first.named_parameters() if parameter.requires_grad]
+    states = [model.state_dict() for model in (first, again, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in trained)
+    assert not torch.equal(states[0]["patch_embedding.weight"], states[2]["patch_embedding.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": (64, 72)}, "stride 16"),
+        ({"patch_size": 3}, "do not tile"),
+        ({"heads": 3}, "3 heads"),
+        ({"token_channels": 66}, "multiple of 4"),
+        ({"backbone": "test_vit2"}, "not a convolutional network"),
+    ],
+    ids=["image", "patch", "heads", "channels", "transformer"],
+)
+def test_detector_when_its_configuration_contradicts_itself_then_refuses(changes, message):
+    """The sentence says which value does not fit."""
+    with pytest.raises(ValueError, match=message):
+        AmiNet(replace(_CONFIG, **changes))
