@@ -136,10 +136,12 @@ def held_engine(bundle: Bundle) -> FakeEngine:
 
 
 @contextmanager
-def serve_in_thread(settings: Settings, open_engine: OpenEngine | None = None) -> Iterator[httpx.Client]:
-    """Serve over real sockets, in a thread of the test, until the end of the block."""
+def serve_in_thread(
+    settings: Settings, open_engine: OpenEngine | None = None, when_lost: Callable[[], None] | None = None
+) -> Iterator[httpx.Client]:
+    """Serve over real sockets, in a thread of the test, until the end of the block; arguments are of `create_app`."""
     config = uvicorn.Config(
-        create_app(settings, open_engine=open_engine),
+        create_app(settings, open_engine=open_engine, when_lost=when_lost),
         port=0,
         ws="none",
         log_config=None,

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,7 +32,9 @@ def store(tmp_path) -> Path:
 
 
 @contextmanager
-def _serving(store: Path, **settings: float) -> Iterator[tuple[httpx.Client, FakeEngine]]:
+def _serving(
+    store: Path, when_lost: Callable[[], None] | None = None, **settings: float
+) -> Iterator[tuple[httpx.Client, FakeEngine]]:
     """Serve with one runner, whose engine the test holds; it is let go at the end."""
     made: list[FakeEngine] = []
 
@@ -42,7 +44,7 @@ def _serving(store: Path, **settings: float) -> Iterator[tuple[httpx.Client, Fak
 
     fixed = {"runners": 1, "default_deadline_s": LONG_S, "max_deadline_s": LONG_S, "drain_timeout_s": LONG_S}
     known = Settings(store_directory=store, stuck_after_s=LONG_S, **(fixed | settings))
-    with serve_in_thread(known, open_engine) as http:
+    with serve_in_thread(known, open_engine, when_lost) as http:
         wait_until_ready(http)
         try:
             yield http, made[0]
@@ -213,8 +215,9 @@ def test_engine_when_it_fails_on_one_frame_then_500_and_the_next_one_passes(stor
 
 
 def test_engine_when_it_is_lost_then_the_service_is_unready_and_still_says_no_verdict(store):
-    """An engine that fails on its golden frames too is lost: no frame is answered any more, and readiness says so."""
-    with _serving(store) as (http, engine):
+    """An engine that fails on its golden frames too is lost: nothing is answered any more, and the process may end."""
+    lost = threading.Event()
+    with _serving(store, lost.set) as (http, engine):
 
         def broken(_):
             raise RuntimeError("device lost")
@@ -224,7 +227,9 @@ def test_engine_when_it_is_lost_then_the_service_is_unready_and_still_says_no_ve
         wait_until(lambda: http.get("/healthz/ready").status_code == 503, "unreadiness")
         after = _inspect(http)
         line = http.get("/v1/lines/demo_line").json()
+        told = lost.wait(PATIENCE_S)
 
+    assert told
     assert failed.status_code == 500
     assert (after.status_code, after.json()["code"]) == (503, "line_not_ready")
     assert line["state"] == "unhealthy"
