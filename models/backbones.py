@@ -11,6 +11,7 @@ only `fetch_pretrained` uses the network.
 
 import importlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,11 +30,20 @@ except RuntimeError:
         _declared_operators.define(_schema)  # type: ignore[no-untyped-call]  # torch's
 
 import timm  # noqa: E402  (torchvision must be importable first)
+from timm.models._efficientnet_builder import decode_arch_def  # noqa: E402  (as above)
+from timm.models.efficientnet import EfficientNet  # noqa: E402  (as above)
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402  (as above)
 
 # Names that mean another variant than timm's own: MobileNet v1 of TensorFlow pads like TensorFlow and guards its batch
 # norms with 1e-3. timm's own training of the architecture keeps its tagged name.
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {"mobilenetv1_100": {"pad_type": "same", "bn_eps": 1e-3}}
+
+
+# The compact network of our own making: MobileNet v1's plan, narrow where pixels are many and wider at strides 8 and
+# 16. ReLU instead of ReLU6, because a channel's scale can be folded through it exactly.
+EMBEDDED = "embedded"
+_EMBEDDED_STEM = 16
+_EMBEDDED_PLAN = (["dsa_r1_k3_s1_c32"], ["dsa_r2_k3_s2_c64"], ["dsa_r2_k3_s2_c192"], ["dsa_r6_k3_s2_c384"])
 
 
 class BackboneUnavailable(LookupError):
@@ -42,9 +52,26 @@ class BackboneUnavailable(LookupError):
 
 def _create(name: str, *, pretrained: bool = False) -> Any:
     """Build timm's complete network of that name."""
+    if name == EMBEDDED:
+        return _create_embedded()
     if not timm.is_model(name.split(".", maxsplit=1)[0]):
         raise ValueError(f"timm knows no backbone named {name!r}; see timm.list_models()")
     return timm.create_model(name, pretrained=pretrained, **_VARIANTS.get(name, {}))
+
+
+def _create_embedded() -> Any:
+    """Build timm's EfficientNet class to the embedded plan; strides 2, 4, 8, 16."""
+    network: Any = EfficientNet(
+        decode_arch_def(_EMBEDDED_PLAN),  # type: ignore[no-untyped-call]  # timm has no types there
+        num_classes=0,
+        num_features=0,
+        stem_size=_EMBEDDED_STEM,
+        pad_type="same",
+        act_layer=nn.ReLU,
+        norm_layer=partial(nn.BatchNorm2d, eps=1e-3),
+    )
+    network.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    return network
 
 
 def fetch_pretrained(name: str) -> dict[str, Tensor]:
@@ -55,6 +82,8 @@ def fetch_pretrained(name: str) -> dict[str, Tensor]:
     """
     if name in _VARIANTS:
         raise BackboneUnavailable(f"timm has no weights for {name}, which is the variant of its original authors")
+    if name == EMBEDDED:
+        raise BackboneUnavailable("the embedded backbone comes with Flawline and is downloaded from nowhere")
     try:
         state: dict[str, Tensor] = _create(name, pretrained=True).state_dict()
     except Exception as error:  # timm passes on whatever its download library raises; the caller needs one kind
