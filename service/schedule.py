@@ -24,6 +24,7 @@ what is ahead of it in mind.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 # Learned times follow a faster run quickly and a slower one slowly: a single stall must not refuse good frames.
@@ -48,7 +49,7 @@ class WaitingFrame:
     weight: int = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RunTimes:
     """What runs have taken so far; never changed, only replaced.
 
@@ -80,13 +81,10 @@ class RunTimes:
 
     def of(self, weight: int) -> float:
         """Estimate the seconds of a run, from the nearest known weight; 0 where nothing is known."""
-        known = [(abs(i + 1 - weight), i + 1, s) for i, s in enumerate(self.seconds) if s is not None]
-        if not known:
-            return 0.0
-        _, nearest, seconds = min(known)
-        return seconds * max(1.0, weight / nearest)
+        heaviest = self.max_batch_size
+        return self._estimates[weight - 1] if weight <= heaviest else self._estimates[-1] * weight / heaviest
 
-    @property
+    @cached_property
     def best_weight(self) -> int:
         """The smallest weight that is about as fast, a frame, as the fastest one."""
         known = [(i + 1, s / (i + 1)) for i, s in enumerate(self.seconds) if s is not None]
@@ -94,6 +92,17 @@ class RunTimes:
             return self.max_batch_size
         fastest = min(each for _, each in known)
         return next(weight for weight, each in known if each * (1 - _WORTHWHILE_GAIN) <= fastest)
+
+    @cached_property
+    def _estimates(self) -> tuple[float, ...]:
+        return tuple(self._estimate(i + 1) if s is None else s for i, s in enumerate(self.seconds))
+
+    def _estimate(self, weight: int) -> float:
+        known = [(abs(i + 1 - weight), i + 1, s) for i, s in enumerate(self.seconds) if s is not None]
+        if not known:
+            return 0.0
+        _, nearest, seconds = min(known)
+        return seconds * max(1.0, weight / nearest)
 
 
 @dataclass(frozen=True, slots=True)
