@@ -159,7 +159,7 @@ def _learn(
         predictions = student(frames, offsets)
     terms = distillation_terms(config, predictions, targets)
     optimiser.zero_grad(set_to_none=True)
-    torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
+    torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]  # torch's
     nn.utils.clip_grad_norm_(student.parameters(), config.clip_gradient_norm)
     optimiser.step()
     return {name: float(value.detach()) for name, value in terms.items()}
