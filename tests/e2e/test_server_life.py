@@ -100,7 +100,10 @@ def test_server_when_told_to_stop_under_load_then_accepted_frames_are_answered_a
                     return
                 raise
 
-    with ServerProcess(tmp_path) as server:
+    patient = dict.fromkeys(
+        ("FLAWLINE_DEFAULT_DEADLINE_S", "FLAWLINE_MAX_DEADLINE_S", "FLAWLINE_DRAIN_TIMEOUT_S"), "60"
+    )
+    with ServerProcess(tmp_path, patient) as server:
         server.ready()
         cameras = [threading.Thread(target=camera) for _ in range(CAMERAS)]
         for thread in cameras:
@@ -115,7 +118,7 @@ def test_server_when_told_to_stop_under_load_then_accepted_frames_are_answered_a
 
     assert exit_code == 0
     assert {answer.json()["verdict"] for answer in answers if answer.status_code == 200} == {"PASS"}
-    assert all(answer.json()["code"] == "line_not_ready" for answer in answers if answer.status_code != 200)
+    assert {answer.json()["code"] for answer in answers if answer.status_code != 200} <= {"line_not_ready"}
     # Connections that the kernel had taken but the server had not are cut; no frame that was judged lost its answer.
     assert sum(event["verdict"] == "PASS" for event in told) == sum(answer.status_code == 200 for answer in answers)
     assert len(cut_off) <= CAMERAS
