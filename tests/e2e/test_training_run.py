@@ -1,0 +1,240 @@
+"""A whole run on a tiny line: from a folder of frames to a bundle that the service would serve."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from service.contract.bundle import load_bundle, versions_of
+from service.contract.golden import read_golden, replay
+from service.errors import CalibrationRefused
+from tests.factories import make_runner
+from tests.tiny_line import DEFECTS, GOOD, TEST_GOOD, TINY_RUN, make_config, make_request, write_line
+from training.__main__ import commands
+from training.checkpoint import has_checkpoint
+from training.progress import SilentReporter
+from training.run import train
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    """A line with masks."""
+    return write_line(tmp_path_factory.mktemp("lines") / "bottle")
+
+
+@pytest.fixture(scope="module")
+def finished(line, tmp_path_factory):
+    """One finished run, at the one thread that every test has; another number of threads would give other last bits."""
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("finished")
+    return train(make_request(line, place / "store"), place / "run", SilentReporter())
+
+
+def _invoke(*arguments):
+    return CliRunner().invoke(commands, [str(argument) for argument in arguments])
+
+
+def _published(output):
+    return load_bundle(Path(re.search(r"bundle: (\S+)", output)[1]))
+
+
+def test_train_when_it_ends_then_the_bundle_is_one_that_the_service_accepts(finished):
+    """Every digest holds, the golden set replays on a runtime, and the manifest tells the run."""
+    bundle = load_bundle(finished.bundle)
+    golden = read_golden(bundle)
+
+    replay(bundle, golden, make_runner(bundle.model))
+    manifest = bundle.manifest
+    assert (manifest.name, manifest.lines, manifest.version) == ("bottle", ("bottle",), "1")
+    assert (manifest.data.fitted_on, manifest.data.calibrated_on) == (GOOD // 2, GOOD // 2)
+    assert (manifest.data.tested_on_normal, manifest.data.tested_on_anomalous) == (TEST_GOOD, DEFECTS)
+    assert manifest.hyperparameters["hyperparameters"]["heads"] == 2
+    assert manifest.metrics["p_auroc"].value is not None
+    assert manifest.backbone.source == "untrained"
+    assert len({answer.verdict for answer in golden.answers}) > 1
+
+
+def test_train_when_it_ends_then_the_page_is_small_and_stands_alone(finished):
+    """The report in the bundle embeds all of its pictures and is no burden to send."""
+    page = (finished.bundle / "report.html").read_text("utf-8")
+
+    sources = re.findall(r'src="([^"]{0,30})', page)
+    assert len(sources) >= 2 * DEFECTS
+    assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert len(page) < 5_000_000
+
+
+def test_train_when_repeated_with_the_same_seed_then_scores_are_the_same_bits(line, finished, tmp_path):
+    """A run can be repeated, and another seed is another run."""
+    again = train(make_request(line, tmp_path / "store"), tmp_path / "a", SilentReporter())
+    other = train(make_request(line, tmp_path / "store", config=make_config(seed=2)), tmp_path / "b", SilentReporter())
+
+    scores = [np.load(run.directory / "scores.npz")["test_scores"] for run in (finished, again, other)]
+    np.testing.assert_array_equal(scores[0], scores[1])
+    assert (scores[0] != scores[2]).any()
+    assert load_bundle(again.bundle).model == load_bundle(finished.bundle).model
+    assert versions_of(tmp_path / "store" / "bottle") == ["1", "2"]
+
+
+def test_train_when_the_line_has_good_frames_only_then_still_makes_a_bundle(tmp_path):
+    """Thresholds need no defect; the figures say why they are missing, and a golden defect is planted."""
+    line = write_line(tmp_path / "plain", tested=False)
+
+    run = train(make_request(line, tmp_path / "store"), tmp_path / "run", SilentReporter())
+
+    bundle = load_bundle(run.bundle)
+    assert all(metric.value is None and metric.reason for metric in bundle.manifest.metrics.values())
+    assert bundle.policy.review_threshold <= bundle.policy.fail_threshold
+
+
+def test_train_when_good_parts_cannot_carry_the_rate_then_refuses_before_fitting(line, tmp_path):
+    """The refusal names the number of parts, and neither a run nor a store is left behind."""
+    request = make_request(line, tmp_path / "store", config=make_config(fail_rate=0.001))
+
+    with pytest.raises(CalibrationRefused, match="needs at least 999 good parts"):
+        train(request, tmp_path / "run", SilentReporter())
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_when_a_run_is_fitted_then_publishes_the_same_network_with_other_rates(finished):
+    """Rates may change after fitting; the network does not."""
+    result = _invoke("export", finished.directory, "--review-rate", "0.2", "--fail-rate", "0.1", "--threads", "1")
+
+    assert result.exit_code == 0, result.output
+    first, second = load_bundle(finished.bundle), _published(result.output)
+    assert second.model == first.model
+    assert second.policy.fail_threshold < first.policy.fail_threshold
+
+
+def test_calibrate_when_other_good_parts_come_then_publishes_a_new_version(finished, line):
+    """The network stays, thresholds and policy version change, and the golden set gets its new verdicts."""
+    result = _invoke(
+        "calibrate", finished.bundle, line / "train" / "good", "--fail-rate", "0.03", "--line", line, "--threads", "1"
+    )
+
+    assert result.exit_code == 0, result.output
+    first, again = load_bundle(finished.bundle), _published(result.output)
+    assert again.model == first.model
+    assert (again.policy.version, again.manifest.data.calibrated_on) == ("2", GOOD)
+    replay(again, read_golden(again), make_runner(again.model))
+
+
+def test_evaluate_when_a_bundle_is_measured_again_then_the_figures_are_those_of_its_run(finished, line, tmp_path):
+    """The exported graph and the trained detector have the same figures."""
+    result = _invoke("evaluate", finished.bundle, line, "--output", tmp_path / "figures.json")
+
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    for name, metric in finished.metrics.items():
+        assert figures[name]["value"] == pytest.approx(metric.value, abs=0.01)
+
+
+@pytest.mark.parametrize("source", ["bundle", "directory"])
+def test_report_when_asked_for_a_bundle_or_a_run_then_writes_its_page(finished, tmp_path, source):
+    """The page can be had from what was published and from what the run kept."""
+    result = _invoke("report", getattr(finished, source), "--output", tmp_path / "page.html")
+
+    assert result.exit_code == 0, result.output
+    assert "Inspection report: bottle" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_train_command_when_resumed_before_its_first_checkpoint_then_begins_in_the_same_place(line, tmp_path):
+    """The command that a stopped run names always works."""
+    directory = tmp_path / "runs" / "bottle" / "1"
+    directory.mkdir(parents=True)
+    (directory / "run.json").write_text(make_request(line, tmp_path / "store").model_dump_json())
+
+    result = _invoke("train", "--resume", directory, "--threads", "1")
+
+    assert result.exit_code == 0, result.output
+    assert versions_of(tmp_path / "store" / "bottle") == ["1"]
+
+
+def test_train_command_when_interrupted_then_keeps_the_run_and_names_the_command_to_go_on(line, tmp_path):
+    """Ctrl-C in the middle of fitting costs one step at most, and the caller is told how to go on."""
+    endless = TINY_RUN["hyperparameters"] | {
+        "recipe": TINY_RUN["hyperparameters"]["recipe"] | {"iterations": 10_000_000}
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(TINY_RUN | {"hyperparameters": endless}))
+    program = "from training.__main__ import commands; commands()"
+    arguments = ["train", line, "--config", "run.yaml", "--weights", "untrained", "--threads", "1"]
+
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        seen = next(text for text in process.stdout if text.startswith("reconstruction: encoding"))
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=120)
+
+    assert seen
+    (directory,) = (tmp_path / "runs" / "bottle").iterdir()
+    assert process.returncode == 130
+    assert (
+        told.strip() == f"Stopped. To go on where it stood: flawline train --resume {directory.relative_to(tmp_path)}"
+    )
+    assert has_checkpoint(directory)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["train"], 2, "one of the two"),
+        (["train", "nowhere"], 2, "nowhere is no folder"),
+        (["train", "nowhere", "--name", "a/b"], 2, "can't name a line"),
+        (["train", "nowhere", "--set", "sed=1"], 2, "did you mean seed?"),
+        (["train", "nowhere", "--config", "huge"], 2, "There is no configuration 'huge'"),
+        (["train", "nowhere", "--detector", "patchcore"], 2, "one of the detectors"),
+        (["train", "--resume", "nowhere"], 2, "not the directory of a run"),
+        (["evaluate", "nowhere", "nowhere"], 2, "manifest.json"),
+        (["calibrate", "nowhere", "nowhere"], 2, "manifest.json"),
+        (["export", "nowhere"], 2, "not the directory of a run"),
+        (["report", "nowhere"], 2, "holds no report"),
+    ],
+)
+def test_commands_when_the_caller_errs_then_say_one_sentence(tmp_path, monkeypatch, arguments, code, words):
+    """A fault of the caller is one sentence on stderr and exit code 2; nothing is left behind and nothing traced."""
+    monkeypatch.chdir(tmp_path)
+
+    result = _invoke(*arguments)
+
+    assert result.exit_code == code
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [("nowhere.safetensors", "can't be read"), ("frame.png", "no safetensors file")],
+)
+def test_train_command_when_weights_do_not_fit_then_says_which_file(line, tmp_path, monkeypatch, weights, words):
+    """Wrong weights end the run before fitting."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "frame.png").write_bytes(b"no tensors")
+    (tmp_path / "run.yaml").write_text(json.dumps(TINY_RUN))
+
+    result = _invoke("train", line, "--config", "run.yaml", "--weights", weights)
+
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+def test_help_when_asked_for_then_does_not_wait_for_torch():
+    """Listing the commands imports neither torch nor what needs it."""
+    program = "import sys, training.__main__; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
