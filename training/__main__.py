@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from training.backbone_commands import distill, weights
+
 commands = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
 _CALLERS_FAULT = 2
@@ -156,6 +158,12 @@ def demo(
     jobs = _jobs()
     with jobs.faults_as_sentences():
         jobs.demonstrate(line, folder, config, detector, weights, settings or [], threads)
+
+
+commands.add_typer(weights, name="weights")
+commands.command(epilog="Example:\n\nflawline distill --teacher mobilenetv1_100=weights/mobilenetv1_100.safetensors")(
+    distill
+)
 
 
 def _jobs() -> ModuleType:

@@ -37,6 +37,7 @@ from training.recalibrate import read_good_folder, recalibrate
 from training.report import ReportData, render
 from training.run import Beginning, RunNotFitted, train
 from training.run_directory import RunDirectoryFault, RunRequest, new_directory, read_report, read_request
+from training.weight_lock import WeightsRefused
 from training.weights import UNTRAINED, WeightsUnavailable
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -51,6 +52,7 @@ _FAULTS_OF_CALLERS = (
     FlawlineError,
     RunDirectoryFault,
     RunNotFitted,
+    WeightsRefused,
     WeightsUnavailable,
 )
 # Looked at by default for `<backbone>.safetensors`.

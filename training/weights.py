@@ -1,4 +1,4 @@
-"""Backbone weights: from a file, a folder of known files, timm's download, or none at all on purpose.
+"""Backbone weights: from a file, a folder of known files, the package, timm's download, or none at all on purpose.
 
 Comes before the detector is fitted; `models` never opens files. Only safetensors is read, and the digest is taken of
 the very bytes that are parsed. The digest goes into checkpoint and manifest, so that a detector's own few tensors are
@@ -16,14 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from models.backbones import BackboneUnavailable, fetch_pretrained, untrained_weights
+from training.weight_lock import SHIPPED_FOLDER, how_to_get, known_files, refuse_changed_file
 
 UNTRAINED: Literal["untrained"] = "untrained"
-
-# Files that other projects or our own documents hand out under these names, besides `<backbone>.safetensors`.
-_KNOWN_FILES: Mapping[str, tuple[str, ...]] = {
-    "mobilenetv1_100": ("mobilenetv1_100_in1k_to_blocks3.safetensors",),
-    "resnet18": ("resnet18_in1k_to_layer3.safetensors",),
-}
 
 
 class WeightsUnavailable(Exception):
@@ -59,28 +54,31 @@ def resolve_weights(
         backbone: timm's name.
         weights: a safetensors file, which is then the only place looked at; or "untrained" for seeded random weights,
             the control that pretraining has to beat.
-        search: folders that may hold `<backbone>.safetensors` or a file known under another name, in order.
+        search: folders that may hold `<backbone>.safetensors` or the file that the lock names, in order; looked at
+            before the package's own. A folder's lock holds for its files.
         seed: of untrained weights.
         fetch: asked last for weights by name; timm's download unless given.
 
     Raises:
         WeightsUnavailable: if the file can't be read, or no place has weights.
+        training.weight_lock.WeightsRefused: if a file differs from the lock of its folder.
     """
     if weights == UNTRAINED:
         return _from_memory(untrained_weights(backbone, seed), UNTRAINED)
     if isinstance(weights, Path):
         return _from_file(weights)
-    names = (f"{backbone}.safetensors", *_KNOWN_FILES.get(backbone, ()))
-    for folder in search:
+    names = [f"{backbone}.safetensors", *known_files(backbone)]
+    for folder in (*search, SHIPPED_FOLDER):
         for name in names:
             if (folder / name).is_file():
+                refuse_changed_file(folder / name)
                 return _from_file(folder / name)
     try:
         return _from_memory(fetch(backbone), "timm")
     except BackboneUnavailable as error:
         raise WeightsUnavailable(
-            f"There are no weights for the backbone {backbone}: {error}; put {names[-1]} into one of the weight "
-            f"folders, give a safetensors file, or say {UNTRAINED!r} for random ones."
+            f"There are no weights for the backbone {backbone}: {error}; {how_to_get(backbone)}, or say {UNTRAINED!r} "
+            "for random ones."
         ) from error
 
 

@@ -60,7 +60,7 @@ def test_resolve_weights_when_no_file_is_there_then_downloads(tmp_path):
 
 def test_resolve_weights_when_nothing_works_then_one_sentence_tells_what_to_do(tmp_path):
     """The sentence names the backbone, the reason and three ways out."""
-    with pytest.raises(WeightsUnavailable, match=r"resnet18: timm's download.*weight folders.*file.*'untrained'"):
+    with pytest.raises(WeightsUnavailable, match=r"resnet18: timm's download.*folder.*--weights.*'untrained'"):
         resolve_weights("resnet18", None, [tmp_path], fetch=_no_download)
 
 
