@@ -85,7 +85,7 @@ def test_server_when_told_to_stop_under_load_then_accepted_frames_are_answered_a
     answers: list[httpx.Response] = []
     cut_off: list[Exception] = []
     stopping = threading.Event()
-    frame = encode(make_frame(1200, 1600, seed=1))
+    frame = encode(make_frame(600, 800, seed=1))
 
     def camera() -> None:
         # A connection for each frame: one that is kept may be closed by the server just when the next frame is sent.
