@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from models.ami_net import AmiNet, AmiNetConfig
 from models.dadf import Dadf, DadfConfig
 from models.detector import Detector
+from models.glcf import Glcf, GlcfConfig
 from models.inp_former import InpFormer, InpFormerConfig
 from models.inp_former_pp import InpFormerPp, InpFormerPpConfig
 from models.st_mae import StMae, StMaeConfig
@@ -23,6 +24,7 @@ DETECTORS: Mapping[str, DetectorEntry] = MappingProxyType(
     {
         "ami_net": DetectorEntry(AmiNetConfig, AmiNet),
         "dadf": DetectorEntry(DadfConfig, Dadf),
+        "glcf": DetectorEntry(GlcfConfig, Glcf),
         "inp_former": DetectorEntry(InpFormerConfig, InpFormer),
         "inp_former_pp": DetectorEntry(InpFormerPpConfig, InpFormerPp),
         "st_mae": DetectorEntry(StMaeConfig, StMae),

@@ -15,6 +15,7 @@ from models.ami_net import AmiNetConfig
 from models.backbones import untrained_weights
 from models.dadf import DadfConfig
 from models.detector import Recipe
+from models.glcf import GlcfConfig
 from models.inp_former import InpFormerConfig
 from models.inp_former_pp import InpFormerPpConfig
 from models.st_mae import StMaeConfig
@@ -69,6 +70,22 @@ TINY: Mapping[str, Any] = {
         flow_steps=4,
         recipe=_BRIEF_ADAMW,
         flow_recipe=_BRIEF_ADAMW,
+    ),
+    "glcf": GlcfConfig(
+        backbone="test_resnet",
+        layers=(1, 2, 3),
+        targets=2,
+        inputs=2,
+        image_size=(64, 64),
+        token_channels=48,
+        encoder_blocks=2,
+        encoder_heads=2,
+        decoder_blocks=2,
+        decoder_heads=4,
+        mlp_ratio=2,
+        level_depths=(2, 1),
+        level_weights=(1.0, 3.0),
+        recipe=_BRIEF_ADAMW,
     ),
     "inp_former-vit": InpFormerConfig(
         backbone="test_vit2",
