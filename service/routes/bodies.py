@@ -67,9 +67,24 @@ async def receive_frame(request: Request, limits: FrameLimits, timeout_s: float)
     if media_type == MULTIPART_MEDIA_TYPE:
         return usable((await receive_frames(request, "frame", 1, limits, timeout_s))[0])
     raw = _layout(media_type, request.headers, limits)
+    return Upload(await receive_body(request, limits.max_bytes, timeout_s), raw)
+
+
+async def receive_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
+    """Receive a body, whatever it holds.
+
+    Args:
+        request: whose body has not been read.
+        max_bytes: the largest body.
+        timeout_s: how long it may take to arrive.
+
+    Raises:
+        FrameTooLarge: if the body is, or promises to be, over the limit.
+        DeadlinePassed: if it did not arrive in time.
+    """
     async with _within(timeout_s):
-        chunks = [chunk async for chunk in _bounded(request, limits.max_bytes)]
-    return Upload(b"".join(chunks), raw)
+        chunks = [chunk async for chunk in _bounded(request, max_bytes)]
+    return b"".join(chunks)
 
 
 async def receive_frames(

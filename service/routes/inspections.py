@@ -5,25 +5,23 @@ answer, and only then record. Whoever hangs up is not worked for any longer.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable
-from contextlib import asynccontextmanager
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Coroutine, Iterable
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import ValidationError
 from pydantic_core import to_json
-from starlette.requests import ClientDisconnect
 
 from service.auth import Caller
 from service.errors import FlawlineError, NotAuthorised, ParameterInvalid
 from service.inspection import Inspection, InspectionRequest
 from service.routes import answers
+from service.routes.accounting import count_later, counting, record_later, unless_left
 from service.routes.bodies import Upload, receive_frame, receive_frames, usable
 from service.routes.context import Context, caller_of, context_of
 from service.routes.openapi import BATCH_OPERATION, FRAME_OPERATION, HEATMAP_ANSWERS, OPTION_HEADERS
 from service.routes.problems import problem_document, request_id_of, responses, sentence_of, unexpected
 from service.schemas import InspectionOptions
-from service.telemetry import CALLER_LEFT
 
 router = APIRouter(tags=["inspections"])
 
@@ -45,7 +43,6 @@ _FAULTS = (
     "deadline_passed",
 )
 _HEATMAP_FAULTS = ("not_authenticated", "not_authorised", "unknown_inspection", "parameter_invalid", "internal")
-_Result = TypeVar("_Result")
 
 
 @router.post(
@@ -61,14 +58,14 @@ async def inspect(request: Request, line: str) -> Response:
     `Accept: image/png` the answer is the overlay itself, with ids and verdict in `Flawline-*` headers.
     """
     context = context_of(request)
-    async with _counting(request, line):
+    async with counting(request, line):
         caller = caller_of(request)
         caller.demand("inspect", line)
         options = _read_options(request)
         caller.spend_frame()
         upload = await receive_frame(request, context.settings.frame_limits, _receive_timeout_s(context, options))
         asked = _ask(request, line, options, upload)
-        inspection = await _unless_left(request, context.pipeline.inspect(asked))
+        inspection = await unless_left(request, context.pipeline.inspect(asked))
         return await (_picture if _wants_picture(request) else _answer)(context, inspection)
 
 
@@ -85,7 +82,7 @@ async def inspect_batch(request: Request, line: str) -> Response:
     the first, and the following ones count on.
     """
     context = context_of(request)
-    async with _counting(request, line):
+    async with counting(request, line):
         caller = caller_of(request)
         caller.demand("inspect", line)
         options = _read_options(request)
@@ -97,7 +94,7 @@ async def inspect_batch(request: Request, line: str) -> Response:
             _receive_timeout_s(context, options),
         )
         frames = (_item(request, caller, line, options, upload, index) for index, upload in enumerate(uploads))
-        items = await _unless_left(request, _side_by_side(frames))
+        items = await unless_left(request, _side_by_side(frames))
     head = b'{"request_id":' + to_json(request_id_of(request)) + b',"items":['
     return Response(head + b",".join(items) + b"]}", media_type="application/json")
 
@@ -183,7 +180,7 @@ async def _picture(context: Context, inspection: Inspection) -> Response:
     body = await asyncio.to_thread(lambda: context.records.keep(inspection).render("overlay"))
     now = context.clock()
     encode_s, total_s = now - started_at, now - inspection.request.received_at
-    context.after_answers.start(inspection.inspection_id, _record(context, inspection, encode_s, total_s, kept=True))
+    record_later(context, inspection, encode_s, total_s, kept=True)
     timings = answers.timings_ms(inspection, encode_s, total_s)
     headers = {**answers.identity_headers(inspection), "Server-Timing": answers.server_timing(timings)}
     return Response(body, headers=headers, media_type="image/png")
@@ -202,7 +199,7 @@ async def _item(
         fault = error
     except Exception as error:  # noqa: BLE001 - the outermost handler of this frame, so that no neighbour fails with it
         fault = unexpected(request, error)
-    _count_later(request, line, fault.code)
+    count_later(request, line, fault.code)
     return to_json(problem_document(fault.code, fault.sentence, request_id_of(request), line))
 
 
@@ -213,61 +210,9 @@ def _encode(context: Context, inspection: Inspection) -> tuple[bytes, dict[str, 
     now = context.clock()
     encode_s, total_s = now - started_at, now - inspection.request.received_at
     kept = inspection.request.heatmap == "none"  # nothing to keep
-    context.after_answers.start(inspection.inspection_id, _record(context, inspection, encode_s, total_s, kept=kept))
+    record_later(context, inspection, encode_s, total_s, kept=kept)
     timings = answers.timings_ms(inspection, encode_s, total_s)
     return answers.with_timings(described, timings), timings
-
-
-async def _record(context: Context, inspection: Inspection, encode_s: float, total_s: float, *, kept: bool) -> None:
-    context.telemetry.inspected(inspection, encode_s, total_s)
-    if not kept:
-        await asyncio.to_thread(context.records.keep, inspection)
-
-
-@asynccontextmanager
-async def _counting(request: Request, line: str) -> AsyncIterator[None]:
-    """Count whatever ends without a verdict."""
-    try:
-        yield
-    except FlawlineError as error:
-        _count_later(request, line, error.code)
-        raise
-    except ClientDisconnect:
-        _count_later(request, line, CALLER_LEFT)
-        raise
-    except Exception:
-        _count_later(request, line, FlawlineError.code)
-        raise
-
-
-def _count_later(request: Request, line: str, reason: str) -> None:
-    """Count and log a frame without a verdict as soon as the answer has been handed over."""
-    context = context_of(request)
-
-    def count() -> None:
-        total_s = round(context.clock() - request.state.received_at, 6)
-        context.telemetry.not_inspected(line, reason, request_id=request_id_of(request), seconds={"total": total_s})
-
-    asyncio.get_running_loop().call_soon(count)
-
-
-async def _unless_left(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Wait for work, and cancel it as soon as the caller hangs up.
-
-    Raises:
-        ClientDisconnect: if it did.
-    """
-    working = asyncio.ensure_future(work)
-    # The body has been read to its end, so the next message can only be the disconnect.
-    leaving = asyncio.ensure_future(request.receive())
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        leaving.cancel()
-        working.cancel()
 
 
 async def _side_by_side(items: Iterable[Coroutine[Any, Any, bytes]]) -> list[bytes]:

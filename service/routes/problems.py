@@ -25,6 +25,8 @@ REQUEST_ID_HEADER = "X-Request-Id"
 
 _LINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _DEFAULT_RETRY_AFTER_S = 1.0
+_OPEN_INFERENCE = "/v2"
+_STATUS_UNDER_OPEN_INFERENCE = {"parameter_invalid": 400}  # the protocol knows no 422
 
 _log = logging.getLogger("flawline")
 
@@ -222,5 +224,9 @@ def _answer(
         headers["WWW-Authenticate"] = "Bearer"
     if code == "frame_too_large" and getattr(request.state, "must_close", False):
         headers["Connection"] = "close"
+    if request.url.path == _OPEN_INFERENCE or request.url.path.startswith(f"{_OPEN_INFERENCE}/"):
+        # The protocol's own form, whoever answers: its clients show this member and fail without it.
+        status = _STATUS_UNDER_OPEN_INFERENCE.get(code, status_of(code))
+        return Response(to_json({"error": sentence}), status, headers, "application/json")
     document = problem_document(code, sentence, request_id, request.path_params.get("line"))
     return Response(to_json(document), status_of(code), headers, PROBLEM_MEDIA_TYPE)
