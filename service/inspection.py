@@ -50,6 +50,8 @@ class InspectionRequest:
         received_at: monotonic seconds, when the handler of the first byte started.
         receive_s: seconds spent receiving the body.
         bundle_version: None takes the live one.
+        is_network_input: whether `data` is the network's input itself, `(H, W, 3)` uint8 RGB row by row, which is
+            neither decoded nor resized; then that is the frame whose pixels regions refer to.
     """
 
     line: str
@@ -65,6 +67,7 @@ class InspectionRequest:
     received_at: float
     receive_s: float
     bundle_version: str | None = None
+    is_network_input: bool = False
 
 
 @dataclass(frozen=True, eq=False)

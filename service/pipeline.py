@@ -22,7 +22,7 @@ from service.contract.geometry import InputSpec
 from service.contract.policy import Judgement, judge
 from service.contract.raw_frames import decode_raw
 from service.contract.regions import Window
-from service.errors import DeadlinePassed, ParameterInvalid
+from service.errors import DeadlinePassed, ParameterInvalid, UnreadableFrame
 from service.inspection import HeatmapKind, Inspection, InspectionRequest, RawLayout
 from service.registry import Found, Registry
 
@@ -77,7 +77,7 @@ class Pipeline:
             decode_s = self._clock() - started_at
             result = await bundle.batcher.submit(place, pixels, found.line.line_index)
             ran_at = self._clock()
-            window = bundle.manifest.input.window(frame.height, frame.width)
+            window = _window(request, bundle.manifest.input, frame)
             judgement = await self._judge(result, found, window, deadline)
             judged_at = self._clock()
         if judged_at > deadline:  # the process was stopped for a while, and its timers with it
@@ -126,6 +126,8 @@ class Pipeline:
     async def _decode(
         self, request: InspectionRequest, spec: InputSpec, deadline: float
     ) -> tuple[Frame, NDArray[np.uint8]]:
+        if request.is_network_input:
+            return _take_as_input(request.data, spec)
         async with self._until(deadline):
             return await asyncio.get_running_loop().run_in_executor(
                 self._decoders, _decode_and_fit, request, spec, self._limits
@@ -153,6 +155,19 @@ class Pipeline:
 
 def _deadline_passed() -> DeadlinePassed:
     return DeadlinePassed("The deadline passed before the answer was there; the part has no verdict.")
+
+
+def _window(request: InspectionRequest, spec: InputSpec, frame: Frame) -> Window:
+    if request.is_network_input:
+        return 0.0, 0.0, float(frame.height), float(frame.width)
+    return spec.window(frame.height, frame.width)
+
+
+def _take_as_input(data: bytes, spec: InputSpec) -> tuple[Frame, NDArray[np.uint8]]:
+    if len(data) != spec.height * spec.width * 3:
+        raise UnreadableFrame(f"The network takes {spec.height} x {spec.width} RGB pixels; send as many bytes.")
+    pixels = np.frombuffer(data, np.uint8).reshape(spec.height, spec.width, 3)
+    return Frame(pixels, spec.height, spec.width), pixels
 
 
 def _decode_and_fit(

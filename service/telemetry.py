@@ -8,6 +8,7 @@ counted as `unknown`.
 import json
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from prometheus_client import (
 
 from service.contract.policy import Policy, Verdict
 from service.inspection import Inspection
+from service.tallies import Tally
 
 Discarded = Literal["caller_left", "late"]
 Sink = Literal["heatmaps"]
@@ -94,6 +96,7 @@ class Telemetry:
         self._dropped.labels("heatmaps")
         self._lines: set[str] = {UNKNOWN_LINE}
         self._model_labels: dict[str, tuple[str, ...]] = {}
+        self._tallies: dict[tuple[str, str], Tally] = {}
 
     def declare_line(self, line: str) -> None:
         """Let a line of the registry be a label."""
@@ -140,6 +143,7 @@ class Telemetry:
         seconds = {**inspection.timings_s, "encode": encode_s, "total": total_s}
         for stage, spent in seconds.items():
             self._stage.labels(line, stage).observe(spent)
+        self._tally(line, inspection.bundle_version).answered(inspection.batch_size, seconds, _now_ms())
         self._slack.labels(line).observe(inspection.deadline_s - total_s)
         self._score.labels(line, inspection.bundle_version).observe(in_units(judgement.score, inspection.policy))
         fields: dict[str, Any] = {
@@ -160,22 +164,34 @@ class Telemetry:
         }
         _log.info("inspection", extra=fields)
 
-    def not_inspected(self, line: str, reason: str, **fields: Any) -> None:
+    def not_inspected(self, line: str, reason: str, *, seconds: Mapping[str, float], **fields: Any) -> None:
         """Count and log one frame without a verdict.
 
         Args:
             line: as it was asked for; one that the registry does not know is counted and logged as `unknown`.
             reason: an error code, or `CALLER_LEFT`.
-            fields: whatever else is known, for the log: request and part id, bytes, seconds.
+            seconds: by stage, as far as is known; `total` among them.
+            fields: whatever else is known, for the log: request and part id, bytes.
         """
         known = line if line in self._lines else UNKNOWN_LINE
         self._no_verdict.labels(known, reason).inc()
         verdict = Verdict.NO_VERDICT.value
-        _log.info("inspection", extra={"line": known, "verdict": verdict, "code": reason, **fields})
+        if known in self._model_labels:
+            _, version, *_ = self._model_labels[known]
+            self._tally(known, version).failed(seconds.get("total", 0.0), _now_ms())
+        known_fields = {"line": known, "verdict": verdict, "code": reason, "seconds": dict(seconds)}
+        _log.info("inspection", extra=known_fields | fields)
+
+    def statistics(self, line: str, version: str) -> dict[str, Any]:
+        """Return what a bundle has done for a line, as the Open Inference Protocol's statistics describe it."""
+        return {"name": line, "version": version, **self._tally(line, version).describe()}
 
     def exposition(self) -> tuple[bytes, str]:
         """Return what a scraper reads, and its content type."""
         return generate_latest(self._collectors), CONTENT_TYPE_LATEST
+
+    def _tally(self, line: str, version: str) -> Tally:
+        return self._tallies.setdefault((line, version), Tally())
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(name, meaning, labels, namespace="flawline", registry=self._collectors)
@@ -185,6 +201,10 @@ class Telemetry:
 
     def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, meaning, labels, namespace="flawline", registry=self._collectors, buckets=buckets)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def in_units(score: float, policy: Policy) -> float:

@@ -26,14 +26,15 @@ DOORS = {
     "prometheus_client": ("service/telemetry.py",),
     "fastapi": ("service/app.py", ROUTES),
     "starlette": ("service/app.py", ROUTES),
-    "uvicorn": ("service/__main__.py",),
+    "uvicorn": ("service/__main__.py", "service/protocol.py"),
+    "h11": ("service/protocol.py",),
     "pydantic_settings": ("service/settings.py",),
     "matplotlib": ("training/drawings.py",),
     "jinja2": ("training/report.py",),
 }
 
 # Where asyncio may be known; everything else is plain functions, and so testable without a loop.
-ASYNC = ("service/app.py", "service/pipeline.py", "service/batcher.py", "service/__main__.py", ROUTES)
+ASYNC = ("service/app.py", "service/pipeline.py", "service/batcher.py", "service/protocol.py", "service/__main__.py", ROUTES)
 
 # Where the environment may be read.
 ENVIRONMENT = ("service/settings.py", "service/__main__.py", "training/__main__.py")
@@ -42,14 +43,15 @@ ENVIRONMENT = ("service/settings.py", "service/__main__.py", "training/__main__.
 LAYERS = (
     ("service.errors",),
     ("service.contract",),
-    ("service.engines", "service.inspection", "service.schedule"),
+    ("service.engines", "service.inspection", "service.schedule", "service.tallies"),
     ("service.settings", "service.telemetry"),
     ("service.batcher",),
     ("service.auth", "service.records", "service.registry"),
     ("service.pipeline",),
     ("service.schemas",),
+    ("service.open_inference",),
     ("service.routes",),
-    ("service.app",),
+    ("service.app", "service.protocol"),
     ("service.__main__",),
 )
 
