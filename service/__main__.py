@@ -26,7 +26,8 @@ commands = typer.Typer()
 
 _log = logging.getLogger("flawline")
 
-_KEEP_ALIVE_S = 75  # longer than the pause between two parts, so that cameras need no new connection for each
+# Longer than the pause between two parts, so that cameras need no new connection for each; also for a head to arrive.
+_KEEP_ALIVE_S = 75
 _SERVE_HELP = """Serve the lines of a store to cameras.
 
 Every option is also a setting of the environment (FLAWLINE_STORE_DIRECTORY, FLAWLINE_PORT, ...); the option wins.
@@ -99,6 +100,7 @@ def serve(
     # Imported here, so that other commands and --help need not wait for the runtime.
     from service.app import create_app, start_draining  # noqa: PLC0415 - see above
     from service.auth import KeysFileInvalid  # noqa: PLC0415 - see above
+    from service.protocol import MAX_HEAD_BYTES, BoundedProtocol  # noqa: PLC0415 - see above
     from service.settings import PREFIX, SettingsInvalid, read_settings  # noqa: PLC0415 - see above
     from service.telemetry import log_json_lines  # noqa: PLC0415 - see above
 
@@ -126,6 +128,8 @@ def serve(
         app,
         host=settings.host,
         port=settings.port,
+        http=BoundedProtocol,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ws="none",
         log_config=None,
         log_level="warning",

@@ -26,7 +26,7 @@ from service.errors import ParameterInvalid
 from service.pipeline import Pipeline
 from service.records import Records
 from service.registry import BatcherOptions, OpenEngine, Registry
-from service.routes import documentation, health, inspections, lines
+from service.routes import documentation, health, inspections, lines, v2
 from service.routes.context import Context
 from service.routes.openapi import complete_openapi
 from service.routes.problems import REQUEST_ID_HEADER, answer_fault, install_problems
@@ -79,10 +79,11 @@ def create_app(
         lifespan=life,
         docs_url=None,  # ours needs no other host
         redoc_url=None,
+        redirect_slashes=False,  # a redirect says no verdict, and repeats a host that the caller made up
     )
     app.state.context = context
     app.add_middleware(_Identity, clock=clock)
-    for router in (inspections.router, lines.router, health.router, documentation.router):
+    for router in (inspections.router, lines.router, v2.router, health.router, documentation.router):
         app.include_router(router)
     install_problems(app)
     complete_openapi(app)

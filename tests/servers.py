@@ -25,6 +25,7 @@ import uvicorn
 from service.app import create_app
 from service.contract.bundle import Bundle
 from service.engines.ort import OrtEngine
+from service.protocol import BoundedProtocol
 from service.registry import OpenEngine
 from service.settings import Settings
 from tests.fakes import FakeEngine
@@ -143,6 +144,7 @@ def serve_in_thread(
     config = uvicorn.Config(
         create_app(settings, open_engine=open_engine, when_lost=when_lost),
         port=0,
+        http=BoundedProtocol,
         ws="none",
         log_config=None,
         log_level="critical",
