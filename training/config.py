@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, field_validator
 
 from models import DETECTORS
 from service.contract.bundle import GoldenRule
 from service.contract.geometry import InputSpec
 from training.data.split import HoldOut
+from training.weight_lock import backbone_name
 
 # Fields of a detector's configuration that the run says once for everybody.
 _DERIVED = {"backbone": "backbone", "image_size": "input", "seed": "seed"}
@@ -38,7 +39,8 @@ class RunConfig(BaseModel):
 
     Attributes:
         detector: a name of `models.DETECTORS`.
-        backbone: timm's name of the pretrained feature extractor; None for detectors without one.
+        backbone: timm's name of the feature extractor, `embedded`, or an alias of the weights' lock; None for
+            detectors without one.
         hyperparameters: values of the detector's own configuration; what is missing keeps its default.
         input: sizes that frames are resized and cropped to.
         seed: of initial values, order of frames, bootstrap and planted defects.
@@ -66,6 +68,11 @@ class RunConfig(BaseModel):
     golden_frames: int = Field(default=8, ge=2, le=64)
     evaluation_resolution: Literal["original", "model"] = "original"
     batch_size: int = Field(default=8, ge=1, le=512)
+
+    @field_validator("backbone")
+    @classmethod
+    def _resolve_alias(cls, name: str | None) -> str | None:
+        return None if name is None else backbone_name(name)
 
     def detector_config(self) -> Any:
         """Return the detector's own frozen configuration, filled from this run.

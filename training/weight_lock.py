@@ -102,6 +102,11 @@ def find_locked(name: str) -> LockedWeights:
     raise WeightsRefused(f"No weights are locked under {name!r}; known are {', '.join(sorted(lock))}.")
 
 
+def backbone_name(name: str) -> str:
+    """Return the locked name of an alias, and every other name as it is."""
+    return next((entry.name for entry in read_lock().values() if name in entry.aliases), name)
+
+
 def known_files(name: str) -> list[str]:
     """Return the file that the project's lock names for a backbone or alias, if it knows it."""
     return [entry.file for entry in read_lock().values() if name in (entry.name, *entry.aliases)]
