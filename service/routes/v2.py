@@ -1,0 +1,315 @@
+"""The Open Inference Protocol under `/v2`: HTTP in, pipeline, HTTP out; a bundle is a model, with the name of its line.
+
+KServe, `tritonclient` and any other client of the protocol work unchanged. What its bodies hold is the business of
+`service/open_inference.py`; faults take the protocol's form in `service/routes/problems.py`. These operations are left
+out of our OpenAPI document, because the protocol has one of its own.
+
+The frames of one request are inspected side by side, each with a place of its own, and answered together: where one has
+no verdict none has, and the request fails with the fault of that frame.
+"""
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+
+from service import open_inference
+from service.errors import LineNotReady, NotAuthorised, UnknownLine
+from service.inspection import Inspection, InspectionRequest
+from service.open_inference import JSON_LENGTH_HEADER, Coding, InferAnswer, InferRequest, ModelSpec, Values
+from service.registry import LineStatus, LiveLine, Registry
+from service.routes.accounting import counting, record_later, unless_left
+from service.routes.bodies import receive_body
+from service.routes.context import Context, caller_of, context_of
+from service.routes.problems import request_id_of
+from service.settings import Settings
+
+router = APIRouter(prefix="/v2", include_in_schema=False)
+
+PLATFORM = "onnxruntime_onnx"
+
+_NOT_A_MODEL = "stats"  # the protocol gives this address to the statistics of all models
+_SMALL_BODY_BYTES = 64 * 2**10
+_INDEX_STATES = {"ready": "READY", "loading": "LOADING", "refused": "UNAVAILABLE", "unhealthy": "UNAVAILABLE"}
+
+
+@router.get("/health/live")
+async def live() -> dict[str, bool]:
+    """Say that the process answers."""
+    return {"live": True}
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> dict[str, bool]:
+    """Say whether frames are answered here."""
+    _demand_ready(context_of(request))
+    return {"ready": True}
+
+
+@router.get("")
+async def server_metadata() -> dict[str, Any]:
+    """Name the server and the extensions that it has."""
+    return {"name": "flawline", "version": version("flawline"), "extensions": list(open_inference.EXTENSIONS)}
+
+
+@router.get("/models/stats")
+async def all_statistics(request: Request) -> dict[str, Any]:
+    """Tell what each model that the caller may know of has done."""
+    caller = caller_of(request)
+    caller.demand("read")
+    context = context_of(request)
+    models = [status for status in context.registry.statuses() if caller.may("read", status.line)]
+    return {"model_stats": [_statistics(context, status.live) for status in models if status.live is not None]}
+
+
+@router.get("/models/{model}/stats")
+@router.get("/models/{model}/versions/{version}/stats")
+async def statistics(request: Request, model: str) -> dict[str, Any]:
+    """Tell what a model has done."""
+    return {"model_stats": [_statistics(context_of(request), _readable(request, model))]}
+
+
+@router.get("/models/{model}/ready")
+@router.get("/models/{model}/versions/{version}/ready")
+async def model_ready(request: Request, model: str) -> dict[str, Any]:
+    """Say whether a model answers."""
+    line = _readable(request, model)
+    if context_of(request).lifecycle.is_draining:
+        _demand_ready(context_of(request))
+    return {"name": line.name, "ready": True}
+
+
+@router.get("/models/{model}")
+@router.get("/models/{model}/versions/{version}")
+async def model_metadata(request: Request, model: str) -> dict[str, Any]:
+    """Tell what a model takes and gives."""
+    line, context = _readable(request, model), context_of(request)
+    spec, manifest = _spec(line, context.settings), line.bundle.manifest
+    return {
+        "name": line.name,
+        "versions": [manifest.version],
+        "platform": PLATFORM,
+        "inputs": [tensor.metadata() for tensor in spec.inputs],
+        "outputs": [tensor.metadata() for tensor in spec.outputs],
+        "properties": {
+            "detector": manifest.detector,
+            "device": line.bundle.device,
+            "digest": line.bundle.digest,
+            "policy": line.default_policy,
+        },
+    }
+
+
+@router.get("/models/{model}/config")
+@router.get("/models/{model}/versions/{version}/config")
+async def model_configuration(request: Request, model: str) -> dict[str, Any]:
+    """Tell how a model is run, in the words of Triton's configuration."""
+    line, settings = _readable(request, model), context_of(request).settings
+    spec = _spec(line, settings)
+    on_gpu = line.bundle.device != "cpu"
+    return {
+        "name": line.name,
+        "platform": PLATFORM,
+        "backend": "onnxruntime",
+        "version_policy": {"latest": {"num_versions": 1}},
+        "max_batch_size": spec.max_frames,
+        "input": [tensor.configuration() for tensor in spec.inputs],
+        "output": [tensor.configuration() for tensor in spec.outputs],
+        "instance_group": [{"kind": "KIND_GPU" if on_gpu else "KIND_CPU", "count": settings.runners_per_engine}],
+        "dynamic_batching": {
+            "preferred_batch_size": [settings.max_batch_size],
+            "max_queue_delay_microseconds": 0,
+            "default_queue_policy": {
+                "timeout_action": "REJECT",
+                "default_timeout_microseconds": round(settings.default_deadline_s * 1e6),
+                "allow_timeout_override": True,
+                "max_queue_size": settings.max_queue_size,
+            },
+        },
+    }
+
+
+@router.post("/repository/index")
+async def repository_index(request: Request) -> list[dict[str, str]]:
+    """List the models that the caller may know of, every version in the store."""
+    caller = caller_of(request)
+    caller.demand("read")
+    context = context_of(request)
+    body = await receive_body(request, _SMALL_BODY_BYTES, context.settings.default_deadline_s)
+    ready_only = open_inference.wants_ready_only(body)
+    models = [status for status in context.registry.statuses() if caller.may("read", status.line)]
+    entries = await asyncio.to_thread(lambda: [entry for model in models for entry in _index(context.registry, model)])
+    return [entry for entry in entries if entry["state"] == "READY" or not ready_only]
+
+
+@router.post("/repository/models/{model}/load")
+@router.post("/repository/models/{model}/unload")
+async def administer(request: Request, model: str) -> None:
+    """Refuse to load or unload: bundles are loaded when the service starts, out of its own store."""
+    caller_of(request).demand("admin", model)
+    raise NotAuthorised("Administration is off: bundles are loaded from the store when the service starts.")
+
+
+@router.post("/models/{model}/infer")
+@router.post("/models/{model}/versions/{version}/infer")
+async def infer(request: Request, model: str) -> Response:
+    """Inspect the frames of one request and answer them together."""
+    context = context_of(request)
+    bundle_version = _version(request, model)
+    async with counting(request, model) as counted:
+        caller = caller_of(request)
+        caller.demand("inspect", model)
+        line = context.registry.find(model, bundle_version, None).line
+        caller.spend_frame()
+        asked = await _receive(request, _spec(line, context.settings))
+        counted.frames = len(asked.frames)
+        for _ in asked.frames[1:]:
+            caller.spend_frame()
+        works = _works(request, model, bundle_version, asked)
+        inspections = await unless_left(request, _together(context, works))
+        return await _answer(request, asked, inspections)
+
+
+def _demand_ready(context: Context) -> None:
+    reasons = context.reasons_not_ready()
+    if reasons:
+        raise LineNotReady(" ".join(reason["reason"] for reason in reasons) or "The service is not ready.")
+
+
+def _version(request: Request, model: str) -> str | None:
+    """Return the version that the address names, if any.
+
+    Raises:
+        UnknownLine: if the model's name means something else in this place.
+    """
+    if model == _NOT_A_MODEL:
+        raise UnknownLine("A model of this name has no address here; name the line differently.")
+    wanted: str | None = request.path_params.get("version")
+    return wanted
+
+
+def _readable(request: Request, model: str) -> LiveLine:
+    """Return the line that a request asks about.
+
+    Raises:
+        FlawlineError: if the caller may not know of it, or it is not there, or not ready.
+    """
+    caller_of(request).demand("read", model)
+    return context_of(request).registry.find(model, _version(request, model), None).line
+
+
+def _spec(line: LiveLine, settings: Settings) -> ModelSpec:
+    network, output = line.bundle.manifest.input, line.bundle.manifest.output
+    return open_inference.model_spec(
+        (network.height, network.width),
+        (output.map_height, output.map_width),
+        settings.max_frames_per_request,
+    )
+
+
+def _statistics(context: Context, line: LiveLine) -> dict[str, Any]:
+    return context.telemetry.statistics(line.name, line.bundle.manifest.version)
+
+
+def _index(registry: Registry, status: LineStatus) -> list[dict[str, str]]:
+    versions = registry.versions(status.line) or [""]
+    serving = versions[-1] if status.live is None else status.live.bundle.manifest.version
+    return [
+        {
+            "name": status.line,
+            "version": stored,
+            "state": _INDEX_STATES[status.state] if stored == serving else "UNAVAILABLE",
+            "reason": (status.reason or "") if stored == serving else "Another version serves the line.",
+        }
+        for stored in versions
+    ]
+
+
+async def _receive(request: Request, spec: ModelSpec) -> InferRequest:
+    """Receive and read a request; in a thread, because decompressing and parsing may take as long as a run."""
+    settings = context_of(request).settings
+    max_bytes = settings.max_body_bytes
+    coding = open_inference.coding_of(request.headers.get("content-encoding"))
+    # How long the caller allows stands in the body, so the body itself gets the longest time there is.
+    body = await receive_body(request, max_bytes, settings.max_deadline_s)
+
+    def read() -> InferRequest:
+        plain = body if coding is None else open_inference.decompress(body, coding, max_bytes)
+        return open_inference.parse_request(plain, request.headers.get(JSON_LENGTH_HEADER), spec)
+
+    return await asyncio.to_thread(read)
+
+
+def _works(
+    request: Request, model: str, bundle_version: str | None, asked: InferRequest
+) -> Iterable[InspectionRequest]:
+    received_at: float = request.state.received_at
+    receive_s = context_of(request).clock() - received_at
+    for data, part_id in zip(asked.frames, asked.part_ids, strict=True):
+        yield InspectionRequest(
+            line=model,
+            data=data,
+            raw=None,
+            part_id=part_id,
+            view=None,
+            sequence=None,
+            deadline_s=asked.timeout_s,
+            policy_version=asked.policy,
+            heatmap="none",
+            request_id=request_id_of(request),
+            received_at=received_at,
+            receive_s=receive_s,
+            bundle_version=bundle_version,
+            is_network_input=asked.is_network_input,
+        )
+
+
+async def _together(context: Context, works: Iterable[InspectionRequest]) -> list[Inspection]:
+    """Inspect every frame, and let the first fault end all of them."""
+    tasks = [asyncio.ensure_future(context.pipeline.inspect(work)) for work in works]
+    try:
+        inspections = await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+    if len({inspection.bundle_version for inspection in inspections}) > 1:
+        raise LineNotReady("Another version became live during this request; send it again.")
+    return inspections
+
+
+async def _answer(request: Request, asked: InferRequest, inspections: list[Inspection]) -> Response:
+    context = context_of(request)
+    started_at = context.clock()
+    coding = open_inference.wanted_coding(request.headers.get("accept-encoding"))
+    answer = await asyncio.to_thread(_print, asked, inspections, coding)
+    now = context.clock()
+    for inspection in inspections:
+        record_later(context, inspection, now - started_at, now - inspection.request.received_at, kept=True)
+    headers: dict[str, str] = {} if coding is None else {"Content-Encoding": coding}
+    if answer.json_bytes is None:
+        return Response(answer.body, headers=headers, media_type="application/json")
+    headers[JSON_LENGTH_HEADER] = str(answer.json_bytes)
+    return Response(answer.body, headers=headers, media_type="application/octet-stream")
+
+
+def _print(asked: InferRequest, inspections: list[Inspection], coding: Coding | None) -> InferAnswer:
+    judgements = [inspection.judgement for inspection in inspections]
+    wanted = {output.name for output in asked.outputs}
+    maps = [inspection.anomaly_map for inspection in inspections] if "anomaly_map" in wanted else []
+    values: Mapping[str, Values] = {
+        "score": np.array([judgement.score for judgement in judgements], np.float32),
+        "anomaly_map": np.array(maps, np.float32),
+        "verdict": [judgement.verdict.value for judgement in judgements],
+        "p_value": np.array([inspection.p_value for inspection in inspections], np.float32),
+    }
+    parameters = {
+        "inspection_ids": ",".join(inspection.inspection_id for inspection in inspections),
+        "policy": inspections[0].policy_version,
+    }
+    answer = open_inference.print_answer(asked, inspections[0].line, inspections[0].bundle_version, values, parameters)
+    if coding is None:
+        return answer
+    return InferAnswer(open_inference.compress(answer.body, coding), answer.json_bytes)
