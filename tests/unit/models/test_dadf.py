@@ -190,6 +190,17 @@ def test_flow_changes_kernels_in_turn_and_keeps_its_norm_out_of_the_volume():
     torch.testing.assert_close((z, volume), (u, expected))
 
 
+def test_flows_have_the_published_number_of_parameters():
+    """For ResNet-34's channels 3.16 million in steps and 2.75 million in norms, permutations not counted."""
+    flows = [_Flow(shape, 8, _generator()) for shape in ((192, 64, 64), (384, 32, 32), (768, 16, 16))]
+
+    norms = sum(value.numel() for flow in flows for value in flow.norm.parameters())
+    steps = sum(value.numel() for flow in flows for value in flow.steps.parameters())
+
+    assert norms == 2_752_512
+    assert steps == pytest.approx(3.16e6, rel=1e-3)
+
+
 def test_flow_loss_when_written_out_then_is_half_the_squares_less_the_volume():
     """Terms are sums over a frame, not divided by its size, averaged over frames."""
     detector = _build()
