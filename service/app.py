@@ -22,14 +22,13 @@ from service.auth import Keyring
 from service.contract.bundle import Bundle
 from service.engines.engine import Engine
 from service.engines.ort import OrtEngine
-from service.errors import ParameterInvalid
 from service.pipeline import Pipeline
 from service.records import Records
 from service.registry import BatcherOptions, OpenEngine, Registry
 from service.routes import documentation, health, inspections, lines, v2
 from service.routes.context import Context
 from service.routes.openapi import complete_openapi
-from service.routes.problems import REQUEST_ID_HEADER, answer_fault, install_problems
+from service.routes.problems import REQUEST_ID_HEADER, install_problems
 from service.settings import Settings
 from service.telemetry import Telemetry
 
@@ -137,7 +136,7 @@ async def _watch(context: Context, when_lost: Callable[[], None] | None) -> None
 
 
 class _Identity:
-    """Gives every request its id and the time of its arrival, and echoes the id."""
+    """Gives every request its id and the time of its arrival, and echoes the id; one that does not fit is replaced."""
 
     def __init__(self, app: ASGIApp, clock: Callable[[], float]) -> None:
         self._app = app
@@ -159,8 +158,4 @@ class _Identity:
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
-        if shown is not None and not fits:
-            fault = ParameterInvalid(f"{REQUEST_ID_HEADER}: send up to 128 printable characters without spaces.")
-            await answer_fault(request, fault)(scope, receive, send_with_id)
-            return
         await self._app(scope, receive, send_with_id)

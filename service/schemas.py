@@ -12,10 +12,20 @@ from service.contract.policy import Policy, Verdict
 from service.contract.raw_frames import PixelFormat
 from service.inspection import HeatmapKind
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-Version = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+_VERSION = r"^[1-9][0-9]{0,8}$"
 # Printable ASCII without the quote and the backslash, so that ids pass headers, logs and shells unharmed.
-Identifier = Annotated[str, Field(pattern=r"^[ !#-\[\]-~]{1,128}$")]
+_IDENTIFIER = r"^[ !#-\[\]-~]{1,128}$"
+Name = Annotated[str, Field(pattern=_NAME)]
+Version = Annotated[str, Field(pattern=_VERSION)]
+Identifier = Annotated[str, Field(pattern=_IDENTIFIER)]
+
+# What each pattern means, for callers who should not have to read one.
+WORDS_OF_PATTERN = {
+    _NAME: "1 to 64 letters, digits, dots, dashes or underscores, and not one of the last three first",
+    _VERSION: "a positive whole number of at most 9 digits",
+    _IDENTIFIER: "1 to 128 printable ASCII characters without quotes and backslashes",
+}
 
 
 class _Wire(BaseModel):

@@ -212,4 +212,5 @@ def _too_many_bytes(max_bytes: int) -> FrameTooLarge:
 
 
 def _too_many_frames(max_frames: int) -> FrameTooLarge:
-    return FrameTooLarge(f"The body may hold {max_frames} frames at most; send the others in another request.")
+    noun = "frame" if max_frames == 1 else "frames"
+    return FrameTooLarge(f"A body may hold {max_frames} {noun}; send the others in another request.")

@@ -1,7 +1,7 @@
 """HTTP in, pipeline, HTTP out: one frame, several frames, and the heatmaps of both.
 
-The way of a request: know the caller, read its parameters, count it against its quota, receive the frame, inspect it,
-answer, and only then record. Whoever hangs up is not worked for any longer.
+The way of a request: know the caller, read its parameters, find the line, count against the quota, receive the frame,
+inspect it, answer, and only then record. Whoever hangs up is not worked for any longer.
 """
 
 import asyncio
@@ -13,14 +13,21 @@ from pydantic import ValidationError
 from pydantic_core import to_json
 
 from service.auth import Caller
-from service.errors import FlawlineError, NotAuthorised, ParameterInvalid
+from service.errors import DeadlinePassed, FlawlineError, NotAuthorised, ParameterInvalid
 from service.inspection import Inspection, InspectionRequest
 from service.routes import answers
 from service.routes.accounting import count_later, counting, record_later, unless_left
 from service.routes.bodies import Upload, receive_frame, receive_frames, usable
 from service.routes.context import Context, caller_of, context_of
 from service.routes.openapi import BATCH_OPERATION, FRAME_OPERATION, HEATMAP_ANSWERS, OPTION_HEADERS
-from service.routes.problems import problem_document, request_id_of, responses, sentence_of, unexpected
+from service.routes.problems import (
+    REQUEST_ID_HEADER,
+    problem_document,
+    request_id_of,
+    responses,
+    sentence_of,
+    unexpected,
+)
 from service.schemas import InspectionOptions
 
 router = APIRouter(tags=["inspections"])
@@ -62,6 +69,7 @@ async def inspect(request: Request, line: str) -> Response:
         caller = caller_of(request)
         caller.demand("inspect", line)
         options = _read_options(request)
+        context.registry.find(line, options.bundle_version, options.policy)  # no body is taken that can't be judged
         caller.spend_frame()
         upload = await receive_frame(request, context.settings.frame_limits, _receive_timeout_s(context, options))
         asked = _ask(request, line, options, upload)
@@ -86,6 +94,7 @@ async def inspect_batch(request: Request, line: str) -> Response:
         caller = caller_of(request)
         caller.demand("inspect", line)
         options = _read_options(request)
+        context.registry.find(line, options.bundle_version, options.policy)  # no body is taken that can't be judged
         uploads = await receive_frames(
             request,
             "frames",
@@ -133,6 +142,8 @@ def _read_options(request: Request) -> InspectionOptions:
     Raises:
         ParameterInvalid: if a value does not fit, or a query parameter is unknown or stands there twice.
     """
+    if request.headers.get(REQUEST_ID_HEADER, request_id_of(request)) != request_id_of(request):
+        raise ParameterInvalid(f"{REQUEST_ID_HEADER}: send up to 128 printable characters without spaces.")
     given = {name: request.headers[header] for name, header in OPTION_HEADERS.items() if header in request.headers}
     asked = request.query_params.multi_items()
     if len({name for name, _ in asked}) < len(asked):
@@ -177,7 +188,12 @@ async def _answer(context: Context, inspection: Inspection) -> Response:
 
 async def _picture(context: Context, inspection: Inspection) -> Response:
     started_at = context.clock()
-    body = await asyncio.to_thread(lambda: context.records.keep(inspection).render("overlay"))
+    left_s = inspection.request.received_at + inspection.deadline_s - started_at
+    try:
+        async with asyncio.timeout(left_s):
+            body = await asyncio.to_thread(lambda: context.records.keep(inspection).render("overlay"))
+    except TimeoutError as error:
+        raise DeadlinePassed("The deadline passed before the picture was drawn; the part has no verdict.") from error
     now = context.clock()
     encode_s, total_s = now - started_at, now - inspection.request.received_at
     record_later(context, inspection, encode_s, total_s, kept=True)

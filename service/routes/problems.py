@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from service.contract.policy import Verdict
 from service.errors import FlawlineError, ParameterInvalid
+from service.schemas import WORDS_OF_PATTERN
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 REQUEST_ID_HEADER = "X-Request-Id"
@@ -148,7 +149,8 @@ def sentence_of(errors: list[Any]) -> str:
     """Turn pydantic's list of errors into one sentence that names the parameter, without the caller's value."""
     first = errors[0]
     place = ".".join(str(part) for part in first["loc"] if part not in ("query", "path", "header", "body"))
-    return f"{place or 'The request'}: {first['msg']}."
+    words = WORDS_OF_PATTERN.get(first.get("ctx", {}).get("pattern"))
+    return f"{place or 'The request'}: {first['msg'] if words is None else f'Input should be {words}'}."
 
 
 def install_problems(app: FastAPI) -> None:

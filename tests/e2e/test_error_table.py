@@ -146,6 +146,24 @@ TABLE = {
     ),
     "key without the action": (_png(GOOD) | {"key": "reader"}, 403, "not_authorised", "'inspect'"),
     "unknown line": (_png(GOOD) | {"url": "/v1/lines/other/inspect"}, 404, "unknown_line", "/v1/lines"),
+    "unknown line and no media type": (
+        {"content": GOOD, "url": "/v1/lines/other/inspect"},
+        404,
+        "unknown_line",
+        "/v1/lines",
+    ),
+    "unknown line and a large body": (
+        _png(b"\0" * (MAX_BYTES + 1)) | {"url": "/v1/lines/other/inspect"},
+        404,
+        "unknown_line",
+        "/v1/lines",
+    ),
+    "unknown line of a batch": (
+        {"files": [("frames", GOOD)], "url": "/v1/lines/other/inspect-batch"},
+        404,
+        "unknown_line",
+        "/v1/lines",
+    ),
     "unknown version": (_png(GOOD) | {"params": {"bundle_version": "7"}}, 404, "unknown_version", "version 1"),
     "unknown policy": (_png(GOOD) | {"params": {"policy": "strict"}}, 404, "unknown_policy", "policy"),
     "unknown address": (_png(GOOD) | {"url": "/v1/inspect"}, 404, "not_found", "/docs"),
@@ -203,6 +221,18 @@ TABLE = {
         422,
         "parameter_invalid",
         "X-Request-Id",
+    ),
+    "part id that would break a header": (
+        _png(GOOD) | {"params": {"part_id": "a\r\nX-Verdict: PASS"}},
+        422,
+        "parameter_invalid",
+        "1 to 128 printable ASCII characters",
+    ),
+    "policy that is no name": (
+        _png(GOOD) | {"params": {"policy": "../x"}},
+        422,
+        "parameter_invalid",
+        "1 to 64 letters",
     ),
     "raw without a width": (
         {"content": b"\0", "headers": {"Content-Type": "application/x-raw-frame", "X-Pixel-Format": "Mono8"}},

@@ -131,14 +131,17 @@ def test_server_when_its_log_is_read_then_every_line_is_json_and_each_frame_has_
         server.ready()
         server.http.post(INSPECT, content=GOOD, headers=PNG | {"X-Request-Id": "r-1", "X-Part-Id": "917"})
         server.http.post(INSPECT, content=b"no image", headers=PNG | {"X-Request-Id": "r-2"})
+        replaced = server.http.post(INSPECT, content=GOOD, headers=PNG | {"X-Request-Id": "r 3"}).json()["request_id"]
         server.terminate()
         server.exit_code()
         log, events = list(server.log), list(server.events())
 
     inspections = {event["request_id"]: event for event in events if event["message"] == "inspection"}
     assert len(log) == len(events)
+    assert sum(event["message"] == "inspection" for event in events) == 3
     assert (inspections["r-1"]["verdict"], inspections["r-1"]["part_id"]) == ("PASS", "917")
     assert (inspections["r-2"]["verdict"], inspections["r-2"]["code"]) == ("NO_VERDICT", "unreadable_frame")
+    assert (inspections[replaced]["verdict"], inspections[replaced]["code"]) == ("NO_VERDICT", "parameter_invalid")
     assert inspections["r-1"]["seconds"].keys() >= {"decode", "infer", "total"}
 
 

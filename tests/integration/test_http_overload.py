@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -256,3 +257,40 @@ def test_fault_when_nobody_expected_it_then_500_tells_nothing_of_it(tmp_path):
     assert answer.json()["verdict"] == "NO_VERDICT"
     assert "secret" not in answer.text
     assert answer.headers["x-request-id"] == answer.json()["request_id"]
+
+
+class _JumpingClock:
+    """A clock that jumps far ahead at one reading of a request."""
+
+    def __init__(self) -> None:
+        self.readings = 0
+        self.jumps_at = 0
+
+    def __call__(self) -> float:
+        self.readings += 1
+        return time.monotonic() + (1000.0 if 0 < self.jumps_at <= self.readings else 0.0)
+
+
+def test_picture_when_the_deadline_passes_at_any_step_then_504_or_a_refusal_but_no_late_picture(store):
+    """Drawing is part of the way to the answer: whoever asked for the picture itself is not answered late with it."""
+    clock = _JumpingClock()
+    app = create_app(Settings(store_directory=store), clock=clock)
+    app.state.context.registry.load()
+
+    async def ask(jumps_at: int) -> httpx.Response:
+        clock.readings, clock.jumps_at = 0, jumps_at
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+            return await http.post(INSPECT, content=GOOD, headers=PNG | {"Accept": "image/png"})
+
+    async def ask_each() -> tuple[int, list[httpx.Response]]:
+        answer = await ask(0)
+        readings = clock.readings
+        assert answer.headers["content-type"] == "image/png"
+        # The last readings of an answer that was on time are those of its timings and of the record behind it.
+        return readings, [await ask(reading) for reading in range(2, readings - 1)]
+
+    readings, answers = asyncio.run(ask_each())
+
+    assert readings > 5
+    assert {answer.status_code for answer in answers} <= {503, 504}
+    assert all(answer.json()["verdict"] == "NO_VERDICT" for answer in answers)
