@@ -45,8 +45,10 @@ EXTENSIONS = (
     "schedule_policy",
     "statistics",
 )
-# Parsed JSON takes many times its bytes; who sends more pixels than this holds sends them as binary tensors.
+# Parsing holds all other threads up, for seconds where a few MiB are nothing but brackets or keys. These bounds leave
+# room for the pixels of a frame of 512 x 512 (flat; nested 256 x 256); who has more sends them as binary tensors.
 MAX_JSON_BYTES = 8 * 2**20
+MAX_JSON_MARKS = {b",": 2**20, b"[": 2**17, b"{": 2**17, b":": 2**17, b'"': 2**17}
 
 Datatype = Literal["BYTES", "FP32", "UINT8"]
 Coding = Literal["gzip", "deflate"]
@@ -296,8 +298,8 @@ def _split(body: bytes, json_length: str | None) -> tuple[bytes, memoryview]:
 
 
 def _read_json(head: bytes) -> dict[str, Any]:
-    if len(head) > MAX_JSON_BYTES:
-        raise FrameTooLarge(f"The JSON is over the limit of {MAX_JSON_BYTES} bytes; send tensors in binary form.")
+    if len(head) > MAX_JSON_BYTES or any(head.count(mark) > most for mark, most in MAX_JSON_MARKS.items()):
+        raise FrameTooLarge(f"The JSON is over {MAX_JSON_BYTES} bytes or too finely divided; send binary tensors.")
     try:
         document = from_json(head, allow_inf_nan=False)
     except ValueError as error:
