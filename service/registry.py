@@ -14,6 +14,7 @@ assignment.
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from service.batcher import Batcher
-from service.contract.bundle import MANIFEST_FILE, Bundle, Manifest, load_bundle, load_policy, versions_of
+from service.contract.bundle import LINE_NAME, MANIFEST_FILE, Bundle, Manifest, load_bundle, load_policy, versions_of
 from service.contract.calibration import Calibration
 from service.contract.golden import read_golden, replay
 from service.contract.policy import Policy, inspected_mask
@@ -158,6 +159,7 @@ class Registry:
         self._telemetry = telemetry
         self._clock = clock
         self._is_loading = True
+        self._fault: str | None = None
         self._live: dict[str, LiveLine] = {}
         self._not_live: dict[str, LineStatus] = {}
 
@@ -167,6 +169,9 @@ class Registry:
             candidates = self._scan()
             for name, version in candidates:
                 self._load_or_refuse(name, version)
+        except Exception:  # noqa: BLE001 - the edge of this thread: whoever asks must hear that loading has ended
+            self._fault = "Loading ended early, in a way that nobody foresaw; the log says how."
+            _log.exception("loading ended early")
         finally:
             self._is_loading = False
 
@@ -225,9 +230,19 @@ class Registry:
         return versions_of(self._store / (line if live is None else live.bundle.manifest.name))
 
     @property
+    def why_empty(self) -> str:
+        """Why no line is served, where none is even known."""
+        return self._fault or "No line is loaded; the store may be empty."
+
+    @property
     def is_ready(self) -> bool:
         """Whether at least one line is served, and none of those that should be is missing."""
-        return not self._is_loading and bool(self._live) and all(s.state == "ready" for s in self.statuses())
+        return (
+            not self._is_loading
+            and self._fault is None
+            and bool(self._live)
+            and all(s.state == "ready" for s in self.statuses())
+        )
 
     async def drain(self) -> None:
         """Admit nothing more, and return when all that was admitted is answered."""
@@ -244,10 +259,14 @@ class Registry:
 
     def _scan(self) -> list[tuple[str, str]]:
         """Find the newest version of each name, and say that its lines are loading."""
-        names = sorted(entry.name for entry in self._store.iterdir()) if self._store.is_dir() else []
         candidates = []
-        for name in names:
-            versions = versions_of(self._store / name)
+        for name in self._names():
+            try:
+                versions = versions_of(self._store / name)
+            except OSError as error:
+                _log.exception("a folder of the store can't be read", extra={"bundle": name})
+                self._note(self._wanted_of((name,)), "refused", f"Its folder can't be read: {error.strerror}.")
+                continue
             lines = self._wanted_of(_promised_lines(self._store / name / versions[-1], name)) if versions else ()
             if lines:
                 candidates.append((name, versions[-1]))
@@ -255,6 +274,15 @@ class Registry:
         missing = (self._wanted or frozenset()) - self._not_live.keys()
         self._note(tuple(missing), "refused", "There is no bundle of this line in the store.")
         return candidates
+
+    def _names(self) -> list[str]:
+        """List what may be names of bundles; a volume has folders of its own, which may not even be looked into."""
+        try:
+            return sorted(entry.name for entry in self._store.iterdir() if re.fullmatch(LINE_NAME, entry.name))
+        except OSError as error:
+            self._fault = f"The store can't be read: {error.strerror}."
+            _log.exception("the store can't be read", extra={"store": str(self._store)})
+            return []
 
     def _wanted_of(self, lines: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(line for line in lines if self._wanted is None or line in self._wanted)
@@ -373,8 +401,10 @@ def _status_of(live: LiveLine) -> LineStatus:
 
 def _promised_lines(path: Path, name: str) -> tuple[str, ...]:
     """Read which lines a bundle means to serve, before it is verified; good for saying what is not ready, no more."""
+    manifest = path / MANIFEST_FILE
     try:
-        return Manifest.model_validate_json((path / MANIFEST_FILE).read_bytes()).lines
+        # A pipe would be read for ever.
+        return Manifest.model_validate_json(manifest.read_bytes()).lines if manifest.is_file() else (name,)
     except (OSError, ValidationError):
         return (name,)
 

@@ -40,7 +40,8 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 _REQUIRED_FILES = (MODEL_FILE, CALIBRATION_FILE, POLICY_FILE, GOLDEN_FILE, GOLDEN_MAPS_FILE, REPORT_FILE)
 
-LineName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+LINE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+LineName = Annotated[str, Field(pattern=LINE_NAME)]
 BundleVersion = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

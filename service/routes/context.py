@@ -79,7 +79,7 @@ class Context:
             for status in self.registry.statuses()
             if status.state != "ready"
         ]
-        return lines or [{"state": "loading", "reason": "No line is loaded; the store may be empty."}]
+        return lines or [{"state": "loading", "reason": self.registry.why_empty}]
 
 
 def context_of(request: Request) -> Context:

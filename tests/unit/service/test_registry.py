@@ -1,6 +1,7 @@
 """Promises of the registry: only what was proved on this device answers, and nobody steps back silently."""
 
 import json
+import os
 import time
 
 import numpy as np
@@ -79,6 +80,64 @@ def test_load_when_bundle_holds_then_line_is_ready_on_its_newest_version(shelf):
     assert policy.policy.fail_threshold == 0.3
     assert registry.versions("demo_line") == ["9", "10"]
     assert newest.name == "10"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda _: None, "The store can't be read: No such file or directory."),
+        (lambda path: path.write_text("no directory"), "The store can't be read: Not a directory."),
+        (lambda path: path.mkdir(), "No line is loaded; the store may be empty."),
+    ],
+    ids=["missing", "a file", "empty"],
+)
+def test_load_when_the_store_is_no_store_then_never_ready_and_says_why(shelf, spoil, sentence):
+    """A wrong path is told apart from an empty store, without naming the path to callers."""
+    spoil(shelf.path)
+
+    registry = shelf.load()
+
+    assert not registry.is_ready
+    assert registry.statuses() == []
+    assert registry.why_empty == sentence
+
+
+def test_load_when_the_volume_has_folders_of_its_own_then_they_are_not_looked_into(shelf):
+    """`lost+found` and hidden folders are no bundles; whatever lies in them, lines are served."""
+    make_bundle(shelf.path)
+    for name in ("lost+found", ".trash", "..data"):
+        make_bundle(shelf.path, "other_line").parent.rename(shelf.path / name)
+
+    registry = shelf.load()
+
+    assert registry.is_ready
+    assert states(registry) == {"demo_line": "ready"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable to root")
+def test_load_when_one_folder_can_not_be_read_then_only_its_line_is_refused(shelf):
+    """A folder without rights takes down its own line, with a reason, and no other."""
+    make_bundle(shelf.path)
+    locked = make_bundle(shelf.path, "other_line").parent
+    locked.chmod(0)
+
+    registry = shelf.load()
+    locked.chmod(0o700)
+
+    assert states(registry) == {"demo_line": "ready", "other_line": "refused"}
+    assert registry.status("other_line").reason == "Its folder can't be read: Permission denied."
+
+
+def test_load_when_a_manifest_is_a_pipe_then_refused_and_the_others_are_served(shelf):
+    """Nothing in the store can make loading wait for ever."""
+    make_bundle(shelf.path)
+    manifest = make_bundle(shelf.path, "other_line") / "manifest.json"
+    manifest.unlink()
+    os.mkfifo(manifest)
+
+    registry = shelf.load()
+
+    assert states(registry) == {"demo_line": "ready", "other_line": "refused"}
 
 
 def test_load_when_line_is_live_then_metrics_say_what_serves_it(shelf):
