@@ -88,7 +88,7 @@ class Inspection:
         p_value: share of calibration good parts at least this anomalous, in (0, 1].
         review_threshold: of the policy.
         fail_threshold: of the policy.
-        frame: as decoded; its pixels may be smaller than the original.
+        frame: its size, and pixels that may be smaller; without a heatmap to draw, just what the network took.
         anomaly_map: `(h, w)` float32.
         window: where the map lies on the original frame, `(top, left, height, width)` in its pixels.
         policy: that judged.

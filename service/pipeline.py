@@ -178,4 +178,7 @@ def _decode_and_fit(
         frame = decode_image(request.data, limits, spec.resize_target)
     else:
         frame = decode_raw(request.data, raw.pixel_format, raw.width, raw.height, raw.stride, limits)
-    return frame, fit_to_input(frame.pixels, spec)
+    fitted = fit_to_input(frame.pixels, spec)
+    if request.heatmap == "none":  # then nobody looks at the pixels again, and frames that wait stay small
+        frame = Frame(fitted, frame.height, frame.width)
+    return frame, fitted

@@ -25,7 +25,17 @@ from service.inspection import RawLayout
 from service.pipeline import Pipeline
 from service.registry import BatcherOptions, Registry
 from service.telemetry import Telemetry
-from tests.factories import encode, make_bundle, make_frame, make_policy, make_runner
+from tests.factories import (
+    FRAME_HEIGHT,
+    FRAME_WIDTH,
+    HEIGHT,
+    WIDTH,
+    encode,
+    make_bundle,
+    make_frame,
+    make_policy,
+    make_runner,
+)
 from tests.fakes import in_loop
 from tests.gated_engine import GatedEngine
 from tests.inspections import make_request
@@ -243,3 +253,14 @@ async def test_inspect_when_draining_then_answers_what_was_accepted_and_refuses_
         inspections = await asyncio.gather(*accepted)
 
     assert [i.judgement.verdict for i in inspections] == [Verdict.PASS] * 4
+
+
+@pytest.mark.parametrize(("heatmap", "kept"), [("none", (HEIGHT, WIDTH)), ("overlay", (FRAME_HEIGHT, FRAME_WIDTH))])
+@in_loop
+async def test_inspect_when_no_heatmap_is_wanted_then_only_the_networks_pixels_are_kept(store, heatmap, kept):
+    """Large frames that wait for their run hold their full pixels only where a picture is drawn of them."""
+    async with open_pipeline(store) as (pipeline, _):
+        inspection = await pipeline.inspect(make_request(heatmap=heatmap))
+
+    assert inspection.frame.pixels.shape[:2] == kept
+    assert (inspection.frame.height, inspection.frame.width) == (FRAME_HEIGHT, FRAME_WIDTH)

@@ -480,3 +480,15 @@ def test_resizing_a_mask_when_enlarged_by_a_whole_factor_repeats_it():
 def test_resizing_pixels_when_asked_returns_height_before_width():
     """Pictures for people obey the same order of sizes."""
     assert frames.resize_pixels(make_frame(10, 20), 5, 8).shape == (5, 8, 3)
+
+
+@pytest.mark.parametrize("side", [9_600, 20_000], ids=["where Pillow warns", "where Pillow refuses"])
+def test_header_when_the_frame_is_larger_than_the_codec_likes_then_only_our_limit_counts(side):
+    """Long frames of line cameras are let in by whoever raises the limit, without a warning, and refused otherwise."""
+    header = png(side, side, 8, 0, b"")
+
+    promised = read_header(header, FrameLimits(max_pixels=side * side))
+
+    assert (promised.height, promised.width) == (side, side)
+    with pytest.raises(FrameTooLarge, match=f"{side * side - 1} pixels"):
+        read_header(header, FrameLimits(max_pixels=side * side - 1))
