@@ -5,6 +5,7 @@ Pure: arrays in, arrays and small records out.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 Window = tuple[float, float, float, float]
 Polygon = tuple[tuple[float, float], ...]
+
+_HALF_A_CELL = 1.0  # in half pixels, the unit of `_outline`; finer steps are the grid's and not the defect's
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Region:
         y: top edge of the bounding box.
         width: of the bounding box.
         height: of the bounding box.
-        polygon: outer outline as `(x, y)` points.
+        polygon: outer outline as `(x, y)` points, simplified by at most half a cell of the map.
         area_px: area in original pixels.
         peak: largest map value inside.
         mean: mean map value inside.
@@ -84,7 +87,7 @@ def find_regions(
     for label in highest_first[:max_regions]:
         x0, y0, box_w, box_h = (int(v) for v in stats[label, :4])
         inside = labels[y0 : y0 + box_h, x0 : x0 + box_w] == label
-        outline = _outline(inside)
+        outline = _corners(cv2.approxPolyDP(_outline(inside), _HALF_A_CELL, closed=True))
         regions.append(
             Region(
                 x=left + x0 * scale_x,
@@ -125,7 +128,7 @@ def outline_mask(mask: NDArray[np.bool_]) -> tuple[Polygon, ...]:
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     outlines = []
     for label, (x0, y0, box_w, box_h) in enumerate(stats[1:, :4].tolist(), start=1):
-        outline = _outline(labels[y0 : y0 + box_h, x0 : x0 + box_w] == label)
+        outline = _corners(_outline(labels[y0 : y0 + box_h, x0 : x0 + box_w] == label))
         outlines.append(tuple(((x0 + x) / w, (y0 + y) / h) for x, y in outline))
     return tuple(outlines)
 
@@ -138,8 +141,8 @@ def draw_outlines(pixels: NDArray[np.uint8], polygons: Sequence[Polygon], colour
         cv2.polylines(pixels, [points], isClosed=True, color=colour, thickness=thickness, lineType=cv2.LINE_AA)
 
 
-def _outline(inside: NDArray[np.bool_]) -> list[tuple[float, float]]:
-    """Trace the outer edge of one component, `(x, y)` with pixel i spanning [i, i + 1].
+def _outline(inside: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Trace the outer edge of one component, `(n, 1, 2)` as `(x, y)` in half pixels, pixel i spanning [2i, 2i + 2].
 
     The tracer walks from pixel centre to pixel centre, so it is given the grid of the pixels' corners, edges and
     centres, twice as fine: then its walk runs along the pixels' outer edges and one pixel has an area of one.
@@ -150,7 +153,12 @@ def _outline(inside: NDArray[np.bool_]) -> list[tuple[float, float]]:
     cv2.dilate(fine, np.ones((3, 3), np.uint8), dst=fine)
     contours, _ = cv2.findContours(fine, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     (contour,) = contours
-    return [(x / 2, y / 2) for x, y in contour[:, 0, :].tolist()]
+    return np.asarray(contour, np.int32)
+
+
+def _corners(outline: NDArray[Any]) -> list[tuple[float, float]]:
+    """Return an outline's points `(x, y)` with pixel i spanning [i, i + 1]."""
+    return [(x / 2, y / 2) for x, y in outline[:, 0, :].tolist()]
 
 
 def _round_up(threshold: float) -> np.float32:

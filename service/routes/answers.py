@@ -13,6 +13,7 @@ from service.contract.regions import Region
 from service.inspection import Inspection
 
 MEDIA_TYPE_OF_HEATMAP = {"png": "image/png", "overlay": "image/png", "f16": "application/octet-stream"}
+_DECIMALS = 2  # of coordinates; hundredths of a pixel say more than any map knows
 STAGES = ("receive", "decode", "queue", "infer", "postprocess")
 
 
@@ -83,10 +84,11 @@ def _link(inspection: Inspection) -> dict[str, str] | None:
 
 
 def _describe_region(region: Region) -> dict[str, Any]:
+    box = {"x": region.x, "y": region.y, "width": region.width, "height": region.height}
     return {
-        "box": {"x": region.x, "y": region.y, "width": region.width, "height": region.height},
-        "polygon": region.polygon,
-        "area_px": region.area_px,
+        "box": {side: round(value, _DECIMALS) for side, value in box.items()},
+        "polygon": [(round(x, _DECIMALS), round(y, _DECIMALS)) for x, y in region.polygon],
+        "area_px": round(region.area_px, _DECIMALS),
         "peak": region.peak,
         "mean": region.mean,
     }

@@ -79,6 +79,8 @@ def test_answer_when_there_is_a_defect_then_its_region_lies_on_it_in_pixels_of_t
     assert region["box"]["height"] == pytest.approx(FRAME_HEIGHT // 4, abs=2 * cell)
     assert region["box"]["width"] == pytest.approx(FRAME_WIDTH // 4, abs=2 * cell)
     assert region["polygon"][0] != region["polygon"][1]
+    told = [*region["box"].values(), *(value for point in region["polygon"] for value in point), region["area_px"]]
+    assert all(value == round(value, 2) for value in told)
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
