@@ -26,8 +26,11 @@ from tritonclient.utils import InferenceServerException
 
 from service.app import create_app, start_draining
 from service.contract.bundle import Bundle, load_bundle
+from service.engines.engine import EngineOutput
+from service.errors import EngineFailed
 from service.settings import Settings
 from tests.factories import HEIGHT, POOL, WIDTH, encode, make_bundle, make_frame, make_policy, make_runner
+from tests.gated_engine import GatedEngine
 from tests.servers import PATIENCE_S, ServerProcess, Side, held_engine, serve_in_thread, wait_until, wait_until_ready
 
 MODEL = "demo_line"
@@ -480,6 +483,38 @@ def test_frames_when_one_of_three_is_damaged_then_the_request_fails_and_none_pas
         client.infer(MODEL, [images(GOOD, DEFECT[:-200], GOOD)])
 
     assert counted() - before == 3
+
+
+def _raise(_: Any) -> Any:
+    raise EngineFailed("The runtime failed on this batch; the parts have no verdict.")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _raise,
+        lambda output: EngineOutput(np.full_like(output.scores, np.nan), output.anomaly_maps),
+        lambda output: EngineOutput(output.scores, np.full_like(output.anomaly_maps, np.inf)),
+        lambda output: EngineOutput(output.scores[:0], output.anomaly_maps[:0]),
+    ],
+    ids=["raises", "score is not a number", "map is infinite", "answers are missing"],
+)
+def test_frames_when_the_engine_fails_on_one_of_three_then_500_and_no_numbers(tmp_path, spoil):
+    """A fault of ours under one frame takes all verdicts of its request along, and the next request passes."""
+    make_bundle(tmp_path)
+    gate = GatedEngine()
+    with serve_in_thread(Settings(store_directory=tmp_path, runners=1), gate.open) as http:
+        wait_until_ready(http)
+        runs = iter(range(3))
+        gate.spoil = lambda output: spoil(output) if next(runs, None) == 1 else output
+        with closing(triton.InferenceServerClient(f"127.0.0.1:{http.base_url.port}")) as client:
+            with pytest.raises(InferenceServerException) as failed:
+                client.infer(MODEL, [images(GOOD, GOOD, GOOD)])
+            gate.spoil = None
+
+            after = client.infer(MODEL, [images(GOOD, GOOD, GOOD)])
+    assert failed.value.status() == "500"
+    assert after.as_numpy("verdict").tolist() == [b"PASS"] * 3
 
 
 def test_readiness_when_a_model_is_loading_then_false_and_its_frames_are_refused(tmp_path):

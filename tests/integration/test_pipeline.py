@@ -131,6 +131,33 @@ async def test_inspect_when_frame_is_raw_then_answer_equals_that_of_the_image(st
 
 
 @in_loop
+async def test_inspect_when_data_is_the_networks_input_then_it_is_neither_resized_nor_cropped(store):
+    """Pixels of the input's size reach the network as they are, and regions lie on these very pixels."""
+    pixels = make_frame(HEIGHT, WIDTH, defect=True)
+    scores, maps = make_runner(load_bundle(store / "demo_line" / "1").model)(pixels[None])
+    async with open_pipeline(store) as (pipeline, _):
+        inspection = await pipeline.inspect(make_request(data=pixels.tobytes(), is_network_input=True))
+
+    [region] = inspection.judgement.regions
+    assert inspection.judgement.score == float(scores[0])
+    np.testing.assert_array_equal(inspection.anomaly_map, maps[0])
+    assert inspection.judgement.verdict is Verdict.FAIL
+    assert (inspection.frame.height, inspection.frame.width) == (HEIGHT, WIDTH)
+    assert inspection.window == (0, 0, HEIGHT, WIDTH)
+    assert (region.x, region.y) == (WIDTH // 2, 3 * HEIGHT // 8)
+
+
+@pytest.mark.parametrize("change", [-1, 1], ids=["a byte less", "a byte more"])
+@in_loop
+async def test_inspect_when_data_is_not_the_networks_input_then_refused(store, change):
+    """Another number of bytes than the network takes is no frame."""
+    data = bytes(HEIGHT * WIDTH * 3 + change)
+    async with open_pipeline(store) as (pipeline, _):
+        with pytest.raises(UnreadableFrame, match="32 x 48"):
+            await pipeline.inspect(make_request(data=data, is_network_input=True))
+
+
+@in_loop
 async def test_inspect_when_jpeg_is_large_then_sees_the_pixels_that_calibration_sees(store):
     """The service decodes a JPEG at the same reduced scale as training does."""
     data = encode(make_frame(96, 100, defect=True), "JPEG", quality=95)
