@@ -26,7 +26,6 @@ Symbols: F, F^ = `features`, `rebuilt` (B, C, h, w) · x = `tokens` (B, N, D) ·
 embedding of F · z = `centres` (B, M, D) · s = `scores` (B, N) · sigma = `mask_deviations` · k = `patch_size`.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +34,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.backbones import CnnBackbone
+from models.blocks.initial_values import draw_defaults
 from models.blocks.maps import map_deviation, require_image_size
+from models.blocks.packing import pack, unpack
 from models.blocks.patches import patchify, unpatchify
 from models.blocks.smoothing import SmoothUpsampling
 from models.blocks.transformer import TransformerBlock, sincos_positions
@@ -154,9 +155,7 @@ class AmiNet(nn.Module):
     def _initialise(self, generator: torch.Generator) -> None:
         nn.init.normal_(self.centre_queries, std=0.02, generator=generator)
         for embedding in (self.patch_embedding, self.centre_embedding):
-            bound = 1 / math.sqrt(embedding.weight[0].numel())
-            for parameter in embedding.parameters():
-                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+            draw_defaults(embedding, generator)
         nn.init.xavier_uniform_(self.patch_embedding.weight.data.flatten(1), generator=generator)
         for part in (self.centre_blocks, self.blocks, self.prediction):
             for module in part.modules():
@@ -195,7 +194,7 @@ class AmiNet(nn.Module):
             RuntimeError: if the backbone has no weights.
         """
         require_image_size(images, self.image_size)
-        return torch.cat([layer.flatten(1) for layer in self.backbone(images)], dim=1)
+        return pack(self.backbone(images))
 
     def loss(self, encoded: Tensor, step: int) -> dict[str, Tensor]:
         """Return the four terms of the loss of encoded frames: direction, distance, compactness and diversity."""
@@ -257,13 +256,11 @@ class AmiNet(nn.Module):
             (channels, *_divide(self.image_size, stride))
             for channels, stride in zip(self.backbone.channels, self.backbone.strides, strict=True)
         ]
-        rows = torch.split(encoded, [math.prod(shape) for shape in shapes], dim=1)
-        layers = [row.reshape(-1, *shape) for row, shape in zip(rows, shapes, strict=True)]
         resized = [
             layer
             if shape[1:] == self.feature_grid
             else functional.interpolate(layer, size=self.feature_grid, mode="bilinear", align_corners=True)
-            for layer, shape in zip(layers, shapes, strict=True)
+            for layer, shape in zip(unpack(encoded, shapes), shapes, strict=True)
         ]
         # The zeros around the border count in the mean, as they do in the released models.
         return functional.avg_pool2d(torch.cat(resized, dim=1), 3, stride=1, padding=1)
