@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -28,6 +29,8 @@ _log = logging.getLogger("flawline")
 
 # Longer than the pause between two parts, so that cameras need no new connection for each; also for a head to arrive.
 _KEEP_ALIVE_S = 75
+# After the time for draining, for threads that should have ended; then the process ends without them.
+_LAST_GRACE_S = 2
 _SERVE_HELP = """Serve the lines of a store to cameras.
 
 Every option is also a setting of the environment (FLAWLINE_STORE_DIRECTORY, FLAWLINE_PORT, ...); the option wins.
@@ -139,7 +142,7 @@ def serve(
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
     )
-    server = _Server(config, lambda: start_draining(app))
+    server = _Server(config, lambda: start_draining(app), settings.drain_timeout_s + _LAST_GRACE_S)
     server.run()
     raise typer.Exit(server.exit_code)
 
@@ -150,15 +153,17 @@ class _Server(uvicorn.Server):
     Uvicorn itself raises the signal again when it has ended, so that an orderly stop would look like a kill.
     """
 
-    def __init__(self, config: uvicorn.Config, when_told_to_stop: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, when_told_to_stop: Callable[[], None], end_within_s: float) -> None:
         super().__init__(config)
         self.exit_code = 0
         self._when_told_to_stop = when_told_to_stop
+        self._end_within_s = end_within_s
 
     def give_up(self) -> None:
         """Stop, and end with an exit code that wants a restart."""
         self.exit_code = 1
         self.should_exit = True
+        self._bound_the_end()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -172,6 +177,19 @@ class _Server(uvicorn.Server):
         self._when_told_to_stop()
         super().handle_exit(sig, frame)
         self._captured_signals.clear()
+        self._bound_the_end()
+
+    def _bound_the_end(self) -> None:
+        """End the process even where some thread never does: a codec, or a file system that does not answer."""
+        timer = threading.Timer(self._end_within_s, _end_now)
+        timer.daemon = True
+        timer.start()
+
+
+def _end_now() -> NoReturn:
+    _log.error("the process did not end by itself in time, and is ended")
+    logging.shutdown()
+    os._exit(1)
 
 
 def _about() -> None:

@@ -66,8 +66,12 @@ def create_app(
         yield
         watching.cancel()
         context.lifecycle.start_draining()
-        await context.registry.drain()
-        await context.after_answers.finish()
+        try:
+            async with asyncio.timeout(settings.drain_timeout_s):
+                await context.registry.drain()
+                await context.after_answers.finish()
+        except TimeoutError:
+            _log.error("draining took too long; the service ends without what is left")
         context.registry.close()
         context.pipeline.close()
 

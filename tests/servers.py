@@ -56,10 +56,18 @@ class ServerProcess:
         store: directory of bundles.
         environment: more settings.
         options: of the command line.
+        before: statements that run in the process before it serves.
     """
 
-    def __init__(self, store: Path, environment: Mapping[str, str] | None = None, options: Sequence[str] = ()) -> None:
-        command = [sys.executable, "-m", "service", "serve", "--store", str(store), "--port", "0", *options]
+    def __init__(
+        self,
+        store: Path,
+        environment: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
+        before: str = "pass",
+    ) -> None:
+        program = f"{before}; from service.__main__ import main; main()"
+        command = [sys.executable, "-c", program, "serve", "--store", str(store), "--port", "0", *options]
         self._process = subprocess.Popen(
             command,
             env={**os.environ, **(environment or {})},

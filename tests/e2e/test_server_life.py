@@ -3,9 +3,11 @@
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from tests.factories import encode, make_bundle, make_frame, make_graph, reseal
@@ -143,6 +145,26 @@ def test_server_when_its_log_is_read_then_every_line_is_json_and_each_frame_has_
     assert (inspections["r-2"]["verdict"], inspections["r-2"]["code"]) == ("NO_VERDICT", "unreadable_frame")
     assert (inspections[replaced]["verdict"], inspections[replaced]["code"]) == ("NO_VERDICT", "parameter_invalid")
     assert inspections["r-1"]["seconds"].keys() >= {"decode", "infer", "total"}
+
+
+def test_server_when_a_reader_stalls_and_a_thread_never_ends_then_it_still_ends_in_time(tmp_path):
+    """The time for draining bounds the end: neither a client that stops reading nor a stuck thread can stretch it."""
+    make_bundle(tmp_path)
+    brief = {f"FLAWLINE_{name}_S": "2" for name in ("DEFAULT_DEADLINE", "MAX_DEADLINE", "DRAIN_TIMEOUT")}
+    stuck = "import threading; threading.Thread(target=threading.Event().wait).start()"
+    noise = encode(np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8), "BMP")
+    with ServerProcess(tmp_path, brief, before=stuck) as server:
+        server.ready()
+        with server.http.stream("POST", INSPECT, content=noise, headers=PNG | {"Accept": "image/png"}) as answer:
+            told_at = time.monotonic()
+            server.terminate()
+            exit_code = server.exit_code()
+            took_s = time.monotonic() - told_at
+
+    assert answer.status_code == 200
+    assert exit_code == 1
+    assert took_s < PATIENCE_S / 4
+    assert "the process did not end by itself in time, and is ended" in {event["message"] for event in server.events()}
 
 
 @pytest.mark.parametrize(

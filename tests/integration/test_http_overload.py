@@ -196,6 +196,18 @@ def test_caller_when_it_hangs_up_then_its_frame_is_dropped_and_counted(store):
         assert len(engine.batches) == runs
 
 
+def test_service_when_work_behind_an_answer_never_ends_then_draining_still_does(store):
+    """What is recorded after an answer can't keep the service from ending."""
+    app = create_app(Settings(store_directory=store, default_deadline_s=0.2, max_deadline_s=0.2, drain_timeout_s=0.2))
+
+    async def live_and_end() -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            async with app.router.lifespan_context(app):
+                app.state.context.after_answers.start("never", asyncio.Event().wait())
+
+    asyncio.run(live_and_end())  # returns
+
+
 def test_engine_when_it_fails_on_one_frame_then_500_and_the_next_one_passes(store):
     """A failing run is our fault and no verdict; the golden frames show that the engine still works."""
     with _serving(store) as (http, engine):
