@@ -385,20 +385,11 @@ def test_open_inference_client_when_it_asks_then_every_call_works(bundle, server
 
 
 def _bytes_input(data: bytes, frames: int = 1, size: int | None = None) -> dict[str, Any]:
-    element = len(data).to_bytes(4, "little") + data
-    head = json.dumps(
-        {
-            "inputs": [
-                {
-                    "name": "encoded_frames",
-                    "shape": [frames],
-                    "datatype": "BYTES",
-                    "parameters": {"binary_data_size": len(element) if size is None else size},
-                }
-            ]
-        }
-    ).encode()
-    return {"content": head + element, "headers": {"Inference-Header-Content-Length": str(len(head))}}
+    tensor = frames * (len(data).to_bytes(4, "little") + data)
+    parameters = {"binary_data_size": len(tensor) if size is None else size}
+    entry = {"name": "encoded_frames", "shape": [frames], "datatype": "BYTES", "parameters": parameters}
+    head = json.dumps({"inputs": [entry]}).encode()
+    return {"content": head + tensor, "headers": {"Inference-Header-Content-Length": str(len(head))}}
 
 
 def _json_input(**changes: Any) -> dict[str, Any]:
@@ -607,6 +598,31 @@ def test_queue_when_full_or_stuck_then_503_at_once_and_504_on_time_and_the_accep
     assert f'flawline_queue_depth{{engine="{MODEL}"}} 1.0' in after  # the refused request gave its places back
 
 
+def test_caller_when_it_hangs_up_then_every_frame_of_its_request_is_dropped_and_counted(tmp_path):
+    """Nobody is worked for who has left: all places of the request are free again, and each frame is counted."""
+    make_bundle(tmp_path)
+    gate = GatedEngine()
+    patient = dict.fromkeys(("default_deadline_s", "max_deadline_s", "drain_timeout_s", "stuck_after_s"), LONG_S)
+    with serve_in_thread(Settings(store_directory=tmp_path, runners=1, **patient), gate.open) as http:
+        wait_until_ready(http)
+        gate.hold()
+        try:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(http.base_url.join(INFER), **_bytes_input(GOOD, frames=3), timeout=1)
+            wait_until(
+                lambda: (
+                    f'flawline_no_verdict_total{{line="{MODEL}",reason="caller_left"}} 3.0' in http.get("/metrics").text
+                ),
+                "the count",
+            )
+            free = http.get("/metrics").text
+        finally:
+            gate.release()
+
+        assert http.post(INFER, **_RIGHT).json()["outputs"][2]["data"] == ["PASS"]
+    assert f'flawline_queue_depth{{engine="{MODEL}"}} 0.0' in free
+
+
 @pytest.mark.parametrize(
     ("key", "method", "url", "status"),
     [
@@ -653,19 +669,9 @@ def test_keys_when_a_reader_lists_then_only_its_own_models_are_named(guarded):
 
 def test_quota_when_a_request_holds_more_frames_than_are_left_then_429_and_nothing_is_inspected(guarded):
     """Every frame of a request counts."""
-    element = len(GOOD).to_bytes(4, "little") + GOOD
-    inputs = [
-        {
-            "name": "encoded_frames",
-            "shape": [3],
-            "datatype": "BYTES",
-            "parameters": {"binary_data_size": 3 * len(element)},
-        }
-    ]
-    head = json.dumps({"inputs": inputs}).encode()
-    headers = {"X-API-Key": "slow", "Inference-Header-Content-Length": str(len(head))}
+    request = _bytes_input(GOOD, frames=3)
 
-    answer = guarded.post(INFER, content=head + 3 * element, headers=headers)
+    answer = guarded.post(INFER, content=request["content"], headers={"X-API-Key": "slow"} | request["headers"])
 
     assert answer.status_code == 429
     assert "2 frames a minute" in answer.json()["error"]
