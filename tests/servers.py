@@ -57,6 +57,7 @@ class ServerProcess:
         environment: more settings.
         options: of the command line.
         before: statements that run in the process before it serves.
+        interpreter: of another environment, whose installed package then serves; this one's where absent.
     """
 
     def __init__(
@@ -65,12 +66,24 @@ class ServerProcess:
         environment: Mapping[str, str] | None = None,
         options: Sequence[str] = (),
         before: str = "pass",
+        interpreter: Path | None = None,
     ) -> None:
         program = f"{before}; from service.__main__ import main; main()"
-        command = [sys.executable, "-c", program, "serve", "--store", str(store), "--port", "0", *options]
+        command = [
+            str(interpreter or sys.executable),
+            "-c",
+            program,
+            "serve",
+            "--store",
+            str(store),
+            "--port",
+            "0",
+            *options,
+        ]
         self._process = subprocess.Popen(
             command,
             env={**os.environ, **(environment or {})},
+            cwd=None if interpreter is None else store,  # else Python would import the sources that lie here
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
