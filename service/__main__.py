@@ -144,7 +144,7 @@ def serve(
     )
     server = _Server(config, lambda: start_draining(app), settings.drain_timeout_s + _LAST_GRACE_S)
     server.run()
-    raise typer.Exit(server.exit_code)
+    _end(server.exit_code)
 
 
 class _Server(uvicorn.Server):
@@ -181,15 +181,20 @@ class _Server(uvicorn.Server):
 
     def _bound_the_end(self) -> None:
         """End the process even where some thread never does: a codec, or a file system that does not answer."""
-        timer = threading.Timer(self._end_within_s, _end_now)
+        timer = threading.Timer(self._end_within_s, _end_late)
         timer.daemon = True
         timer.start()
 
 
-def _end_now() -> NoReturn:
+def _end_late() -> None:
     _log.error("the process did not end by itself in time, and is ended")
+    _end(1)
+
+
+def _end(exit_code: int) -> NoReturn:
+    """End without taking the interpreter down: a thread that is still inside the runtime would abort the process."""
     logging.shutdown()
-    os._exit(1)
+    os._exit(exit_code)
 
 
 def _about() -> None:

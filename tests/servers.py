@@ -68,7 +68,7 @@ class ServerProcess:
         before: str = "pass",
         interpreter: Path | None = None,
     ) -> None:
-        program = f"{before}; from service.__main__ import main; main()"
+        program = f"{before}\nfrom service.__main__ import main; main()"
         command = [
             str(interpreter or sys.executable),
             "-c",

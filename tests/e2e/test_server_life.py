@@ -17,6 +17,15 @@ INSPECT = "/v1/lines/demo_line/inspect"
 PNG = {"Content-Type": "image/png"}
 GOOD = encode(make_frame())
 CAMERAS = 4
+# A server whose end waits for a thread that never comes back, as from a file system that does not answer.
+NEVER_ENDS = """
+import asyncio, threading, uvicorn
+serve = uvicorn.Server.serve
+async def stuck(self, sockets=None):
+    await serve(self, sockets)
+    await asyncio.to_thread(threading.Event().wait)
+uvicorn.Server.serve = stuck
+"""
 
 
 def test_server_when_started_then_alive_first_and_ready_only_when_proven(tmp_path):
@@ -151,9 +160,8 @@ def test_server_when_a_reader_stalls_and_a_thread_never_ends_then_it_still_ends_
     """The time for draining bounds the end: neither a client that stops reading nor a stuck thread can stretch it."""
     make_bundle(tmp_path)
     brief = {f"FLAWLINE_{name}_S": "2" for name in ("DEFAULT_DEADLINE", "MAX_DEADLINE", "DRAIN_TIMEOUT")}
-    stuck = "import threading; threading.Thread(target=threading.Event().wait).start()"
     noise = encode(np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8), "BMP")
-    with ServerProcess(tmp_path, brief, before=stuck) as server:
+    with ServerProcess(tmp_path, brief, before=NEVER_ENDS) as server:
         server.ready()
         with server.http.stream("POST", INSPECT, content=noise, headers=PNG | {"Accept": "image/png"}) as answer:
             told_at = time.monotonic()
