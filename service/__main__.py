@@ -124,6 +124,7 @@ def serve(
     try:
         settings = read_settings()
         log_json_lines(settings.log_level)
+        logging.captureWarnings(capture=True)  # a codec's complaints about a frame are lines of JSON like all others
         app = create_app(settings, when_lost=lambda: server.give_up())  # noqa: PLW0108 - made below
     except (SettingsInvalid, KeysFileInvalid) as error:
         _leave(str(error))

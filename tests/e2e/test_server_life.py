@@ -143,16 +143,20 @@ def test_server_when_its_log_is_read_then_every_line_is_json_and_each_frame_has_
         server.http.post(INSPECT, content=GOOD, headers=PNG | {"X-Request-Id": "r-1", "X-Part-Id": "917"})
         server.http.post(INSPECT, content=b"no image", headers=PNG | {"X-Request-Id": "r-2"})
         replaced = server.http.post(INSPECT, content=GOOD, headers=PNG | {"X-Request-Id": "r 3"}).json()["request_id"]
+        tiff = encode(make_frame(), "TIFF")[:20]  # of which Pillow warns
+        server.http.post(INSPECT, content=tiff, headers={"Content-Type": "image/tiff", "X-Request-Id": "r-4"})
         server.terminate()
         server.exit_code()
         log, events = list(server.log), list(server.events())
 
     inspections = {event["request_id"]: event for event in events if event["message"] == "inspection"}
     assert len(log) == len(events)
-    assert sum(event["message"] == "inspection" for event in events) == 3
+    assert sum(event["message"] == "inspection" for event in events) == 4
     assert (inspections["r-1"]["verdict"], inspections["r-1"]["part_id"]) == ("PASS", "917")
     assert (inspections["r-2"]["verdict"], inspections["r-2"]["code"]) == ("NO_VERDICT", "unreadable_frame")
     assert (inspections[replaced]["verdict"], inspections[replaced]["code"]) == ("NO_VERDICT", "parameter_invalid")
+    assert inspections["r-4"]["code"] == "unreadable_frame"
+    assert "py.warnings" in {event["logger"] for event in events}
     assert inspections["r-1"]["seconds"].keys() >= {"decode", "infer", "total"}
 
 
