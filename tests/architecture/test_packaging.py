@@ -16,6 +16,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Not installed by any test: they need a GPU machine, where docker/ pins them.
 NOT_PINNED_HERE = frozenset({"cuda-python", "onnxruntime-gpu", "tensorrt"})
 
+# The one network of our own making; its model card lies beside it.
+EMBEDDED_WEIGHTS = "models/weights/embedded.safetensors"
+
 ALLOWED_ENTRIES = frozenset(
     {".ci", ".dockerignore", ".gitattributes", ".github", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md"}
     | {"LICENSE", "Makefile", "README.md", "SECURITY.md", "constraints.txt", "docker", "docs", "k8s", "models"}
@@ -76,13 +79,14 @@ def test_repository_when_listed_holds_known_entries_only():
     assert {file.partition("/")[0] for file in tracked_files()} - ALLOWED_ENTRIES == set()
 
 
-def test_repository_when_listed_holds_no_weights_and_nothing_large():
-    """Weights, data sets and bundles are not tracked; stored pixels for tests stay small."""
-    present = [ROOT / file for file in tracked_files() if (ROOT / file).is_file()]
+def test_repository_when_listed_holds_only_our_own_weights_and_nothing_large():
+    """Fetched weights, data sets and bundles are not tracked; the embedded backbone and stored pixels stay small."""
+    present = [ROOT / file for file in tracked_files() if (ROOT / file).is_file() and file != EMBEDDED_WEIGHTS]
     banned = {".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".onnx", ".safetensors", ".plan", ".engine", ".joblib"}
 
     assert [path.name for path in present if path.suffix in banned] == []
     assert [path.name for path in present if path.stat().st_size > 2**20] == []
+    assert (ROOT / EMBEDDED_WEIGHTS).stat().st_size <= 6_000_000
 
 
 def test_packages_when_typed_say_so():
