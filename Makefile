@@ -6,7 +6,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LINE ?=
-WEIGHTS ?= $(firstword $(wildcard weights ../shared/weights))
 WORKERS ?= 2
 
 # Without a GPU the CUDA build of torch would be several GB for nothing: ask the CPU index for the same version, unless
@@ -29,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## the main job on real frames: fit, evaluate, export, serve, inspect (LINE=folder for your own)
-	$(BIN)/flawline demo $(if $(LINE),--line "$(LINE)") $(if $(WEIGHTS),--weights "$(WEIGHTS)")
+	$(BIN)/flawline demo $(if $(LINE),--line "$(LINE)")
 
 test: $(STAMP) ## every test
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal

@@ -21,8 +21,8 @@ EMBEDDED_WEIGHTS = "models/weights/embedded.safetensors"
 
 ALLOWED_ENTRIES = frozenset(
     {".ci", ".dockerignore", ".gitattributes", ".github", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md"}
-    | {"LICENSE", "Makefile", "README.md", "SECURITY.md", "constraints.txt", "docker", "docs", "k8s", "models"}
-    | {"monitoring", "pyproject.toml", "service", "tests", "training"}
+    | {"LICENSE", "Makefile", "README.md", "constraints.txt", "docker", "k8s", "models"}
+    | {"pyproject.toml", "service", "tests", "training"}
 )
 
 

@@ -4,6 +4,7 @@ Each row is one complete run, from the folder of frames to a bundle, with the co
 backbone is the control: what pretraining has to beat. Nothing is chosen on the test frames.
 
     .venv/bin/python tests/benchmarks/accuracy.py ../shared/data/solar_cell ../shared/data/pcb --seeds 1 2 3
+    .venv/bin/python tests/benchmarks/accuracy.py ../shared/data/pcb --backbone mobilenetv1_100
 """
 
 import argparse

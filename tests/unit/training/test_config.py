@@ -18,7 +18,7 @@ def test_small_configuration_inspects_the_whole_frame_on_a_small_network():
     """The CPU's YAML has no crop and takes the frozen MobileNet."""
     config = load_config("small")
 
-    assert config.detector_config().backbone == "mobilenetv1_100"
+    assert config.detector_config().backbone == "embedded"
     assert config.input.window(300, 300) == (0.0, 0.0, 300.0, 300.0)
 
 
