@@ -41,9 +41,9 @@ TINY_RUN: dict[str, Any] = {
 }
 
 
-def write_line(folder: Path, *, tested: bool = True, masks: bool = True) -> Path:
+def write_line(folder: Path, *, good: int = GOOD, tested: bool = True, masks: bool = True) -> Path:
     """Write a line in the MVTec layout and return its folder."""
-    for index in range(GOOD):
+    for index in range(good):
         _write(folder / "train/good" / f"{index:03d}.png", encode(make_frame(_HEIGHT, _WIDTH, seed=index)))
     if not tested:
         return folder

@@ -15,7 +15,7 @@ def test_paper_configuration_gives_the_published_values():
 
 
 def test_small_configuration_inspects_the_whole_frame_on_a_small_network():
-    """The CPU's YAML has no crop and takes the frozen MobileNet."""
+    """The CPU's YAML has no crop and takes the backbone that comes with the package."""
     config = load_config("small")
 
     assert config.detector_config().backbone == "embedded"
