@@ -13,7 +13,8 @@ from service.routes.problems import PROBLEMS, problem_document, responses, retry
 def _family(root: type[FlawlineError]) -> Iterator[type[FlawlineError]]:
     yield root
     for child in root.__subclasses__():
-        yield from _family(child)
+        if child.__module__.startswith("service."):  # training has faults of its own, which never travel over HTTP
+            yield from _family(child)
 
 
 @pytest.mark.parametrize("kind", sorted(set(_family(FlawlineError)), key=lambda kind: kind.__name__))
