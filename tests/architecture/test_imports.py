@@ -34,7 +34,14 @@ DOORS = {
 }
 
 # Where asyncio may be known; everything else is plain functions, and so testable without a loop.
-ASYNC = ("service/app.py", "service/pipeline.py", "service/batcher.py", "service/protocol.py", "service/__main__.py", ROUTES)
+ASYNC = (
+    "service/app.py",
+    "service/pipeline.py",
+    "service/batcher.py",
+    "service/protocol.py",
+    "service/__main__.py",
+    ROUTES,
+)
 
 # Where the environment may be read.
 ENVIRONMENT = ("service/settings.py", "service/__main__.py", "training/__main__.py")
