@@ -1,7 +1,9 @@
 """The demo, on a line that takes seconds: the same run, the same server process, frames posted over real sockets."""
 
 import io
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -9,8 +11,9 @@ from rich.console import Console
 from service.contract.bundle import load_bundle
 from tests.tiny_line import DEFECTS, TEST_GOOD, make_config, write_line
 from training.camera import ServerDidNotStart, post_frames, running_server
+from training.config import load_config
 from training.demo import run_demo
-from training.progress import LineReporter
+from training.progress import LineReporter, SilentReporter
 
 
 def test_demo_when_run_on_a_line_judges_every_test_frame_over_http(tmp_path: Path) -> None:
@@ -33,6 +36,21 @@ def test_demo_when_run_on_a_line_judges_every_test_frame_over_http(tmp_path: Pat
     assert load_bundle(tmp_path / "demo/store/square_line/1").files["report.html"].startswith(b"<!")
 
 
+def test_demo_when_nothing_is_at_hand_needs_no_network(tmp_path: Path) -> None:
+    """With the shipped configuration and no weights named, the embedded backbone serves, and no hub is asked."""
+    asked: list[object] = []
+    sys.addaudithook(lambda event, arguments: _note_names(event, arguments, asked))
+    line = write_line(tmp_path / "line", good=80)
+    config = load_config("small", overrides=["hyperparameters.recipe.iterations=5"])
+
+    run_demo(line, tmp_path / "demo", config, None, (), SilentReporter())
+
+    backbone = load_bundle(tmp_path / "demo/store/line/1").manifest.backbone
+    assert backbone is not None
+    assert (backbone.name, backbone.source) == ("embedded", "embedded.safetensors")
+    assert {host for host in asked if host not in (None, "127.0.0.1", b"127.0.0.1", "localhost")} == set()
+
+
 def test_running_server_when_the_store_is_empty_says_where_the_log_is(tmp_path: Path) -> None:
     """A server that never becomes ready ends the demo with one sentence that names its log."""
     log = tmp_path / "server.log"
@@ -52,6 +70,11 @@ def test_post_frames_when_nobody_answers_counts_as_no_verdict(tmp_path: Path) ->
 
     assert [shot.verdict for shot in shots] == ["NO_VERDICT", "NO_VERDICT"]
     assert all(shot.score is None for shot in shots)
+
+
+def _note_names(event: str, arguments: Any, asked: list[object]) -> None:
+    if event == "socket.getaddrinfo":
+        asked.append(arguments[0])
 
 
 def _rows(lines: list[str], *kinds: str) -> list[str]:
