@@ -19,8 +19,9 @@ Deviations, each with its reason:
 * width, depth and patch are free, so that one CPU core can train and serve a small network.
 As in the reference code, where the paper may be read otherwise: the mask token is learnt, and losses cover all tokens.
 
-The mask is a decision: a token whose score equals its threshold to the last float32 digits may be masked by one runtime
-and not by another, and then the two maps differ around it.
+The published mask is a decision: a token whose score equals its threshold to the last float32 digits is masked by one
+runtime and not by another, and then maps differ by a hundredth of their range. So a mask may be given a short slope
+(`mask_softness`), over which a token fades into the mask token; 0 is the published step.
 
 Symbols: F, F^ = `features`, `rebuilt` (B, C, h, w) · x = `tokens` (B, N, D) · a = `centre_tokens` (B, N, D), a second
 embedding of F · z = `centres` (B, M, D) · s = `scores` (B, N) · sigma = `mask_deviations` · k = `patch_size`.
@@ -41,6 +42,8 @@ from models.blocks.patches import patchify, unpatchify
 from models.blocks.smoothing import SmoothUpsampling
 from models.blocks.transformer import TransformerBlock, sincos_positions
 from models.detector import AnomalyOutput, GradientStage, Recipe, Stage
+
+_TINY = 1e-12  # keeps quotients of nothing by nothing finite
 
 _PAPER_RECIPE = Recipe(
     optimiser="adamw",
@@ -72,6 +75,8 @@ class AmiNetConfig:
         mask_deviations: sigma; a token is masked from so many standard deviations above its cluster's mean score on.
         direction_weight: weight of the cosine term of the loss, next to a squared error of weight 1.
         diversity_weight: weight of the distances between centres, next to a compactness of weight 1.
+        mask_softness: width of the step between visible and masked, as a fraction of the threshold, and of the step
+            between two clusters; 0 is sharp, as published.
         map_size: `(height, width)` of the anomaly map.
         blur_sigma: standard deviation of the Gaussian in pixels of the map; 0 for none.
         seed: seeds the initial values, and with the step all noise and masks of training.
@@ -90,6 +95,7 @@ class AmiNetConfig:
     centres: int = 8
     jitter: float = 20.0
     mask_deviations: float = 0.5
+    mask_softness: float = 0.0
     direction_weight: float = 5.0
     diversity_weight: float = 0.1
     map_size: tuple[int, int] = (256, 256)
@@ -98,26 +104,46 @@ class AmiNetConfig:
     recipe: Recipe = _PAPER_RECIPE
 
 
-def find_outliers(scores: Tensor, nearest: Tensor, centres: int, deviations: float) -> Tensor:
+def assign_tokens(distances: Tensor, softness: float = 0.0) -> Tensor:
+    """Share tokens out to clusters: wholly to the nearest centre, unless another one is as near.
+
+    Args:
+        distances: `(B, N, M)` float32 of tokens to centres.
+        softness: how much farther, as a fraction, a centre may be and still get a part; 0 gives all to the nearest.
+
+    Returns:
+        `(B, N, M)` float32, shares of each token; they add up to 1.
+    """
+    if softness == 0:
+        nearest = distances.argmin(dim=2, keepdim=True)
+        return (nearest == torch.arange(distances.shape[2], device=distances.device)).to(distances.dtype)
+    least = distances.amin(dim=2, keepdim=True)
+    shares = (1 - (distances - least) / (softness * least).clamp_min(_TINY)).clamp_min(0)
+    return shares / shares.sum(dim=2, keepdim=True)
+
+
+def find_outliers(scores: Tensor, members: Tensor, deviations: float, softness: float = 0.0) -> Tensor:
     """Mark the tokens that lie farther from their centre than is usual in their cluster.
 
     Args:
         scores: `(B, N)` float32, distance of each token to its nearest centre.
-        nearest: `(B, N)` int64, which centre that is.
-        centres: M.
+        members: `(B, N, M)` float32, shares of tokens in clusters.
         deviations: standard deviations (unbiased) above the cluster's mean from which on a token is an outlier.
+        softness: width of the step from visible to outlier, as a fraction of the threshold; 0 decides sharply.
 
     Returns:
-        `(B, N)` bool. A cluster of one token has no outliers.
+        `(B, N)` float32, 0 for visible tokens and 1 for outliers. A cluster of one token has no outliers.
     """
-    member = (nearest[..., None] == torch.arange(centres, device=nearest.device)).to(scores.dtype)  # (B, N, M)
-    count = member.sum(dim=1, keepdim=True)  # (B, 1, M)
-    mean = (member * scores[..., None]).sum(dim=1, keepdim=True) / count.clamp_min(1)
+    count = members.sum(dim=1, keepdim=True)  # (B, 1, M)
+    mean = (members * scores[..., None]).sum(dim=1, keepdim=True) / count.clamp_min(_TINY)
     # Two passes: the mean square minus the squared mean would lose the digits that decide at the threshold.
-    square = (member * (scores[..., None] - mean).square()).sum(dim=1, keepdim=True)
-    threshold = mean + deviations * (square / (count - 1).clamp_min(1)).sqrt()
-    own_threshold, own_count = (member * threshold).sum(dim=2), (member * count).sum(dim=2)
-    return (scores >= own_threshold) & (own_count > 1)
+    square = (members * (scores[..., None] - mean).square()).sum(dim=1, keepdim=True)
+    deviation = (square / (count - 1).clamp_min(1)).sqrt()
+    threshold = (members * (mean + deviations * deviation)).sum(dim=2)
+    company = (members * (count - 1).clamp(0, 1)).sum(dim=2)
+    if softness == 0:
+        return (scores >= threshold).to(scores.dtype) * company
+    return (0.5 + (scores - threshold) / (softness * threshold).clamp_min(_TINY)).clamp(0, 1) * company
 
 
 class AmiNet(nn.Module):
@@ -200,7 +226,7 @@ class AmiNet(nn.Module):
         """Return the four terms of the loss of encoded frames: direction, distance, compactness and diversity."""
         generator = torch.Generator().manual_seed(self.config.seed * 2**32 + step)
         features = self._unpack(encoded)
-        masked = self._draw_mask(len(features), generator).to(features.device)
+        masked = self._draw_mask(len(features), generator).to(features)
         return self._weigh_terms(features, masked, generator)
 
     def _weigh_terms(self, features: Tensor, masked: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -231,12 +257,11 @@ class AmiNet(nn.Module):
         return jittered
 
     def _draw_mask(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Choose for each image a uniform share of its tokens, and that many of them at random: `(B, N)` bool."""
+        """Choose for each image a uniform share of its tokens, and that many of them at random: `(B, N)`, 0 or 1."""
         count = self.positions.shape[0]
         wanted = (torch.rand(batch, 1, generator=generator) * count).floor()
         ranks = torch.rand(batch, count, generator=generator).argsort(dim=1).argsort(dim=1)
-        masked: Tensor = ranks < wanted
-        return masked
+        return (ranks < wanted).to(torch.float32)
 
     def forward(self, images: Tensor) -> AnomalyOutput:
         """Judge images `(B, 3, H, W)` float32 in [0, 1].
@@ -246,8 +271,7 @@ class AmiNet(nn.Module):
             RuntimeError: if the backbone has no weights.
         """
         features = self._unpack(self.encode(images))
-        scores, nearest = self._score_tokens(features)
-        masked = find_outliers(scores, nearest, self.config.centres, self.config.mask_deviations)
+        masked = self._find_mask(self._measure_tokens(features))
         return self._finish_map(features, self._rebuild(features, masked))
 
     def _unpack(self, encoded: Tensor) -> Tensor:
@@ -272,15 +296,21 @@ class AmiNet(nn.Module):
         centres: Tensor = self.centre_norm(x[:, : self.config.centres])
         return centres
 
-    def _score_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each token's distance to its nearest centre, and which one that is: `(B, N)` float32 and int64."""
+    def _measure_tokens(self, features: Tensor) -> Tensor:
+        """Return the distances of tokens to the image's centres `(B, N, M)`."""
         centre_tokens = _embed(self.centre_embedding, features)
-        distances = _distances(centre_tokens + self.positions, self._gather_centres(centre_tokens))
-        return distances.amin(dim=2), distances.argmin(dim=2)
+        return _distances(centre_tokens + self.positions, self._gather_centres(centre_tokens))
+
+    def _find_mask(self, distances: Tensor) -> Tensor:
+        """Return the adaptive mask `(B, N)`, 1 where a token is hidden."""
+        softness = self.config.mask_softness
+        members = assign_tokens(distances, softness)
+        return find_outliers(distances.amin(dim=2), members, self.config.mask_deviations, softness)
 
     def _hide(self, tokens: Tensor, masked: Tensor) -> Tensor:
-        """Put the mask token in place of masked ones."""
-        return torch.where(masked[..., None], self.mask_token, tokens)
+        """Put the mask token in place of masked ones, a mixture where the mask lies between 0 and 1."""
+        share = masked[..., None]
+        return (1 - share) * tokens + share * self.mask_token
 
     def _inpaint(self, tokens: Tensor) -> Tensor:
         """Predict the features under all tokens `(B, N, D)` without positions: `(B, N, k k C)`."""
@@ -329,10 +359,11 @@ def _embed(embedding: nn.Conv2d, features: Tensor) -> Tensor:
 def _distances(points: Tensor, centres: Tensor) -> Tensor:
     """Return Euclidean distance times cosine distance of points `(B, N, D)` and centres `(B, M, D)`: `(B, N, M)`.
 
-    The Euclidean part is taken of differences: expanding its square loses the digits that decide which tokens are
-    masked. At zero distance its gradient is zero, by PyTorch's convention.
+    Both parts are taken of differences: after training tokens lie so near to their centres that 1 - cosine, or the
+    square of the Euclidean distance expanded, would lose the digits that decide which tokens are masked. Of unit
+    vectors, 1 - cosine is half their squared distance. At zero distance the gradient is zero, by PyTorch's convention.
     """
     euclidean = torch.linalg.vector_norm(points[:, :, None] - centres[:, None], dim=3)
-    cosine = functional.normalize(points, dim=2) @ functional.normalize(centres, dim=2).transpose(1, 2)
-    distances: Tensor = euclidean * (1 - cosine)
+    directions = functional.normalize(points, dim=2)[:, :, None] - functional.normalize(centres, dim=2)[:, None]
+    distances: Tensor = euclidean * (0.5 * directions.square().sum(dim=3))
     return distances

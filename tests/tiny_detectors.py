@@ -57,6 +57,7 @@ TINY: Mapping[str, Any] = {
         blocks=2,
         centres=4,
         jitter=6.0,
+        mask_softness=0.05,
         map_size=(64, 64),
         recipe=_BRIEF_ADAMW,
     ),

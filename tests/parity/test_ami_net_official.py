@@ -91,14 +91,14 @@ def _answers():
     with torch.no_grad():
         output = detector(images)
         features = detector._unpack(detector.encode(images))
-        scores, nearest = detector._score_tokens(features)
-        masked = find_outliers(scores, nearest, detector.config.centres, detector.config.mask_deviations)
+        distances = detector._measure_tokens(features)
+        masked = detector._find_mask(distances)
         rebuilt = detector._rebuild(features, masked)
         ours = _arrange(detector, features, rebuilt, seen)
     ours |= {
-        "token_score": scores,
-        "cluster_index": nearest,
-        "mask": (~masked).float(),
+        "token_score": distances.amin(dim=2),
+        "cluster_index": distances.argmin(dim=2),
+        "mask": 1 - masked,
         "amap": output.anomaly_map,
         "image_score": output.score,
         "pos_embed_rows": detector.positions[[0, 1, 2, 15, 16, 17, 128, 255]],
@@ -155,9 +155,9 @@ def test_mask_when_all_clusters_are_in_use_then_equals_the_official_code():
     expected = np.load(require_shared("parity/ami_net") / "expected_256.npz")
     scores, nearest = (torch.from_numpy(expected[f"mask_case_{name}"]) for name in ("score", "cluster"))
 
-    masked = find_outliers(scores, nearest, centres=8, deviations=0.5)
+    masked = find_outliers(scores, functional.one_hot(nearest, 8).float(), deviations=0.5)
 
-    np.testing.assert_array_equal((~masked).float().numpy(), expected["mask_case_mask"])
+    np.testing.assert_array_equal(1 - masked.numpy(), expected["mask_case_mask"])
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def trace():
     optimiser = build_optimiser(stage.recipe, stage.parameters)
     rows, first_gradients = [], {}
     for step in range(_STEPS):
-        terms = detector._weigh_terms(features, ~visible, torch.Generator().manual_seed(step))
+        terms = detector._weigh_terms(features, 1 - visible.float(), torch.Generator().manual_seed(step))
         total = sum(terms.values())
         optimiser.zero_grad()
         total.backward()

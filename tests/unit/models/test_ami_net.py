@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from models.ami_net import AmiNet, _distances, find_outliers
+from models.ami_net import AmiNet, _distances, assign_tokens, find_outliers
 from models.backbones import untrained_weights
 from tests.tiny_detectors import TINY, make_detector
 
@@ -45,34 +45,75 @@ def test_outliers_when_found_without_loops_then_are_those_of_the_plain_rule(devi
     scores = 100 * _draw(4, 60)
     nearest = torch.randint(used, (4, 60), generator=torch.Generator().manual_seed(1))
 
-    masked = find_outliers(scores, nearest, centres=8, deviations=deviations)
+    masked = find_outliers(scores, functional.one_hot(nearest, 8).float(), deviations)
 
     slowly = _mask_slowly(scores.double().numpy(), nearest.numpy(), 8, deviations)
-    np.testing.assert_array_equal(masked.numpy(), slowly)
+    np.testing.assert_array_equal(masked.numpy() == 1, slowly)
 
 
 def test_outliers_when_a_cluster_has_one_member_then_it_stays_visible():
     """A token that is alone in its cluster has nothing to be compared with."""
     scores = torch.tensor([[1.0, 1.0, 4.0, 900.0]])
-    nearest = torch.tensor([[0, 0, 0, 1]])
+    members = functional.one_hot(torch.tensor([[0, 0, 0, 1]]), 2).float()
 
-    masked = find_outliers(scores, nearest, centres=2, deviations=0.5)
+    masked = find_outliers(scores, members, deviations=0.5)
 
-    assert masked.tolist() == [[False, False, True, False]]
+    assert masked.tolist() == [[0, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("softness", [0.01, 0.1])
+def test_mask_when_it_is_soft_then_float32_noise_moves_no_token(softness):
+    """A score at its threshold, or between two centres, is half hidden: a change in the last digits changes as little.
+
+    The bound is the noise over the softness, times the weight that one token can have in a cluster.
+    """
+    distances = 1 + _draw(50, 64, 4)
+    distances[:, :8, 1] = distances[:, :8, 0]
+    noise = 1 + 1e-6 * (_draw(50, 64, 4, seed=1) - 0.5)
+
+    masks = [
+        find_outliers(values.amin(dim=2), assign_tokens(values, softness), 0.5, softness)
+        for values in (distances, distances * noise)
+    ]
+
+    assert ((masks[0] > 0) & (masks[0] < 1)).any()
+    assert (masks[0] - masks[1]).abs().max() < 1e-5 / softness
+
+
+def test_mask_when_it_is_soft_then_clear_cases_are_those_of_the_sharp_one():
+    """Tokens that lie farther from threshold and second centre than the softness are masked as published."""
+    distances = 1 + 9 * _draw(50, 64, 4)
+    scores = distances.amin(dim=2)
+
+    sharp = find_outliers(scores, assign_tokens(distances), 0.5)
+    soft = find_outliers(scores, assign_tokens(distances, 1e-5), 0.5, 1e-5)
+
+    assert set(sharp.unique().tolist()) == {0.0, 1.0}
+    assert (sharp == soft).float().mean() > 0.999
+
+
+def test_assignment_when_a_token_lies_between_two_centres_then_both_share_it():
+    """Shares fall with distance and add up to one; without softness the nearest centre takes all."""
+    distances = torch.tensor([[[2.0, 2.0, 5.0], [2.0, 2.1, 5.0]]])
+
+    sharp, soft = assign_tokens(distances), assign_tokens(distances, softness=0.1)
+
+    assert sharp.tolist() == [[[1, 0, 0], [1, 0, 0]]]
+    torch.testing.assert_close(soft, torch.tensor([[[0.5, 0.5, 0.0], [2 / 3, 1 / 3, 0.0]]]))
 
 
 def test_rebuilding_when_a_token_is_masked_then_nothing_that_it_shows_is_used():
     """A defect under the mask can't reach what is rebuilt, at its own place or elsewhere."""
     detector = _detector()
     features = _draw(1, sum(detector.backbone.channels), *detector.feature_grid)
-    masked = torch.zeros(1, detector.positions.shape[0], dtype=torch.bool)
-    masked[0, 0] = True
+    masked = torch.zeros(1, detector.positions.shape[0])
+    masked[0, 0] = 1
     altered = features.clone()
     altered[:, :, : _CONFIG.patch_size, : _CONFIG.patch_size] += 5
 
     with torch.no_grad():
         hidden = [detector._rebuild(frame, masked) for frame in (features, altered)]
-        shown = [detector._rebuild(frame, ~masked) for frame in (features, altered)]
+        shown = [detector._rebuild(frame, 1 - masked) for frame in (features, altered)]
 
     assert torch.equal(hidden[0], hidden[1])
     assert not torch.equal(shown[0], shown[1])
@@ -102,12 +143,12 @@ def test_random_masks_when_drawn_then_number_and_place_differ_from_image_to_imag
 
     masked = detector._draw_mask(4000, torch.Generator().manual_seed(0))
 
-    shares = masked.float().mean(dim=1)
+    shares = masked.mean(dim=1)
     assert masked.shape == (4000, detector.positions.shape[0])
     assert shares.min() < 0.02
     assert shares.max() > 0.95
     np.testing.assert_allclose(np.histogram(shares, 4, (0, 1))[0] / 4000, 0.25, atol=0.03)
-    np.testing.assert_allclose(masked.float().mean(dim=0), shares.mean(), atol=0.04)
+    np.testing.assert_allclose(masked.mean(dim=0), shares.mean(), atol=0.04)
 
 
 def test_jitter_when_added_then_is_in_proportion_to_each_tokens_norm():
@@ -137,7 +178,7 @@ def test_loss_when_compared_with_its_formula_then_covers_all_tokens():
     """Direction and distance are means over masked and visible tokens alike."""
     detector = _detector(jitter=0.0)
     features = detector._unpack(detector.encode(_draw(2, 3, *detector.image_size)))
-    masked = _draw(2, detector.positions.shape[0]) < 0.5
+    masked = (_draw(2, detector.positions.shape[0]) < 0.5).float()
 
     terms = detector._weigh_terms(features, masked, torch.Generator())
 
@@ -156,6 +197,18 @@ def test_loss_when_centres_coincide_then_gradients_are_finite():
     _distances(points, points).sum().backward()
 
     assert torch.equal(points.grad, torch.zeros(1, 3, 4))
+
+
+def test_distances_when_points_almost_coincide_then_keep_their_digits():
+    """Four digits are right where one minus the rounded cosine has hardly one: they decide which tokens are masked."""
+    centre = _draw(1, 1, 64)
+    points = centre + 2e-3 * _draw(1, 5, 64, seed=1)
+
+    distances = _distances(points, centre)
+
+    exact, wide = points.double() - centre.double(), centre.double()
+    cosine = functional.cosine_similarity(points.double(), wide, dim=2)
+    torch.testing.assert_close(distances[..., 0].double(), exact.norm(dim=2) * (1 - cosine), rtol=1e-4, atol=0.0)
 
 
 def test_loss_when_centres_move_apart_then_diversity_rewards_it():
