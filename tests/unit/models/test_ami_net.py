@@ -63,10 +63,7 @@ def test_outliers_when_a_cluster_has_one_member_then_it_stays_visible():
 
 @pytest.mark.parametrize("softness", [0.01, 0.1])
 def test_mask_when_it_is_soft_then_float32_noise_moves_no_token(softness):
-    """A score at its threshold, or between two centres, is half hidden: a change in the last digits changes as little.
-
-    The bound is the noise over the softness, times the weight that one token can have in a cluster.
-    """
+    """A score at its threshold, or between two centres, is half hidden: a change in the last digits changes as little."""
     distances = 1 + _draw(50, 64, 4)
     distances[:, :8, 1] = distances[:, :8, 0]
     noise = 1 + 1e-6 * (_draw(50, 64, 4, seed=1) - 0.5)
@@ -77,6 +74,7 @@ def test_mask_when_it_is_soft_then_float32_noise_moves_no_token(softness):
     ]
 
     assert ((masks[0] > 0) & (masks[0] < 1)).any()
+    # The noise over the softness, times the weight that one token can have in a cluster.
     assert (masks[0] - masks[1]).abs().max() < 1e-5 / softness
 
 
