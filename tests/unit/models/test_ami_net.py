@@ -63,7 +63,7 @@ def test_outliers_when_a_cluster_has_one_member_then_it_stays_visible():
 
 @pytest.mark.parametrize("softness", [0.01, 0.1])
 def test_mask_when_it_is_soft_then_float32_noise_moves_no_token(softness):
-    """A score at its threshold, or between two centres, is half hidden: a change in the last digits changes as little."""
+    """A score at its threshold, or between two centres, is half hidden: changed last digits change as little."""
     distances = 1 + _draw(50, 64, 4)
     distances[:, :8, 1] = distances[:, :8, 0]
     noise = 1 + 1e-6 * (_draw(50, 64, 4, seed=1) - 0.5)
