@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,13 +87,17 @@ class GraphRun:
     Args:
         model: bytes of `model.onnx`; verified by the caller or by `export_graph`.
         threads: of one inference.
+        profile: where the runtime shall write what every operator takes, as the beginning of a file's name, or None.
 
     Raises:
         ExportFailed: if the runtime can't load the graph.
     """
 
-    def __init__(self, model: bytes, threads: int = 1) -> None:
+    def __init__(self, model: bytes, threads: int = 1, profile: Path | None = None) -> None:
         options = onnxruntime.SessionOptions()
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
@@ -105,6 +110,10 @@ class GraphRun:
         """Judge frames `(B, H, W, 3)` uint8: scores `(B,)` and maps `(B, h, w)`."""
         scores, maps = self._session.run(["score", "anomaly_map"], {"frames": frames})
         return scores, maps
+
+    def end_profiling(self) -> Path:
+        """Close the profile that was asked for and return its file: trace events as JSON, durations in microseconds."""
+        return Path(self._session.end_profiling())
 
 
 def export_graph(detector: Detector) -> bytes:

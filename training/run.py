@@ -59,12 +59,14 @@ class FinishedRun:
         directory: of the run.
         manifest: of the bundle, without version and digests.
         report: what the page shows.
+        fitting: what happened, and how long it took.
     """
 
     bundle: Path
     directory: Path
     manifest: Manifest
     report: ReportData
+    fitting: FitReport
 
     @property
     def metrics(self) -> dict[str, MetricRecord]:
@@ -139,7 +141,7 @@ def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: B
     )
     files = bundle_files(model, calibrated, golden, page)
     bundle = publish(request.store, manifest, files, check=lambda path: verify_bundle(path, graph))
-    return FinishedRun(bundle, directory, manifest, report)
+    return FinishedRun(bundle, directory, manifest, report, fitting)
 
 
 class _Frames(NamedTuple):
