@@ -17,12 +17,13 @@ from pydantic import BaseModel, ConfigDict
 
 from service.contract.bundle import MetricRecord, ParityRecord
 from service.contract.calibration import Threshold
-from service.contract.frames import FrameLimits, decode_image, decode_mask, encode_jpeg, resize_mask, resize_pixels
+from service.contract.frames import FrameLimits, decode_image, encode_jpeg, resize_mask, resize_pixels
 from service.contract.geometry import InputSpec
 from service.contract.heatmaps import overlay
 from service.contract.policy import Judgement, Policy, ScoreRule, Verdict
 from service.contract.regions import draw_outlines, outline_mask
 from training.calibrate import Calibrated
+from training.data.loader import load_mask
 from training.data.samples import ANOMALOUS, NORMAL, Sample
 from training.drawings import draw_histogram, draw_loss, draw_precision_recall, draw_roc
 from training.evaluate import Answers, Evaluation, judge_all, to_records, without_test_frames
@@ -327,8 +328,8 @@ def _picture(
     decoded = decode_image(sample.path.read_bytes(), FrameLimits(), (height, width))
     pixels = resize_pixels(decoded.pixels, height, width)
     painted = overlay(pixels, answers.maps[index], policy, judgement.regions, spec.window(*frame_size), frame_size)
-    if sample.mask_path is not None:
-        mask = resize_mask(decode_mask(sample.mask_path.read_bytes()), height, width)
+    if sample.mask_paths:
+        mask = resize_mask(load_mask(sample, *frame_size), height, width)
         pixels = pixels.copy()
         outlines = [tuple((x * width, y * height) for x, y in outline) for outline in outline_mask(mask)]
         draw_outlines(pixels, outlines, _ANNOTATION_RGB)
@@ -338,7 +339,7 @@ def _picture(
         kind=sample.kind,
         verdict=judgement.verdict,
         score=judgement.score,
-        is_annotated=sample.mask_path is not None,
+        is_annotated=bool(sample.mask_paths),
         frame=_base64_jpeg(pixels),
         overlay=_base64_jpeg(painted),
     )

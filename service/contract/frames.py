@@ -17,6 +17,7 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,14 +182,27 @@ def decode_mask(data: bytes) -> NDArray[np.bool_]:
     Raises:
         UnreadableFrame: if it can't be decoded.
     """
+    marked: NDArray[np.bool_] = decode_mask_values(data) > 0
+    return marked
+
+
+def decode_mask_values(data: bytes) -> NDArray[Any]:
+    """Decode a mask whose values say which defect they mark; of several colours the largest counts.
+
+    Returns:
+        `(h, w)`, the file's own integers, or bool where it has one bit a pixel.
+
+    Raises:
+        UnreadableFrame: if it can't be decoded.
+    """
     with _open(data, FrameLimits()) as image:
         try:
             # Only colours mark: an alpha channel says nothing of a mask.
             values = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "LA", "RGBA") else image)
         except _CODEC_ERRORS as error:
             raise UnreadableFrame("The mask image is damaged or truncated.") from error
-    marked: NDArray[np.bool_] = values.reshape(*values.shape[:2], -1).max(axis=2) > 0
-    return marked
+    largest: NDArray[Any] = values.reshape(*values.shape[:2], -1).max(axis=2)
+    return largest
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:

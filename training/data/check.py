@@ -10,8 +10,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from service.contract.frames import FrameLimits, decode_image, decode_mask
+import numpy as np
+from numpy.typing import NDArray
+
+from service.contract.frames import FrameLimits, decode_image, decode_mask_values
 from service.errors import FlawlineError
 from training.data.samples import ANOMALOUS, Dataset, DatasetFault, Sample
 from training.progress import Reporter
@@ -43,7 +47,7 @@ class _Finding:
 
     sample: Sample
     image_digest: str = ""
-    mask_digest: str = ""
+    mask_digests: tuple[str, ...] = ()
     fault: str | None = None
     warning: str | None = None
 
@@ -86,21 +90,36 @@ def _look_at(sample: Sample, limits: FrameLimits) -> _Finding:
     try:
         data = path.read_bytes()
         frame = decode_image(data, limits, _SMALLEST)
-        if sample.mask_path is None:
-            return _Finding(sample, _sha256(data))
-        path = sample.mask_path
-        mask_data = path.read_bytes()
-        mask = decode_mask(mask_data)
+        marked = False
+        digests = []
+        for path in sample.mask_paths:
+            mask_data = path.read_bytes()
+            values = decode_mask_values(mask_data)
+            if values.shape != (frame.height, frame.width):
+                sizes = f"{values.shape[1]}x{values.shape[0]} pixels and its image {frame.width}x{frame.height}"
+                return _Finding(sample, fault=f"{path} has {sizes}; draw the mask at the size of {sample.path}.")
+            if sample.channels and (fault := _fault_of_channel(path, values, sample)) is not None:
+                return _Finding(sample, fault=fault)
+            marked = marked or bool(values.any())
+            digests.append(_sha256(mask_data))
     except FlawlineError as error:
         return _Finding(sample, fault=f"{path}: {error.sentence} Replace the file or take it away.")
     except OSError as error:
         return _Finding(sample, fault=f"{path} can't be read ({error.strerror}); check the file and its permissions.")
-    if mask.shape != (frame.height, frame.width):
-        sizes = f"{mask.shape[1]}x{mask.shape[0]} pixels and its image {frame.width}x{frame.height}"
-        return _Finding(sample, fault=f"{path} has {sizes}; draw the mask at the size of {sample.path}.")
-    empty = sample.label == ANOMALOUS and not mask.any()
+    empty = sample.label == ANOMALOUS and bool(digests) and not marked
     warning = f"{path} marks no pixel although its image is anomalous; it adds no region." if empty else None
-    return _Finding(sample, _sha256(data), _sha256(mask_data), warning=warning)
+    return _Finding(sample, _sha256(data), tuple(digests), warning=warning)
+
+
+def _fault_of_channel(path: Path, values: NDArray[Any], sample: Sample) -> str | None:
+    """Say what is wrong with a mask file that marks one defect by one value."""
+    found = {int(value) for value in np.unique(values)} - {0}
+    known = {saturation.pixel_value for saturation in sample.saturations}
+    if len(found) > 1:
+        return f"{path} marks several defects, {sorted(found)}; a file of this layout marks one, with one value."
+    if found - known:
+        return f"{path} marks the defect {found.pop()}, which defects_config.json does not name; add it there."
+    return None
 
 
 def _contradictions(findings: Sequence[_Finding]) -> Iterator[str]:
@@ -131,8 +150,8 @@ def _digest(root: Path, findings: Sequence[_Finding]) -> str:
     lines = []
     for finding in findings:
         lines.append(f"{finding.sample.path.relative_to(root).as_posix()} {finding.image_digest}")
-        if finding.sample.mask_path is not None:
-            lines.append(f"{finding.sample.mask_path.relative_to(root).as_posix()} {finding.mask_digest}")
+        for path, mask_digest in zip(finding.sample.mask_paths, finding.mask_digests, strict=True):
+            lines.append(f"{path.relative_to(root).as_posix()} {mask_digest}")
     return _sha256("\n".join(sorted(lines)).encode())
 
 

@@ -18,8 +18,18 @@ from training.data.samples import Sample
 Pixels = NDArray[np.uint8]
 
 
+LineIndex = NDArray[np.int64]
+
+
 class FrameSource(Protocol):
-    """Frames that can be taken by number, as often as wanted."""
+    """Frames that can be taken by number, as often as wanted.
+
+    Attributes:
+        line_index: `(n,)`, which line each frame shows, as its place among the lines of the run.
+    """
+
+    @property
+    def line_index(self) -> LineIndex: ...
 
     def __len__(self) -> int: ...
 
@@ -33,12 +43,14 @@ class MemoryFrames:
 
     Args:
         pixels: `(n, H, W, 3)` uint8 RGB.
+        line_index: which line each frame shows; None if all show the first.
     """
 
-    def __init__(self, pixels: Pixels) -> None:
+    def __init__(self, pixels: Pixels, line_index: Sequence[int] | None = None) -> None:
         if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
             raise ValueError(f"expected (n, H, W, 3) uint8, got {pixels.shape} {pixels.dtype}")
         self._pixels = pixels
+        self.line_index = _one_line_each(line_index, len(pixels))
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -55,6 +67,7 @@ class FileFrames:
         paths: image files.
         spec: the network's input.
         limits: what the decoder accepts.
+        line_index: which line each frame shows; None if all show the first.
         threads: decoders at work.
         memory_bytes: decoded frames are kept for the next time up to this bound.
     """
@@ -64,11 +77,13 @@ class FileFrames:
         paths: Sequence[Path],
         spec: InputSpec,
         limits: FrameLimits,
+        line_index: Sequence[int] | None = None,
         *,
         threads: int = 2,
         memory_bytes: int = 2 * 2**30,
     ) -> None:
         self._paths = tuple(paths)
+        self.line_index = _one_line_each(line_index, len(self._paths))
         self._spec = spec
         self._limits = limits
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="frames")
@@ -102,6 +117,13 @@ class FileFrames:
         return pixels
 
 
+def _one_line_each(line_index: Sequence[int] | None, count: int) -> LineIndex:
+    found = np.zeros(count, np.int64) if line_index is None else np.array(line_index, np.int64)
+    if found.shape != (count,) or (found < 0).any():
+        raise ValueError(f"expected one line, from 0 up, for each of {count} frames")
+    return found
+
+
 def load_frame(path: Path, spec: InputSpec, limits: FrameLimits) -> Pixels:
     """Read one image file as the network takes it, `(H, W, 3)` uint8 RGB.
 
@@ -119,6 +141,7 @@ def load_mask(sample: Sample, height: int, width: int) -> NDArray[np.bool_]:
         UnreadableFrame: if the mask can't be decoded.
         OSError: if the file can't be opened.
     """
-    if sample.mask_path is None:
-        return np.zeros((height, width), bool)
-    return decode_mask(sample.mask_path.read_bytes())
+    mask = np.zeros((height, width), bool)
+    for path in sample.mask_paths:
+        mask |= decode_mask(path.read_bytes())
+    return mask

@@ -1,6 +1,6 @@
 """What every data-set reader returns: samples with their split, label and mask, in one order.
 
-Plain values only: nothing here opens a file. Readers (`mvtec.py`, `plain.py`) come before, `check.py` and the split
+Plain values only: nothing here opens a file. Readers (one file a layout, listed in `detect.py`) come before, `check.py` and the split
 after.
 """
 
@@ -38,6 +38,21 @@ class DatasetFault(Exception):
 
 
 @dataclass(frozen=True)
+class Saturation:
+    """How much of one kind of defect must be covered, by MVTec LOCO's `defects_config.json`.
+
+    Attributes:
+        pixel_value: the value that marks this defect in a mask file.
+        threshold: share of the defect's area where `relative`, else pixels of the original frame.
+        relative: how to read the threshold.
+    """
+
+    pixel_value: int
+    threshold: float
+    relative: bool
+
+
+@dataclass(frozen=True)
 class Sample:
     """One image of a data set.
 
@@ -46,7 +61,9 @@ class Sample:
         split: what the image is for.
         label: 0 normal, 1 anomalous, -1 unknown.
         kind: "good", or the name of the defect.
-        mask_path: ground-truth mask, where there is one.
+        mask_path: ground-truth mask, where one file holds it.
+        channels: mask files where each defect of the image has its own (MVTec LOCO); then `mask_path` is None.
+        saturations: of every kind of defect that the channels may mark.
         group: pieces that belong together (views of one part) share it; they must not be split.
     """
 
@@ -55,7 +72,14 @@ class Sample:
     label: Label
     kind: str
     mask_path: Path | None = None
+    channels: tuple[Path, ...] = ()
+    saturations: tuple[Saturation, ...] = ()
     group: str | None = None
+
+    @property
+    def mask_paths(self) -> tuple[Path, ...]:
+        """All files that together mark the image's defects; none for a good image or one without ground truth."""
+        return self.channels if self.mask_path is None else (self.mask_path,)
 
 
 @dataclass(frozen=True)
@@ -93,21 +117,27 @@ class Dataset:
     def has_masks(self) -> bool:
         """Whether pixel figures can be computed: each anomalous test frame has a mask, and there is one."""
         anomalous = [s for s in self.test if s.label == ANOMALOUS]
-        return bool(anomalous) and all(s.mask_path is not None for s in anomalous)
+        return bool(anomalous) and all(s.mask_paths for s in anomalous)
 
 
-def make_dataset(root: Path, layout: str, samples: Sequence[Sample]) -> Dataset:
+def make_dataset(root: Path, layout: str, samples: Sequence[Sample], good_folder: str = "train/good") -> Dataset:
     """Sort the samples and refuse a set that nothing can be learnt from.
+
+    Args:
+        root: folder of the line.
+        layout: name of the reader.
+        samples: in any order.
+        good_folder: where this layout keeps its good frames for training, for the message.
 
     Raises:
         DatasetFault: if there is no good frame to train on, or some anomalous frames have masks and others have none.
     """
     dataset = Dataset(root.resolve().name, root, layout, tuple(sorted(samples, key=lambda s: s.path.as_posix())))
     if not dataset.train_good:
-        raise DatasetFault(f"{root} has no good frame to train on; put at least one image into {root / 'train/good'}.")
+        raise DatasetFault(f"{root} has no good frame to train on; put at least one image into {root / good_folder}.")
     anomalous = [s for s in dataset.test if s.label == ANOMALOUS]
-    if any(s.mask_path is not None for s in anomalous):
-        bare = [s for s in anomalous if s.mask_path is None]
+    if any(s.mask_paths for s in anomalous):
+        bare = [s for s in anomalous if not s.mask_paths]
         if bare:
             raise DatasetFault(
                 *(
