@@ -12,7 +12,7 @@ The lines only measure: nothing that is shipped was fitted to them or chosen by 
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,22 +35,29 @@ PROJECTION = 128  # dimensions in which the coreset is chosen; distances of the 
 
 def probe(backbone: CnnBackbone, line: Path, seeds: int) -> list[float]:
     """Return the image AUROC of a line for each seed."""
+    scores, labels = probe_scores(backbone, line, range(seeds))
+    return [float(auroc(row, labels).value) for row in scores]
+
+
+def probe_scores(
+    backbone: CnnBackbone, line: Path, seeds: Sequence[int]
+) -> tuple[list[NDArray[np.float64]], NDArray[np.bool_]]:
+    """Return the scores of a line's test frames for each seed, and which frames are defective."""
     training = sorted((line / "train" / "good").iterdir())
     tests = sorted(path for path in (line / "test").rglob("*") if path.is_file())
     labels = np.array([path.parent.name != "good" for path in tests])
     seen = {path: positions(backbone, path) for path in tests}
     known: dict[Path, Tensor] = {}
     results = []
-    for seed in range(seeds):
+    for seed in seeds:
         rng = np.random.default_rng(seed)
         chosen = [training[i] for i in rng.choice(len(training), min(TRAINING_FRAMES, len(training)), replace=False)]
         known |= {path: positions(backbone, path) for path in chosen if path not in known}
         pool = torch.cat([known[path] for path in chosen])
         pool = pool[torch.from_numpy(rng.choice(len(pool), min(POOL, len(pool)), replace=False))]
         bank = pool[coreset(pool, rng)]
-        scores = [float(torch.cdist(seen[path], bank).min(dim=1).values.max()) for path in tests]
-        results.append(float(auroc(np.array(scores), labels).value))
-    return results
+        results.append(np.array([float(torch.cdist(seen[path], bank).min(dim=1).values.max()) for path in tests]))
+    return results, labels
 
 
 @torch.inference_mode()

@@ -1,0 +1,367 @@
+"""All detectors on real lines, each beside its control, on this machine's CPU: figures, time, size, bottleneck.
+
+Every cell is one complete run with the committed configuration, from the folder of frames to a bundle, and is kept as
+one JSON file in the output folder with a digest of configuration, data, weights and the detector's sources. A cell
+that is still true is not measured again, so the work can be stopped, and split over processes by --detectors.
+
+    .venv/bin/python tests/benchmarks/detectors.py measure --output ../cells --control --probe
+    .venv/bin/python tests/benchmarks/detectors.py measure --output ../cells --control --detectors inp_former,glcf
+    .venv/bin/python tests/benchmarks/detectors.py table --output ../cells
+
+The second command writes the section between the two markers of RESULTS.md; the words on why a detector is weak are
+read from weaknesses.yaml beside it. Nothing is chosen on test frames here.
+"""
+
+import argparse
+import hashlib
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from models import DETECTORS
+from tests.benchmarks import nearest_neighbour_probe
+from training.compare import (
+    Cell,
+    CellFailed,
+    CellPlan,
+    Means,
+    auroc_resamples,
+    complete,
+    control_of,
+    keep_cell,
+    read_cell,
+    read_cells,
+)
+from training.config import load_config
+from training.evaluate import to_records
+from training.metrics import image_metrics
+from training.progress import choose_reporter
+
+_HERE = Path(__file__).resolve().parent
+_RESULTS = _HERE / "RESULTS.md"
+_WEAKNESSES = _HERE / "weaknesses.yaml"
+_BEGIN, _END = "<!-- detectors: begin -->", "<!-- detectors: end -->"
+# Features of the probe, and the untrained ones that are their control.
+_PROBES = {"embedded": None, "mobilenetv1_100": "untrained mobilenetv1_100", "resnet18": None}
+_PROBE = "nearest neighbours"
+
+Group = dict[str, list[Cell]]
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Measure every cell that is missing or no longer true; return the number of those that failed."""
+    torch.set_num_threads(options.threads)
+    reporter = choose_reporter(Console(stderr=True, soft_wrap=True))
+    lines = _lines(options)
+    means = Means(folder=options.output.resolve(), weight_folders=(options.weights.resolve(),), device="cpu")
+    plans = [
+        CellPlan(line.name, line, load_config(options.config, detector, [f"seed={seed}", *options.set]))
+        for detector in _names(options.detectors, DETECTORS)
+        for line in lines
+        for seed in options.seeds
+    ]
+    if options.control:
+        plans = [each for plan in plans for each in (plan, control_of(plan))]
+    failed = 0
+    for result in complete(plans, means, reporter):
+        if isinstance(result, CellFailed):
+            failed += 1
+        else:
+            print(_told(result), flush=True)
+    if options.probe:
+        for features in dict.fromkeys([*_PROBES, *filter(None, _PROBES.values())]):
+            _probe(features, lines, options)
+    return failed
+
+
+def write_table(options: argparse.Namespace) -> int:
+    """Write the Markdown section between the markers of the results."""
+    cells = read_cells(options.output)
+    if not cells:
+        print(f"{options.output} holds no cell; run measure first.", file=sys.stderr)
+        return 1
+    section = f"{_BEGIN}\n{tell(cells, yaml.safe_load(_WEAKNESSES.read_text('utf-8')) or {})}{_END}"
+    text = options.results.read_text("utf-8")
+    if _BEGIN in text and _END in text:
+        before, after = text.split(_BEGIN)[0], text.split(_END, 1)[1]
+        text = before + section + after
+    else:
+        text = f"{text.rstrip()}\n\n{section}\n"
+    options.results.write_text(text, "utf-8")
+    print(f"{options.results} is written from {len(cells)} cells.")
+    return 0
+
+
+def tell(cells: Sequence[Cell], weaknesses: dict[str, str]) -> str:
+    """Return the section: what the figures mean, a table of accuracy, one of cost, and the words on weaknesses."""
+    lines = sorted({cell.line for cell in cells})
+    groups: dict[tuple[str, str], Group] = defaultdict(lambda: {"fitted": [], "control": []})
+    for cell in cells:
+        groups[cell.detector, cell.line][cell.kind].append(cell)
+    names = _by_accuracy(groups, lines)
+    cpus = sorted({cell.speed.cpu for cell in cells if cell.speed is not None})
+    seeds = sorted({cell.seed for cell in cells})
+    parts = [
+        "## All detectors, small configuration, each beside its control\n",
+        _HOW_MEASURED.format(seeds=", ".join(map(str, seeds)), cpus="; ".join(cpus) or "-"),
+        "### Accuracy\n",
+        _table(
+            ("detector", "line", "I-AUROC [95 %]", "control [95 %]", "above control", "I-AP", "P-AUROC", "AUPRO@0.3"),
+            (
+                _accuracy_row(name, line, groups[name, line])
+                for name in names
+                for line in lines
+                if (name, line) in groups
+            ),
+        ),
+        _undefined(cells),
+        "### Cost\n",
+        _table(
+            (
+                "detector",
+                "backbone",
+                "trained / all parameters",
+                "fit",
+                "run",
+                "ms a frame",
+                "slowest operators",
+                "graph",
+            ),
+            (
+                _cost_row(name, [cell for cell in cells if (cell.detector, cell.kind) == (name, "fitted")])
+                for name in names
+                if not name.startswith(_PROBE)
+            ),
+        ),
+    ]
+    notes = [f"- **{name}**: {' '.join(weaknesses[name].split())}" for name in names if name in weaknesses]
+    if notes:
+        parts += ["### Where a detector is weak, and why\n", "\n".join(notes) + "\n"]
+    return "\n".join(parts)
+
+
+_HOW_MEASURED = """\
+`tests/benchmarks/detectors.py measure --control --probe`, then `detectors.py table`. Every row is a complete run from
+the folder of frames to a bundle; seeds {seeds}, figures are means over them. The control is the same detector with an
+untrained backbone and descents of no step, passes over the good frames included. Brackets: 95 % of 2000 bootstrap
+draws of the test frames, good and defective ones apart. *Above control* is the interval of the difference over the
+same draws: where it holds 0, the detector is **within the noise of its control** on that line. `nearest neighbours` is
+the plain probe (`nearest_neighbour_probe.py`): no training, a memory bank of features; its maps are not measured.
+
+ms a frame: ONNX Runtime, batch 1, one thread, median of the thread's own CPU time, so that other work on the machine
+hardly moves it; CPU: {cpus}. Seconds of fitting are on the wall, on a machine with other work: upper bounds.
+"""
+
+
+# ---- rows
+
+
+def _accuracy_row(name: str, line: str, group: Group) -> tuple[str, ...]:
+    fitted, control = group["fitted"], group["control"]
+    return (
+        name,
+        line,
+        _with_interval(fitted),
+        _with_interval(control),
+        _above(fitted, control),
+        *(_figure(fitted, figure) for figure in ("i_ap", "p_auroc", "aupro")),
+    )
+
+
+def _cost_row(name: str, cells: Sequence[Cell]) -> tuple[str, ...]:
+    trained, every = cells[0].trainable_parameters or 0, cells[0].parameters or 0
+    speeds = [cell.speed for cell in cells if cell.speed is not None]
+    slowest = (
+        ", ".join(f"{share.kind} {100 * share.share:.0f} %" for share in speeds[0].operators[:3]) if speeds else "-"
+    )
+    return (
+        name,
+        cells[0].backbone or "none",
+        f"{trained / 1e6:.2f} / {every / 1e6:.2f} M",
+        f"{mean(cell.fit_s for cell in cells):.0f} s",
+        f"{mean(cell.total_s for cell in cells):.0f} s",
+        f"{mean(speed.cpu_ms for speed in speeds):.0f}" if speeds else "-",
+        slowest,
+        f"{mean(cell.model_bytes or 0 for cell in cells) / 2**20:.0f} MiB",
+    )
+
+
+def _with_interval(cells: Sequence[Cell]) -> str:
+    if not cells:
+        return "not run"
+    told = _figure(cells, "i_auroc")
+    draws = auroc_resamples(cells)
+    return told if not draws.size else f"{told} [{_interval(draws)}]"
+
+
+def _above(fitted: Sequence[Cell], control: Sequence[Cell]) -> str:
+    """Return the interval of the difference, and a word where it holds 0."""
+    if not fitted or not control:
+        return "-"
+    difference = auroc_resamples(fitted) - auroc_resamples(control)
+    if not difference.size:
+        return "-"
+    low, high = np.percentile(difference, (2.5, 97.5))
+    if low > 0:
+        verdict = "yes"
+    elif high < 0:
+        verdict = "**below its control**"
+    else:
+        verdict = "**within noise**"
+    return f"{verdict} [{low:+.3f}, {high:+.3f}]"
+
+
+def _interval(draws: np.ndarray) -> str:
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return f"{low:.3f}, {high:.3f}"
+
+
+def _figure(cells: Sequence[Cell], name: str) -> str:
+    values = [cell.metrics[name].value for cell in cells if name in cell.metrics]
+    known = [value for value in values if value is not None]
+    return f"{mean(known):.3f}" if known else "-"
+
+
+def _undefined(cells: Sequence[Cell]) -> str:
+    """Say why some figures are missing, each reason once."""
+    reasons = {
+        (record.reason, cell.line)
+        for cell in cells
+        for record in cell.metrics.values()
+        if record.value is None and record.reason
+    }
+    return "".join(f"{line}: {reason}, so its pixel figures are not defined.\n" for reason, line in sorted(reasons))
+
+
+def _by_accuracy(groups: dict[tuple[str, str], Group], lines: Iterable[str]) -> list[str]:
+    """Order detectors by their mean I-AUROC over the lines, the best first, probes last."""
+
+    def accuracy(name: str) -> float:
+        cells = [cell for line in lines for cell in groups.get((name, line), {"fitted": []})["fitted"]]
+        values = [cell.metrics["i_auroc"].value or 0.0 for cell in cells]
+        return mean(values) if values else 0.0
+
+    return sorted({name for name, _ in groups}, key=lambda name: (name.startswith(_PROBE), -accuracy(name)))
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines) + "\n"
+
+
+def _told(cell: Cell) -> str:
+    figures = ", ".join(f"{name} {_figure([cell], name)}" for name in ("i_auroc", "i_ap", "p_auroc", "aupro"))
+    speed = "" if cell.speed is None else f", {cell.speed.cpu_ms:.1f} ms a frame"
+    return f"{cell.detector} {cell.line} {cell.kind} seed {cell.seed}: {figures}, fit {cell.fit_s:.0f} s{speed}"
+
+
+# ---- the probe
+
+
+def _probe(features: str, lines: Sequence[Path], options: argparse.Namespace) -> None:
+    """Measure the nearest-neighbour probe with some features, as the control of others where the table says so."""
+    builders: dict[str, Callable] = nearest_neighbour_probe.contestants(options.weights, None)
+    kind, names = "fitted", [features]
+    if features not in _PROBES:
+        kind, names = "control", [name for name, control in _PROBES.items() if control == features]
+    for line in lines:
+        for seed in options.seeds:
+            places = [options.output / line.name / f"probe-{name}" / f"{kind}-{seed}" for name in names]
+            digest = _probe_digest(features, line, seed, options.weights)
+            kept = [read_cell(place) for place in places]
+            if all(cell is not None and cell.digest == digest for cell in kept):
+                continue
+            begun = time.perf_counter()
+            (scores,), labels = nearest_neighbour_probe.probe_scores(builders[features](), line, [seed])
+            for name, place in zip(names, places, strict=True):
+                cell = Cell(
+                    digest=digest,
+                    detector=f"{_PROBE}, {name}",
+                    line=line.name,
+                    kind=kind,
+                    seed=seed,
+                    backbone=features,
+                    metrics=to_records(image_metrics(scores, labels)),
+                    good_scores=tuple(scores[~labels].tolist()),
+                    defect_scores=tuple(scores[labels].tolist()),
+                    fit_s=0.0,
+                    total_s=time.perf_counter() - begun,
+                    trainable_parameters=None,
+                    parameters=None,
+                    speed=None,
+                    model_bytes=None,
+                    bundle_bytes=None,
+                    bundle=None,
+                    created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                )
+                keep_cell(place, cell)
+                print(_told(cell), flush=True)
+
+
+def _probe_digest(features: str, line: Path, seed: int, weights: Path) -> str:
+    digest = hashlib.sha256(f"{features} {seed}".encode())
+    digest.update((_HERE / "nearest_neighbour_probe.py").read_bytes())
+    for path in sorted(line.rglob("*")):
+        if path.is_file():
+            digest.update(path.relative_to(line).as_posix().encode() + hashlib.sha256(path.read_bytes()).digest())
+    for path in sorted(weights.glob(f"{features}*.safetensors")):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+# ---- options
+
+
+def _lines(options: argparse.Namespace) -> list[Path]:
+    every = sorted(path.resolve() for path in options.data.iterdir() if path.is_dir())
+    wanted = _names(options.lines, [path.name for path in every])
+    return [path for path in every if path.name in wanted]
+
+
+def _names(given: str | None, known: Iterable[str]) -> list[str]:
+    known = list(known)
+    wanted = known if given is None else given.split(",")
+    for name in wanted:
+        if name not in known:
+            sys.exit(f"There is no {name!r}; known are {', '.join(known)}.")
+    return wanted
+
+
+def main() -> None:
+    """Read options and do what they say."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    measuring = commands.add_parser("measure", help="measure what is missing")
+    measuring.add_argument("--output", type=Path, required=True, help="folder of the cells")
+    measuring.add_argument("--detectors", help="names with commas between; default: all")
+    measuring.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of lines")
+    measuring.add_argument("--lines", help="names with commas between; default: all")
+    measuring.add_argument("--config", default="small", help="small, paper or a YAML file")
+    measuring.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    measuring.add_argument("--seeds", nargs="+", type=int, default=[1])
+    measuring.add_argument("--weights", type=Path, default=Path("../shared/weights"))
+    measuring.add_argument("--threads", type=int, default=1)
+    measuring.add_argument("--control", action="store_true", help="also untrained and without descent")
+    measuring.add_argument("--probe", action="store_true", help="also the nearest-neighbour probe")
+    measuring.set_defaults(work=measure)
+    telling = commands.add_parser("table", help="write the section of RESULTS.md")
+    telling.add_argument("--output", type=Path, required=True, help="folder of the cells")
+    telling.add_argument("--results", type=Path, default=_RESULTS)
+    telling.set_defaults(work=write_table)
+    options = parser.parse_args()
+    sys.exit(options.work(options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+"""Several detectors on several lines: each pair is one real run, measured, and kept so that nothing is measured twice.
+
+A cell is one detector on one line with one seed, from the folder of frames to the bundle; its control is the same with
+an untrained backbone and no descent, which is what the detector's training has to beat. A cell is kept as one JSON
+file with a digest of everything it depends on; where the digest still holds, the cell is read instead of measured.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from models import DETECTORS, build_detector
+from models.detector import GradientStage, Recipe
+from service.contract.bundle import MODEL_FILE, MetricRecord, load_bundle
+from service.contract.frames import FrameLimits
+from training.config import RunConfig
+from training.data.check import check_dataset
+from training.data.detect import read_dataset
+from training.data.loader import load_frame
+from training.faults import CALLERS, OURS
+from training.progress import Reporter, SilentReporter
+from training.run import FinishedRun, train
+from training.run_directory import RunRequest
+from training.speed import GraphSpeed, measure_speed
+from training.weights import UNTRAINED, resolve_weights
+
+Kind = Literal["fitted", "control"]
+
+_CELL_FILE = "cell.json"
+_RESAMPLES = 2000
+# The GPU's memory is one detector's fault, and the next one may fit.
+_EXPECTED: tuple[type[Exception], ...] = (*OURS, *CALLERS, torch.OutOfMemoryError)
+# Of the cell's file; a file of another schema is measured again.
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """What a cell shall measure.
+
+    Attributes:
+        line: name of the line.
+        folder: of its frames.
+        config: of the run.
+        kind: the detector, or its control.
+    """
+
+    line: str
+    folder: Path
+    config: RunConfig
+    kind: Kind = "fitted"
+
+    def __str__(self) -> str:
+        """Name the cell for people."""
+        control = " (control)" if self.kind == "control" else ""
+        return f"{self.config.detector} on {self.line}{control}, seed {self.config.seed}"
+
+
+@dataclass(frozen=True)
+class Means:
+    """What all cells of a comparison share.
+
+    Attributes:
+        folder: keeps the cells.
+        weights: a safetensors file, "untrained", or None to search by the backbone's name.
+        weight_folders: folders that may hold the file.
+        device: where to fit.
+        speed_s: seconds that timing of one graph lasts at least.
+    """
+
+    folder: Path
+    weights: Path | Literal["untrained"] | None = None
+    weight_folders: tuple[Path, ...] = ()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    speed_s: float = 3.0
+
+
+class Cell(BaseModel):
+    """What was measured of one detector on one line.
+
+    Attributes:
+        digest: of everything that the cell depends on.
+        detector: name of the method.
+        line: name of the line.
+        kind: the detector, or its control.
+        seed: of the run.
+        backbone: name of the feature extractor, or None.
+        metrics: figures of the test frames; an undefined one has a reason.
+        good_scores: of good test frames, in the line's order.
+        defect_scores: of anomalous test frames, in the line's order.
+        fit_s: seconds of fitting, encoding of frames included.
+        total_s: seconds from the folder of frames to the bundle.
+        trainable_parameters: numbers that a descent changes.
+        parameters: all numbers that the network learnt or was given, backbone included.
+        speed: of the exported graph, or None where nothing was exported.
+        model_bytes: size of the graph.
+        bundle_bytes: size of the whole bundle.
+        bundle: its directory, from the cell's own; None where it was not kept.
+        created_at: UTC, ISO 8601.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    digest: str
+    detector: str
+    line: str
+    kind: Kind
+    seed: int
+    backbone: str | None
+    metrics: dict[str, MetricRecord]
+    good_scores: tuple[float, ...]
+    defect_scores: tuple[float, ...]
+    fit_s: float
+    total_s: float
+    trainable_parameters: int | None
+    parameters: int | None
+    speed: GraphSpeed | None
+    model_bytes: int | None
+    bundle_bytes: int | None
+    bundle: Path | None
+    created_at: str
+
+
+@dataclass(frozen=True)
+class CellFailed:
+    """A cell that could not be measured.
+
+    Attributes:
+        plan: what was wanted.
+        sentence: why not.
+    """
+
+    plan: CellPlan
+    sentence: str
+
+
+def control_of(plan: CellPlan) -> CellPlan:
+    """Return a cell's control: an untrained backbone, and descents of no step; passes over good frames do run."""
+    own = plan.config.detector_config()
+    still = {
+        field.name: dataclasses.asdict(dataclasses.replace(recipe, iterations=0, epochs=None))
+        for field in dataclasses.fields(own)
+        if isinstance(recipe := getattr(own, field.name), Recipe)
+    }
+    values = plan.config.model_dump(mode="json")
+    values["hyperparameters"] |= json.loads(json.dumps(still))  # lists in place of tuples, as YAML would give
+    return dataclasses.replace(plan, config=RunConfig.model_validate(values), kind="control")
+
+
+def complete(plans: Sequence[CellPlan], means: Means, reporter: Reporter) -> Iterator[Cell | CellFailed]:
+    """Read each cell that is still true, measure each other one, and go on where one fails.
+
+    Args:
+        plans: in the order of the work.
+        means: where cells are kept, and what runs need.
+        reporter: shows how far the work is.
+
+    Yields:
+        One result for each plan, in order.
+
+    Raises:
+        FitStopped: after Ctrl-C or a termination signal; the same call goes on with the first cell that is missing.
+    """
+    for number, plan in enumerate(plans, start=1):
+        place = f"{number} of {len(plans)}: {plan}"
+        try:
+            digest = _digest(plan, means)
+            kept = read_cell(cell_directory(means.folder, plan))
+            if kept is not None and kept.digest == digest:
+                reporter.note(f"{place} is already measured")
+                yield kept
+                continue
+            reporter.note(place)
+            yield _measure(plan, means, digest, reporter)
+        except _EXPECTED as error:
+            reporter.note(f"{plan} failed: {error}")
+            yield CellFailed(plan, str(error))
+
+
+def cell_directory(folder: Path, plan: CellPlan) -> Path:
+    """Return where a cell is kept, its bundle included."""
+    return folder / plan.line / plan.config.detector / f"{plan.kind}-{plan.config.seed}"
+
+
+def read_cell(directory: Path) -> Cell | None:
+    """Return the cell that a directory holds, or None where there is none that can be read."""
+    try:
+        return Cell.model_validate_json((directory / _CELL_FILE).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def read_cells(folder: Path) -> list[Cell]:
+    """Return all cells below a folder, by line, detector, kind and seed."""
+    found = (read_cell(path.parent) for path in sorted(folder.rglob(_CELL_FILE)))
+    return [cell for cell in found if cell is not None]
+
+
+def keep_cell(directory: Path, cell: Cell) -> None:
+    """Write a cell, all of it or nothing."""
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".{_CELL_FILE}.writing"
+    temporary.write_text(cell.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    temporary.replace(directory / _CELL_FILE)
+
+
+def count_parameters(config: RunConfig) -> tuple[int, int]:
+    """Return how many numbers of a detector a descent changes, and how many it has, backbone included."""
+    detector: Any = build_detector(config.detector, config.detector_config())
+    trainable = {
+        id(parameter): parameter.numel()
+        for stage in detector.stages()
+        if isinstance(stage, GradientStage)
+        for parameter in stage.parameters
+    }
+    return sum(trainable.values()), sum(parameter.numel() for parameter in detector.parameters())
+
+
+def sources_digest(detector: str) -> str:
+    """Return the SHA-256, in hexadecimal, over a detector's file and all files of `models` that it imports."""
+    waiting, seen = [DETECTORS[detector].detector.__module__], dict[str, bytes]()
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen[module] = _source(module)
+            waiting.extend(_imports_of_ours(seen[module]))
+    digest = hashlib.sha256()
+    for module in sorted(seen):
+        digest.update(module.encode() + b"\0" + hashlib.sha256(seen[module]).digest())
+    return digest.hexdigest()
+
+
+def auroc_resamples(cells: Sequence[Cell], seed: int = 0) -> NDArray[np.float64]:
+    """Draw test frames with replacement, normal and anomalous ones apart, and return each draw's mean image AUROC.
+
+    Equal seeds draw equal frames, so that two detectors on one line can be compared draw by draw.
+
+    Args:
+        cells: of one detector on one line, one or more seeds.
+        seed: of the draws.
+
+    Returns:
+        `(2000,)` float64; empty where the line lacks good or defective test frames.
+    """
+    good, defective = len(cells[0].good_scores), len(cells[0].defect_scores)
+    if not good or not defective:
+        return np.empty(0)
+    rng = np.random.default_rng(seed)
+    good_counts = rng.multinomial(good, np.full(good, 1 / good), size=_RESAMPLES)
+    defect_counts = rng.multinomial(defective, np.full(defective, 1 / defective), size=_RESAMPLES)
+    beaten = np.mean([_beaten(cell) for cell in cells], axis=0)  # (D, G)
+    draws: NDArray[np.float64] = np.sum((defect_counts @ beaten) * good_counts, axis=1, dtype=np.float64)
+    return draws / (good * defective)
+
+
+def _beaten(cell: Cell) -> NDArray[np.float64]:
+    """Return for each defective frame and good frame, `(D, G)`, 1 where the first scores higher and 1/2 for a tie."""
+    defective, good = np.array(cell.defect_scores)[:, None], np.array(cell.good_scores)[None]
+    return np.where(defective == good, 0.5, defective > good).astype(np.float64)
+
+
+def _measure(plan: CellPlan, means: Means, digest: str, reporter: Reporter) -> Cell:
+    directory = cell_directory(means.folder, plan)
+    # What lies here is an older cell or half of this one, and the folder is the comparison's own.
+    shutil.rmtree(directory, ignore_errors=True)
+    store, run = directory / "store", directory / "run"
+    request = RunRequest(
+        name=plan.line,
+        line_folder=plan.folder,
+        store=store,
+        config=plan.config,
+        weights=UNTRAINED if plan.kind == "control" else means.weights,
+        weight_folders=means.weight_folders,
+        device=means.device,
+    )
+    begun = time.perf_counter()
+    finished = train(request, run, reporter)
+    total_s = time.perf_counter() - begun
+    cell = _cell_of(plan, finished, digest, total_s, means.speed_s)
+    if plan.kind == "control":
+        shutil.rmtree(store)
+        cell = cell.model_copy(update={"bundle": None})
+    # The checkpoint is large, and the bundle holds all that is looked at later.
+    shutil.rmtree(run)
+    keep_cell(directory, cell)
+    return cell
+
+
+def _cell_of(plan: CellPlan, finished: FinishedRun, digest: str, total_s: float, speed_s: float) -> Cell:
+    bundle, report = load_bundle(finished.bundle), finished.report
+    frame = load_frame(read_dataset(plan.folder).train_good[0].path, plan.config.input, FrameLimits())
+    trainable, parameters = count_parameters(plan.config)
+    return Cell(
+        digest=digest,
+        detector=plan.config.detector,
+        line=plan.line,
+        kind=plan.kind,
+        seed=plan.config.seed,
+        backbone=report.run.backbone,
+        metrics=report.metrics,
+        good_scores=report.good_scores,
+        defect_scores=report.defect_scores,
+        fit_s=sum(finished.fitting.seconds.values()),
+        total_s=total_s,
+        trainable_parameters=trainable,
+        parameters=parameters,
+        speed=measure_speed(bundle.model, frame, speed_s),
+        model_bytes=(finished.bundle / MODEL_FILE).stat().st_size,
+        bundle_bytes=sum(path.stat().st_size for path in finished.bundle.rglob("*") if path.is_file()),
+        bundle=Path("store") / plan.line / finished.bundle.name,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _digest(plan: CellPlan, means: Means) -> str:
+    backbone = plan.config.backbone
+    weights = UNTRAINED if plan.kind == "control" else means.weights
+    facts: Mapping[str, object] = {
+        "schema": _SCHEMA,
+        "configuration": plan.config.model_dump(mode="json"),
+        "kind": plan.kind,
+        "data": _data_digest(plan.folder),
+        "sources": sources_digest(plan.config.detector),
+        "weights": None if backbone is None else _weights_digest(backbone, weights, means.weight_folders),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _data_digest(folder: Path) -> str:
+    return check_dataset(read_dataset(folder), FrameLimits(), SilentReporter()).digest
+
+
+@cache
+def _weights_digest(backbone: str, weights: Path | Literal["untrained"] | None, folders: tuple[Path, ...]) -> str:
+    return UNTRAINED if weights == UNTRAINED else resolve_weights(backbone, weights, folders).digest
+
+
+def _source(module: str) -> bytes:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{module} has no source file")
+    return Path(spec.origin).read_bytes()
+
+
+def _imports_of_ours(source: bytes) -> list[str]:
+    return [
+        node.module
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("models.")
+    ]
