@@ -1,8 +1,4 @@
-"""A camera at the end of a run: posts frames to a real server over HTTP and keeps what came back.
-
-It knows the wire, not the server: a frame goes in as the file's own bytes, and whatever is no answer in time counts as
-`NO_VERDICT`.
-"""
+"""A camera at the end of a run: starts a real server and posts frames to it, through the client that customers use."""
 
 import contextlib
 import socket
@@ -11,43 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
-_MEDIA_TYPES = {
-    ".jpg": "image/jpeg",
-    ".jpeg": "image/jpeg",
-    ".png": "image/png",
-    ".bmp": "image/bmp",
-    ".tif": "image/tiff",
-    ".tiff": "image/tiff",
-    ".webp": "image/webp",
-}
-
-
-@dataclass(frozen=True)
-class Shot:
-    """One frame's answer as the camera saw it.
-
-    Attributes:
-        path: the frame.
-        verdict: what the server said, or `NO_VERDICT`.
-        score: raw score, or None without a verdict.
-        inspection_id: under which the server keeps the heatmap for a while, or None.
-        timings_ms: the server's stages.
-        round_trip_ms: from the first byte sent to the last byte received.
-        problem: the server's sentence where there is no verdict.
-    """
-
-    path: Path
-    verdict: str
-    score: float | None
-    inspection_id: str | None
-    timings_ms: dict[str, float]
-    round_trip_ms: float
-    problem: str | None
+from service.client import Client, ClientFault, Outcome
 
 
 class ServerDidNotStart(Exception):
@@ -92,7 +56,7 @@ def running_server(store: Path, log: Path, ready_within_s: float = 60) -> Iterat
 
 def post_frames(
     url: str, line: str, frames: Sequence[Path], *, connections: int = 8, on_shot: Callable[[], None] = lambda: None
-) -> list[Shot]:
+) -> list[Outcome]:
     """Post every frame once, several at a time, each connection like one camera.
 
     Args:
@@ -103,56 +67,29 @@ def post_frames(
         on_shot: called after each answer, from several threads.
 
     Returns:
-        One answer a frame, in the order of `frames`.
+        One outcome a frame, in the order of `frames`.
     """
-    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-    with (
-        httpx.Client(base_url=url, timeout=30, limits=limits, trust_env=False) as client,
-        ThreadPoolExecutor(connections) as cameras,
-    ):
+    with Client(url, connections=connections) as client, ThreadPoolExecutor(connections) as cameras:
 
-        def shoot(path: Path) -> Shot:
-            shot = _shoot(client, line, path)
+        def shoot(path: Path) -> Outcome:
+            outcome = client.inspect(line, path)
             on_shot()
-            return shot
+            return outcome
 
         return list(cameras.map(shoot, frames))
 
 
 def fetch_overlay(url: str, line: str, path: Path) -> bytes:
-    """Inspect one frame and return the overlay PNG instead of JSON.
+    """Inspect one frame and return the overlay PNG.
 
     Raises:
-        httpx.HTTPStatusError: if the server gave no verdict.
+        ClientFault: if the server gave no verdict.
     """
-    headers = {"Content-Type": _MEDIA_TYPES[path.suffix.lower()], "Accept": "image/png"}
-    answer = httpx.post(
-        f"{url}/v1/lines/{line}/inspect", content=path.read_bytes(), headers=headers, timeout=30, trust_env=False
-    )
-    return answer.raise_for_status().content
-
-
-def _shoot(client: httpx.Client, line: str, path: Path) -> Shot:
-    headers = {"Content-Type": _MEDIA_TYPES[path.suffix.lower()]}
-    body = path.read_bytes()
-    started = time.perf_counter()
-    try:
-        answer = client.post(f"/v1/lines/{line}/inspect", content=body, headers=headers)
-        document = answer.json()
-    except (httpx.HTTPError, ValueError) as error:
-        return Shot(path, "NO_VERDICT", None, None, {}, (time.perf_counter() - started) * 1e3, str(error))
-    elapsed_ms = (time.perf_counter() - started) * 1e3
-    if answer.status_code != httpx.codes.OK:
-        return Shot(path, "NO_VERDICT", None, None, {}, elapsed_ms, str(document.get("detail")))
-    return Shot(
-        path,
-        document["verdict"],
-        document["score"],
-        document["inspection_id"],
-        document["timings_ms"],
-        elapsed_ms,
-        None,
-    )
+    with Client(url) as client:
+        outcome = client.inspect(line, path, heatmap="overlay")
+        if outcome.answer is None:
+            raise ClientFault("The frame got no verdict." if outcome.problem is None else outcome.problem.sentence)
+        return client.heatmap(outcome.answer.inspection_id, "overlay")
 
 
 def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path, ready_within_s: float) -> None:

@@ -13,7 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from training.camera import Shot, fetch_overlay, post_frames, running_server
+from service.client import Outcome
+from training.camera import fetch_overlay, post_frames, running_server
 from training.config import RunConfig
 from training.data.detect import read_dataset
 from training.data.elpv import LICENCE, write_solar_cells
@@ -46,7 +47,7 @@ class Shooting:
     """
 
     samples: Sequence[Sample]
-    shots: Sequence[Shot]
+    shots: Sequence[Outcome]
     seconds: float
 
 
@@ -115,14 +116,18 @@ def _write_overlays(url: str, name: str, shooting: Shooting, folder: Path) -> in
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
-    judged = [pair for pair in zip(shooting.samples, shooting.shots, strict=True) if pair[1].score is not None]
-    judged.sort(key=lambda pair: -(pair[1].score or 0))
+    judged = [
+        (sample, shot.answer)
+        for sample, shot in zip(shooting.samples, shooting.shots, strict=True)
+        if shot.answer is not None
+    ]
+    judged.sort(key=lambda pair: -pair[1].score)
     written = 0
     for label, group in ((ANOMALOUS, "defective"), (1 - ANOMALOUS, "good")):
         ranked = [pair for pair in judged if pair[0].label == label]
         chosen = ranked if len(ranked) <= 2 * _PICTURES else [*ranked[:_PICTURES], *ranked[-_PICTURES:]]
-        for rank, (sample, shot) in enumerate(chosen, start=1):
-            target = folder / f"{group}_{rank}_{shot.verdict}_{sample.kind}_{sample.path.stem}.png"
+        for rank, (sample, answer) in enumerate(chosen, start=1):
+            target = folder / f"{group}_{rank}_{answer.verdict}_{sample.kind}_{sample.path.stem}.png"
             target.write_bytes(fetch_overlay(url, name, sample.path))
             written += 1
     return written
@@ -154,9 +159,9 @@ def _show(shooting: Shooting, finished: FinishedRun, reporter: Reporter) -> None
 
 
 def _refuse_differences(shooting: Shooting, finished: FinishedRun) -> None:
-    without = [shot for shot in shooting.shots if shot.score is None]
-    if without:
-        raise DemoFailed(f"{len(without)} of {len(shooting.shots)} frames got no verdict: {without[0].problem}")
+    problems = [shot.problem.sentence for shot in shooting.shots if shot.problem is not None]
+    if problems:
+        raise DemoFailed(f"{len(problems)} of {len(shooting.shots)} frames got no verdict: {problems[0]}")
     online, offline = _auroc_over_http(shooting).value, finished.report.metrics.get("i_auroc")
     if online is None or offline is None or offline.value is None:
         return
@@ -166,19 +171,19 @@ def _refuse_differences(shooting: Shooting, finished: FinishedRun) -> None:
 
 def _auroc_over_http(shooting: Shooting) -> Metric:
     judged = [
-        (shot.score, sample.label)
+        (shot.answer.score, sample.label)
         for sample, shot in zip(shooting.samples, shooting.shots, strict=True)
-        if shot.score is not None
+        if shot.answer is not None
     ]
     return auroc([score for score, _ in judged], [label for _, label in judged])
 
 
 def _percentiles(stage: str, shooting: Shooting) -> tuple[str, str, str]:
-    return _row(stage, [shot.timings_ms[stage] for shot in shooting.shots if stage in shot.timings_ms])
+    return _row(stage, [getattr(shot.answer.timings_ms, stage) for shot in shooting.shots if shot.answer])
 
 
 def _round_trip(shooting: Shooting) -> tuple[str, str, str]:
-    return _row("round trip", [shot.round_trip_ms for shot in shooting.shots])
+    return _row("round trip", [shot.elapsed_ms for shot in shooting.shots])
 
 
 def _row(name: str, values: Sequence[float]) -> tuple[str, str, str]:

@@ -28,6 +28,8 @@ DOORS = {
     "starlette": ("service/app.py", ROUTES),
     "uvicorn": ("service/__main__.py", "service/protocol.py"),
     "h11": ("service/protocol.py",),
+    "httpx": ("service/client.py", "training/camera.py"),
+    "tenacity": ("service/client.py",),
     "pydantic_settings": ("service/settings.py",),
     "matplotlib": ("training/drawings.py",),
     "jinja2": ("training/report.py",),
@@ -39,6 +41,8 @@ ASYNC = (
     "service/pipeline.py",
     "service/batcher.py",
     "service/protocol.py",
+    "service/camera.py",
+    "service/client_commands.py",
     "service/__main__.py",
     ROUTES,
 )
@@ -56,10 +60,10 @@ LAYERS = (
     ("service.auth", "service.records", "service.registry"),
     ("service.pipeline",),
     ("service.schemas",),
-    ("service.open_inference",),
-    ("service.routes",),
+    ("service.open_inference", "service.client"),
+    ("service.routes", "service.camera"),
     ("service.app", "service.protocol"),
-    ("service.__main__",),
+    ("service.__main__", "service.client_commands"),
 )
 
 # What models may use besides torch and numpy: arithmetic and types. Files, clocks, logs and environment stay outside.
@@ -173,15 +177,15 @@ def test_blocks_when_read_know_no_detector():
     assert strangers == set()
 
 
-def test_training_when_it_needs_the_service_takes_the_contract_only():
-    """Training shares pixels, calibration and policy with the server, and no other part of it."""
+def test_training_when_it_needs_the_service_takes_the_contract_or_asks_as_a_client():
+    """Training shares pixels, calibration and policy with the server; the demo asks it through the public client."""
     strangers = {
         use
         for use in uses()
         if use.file.startswith("training/")
         and belongs(use.module, "service")
         and not belongs(use.module, "service.contract")
-        and use.module != "service.errors"
+        and use.module not in ("service.errors", "service.client")
     }
 
     assert strangers == set()

@@ -69,7 +69,7 @@ def test_post_frames_when_nobody_answers_counts_as_no_verdict(tmp_path: Path) ->
     shots = post_frames("http://127.0.0.1:9", "line", sorted(line.rglob("*.png"))[:2])
 
     assert [shot.verdict for shot in shots] == ["NO_VERDICT", "NO_VERDICT"]
-    assert all(shot.score is None for shot in shots)
+    assert all(shot.answer is None for shot in shots)
 
 
 def _note_names(event: str, arguments: Any, asked: list[object]) -> None:

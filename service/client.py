@@ -1,0 +1,559 @@
+"""The Python client, sync and async: one call a frame, and whatever goes wrong comes back as `NO_VERDICT`.
+
+    with Client("http://station-4:8000", key="...") as client:
+        outcome = client.inspect("cap", Path("frame.jpg"), part_id="0815", deadline_ms=200)
+        if outcome.verdict is Verdict.PASS: ...
+
+The rule of this file: `PASS` needs a complete answer with status 200 that fits the schema, for the very line and part
+that were asked for. No exception leaves `inspect`, because a caller who forgets to catch one must not pass the part.
+
+What only the moment refused (429, 503, no connection) is tried again, never before `Retry-After` and never where the
+answer would come after the deadline; each try tells the server how much time is left. A frame that was sent and not
+answered in time is not sent again: its time is over.
+
+The one importer of httpx and tenacity in the service.
+"""
+
+import json
+import math
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import httpx
+import numpy as np
+import tenacity
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+
+from service.contract.policy import Verdict
+from service.contract.raw_frames import PixelFormat
+from service.inspection import HeatmapKind
+from service.schemas import InspectionAnswer, InspectionOptions, LinesAnswer, LineSummary, Name
+
+MEDIA_TYPES = {
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".png": "image/png",
+    ".bmp": "image/bmp",
+    ".tif": "image/tiff",
+    ".tiff": "image/tiff",
+    ".webp": "image/webp",
+}
+
+DEFAULT_DEADLINE_MS = 2000.0
+# The server answers 504 at the deadline itself; so much longer is listened, to hear its reason.
+_GRACE_S = 0.25
+_FIRST_PAUSE_S = 0.02
+_LONGEST_PAUSE_S = 1.0
+_RETRIED_STATUS = (429, 503)
+_OK = 200
+_LINE = TypeAdapter(Name)
+# Of our own answers: nobody sends megabytes as a verdict.
+_LARGEST_ANSWER_BYTES = 16 * 2**20
+
+
+class ClientFault(Exception):
+    """The server could not be asked for something that is no verdict; the sentence says why."""
+
+
+@dataclass(frozen=True)
+class EncodedFrame:
+    """A frame as the camera's file format has it.
+
+    Attributes:
+        data: the file's bytes.
+        media_type: for example `image/jpeg`.
+    """
+
+    data: bytes
+    media_type: str
+
+
+@dataclass(frozen=True, eq=False)
+class RawFrame:
+    """A frame as the sensor gives it; nothing is encoded or decoded on the way.
+
+    Attributes:
+        pixels: `(H, W)` uint8 or uint16, or `(H, W, 3)` uint8.
+        pixel_format: GenICam name; None takes `Mono8`, `Mono16` or `RGB8` by shape and dtype.
+    """
+
+    pixels: NDArray[np.uint8] | NDArray[np.uint16]
+    pixel_format: PixelFormat | None = None
+
+
+Frame = Path | EncodedFrame | RawFrame
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why there is no verdict.
+
+    Attributes:
+        code: the server's stable code, or the client's own: `frame_unreadable`, `not_reachable`, `deadline_passed`,
+            `answer_unusable`.
+        sentence: what happened and what to do.
+        status: of the answer, or None where none came.
+        request_id: under which the server logged it, or None.
+    """
+
+    code: str
+    sentence: str
+    status: int | None = None
+    request_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one frame.
+
+    Attributes:
+        verdict: `NO_VERDICT` wherever `answer` is None.
+        answer: the server's complete answer.
+        problem: why there is none.
+        tries: how often the frame was sent.
+        elapsed_ms: from the call to its end.
+    """
+
+    verdict: Verdict
+    answer: InspectionAnswer | None
+    problem: Problem | None
+    tries: int = 0
+    elapsed_ms: float = 0.0
+
+
+class Client:
+    """Inspects frames from one thread or several.
+
+    Args:
+        url: of the server.
+        key: of the caller, or None where the service is open.
+        deadline_ms: of every inspection that names none.
+        connections: kept open at most.
+        tls: context with a private authority or a client certificate; None takes the system's authorities.
+        clock: monotonic seconds.
+        sleep: waits so many seconds.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        key: str | None = None,
+        *,
+        deadline_ms: float = DEFAULT_DEADLINE_MS,
+        connections: int = 16,
+        tls: ssl.SSLContext | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._http = httpx.Client(**_options(url, key, connections, tls))
+        self._deadline_ms = deadline_ms
+        self._clock = clock
+        self._sleep = sleep
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def inspect(
+        self,
+        line: str,
+        frame: Frame,
+        *,
+        part_id: str | None = None,
+        view: str | None = None,
+        sequence: int | None = None,
+        deadline_ms: float | None = None,
+        heatmap: HeatmapKind = "none",
+        policy: str | None = None,
+    ) -> Outcome:
+        """Inspect one frame; returns, and never raises.
+
+        Args:
+            line: of the part.
+            frame: an image file, its bytes, or raw pixels.
+            part_id: echoed and recorded.
+            view: echoed and recorded.
+            sequence: echoed and recorded.
+            deadline_ms: from this call to its end, all tries together.
+            heatmap: which one `heatmap` may fetch afterwards.
+            policy: version of the line's policy.
+        """
+        asked = _Asked(
+            line, part_id, view, sequence, heatmap, policy, self._deadline_ms if deadline_ms is None else deadline_ms
+        )
+        patience = _Patience(asked.deadline_ms, self._clock)
+        sending = _prepare(frame, asked)
+        if isinstance(sending, Problem):
+            return patience.close(_without_verdict(sending))
+
+        def once() -> _Heard:
+            left_s = patience.begin_try()
+            try:
+                with self._http.stream("POST", **sending.with_deadline(left_s)) as response:
+                    content = b""
+                    for piece in response.iter_bytes():
+                        content = patience.collect(content, piece)
+                return _hear(response, content, asked)
+            except (httpx.HTTPError, _TooLate, _TooMuch) as error:
+                return _unheard(error)
+
+        return patience.close(tenacity.Retrying(sleep=self._sleep, **patience.rules())(once).outcome)
+
+    def lines(self) -> list[LineSummary]:
+        """Return every line that the key may know of.
+
+        Raises:
+            ClientFault: if the server can't be asked or refuses.
+        """
+        try:
+            return _read_lines(self._http.get("/v1/lines"))
+        except httpx.HTTPError as error:
+            raise ClientFault(_not_reachable(error).sentence) from error
+
+    def heatmap(self, inspection_id: str, kind: Literal["png", "overlay", "f16"] = "overlay") -> bytes:
+        """Return the heatmap of an inspection that asked for one.
+
+        Raises:
+            ClientFault: if the server can't be asked, or no longer keeps it.
+        """
+        try:
+            return _read_bytes(self._http.get(f"/v1/inspections/{inspection_id}/heatmap", params={"kind": kind}))
+        except httpx.HTTPError as error:
+            raise ClientFault(_not_reachable(error).sentence) from error
+
+
+class AsyncClient:
+    """The same for programs with an event loop; arguments and answers are those of `Client`."""
+
+    def __init__(
+        self,
+        url: str,
+        key: str | None = None,
+        *,
+        deadline_ms: float = DEFAULT_DEADLINE_MS,
+        connections: int = 16,
+        tls: ssl.SSLContext | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._http = httpx.AsyncClient(**_options(url, key, connections, tls))
+        self._deadline_ms = deadline_ms
+        self._clock = clock
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def inspect(
+        self,
+        line: str,
+        frame: Frame,
+        *,
+        part_id: str | None = None,
+        view: str | None = None,
+        sequence: int | None = None,
+        deadline_ms: float | None = None,
+        heatmap: HeatmapKind = "none",
+        policy: str | None = None,
+    ) -> Outcome:
+        """Inspect one frame; see `Client.inspect`. Raises nothing but the cancellation of its task."""
+        asked = _Asked(
+            line, part_id, view, sequence, heatmap, policy, self._deadline_ms if deadline_ms is None else deadline_ms
+        )
+        patience = _Patience(asked.deadline_ms, self._clock)
+        sending = _prepare(frame, asked)
+        if isinstance(sending, Problem):
+            return patience.close(_without_verdict(sending))
+
+        async def once() -> _Heard:
+            left_s = patience.begin_try()
+            try:
+                async with self._http.stream("POST", **sending.with_deadline(left_s)) as response:
+                    content = b""
+                    async for piece in response.aiter_bytes():
+                        content = patience.collect(content, piece)
+                return _hear(response, content, asked)
+            except (httpx.HTTPError, _TooLate, _TooMuch) as error:
+                return _unheard(error)
+
+        return patience.close((await tenacity.AsyncRetrying(**patience.rules())(once)).outcome)
+
+    async def lines(self) -> list[LineSummary]:
+        """Return every line that the key may know of; raises as `Client.lines` does."""
+        try:
+            return _read_lines(await self._http.get("/v1/lines"))
+        except httpx.HTTPError as error:
+            raise ClientFault(_not_reachable(error).sentence) from error
+
+    async def heatmap(self, inspection_id: str, kind: Literal["png", "overlay", "f16"] = "overlay") -> bytes:
+        """Return the heatmap of an inspection that asked for one; raises as `Client.heatmap` does."""
+        try:
+            return _read_bytes(await self._http.get(f"/v1/inspections/{inspection_id}/heatmap", params={"kind": kind}))
+        except httpx.HTTPError as error:
+            raise ClientFault(_not_reachable(error).sentence) from error
+
+
+class _TooLate(Exception):
+    """The answer still comes, and its time is over."""
+
+
+class _TooMuch(Exception):
+    """The answer is longer than any answer of the server."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked for, and what an answer must therefore be about."""
+
+    line: str
+    part_id: str | None
+    view: str | None
+    sequence: int | None
+    heatmap: HeatmapKind
+    policy: str | None
+    deadline_ms: float
+
+
+@dataclass(frozen=True)
+class _Sending:
+    url: str
+    content: bytes
+    headers: Mapping[str, str]
+
+    def with_deadline(self, left_s: float) -> dict[str, Any]:
+        """Return the arguments of one try, which tells the server how much time is left."""
+        headers = {**self.headers, "X-Deadline-Ms": f"{max(1.0, left_s * 1e3):.3f}"}
+        return {"url": self.url, "content": self.content, "headers": headers, "timeout": left_s + _GRACE_S}
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """One try's end.
+
+    Attributes:
+        outcome: what the frame would be told if this was the last try.
+        again: whether the same frame may get a verdict a moment later.
+        not_before_s: the server's `Retry-After`.
+    """
+
+    outcome: Outcome
+    again: bool = False
+    not_before_s: float = 0.0
+
+
+class _Patience:
+    """How long one frame may take, over all its tries."""
+
+    def __init__(self, deadline_ms: float, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._started_at = clock()
+        self._deadline_s = deadline_ms / 1e3
+        self._tries = 0
+
+    def begin_try(self) -> float:
+        """Count a try and return the seconds that are left for it."""
+        self._tries += 1
+        return max(0.0, self._deadline_s - (self._clock() - self._started_at))
+
+    def collect(self, content: bytes, piece: bytes) -> bytes:
+        """Add a piece to an answer, unless it comes too late or there is too much of it.
+
+        Raises:
+            _TooLate: if the time is over: each single wait is bounded, and here their sum is.
+            _TooMuch: if the answer is none of ours.
+        """
+        if self._clock() - self._started_at > self._deadline_s + _GRACE_S:
+            raise _TooLate
+        if len(content) + len(piece) > _LARGEST_ANSWER_BYTES:
+            raise _TooMuch
+        return content + piece
+
+    def rules(self) -> dict[str, Any]:
+        """Return how tenacity tries again."""
+        backoff = tenacity.wait_random_exponential(multiplier=_FIRST_PAUSE_S, max=_LONGEST_PAUSE_S)
+
+        def pause_s(state: tenacity.RetryCallState) -> float:
+            return max(backoff(state), _heard_in(state).not_before_s)
+
+        def no_time_left(state: tenacity.RetryCallState) -> bool:
+            return self._clock() - self._started_at + state.upcoming_sleep >= self._deadline_s
+
+        return {
+            "retry": tenacity.retry_if_result(lambda heard: heard.again),
+            "wait": pause_s,
+            "stop": no_time_left,
+            "retry_error_callback": _heard_in,
+        }
+
+    def close(self, outcome: Outcome) -> Outcome:
+        """Note tries and time."""
+        return replace(outcome, tries=self._tries, elapsed_ms=(self._clock() - self._started_at) * 1e3)
+
+
+def _heard_in(state: tenacity.RetryCallState) -> _Heard:
+    if state.outcome is None:  # only before the first try, when nobody asks
+        raise AssertionError("no try has ended yet")
+    heard: _Heard = state.outcome.result()
+    return heard
+
+
+def _options(url: str, key: str | None, connections: int, tls: ssl.SSLContext | None) -> dict[str, Any]:
+    return {
+        "base_url": url,
+        "headers": {} if key is None else {"Authorization": f"Bearer {key}"},
+        "limits": httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+        "timeout": DEFAULT_DEADLINE_MS / 1e3,
+        "trust_env": False,  # a proxy of the environment must not stand between a camera and its station
+        "verify": True if tls is None else tls,
+    }
+
+
+def _prepare(frame: Frame, asked: _Asked) -> _Sending | Problem:
+    """Write the request, or say why the frame can't be sent."""
+    try:
+        _LINE.validate_python(asked.line)
+        InspectionOptions.model_validate(
+            {name: getattr(asked, name) for name in InspectionOptions.model_fields if hasattr(asked, name)}
+        )
+        content, kind = _encode(frame)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "line"
+        return Problem("parameter_invalid", f"{place}: {first['msg']}.")
+    except OSError as error:
+        return Problem("frame_unreadable", f"{error.filename or 'The frame'} can't be read: {error.strerror}.")
+    except ValueError as error:
+        return Problem("frame_unreadable", str(error))
+    said = {
+        "X-Part-Id": asked.part_id,
+        "X-View": asked.view,
+        "X-Sequence": None if asked.sequence is None else str(asked.sequence),
+        "X-Heatmap": asked.heatmap,
+        "X-Policy": asked.policy,
+    }
+    return _Sending(
+        f"/v1/lines/{asked.line}/inspect", content, kind | {name: value for name, value in said.items() if value}
+    )
+
+
+def _encode(frame: Frame) -> tuple[bytes, dict[str, str]]:
+    """Return a frame's bytes and the headers that say what they are.
+
+    Raises:
+        OSError: if the file can't be read.
+        ValueError: if it is no kind of frame that the service takes.
+    """
+    if isinstance(frame, Path):
+        media_type = MEDIA_TYPES.get(frame.suffix.lower())
+        if media_type is None:
+            raise ValueError(f"{frame.name} is no image file that the service takes: {', '.join(MEDIA_TYPES)}.")
+        return frame.read_bytes(), {"Content-Type": media_type}
+    if isinstance(frame, EncodedFrame):
+        return frame.data, {"Content-Type": frame.media_type}
+    pixels = np.ascontiguousarray(frame.pixels)
+    kinds: dict[tuple[int, str], PixelFormat] = {(2, "uint8"): "Mono8", (2, "uint16"): "Mono16", (3, "uint8"): "RGB8"}
+    pixel_format = frame.pixel_format or kinds.get((pixels.ndim, pixels.dtype.name))
+    if pixel_format is None or not (pixels.ndim == 2 or pixels.shape[2:] == (3,)):
+        raise ValueError("Raw pixels are (H, W) uint8 or uint16, or (H, W, 3) uint8.")
+    return pixels.astype(pixels.dtype.newbyteorder("<"), copy=False).tobytes(), {
+        "Content-Type": "application/x-raw-frame",
+        "X-Pixel-Format": pixel_format,
+        "X-Height": str(pixels.shape[0]),
+        "X-Width": str(pixels.shape[1]),
+    }
+
+
+def _hear(response: httpx.Response, content: bytes, asked: _Asked) -> _Heard:
+    """Read an answer; whatever does not fit completely has no verdict."""
+    if response.status_code != _OK:
+        return _hear_problem(response, content)
+    try:
+        answer = InspectionAnswer.model_validate_json(content, extra="ignore")  # a newer server may say more
+    except ValidationError:
+        return _Heard(_without_verdict(_unusable("The server's answer does not fit this client; update it.")))
+    said = (answer.line, answer.part_id, answer.view, answer.sequence)
+    if said != (asked.line, asked.part_id, asked.view, asked.sequence):
+        return _Heard(_without_verdict(_unusable("The answer is about another part; look at what stands in between.")))
+    return _Heard(Outcome(answer.verdict, answer, None))
+
+
+def _hear_problem(response: httpx.Response, content: bytes) -> _Heard:
+    code, sentence, request_id = "answer_unusable", f"The server answered with status {response.status_code}.", None
+    try:
+        document = json.loads(content)
+        code, sentence, request_id = str(document["code"]), str(document["detail"]), document.get("request_id")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass  # whatever stands in between, a proxy for example, has its own way to refuse
+    problem = Problem(code, sentence, response.status_code, request_id if isinstance(request_id, str) else None)
+    again = response.status_code in _RETRIED_STATUS
+    return _Heard(_without_verdict(problem), again, _retry_after_s(response))
+
+
+def _retry_after_s(response: httpx.Response) -> float:
+    try:
+        seconds = float(response.headers.get("Retry-After", "0"))
+    except ValueError:
+        return 0.0
+    return seconds if math.isfinite(seconds) and seconds > 0 else 0.0
+
+
+def _unheard(error: Exception) -> _Heard:
+    """Tell what a try without an answer means."""
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        return _Heard(_without_verdict(_not_reachable(error)), again=True)
+    if isinstance(error, httpx.TimeoutException | _TooLate):
+        sentence = "The deadline passed before the answer was complete; the part has no verdict."
+        return _Heard(_without_verdict(Problem("deadline_passed", sentence)))
+    if isinstance(error, _TooMuch):
+        return _Heard(
+            _without_verdict(_unusable("The answer is longer than any of the server's; look at the address."))
+        )
+    # A connection that broke: the server was stopped, or closed an idle one in the very moment of its use.
+    return _Heard(_without_verdict(_not_reachable(error)), again=isinstance(error, httpx.TransportError))
+
+
+def _not_reachable(error: Exception) -> Problem:
+    return Problem("not_reachable", f"The server can't be reached ({type(error).__name__}); look at address and cable.")
+
+
+def _unusable(sentence: str) -> Problem:
+    return Problem("answer_unusable", sentence, _OK)
+
+
+def _without_verdict(problem: Problem) -> Outcome:
+    return Outcome(Verdict.NO_VERDICT, None, problem)
+
+
+def _read_lines(response: httpx.Response) -> list[LineSummary]:
+    try:
+        return LinesAnswer.model_validate_json(_read_bytes(response), extra="ignore").lines
+    except ValidationError as error:
+        raise ClientFault("The server's list of lines does not fit this client; update it.") from error
+
+
+def _read_bytes(response: httpx.Response) -> bytes:
+    if response.status_code != _OK:
+        problem = _hear_problem(response, response.content).outcome.problem
+        raise ClientFault("The server refused." if problem is None else problem.sentence)
+    return response.content

@@ -1,0 +1,363 @@
+"""The commands of those who ask a server: `flawline inspect` for files, `flawline camera` for load.
+
+Both speak through `service.client`, so their rule is its rule: whatever goes wrong is `NO_VERDICT`.
+"""
+
+import asyncio
+import json
+import random
+import ssl
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from service.camera import Arrivals, CameraPlan, Tally, run_camera
+from service.client import (
+    DEFAULT_DEADLINE_MS,
+    MEDIA_TYPES,
+    AsyncClient,
+    Client,
+    ClientFault,
+    EncodedFrame,
+    Outcome,
+    RawFrame,
+)
+from service.client import Frame as ClientFrame
+from service.contract.bundle import load_bundle, versions_of
+from service.contract.frames import FrameLimits, decode_image, encode_jpeg, encode_png
+from service.contract.golden import read_golden
+from service.contract.policy import Verdict
+from service.errors import FlawlineError
+
+commands = typer.Typer()
+
+FrameFormat = Literal["file", "jpeg", "png", "rgb8", "mono8"]
+_COLOURS = {"PASS": "green", "REVIEW": "yellow", "FAIL": "red", "NO_VERDICT": "bold magenta"}
+_ALL_PASS, _NO_VERDICT, _USAGE, _NOT_ALL_PASS = 0, 1, 2, 3
+_REFRESH_HZ = 2.0
+
+Url = Annotated[str, typer.Option(envvar="FLAWLINE_CLIENT_URL", help="Address of the server.")]
+KeyFile = Annotated[
+    Path | None, typer.Option(envvar="FLAWLINE_CLIENT_KEY_FILE", help="File that holds the caller's key.")
+]
+Deadline = Annotated[float, typer.Option(help="Milliseconds from sending a frame to its answer.", min=1)]
+Authority = Annotated[Path | None, typer.Option(help="PEM file of the authority that signed the server's certificate.")]
+Certificate = Annotated[Path | None, typer.Option(help="PEM file with our certificate and key, for mutual TLS.")]
+
+_INSPECT_HELP = """Inspect image files, or every image in a folder, and tell the verdicts.
+
+The exit code is 0 if every part is PASS, 3 if one is REVIEW or FAIL, 1 if one has no verdict.
+
+[bold]Examples[/bold]
+
+flawline inspect frame.jpg --line cap
+
+flawline inspect incoming/ --line cap --overlays overlays --connections 8
+
+flawline inspect incoming/ --line cap --json > verdicts.jsonl
+"""
+_CAMERA_HELP = """Simulate cameras that trigger at a rate, and show a live table of what came back.
+
+[bold]Examples[/bold]
+
+flawline camera --line cap --frames incoming --rate 10
+
+flawline camera --line cap --line hazelnut --store store --rate 4 --burst 3 --duration 60
+
+flawline camera --line cap --store store --rate 30 --arrivals poisson --format mono8 --deadline-ms 200 --json
+"""
+
+
+@commands.command(help=_INSPECT_HELP)
+def inspect(
+    sources: Annotated[list[Path], typer.Argument(help="Image files or folders of them.", metavar="FILE|FOLDER...")],
+    *,
+    line: Annotated[str, typer.Option(help="Line that the parts belong to.")],
+    url: Url = "http://127.0.0.1:8000",
+    key_file: KeyFile = None,
+    deadline_ms: Deadline = DEFAULT_DEADLINE_MS,
+    connections: Annotated[int, typer.Option(help="Frames under way at a time.", min=1, max=256)] = 4,
+    overlays: Annotated[Path | None, typer.Option(help="Folder that receives a picture of each frame.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Version of the line's policy.", show_default="live")] = None,
+    authority: Authority = None,
+    certificate: Certificate = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document a frame instead of a table.")] = False,
+) -> None:
+    """Inspect files and end with an exit code that a script can use."""
+    files = list(_images(sources))
+    if not files:
+        _leave(f"There is no image in {', '.join(map(str, sources))}; known are files with {', '.join(MEDIA_TYPES)}.")
+    if overlays is not None:
+        overlays.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    verdicts: Counter[Verdict] = Counter()
+    with (
+        Client(
+            url,
+            _read_key(key_file),
+            deadline_ms=deadline_ms,
+            connections=connections,
+            tls=_tls(authority, certificate),
+        ) as client,
+        ThreadPoolExecutor(connections) as cameras,
+    ):
+
+        def judge(file: Path) -> Outcome:
+            outcome = client.inspect(
+                line, file, part_id=_part_id(file), heatmap="none" if overlays is None else "overlay", policy=policy
+            )
+            if overlays is not None and outcome.answer is not None:
+                picture = client.heatmap(outcome.answer.inspection_id, "overlay")
+                (overlays / f"{outcome.verdict.value}_{file.stem}.png").write_bytes(picture)
+            return outcome
+
+        try:
+            for file, outcome in zip(files, cameras.map(judge, files), strict=True):
+                verdicts[outcome.verdict] += 1
+                _tell(file, outcome, console, as_json=as_json)
+        except ClientFault as fault:
+            _leave(str(fault))
+    if not as_json:
+        console.print(", ".join(f"{count} {verdict.value}" for verdict, count in verdicts.items()), highlight=False)
+    raise typer.Exit(_exit_code(verdicts))
+
+
+@commands.command(help=_CAMERA_HELP)
+def camera(
+    *,
+    line: Annotated[list[str], typer.Option(help="Line to look at; once for each camera.")],
+    url: Url = "http://127.0.0.1:8000",
+    frames: Annotated[Path | None, typer.Option(help="Folder of images, sent in turn.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Instead: take the golden frames of each line's bundle.")] = None,
+    rate: Annotated[float, typer.Option(help="Parts a second of each camera.", min=0.001, max=10_000)] = 5,
+    arrivals: Annotated[Arrivals, typer.Option(help="How parts arrive.")] = "regular",
+    jitter: Annotated[float, typer.Option(help="Of regular parts, in times between two.", min=0, max=1)] = 0.1,
+    burst: Annotated[int, typer.Option(help="Frames of each part.", min=1, max=100)] = 1,
+    buffer: Annotated[int, typer.Option(help="Frames under way before a camera drops one.", min=1)] = 64,
+    duration: Annotated[float | None, typer.Option(help="Seconds.", min=0.1, show_default="until Ctrl-C")] = None,
+    frame_format: Annotated[FrameFormat, typer.Option("--format", help="How frames travel.")] = "file",
+    key_file: KeyFile = None,
+    deadline_ms: Deadline = DEFAULT_DEADLINE_MS,
+    authority: Authority = None,
+    certificate: Certificate = None,
+    seed: Annotated[int, typer.Option(help="Of arrivals.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Tell the end as JSON, and nothing before.")] = False,
+) -> None:
+    """Trigger cameras and tell what they saw."""
+    try:
+        supplies = [_supply(name, frames, store, frame_format) for name in line]
+    except FlawlineError as error:
+        _leave(error.sentence)
+    plans = [CameraPlan(name, rate, arrivals, jitter, burst, buffer, seed + number) for number, name in enumerate(line)]
+    tallies = [Tally() for _ in plans]
+    show = _Display(plans, tallies, quiet=as_json)
+
+    async def shoot_all() -> None:
+        async with AsyncClient(
+            url,
+            _read_key(key_file),
+            deadline_ms=deadline_ms,
+            connections=buffer * len(plans),
+            tls=_tls(authority, certificate),
+        ) as client:
+
+            async def send(name: str, frame: ClientFrame, number: int) -> Outcome:
+                return await client.inspect(name, frame, sequence=number)
+
+            watching = asyncio.create_task(show.refresh())
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for plan, tally, supply in zip(plans, tallies, supplies, strict=True):
+                        group.create_task(
+                            run_camera(
+                                plan,
+                                supply,
+                                tally,
+                                send,
+                                duration_s=duration or float("inf"),
+                                clock=time.monotonic,
+                            )
+                        )
+            finally:
+                watching.cancel()
+
+    try:
+        with show:
+            asyncio.run(shoot_all())
+    except KeyboardInterrupt:
+        pass  # how a run without duration ends
+    if as_json:
+        typer.echo(json.dumps([_summary(plan, tally) for plan, tally in zip(plans, tallies, strict=True)]))
+
+
+class _Display:
+    """The live table at a terminal; once, at the end, where nobody watches."""
+
+    def __init__(self, plans: Sequence[CameraPlan], tallies: Sequence[Tally], *, quiet: bool) -> None:
+        self._plans = plans
+        self._tallies = tallies
+        self._begun_at = time.monotonic()
+        console = Console(quiet=quiet)
+        self._live = Live(self._table(), console=console, auto_refresh=False, transient=False)
+
+    def __enter__(self) -> None:
+        self._live.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._live.update(self._table(), refresh=True)
+        self._live.stop()
+
+    async def refresh(self) -> None:
+        """Draw the table anew, again and again."""
+        while True:
+            await asyncio.sleep(1 / _REFRESH_HZ)
+            self._live.update(self._table(), refresh=True)
+
+    def _table(self) -> Table:
+        elapsed_s = max(time.monotonic() - self._begun_at, 1e-9)
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column("line", no_wrap=True, max_width=16)
+        for name in ("sent", "/s", *_COLOURS, "dropped", "p50 ms", "p99 ms"):
+            table.add_column(name, justify="right", no_wrap=True)
+        problems: Counter[str] = Counter()
+        for plan, tally in zip(self._plans, self._tallies, strict=True):
+            middle, late = tally.percentile_ms(0.5), tally.percentile_ms(0.99)
+            table.add_row(
+                plan.line,
+                str(tally.sent),
+                f"{tally.sent / elapsed_s:.1f}",
+                *(f"[{colour}]{tally.verdicts[name]}[/]" for name, colour in _COLOURS.items()),
+                str(tally.dropped),
+                "-" if middle is None else f"{middle:.1f}",
+                "-" if late is None else f"{late:.1f}",
+            )
+            problems.update(tally.problems)
+        if problems:
+            table.caption = ", ".join(f"{count} {code}" for code, count in problems.most_common())
+        return table
+
+
+def _summary(plan: CameraPlan, tally: Tally) -> dict[str, object]:
+    return {
+        "line": plan.line,
+        "sent": tally.sent,
+        "dropped": tally.dropped,
+        "verdicts": dict(tally.verdicts),
+        "problems": dict(tally.problems),
+        "p50_ms": tally.percentile_ms(0.5),
+        "p99_ms": tally.percentile_ms(0.99),
+    }
+
+
+def _supply(line: str, folder: Path | None, store: Path | None, frame_format: FrameFormat) -> list[ClientFrame]:
+    """Return the frames that a camera sends, in a mixed order that is always the same.
+
+    Raises:
+        FlawlineError: if a frame or bundle can't be read.
+    """
+    if (folder is None) == (store is None):
+        _leave("Give frames: --frames FOLDER, or --store STORE for the golden frames of the lines' bundles.")
+    if store is not None:
+        versions = versions_of(store / line)
+        if not versions:
+            _leave(f"{store} has no bundle of the line {line}; give --frames FOLDER instead.")
+        bundle = load_bundle(store / line / versions[-1])
+        encoded = [EncodedFrame(bundle.files[answer.file], "image/png") for answer in read_golden(bundle).answers]
+    else:
+        encoded = [
+            EncodedFrame(file.read_bytes(), MEDIA_TYPES[file.suffix.lower()]) for file in _images([folder or Path()])
+        ]
+    if not encoded:
+        _leave(f"There is no image in {folder}; known are files with {', '.join(MEDIA_TYPES)}.")
+    random.Random(line).shuffle(encoded)  # noqa: S311 - an order, not a secret
+    return [_convert(frame, frame_format) for frame in encoded]
+
+
+def _convert(frame: EncodedFrame, frame_format: FrameFormat) -> ClientFrame:
+    if frame_format == "file":
+        return frame
+    pixels = decode_image(frame.data, FrameLimits()).pixels
+    if frame_format == "jpeg":
+        return EncodedFrame(encode_jpeg(pixels), "image/jpeg")
+    if frame_format == "png":
+        return EncodedFrame(encode_png(pixels), "image/png")
+    return RawFrame(
+        pixels if frame_format == "rgb8" else pixels[:, :, 1], "RGB8" if frame_format == "rgb8" else "Mono8"
+    )
+
+
+def _images(sources: Sequence[Path]) -> Iterator[Path]:
+    for source in sources:
+        if source.is_dir():
+            yield from sorted(file for file in source.rglob("*") if file.suffix.lower() in MEDIA_TYPES)
+        else:
+            yield source
+
+
+def _tell(file: Path, outcome: Outcome, console: Console, *, as_json: bool) -> None:
+    if as_json:
+        document: dict[str, object] = {
+            "file": str(file),
+            "verdict": outcome.verdict.value,
+            "elapsed_ms": round(outcome.elapsed_ms, 3),
+        }
+        if outcome.answer is not None:
+            document["answer"] = outcome.answer.model_dump(mode="json")
+        if outcome.problem is not None:
+            document["problem"] = {"code": outcome.problem.code, "sentence": outcome.problem.sentence}
+        typer.echo(json.dumps(document))
+        return
+    verdict = f"[{_COLOURS[outcome.verdict.value]}]{outcome.verdict.value:<10}[/]"
+    if outcome.answer is None:
+        said = "" if outcome.problem is None else outcome.problem.sentence
+    else:
+        found = outcome.answer.regions_total
+        said = f"score {outcome.answer.score:.4g}, {found} region{'' if found == 1 else 's'}"
+    console.print(f"{verdict} {outcome.elapsed_ms:7.1f} ms  ", end="", highlight=False)
+    console.print(f"{file}  {said}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _exit_code(verdicts: Counter[Verdict]) -> int:
+    if verdicts[Verdict.NO_VERDICT]:
+        return _NO_VERDICT
+    return _ALL_PASS if set(verdicts) == {Verdict.PASS} else _NOT_ALL_PASS
+
+
+def _part_id(file: Path) -> str | None:
+    """Name the part by its file, where that can travel as an id."""
+    return file.name if file.name.isascii() and file.name.isprintable() and '"' not in file.name else None
+
+
+def _read_key(file: Path | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return file.read_text("utf-8").strip()
+    except OSError as error:
+        _leave(f"The key file {file} can't be read: {error.strerror}.")
+
+
+def _tls(authority: Path | None, certificate: Path | None) -> ssl.SSLContext | None:
+    if authority is None and certificate is None:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=authority)
+        if certificate is not None:
+            context.load_cert_chain(certificate)
+    except (OSError, ssl.SSLError) as error:
+        _leave(f"A certificate can't be used: {error}.")
+    return context
+
+
+def _leave(sentence: str) -> NoReturn:
+    typer.echo(sentence, err=True)
+    raise typer.Exit(_USAGE)

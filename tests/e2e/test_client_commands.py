@@ -1,0 +1,132 @@
+"""The commands of those who ask a server, run as a user would, against a real server."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from typer.testing import CliRunner
+
+from service.client_commands import commands
+from service.settings import Settings
+from tests.factories import encode, make_bundle, make_frame
+from tests.servers import serve_in_thread, wait_until_ready
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store of one line."""
+    place = tmp_path_factory.mktemp("store")
+    make_bundle(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def url(store) -> Iterator[str]:
+    """Of a ready server."""
+    with serve_in_thread(Settings(store_directory=store)) as http:
+        wait_until_ready(http)
+        yield str(http.base_url)
+
+
+@pytest.fixture
+def frames(tmp_path):
+    """A folder with a good part, a defective one, and a file that is no image."""
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    (folder / "a_good.png").write_bytes(encode(make_frame()))
+    (folder / "b_bad.png").write_bytes(encode(make_frame(defect=True)))
+    (folder / "notes.txt").write_text("not a frame")
+    return folder
+
+
+def _flawline(*arguments):
+    return CliRunner().invoke(commands, [str(argument) for argument in arguments])
+
+
+def test_inspect_when_given_a_folder_then_tells_each_part_and_draws_it(url, frames, tmp_path):
+    """One line a part in the order of names, an overlay of each, and an exit code that is not that of all good."""
+    result = _flawline("inspect", frames, "--line", "demo_line", "--url", url, "--overlays", tmp_path / "overlays")
+
+    told = result.stdout.splitlines()
+    assert result.exit_code == 3
+    assert told[0].startswith("PASS")
+    assert "a_good.png" in told[0]
+    assert told[1].startswith("FAIL")
+    assert "1 region" in told[1]
+    assert told[2] == "1 PASS, 1 FAIL"
+    assert sorted(file.name for file in (tmp_path / "overlays").iterdir()) == ["FAIL_b_bad.png", "PASS_a_good.png"]
+
+
+def test_inspect_when_asked_for_json_then_every_line_is_a_document(url, frames):
+    """Scripts get the server's complete answer, with the file it belongs to."""
+    result = _flawline("inspect", frames / "a_good.png", "--line", "demo_line", "--url", url, "--json")
+
+    [document] = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.exit_code == 0
+    assert (document["verdict"], document["answer"]["verdict"]) == ("PASS", "PASS")
+    assert document["answer"]["part_id"] == "a_good.png"
+
+
+@pytest.mark.parametrize(
+    ("line", "address", "said"),
+    [("demo_line", "http://127.0.0.1:9", "can't be reached"), ("unheard_of", None, "no such line")],
+    ids=["nobody listens", "unknown line"],
+)
+def test_inspect_when_there_is_no_verdict_then_says_why_and_ends_with_one(url, frames, line, address, said):
+    """No fault looks like a good part to a script that reads the exit code."""
+    arguments = ("--line", line, "--url", address or url, "--deadline-ms", "300")
+
+    result = _flawline("inspect", frames / "a_good.png", *arguments)
+
+    assert result.exit_code == 1
+    assert "NO_VERDICT" in result.stdout
+    assert said in result.stdout
+
+
+@pytest.mark.parametrize("frame_format", ["file", "jpeg", "png", "rgb8", "mono8"])
+def test_camera_when_it_runs_then_every_frame_gets_a_verdict(url, store, frame_format):
+    """Golden frames of the line's bundle travel in every format; the end is told as JSON."""
+    result = _flawline(
+        *("camera", "--line", "demo_line", "--url", url, "--store", store, "--json"),
+        *("--rate", "40", "--duration", "0.2", "--format", frame_format),
+    )
+
+    [summary] = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert summary["sent"] == sum(summary["verdicts"].values()) == 8
+    assert summary["problems"] == {}
+    assert set(summary["verdicts"]) <= {"PASS", "REVIEW", "FAIL"}
+
+
+def test_camera_when_nobody_watches_then_prints_its_table_once(url, frames):
+    """In a log there is one table, with every verdict's column."""
+    result = _flawline(
+        *("camera", "--line", "demo_line", "--url", url, "--frames", frames, "--rate", "20", "--duration", "0.1")
+    )
+
+    assert result.exit_code == 0
+    assert result.stdout.count("demo_line") == 1
+    assert "NO_VERDICT" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("inspect", "{frames}/notes.txt", "--line", "demo_line"), "no image file"),
+        (("inspect", "{empty}", "--line", "demo_line"), "no image in"),
+        (("camera", "--line", "demo_line"), "Give frames"),
+        (("camera", "--line", "demo_line", "--frames", "{empty}"), "no image in"),
+        (("camera", "--line", "unheard_of", "--store", "{store}"), "no bundle"),
+        (("inspect", "{frames}", "--line", "demo_line", "--key-file", "{empty}/key"), "key file"),
+        (("inspect", "{frames}", "--line", "demo_line", "--authority", "{frames}/notes.txt"), "certificate"),
+    ],
+)
+def test_command_when_it_can_not_begin_then_one_sentence_says_why(frames, store, tmp_path, arguments, said):
+    """A wrong folder, key, certificate or line is told before anything is sent."""
+    (tmp_path / "empty").mkdir()
+    places = {"frames": frames, "store": store, "empty": tmp_path / "empty"}
+
+    result = _flawline(*(argument.format(**places) for argument in arguments))
+
+    assert result.exit_code != 0
+    assert said in result.output

@@ -1,0 +1,335 @@
+"""What the client promises: real servers give real answers, and everything else in the world is `NO_VERDICT`."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import numpy as np
+import pytest
+
+from service.client import AsyncClient, Client, ClientFault, EncodedFrame, RawFrame
+from service.contract.policy import Verdict
+from service.settings import Settings
+from tests.factories import encode, make_bundle, make_frame
+from tests.servers import held_engine, serve_in_thread, wait_until_ready
+
+GOOD = EncodedFrame(encode(make_frame()), "image/png")
+DEFECT = EncodedFrame(encode(make_frame(defect=True)), "image/png")
+PASSING = b'{"verdict":"PASS"'
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store of one line."""
+    place = tmp_path_factory.mktemp("store")
+    make_bundle(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def url(store) -> Iterator[str]:
+    """Of a ready server."""
+    with serve_in_thread(Settings(store_directory=store)) as http:
+        wait_until_ready(http)
+        yield str(http.base_url)
+
+
+@contextmanager
+def _stranger(*answers: bytes) -> Iterator[tuple[str, list[bytes]]]:
+    """Serve fixed bytes, one answer a connection, whatever is asked; yields the address and what was asked."""
+    asked: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer_all() -> None:
+            for answer in answers:
+                connection, _ = listening.accept()
+                with connection:
+                    asked.append(_read_request(connection))
+                    connection.sendall(answer)
+            listening.close()
+
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        thread = threading.Thread(target=answer_all, daemon=True)
+        thread.start()
+        yield address, asked
+
+
+def _read_request(connection: socket.socket) -> bytes:
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += connection.recv(65536)
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = int(
+        next(line.split(b":")[1] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length"))
+    )
+    while len(body) < length:
+        body += connection.recv(65536)
+    return head
+
+
+def _http(status: str, body: bytes, **headers: str) -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+@pytest.mark.parametrize(("frame", "verdict"), [(GOOD, Verdict.PASS), (DEFECT, Verdict.FAIL)], ids=["good", "defect"])
+def test_client_when_a_frame_is_inspected_then_the_answer_is_the_servers(url, frame, verdict):
+    """Both clients return the verdict with the whole typed answer, about the part that was named."""
+
+    async def ask() -> Verdict:
+        async with AsyncClient(url) as client:
+            return (await client.inspect("demo_line", frame)).verdict
+
+    with Client(url) as client:
+        outcome = client.inspect("demo_line", frame, part_id="part 7", sequence=3)
+
+    assert (outcome.verdict, outcome.problem, outcome.tries) == (verdict, None, 1)
+    assert outcome.answer is not None
+    assert (outcome.answer.part_id, outcome.answer.sequence) == ("part 7", 3)
+    assert asyncio.run(ask()) is verdict
+
+
+def test_client_when_the_frame_is_a_file_or_pixels_then_the_score_is_the_same(url, tmp_path):
+    """A PNG file, its bytes and its raw pixels are the same frame."""
+    pixels = make_frame(defect=True)
+    file = tmp_path / "frame.png"
+    file.write_bytes(encode(pixels))
+
+    with Client(url) as client:
+        outcomes = [client.inspect("demo_line", frame) for frame in (file, DEFECT, RawFrame(pixels))]
+
+    assert len({outcome.answer.score for outcome in outcomes if outcome.answer}) == 1
+    assert all(outcome.answer for outcome in outcomes)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "seen"),
+    [(np.full((40, 50), 200, np.uint8), 40), (np.full((41, 50), 60000, np.uint16), 41)],
+    ids=["mono8", "mono16"],
+)
+def test_client_when_pixels_are_grey_then_their_depth_is_told(url, pixels, seen):
+    """Grey frames travel as the sensor gave them, 8 or 16 bits."""
+    with Client(url) as client:
+        outcome = client.inspect("demo_line", RawFrame(pixels))
+
+    assert outcome.answer is not None
+    assert outcome.answer.frame.height == seen
+
+
+def test_client_when_a_heatmap_was_asked_for_then_it_can_be_fetched(url):
+    """The overlay is there under the inspection's id, and a wrong id is a fault with a sentence."""
+    with Client(url) as client:
+        outcome = client.inspect("demo_line", DEFECT, heatmap="overlay")
+        assert outcome.answer is not None
+        picture = client.heatmap(outcome.answer.inspection_id)
+        with pytest.raises(ClientFault, match="kept"):
+            client.heatmap("0" * 32)
+
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_client_when_it_asks_for_lines_then_they_are_typed(url):
+    """The list of lines says how each one stands."""
+    with Client(url) as client:
+        [line] = client.lines()
+
+    assert (line.line, line.state) == ("demo_line", "ready")
+
+
+@pytest.mark.parametrize(
+    ("line", "frame", "options", "code"),
+    [
+        ("no_such_line", GOOD, {}, "unknown_line"),
+        ("demo_line", EncodedFrame(b"no image", "image/png"), {}, "unreadable_frame"),
+        ("demo_line", EncodedFrame(GOOD.data, "text/plain"), {}, "media_type_not_allowed"),
+        ("demo_line", GOOD, {"policy": "unheard_of"}, "unknown_policy"),
+        ("../../healthz/live", GOOD, {}, "parameter_invalid"),
+        ("demo_line", GOOD, {"part_id": "Teil ä"}, "parameter_invalid"),
+        ("demo_line", GOOD, {"part_id": "a\r\nX-Policy: lenient"}, "parameter_invalid"),
+        ("demo_line", GOOD, {"deadline_ms": 0.0}, "parameter_invalid"),
+        ("demo_line", GOOD, {"deadline_ms": float("nan")}, "parameter_invalid"),
+        ("demo_line", RawFrame(np.zeros((4, 4, 4), np.uint8)), {}, "frame_unreadable"),
+        ("demo_line", RawFrame(np.zeros(4, np.uint8), "Mono8"), {}, "frame_unreadable"),
+    ],
+)
+def test_client_when_something_is_wrong_then_it_says_what_and_never_raises(url, line, frame, options, code):
+    """Every fault, ours or the server's, is an outcome without a verdict and with a stable code."""
+    with Client(url) as client:
+        outcome = client.inspect(line, frame, **options)
+
+    assert outcome.verdict is Verdict.NO_VERDICT
+    assert outcome.answer is None
+    assert outcome.problem is not None
+    assert outcome.problem.code == code
+    assert len(outcome.problem.sentence) > 10
+
+
+@pytest.mark.parametrize("name", ["missing.png", "notes.txt"])
+def test_client_when_a_file_can_not_be_sent_then_nothing_is(url, tmp_path, name):
+    """A missing file and one that is no image are told by their name."""
+    (tmp_path / "notes.txt").write_text("no image")
+
+    with Client(url) as client:
+        outcome = client.inspect("demo_line", tmp_path / name)
+
+    assert outcome.tries == 0
+    assert outcome.problem is not None
+    assert outcome.problem.code == "frame_unreadable"
+    assert name in outcome.problem.sentence
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        _http("200 OK", b""),
+        _http("200 OK", b"PASS"),
+        _http("200 OK", PASSING),
+        _http("200 OK", PASSING + b"}"),
+        _http("200 OK", b'"PASS"'),
+        _http("200 OK", b"\xff" * 40),
+        _http("200 OK", PASSING + b"}", Content_Encoding="gzip"),
+        _http("204 No Content", b""),
+        _http("302 Found", PASSING + b"}", Location="http://127.0.0.1:9/"),
+        _http("404 Not Found", b"<html>proxy</html>"),
+        _http("500 Internal Server Error", PASSING + b"}"),
+        _http("500 Internal Server Error", b'{"code":null,"detail":["PASS"],"request_id":7}'),
+        _http("200 OK", b"x" * 17 * 2**20),
+        b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n" + PASSING,
+        b"\x00\x01 no HTTP\r\n\r\n",
+    ],
+    ids=lambda answer: repr(answer[9:40]),
+)
+def test_client_when_a_stranger_answers_then_there_is_no_verdict(answer):
+    """Whatever stands at the address, only a complete answer of the service is a verdict."""
+    with _stranger(answer) as (url, _), Client(url, deadline_ms=300) as client:
+        outcome = client.inspect("demo_line", GOOD)
+
+    assert outcome.verdict is Verdict.NO_VERDICT
+    assert outcome.answer is None
+    assert outcome.problem is not None
+
+
+def test_client_when_the_answer_is_about_another_part_then_it_is_not_believed(url):
+    """A cache in between that returns the last part's answer must not pass this one."""
+    with httpx.Client(base_url=url) as http:
+        path, headers = "/v1/lines/demo_line/inspect", {"Content-Type": "image/png", "X-Part-Id": "1"}
+        remembered = http.post(path, content=GOOD.data, headers=headers).content
+
+    outcomes = []
+    for part in ("1", "2"):
+        with _stranger(_http("200 OK", remembered)) as (proxy, _), Client(proxy) as client:
+            outcomes.append(client.inspect("demo_line", DEFECT, part_id=part))
+
+    assert [outcome.verdict for outcome in outcomes] == [Verdict.PASS, Verdict.NO_VERDICT]
+    assert outcomes[1].problem is not None
+    assert outcomes[1].problem.code == "answer_unusable"
+
+
+@pytest.mark.parametrize("status", ["503 Service Unavailable", "429 Too Many Requests"])
+def test_client_when_told_to_wait_then_it_waits_as_long_and_asks_again(url, status):
+    """`Retry-After` is respected, and the next try tells the server how much time is left."""
+    now, slept = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    refusal = _http(status, b'{"code":"overloaded","detail":"Slow down."}', Retry_After="3")
+    with (
+        _stranger(refusal, refusal) as (stranger, asked),
+        Client(stranger, clock=lambda: now[0], sleep=sleep) as client,
+    ):
+        outcome = client.inspect("demo_line", GOOD, deadline_ms=7000)
+
+    assert slept[:2] == [3.0, 3.0]
+    assert [float(_header(head, b"x-deadline-ms")) for head in asked] == [7000, 4000]
+    assert outcome.verdict is Verdict.NO_VERDICT
+
+
+def test_client_when_waiting_would_take_too_long_then_it_does_not_ask_again():
+    """A retry after the deadline could only be late: the refusal is the answer."""
+    refusal = _http("503 Service Unavailable", b'{"code":"overloaded","detail":"Slow down."}', Retry_After="3")
+    slept: list[float] = []
+
+    with _stranger(refusal) as (url, _), Client(url, sleep=slept.append) as client:
+        outcome = client.inspect("demo_line", GOOD, deadline_ms=2000)
+
+    assert (slept, outcome.tries) == ([], 1)
+    assert outcome.problem is not None
+    assert (outcome.problem.code, outcome.problem.status) == ("overloaded", 503)
+
+
+def test_client_when_nobody_listens_then_it_tries_until_the_deadline_and_no_longer():
+    """A server that restarts is found again; one that stays away costs no more than the deadline."""
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    with Client("http://127.0.0.1:9", clock=lambda: now[0], sleep=sleep) as client:
+        outcome = client.inspect("demo_line", GOOD, deadline_ms=1500)
+
+    assert outcome.problem is not None
+    assert outcome.problem.code == "not_reachable"
+    assert outcome.tries > 2
+    assert outcome.elapsed_ms <= 1500
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_client_when_the_engine_hangs_then_it_returns_at_the_deadline(store, kind):
+    """The server's 504 is heard, and the part has no verdict."""
+    engines = []
+
+    def open_engine(bundle):
+        engines.append(held_engine(bundle))
+        return engines[0]
+
+    with serve_in_thread(Settings(store_directory=store), open_engine) as http:
+        wait_until_ready(http)
+        url = str(http.base_url)
+
+        async def ask():
+            async with AsyncClient(url) as client:
+                return await client.inspect("demo_line", GOOD, deadline_ms=200)
+
+        def ask_and_wait():
+            with Client(url) as client:
+                return client.inspect("demo_line", GOOD, deadline_ms=200)
+
+        engines[0].hold()
+        try:
+            begun = time.monotonic()
+            outcome = ask_and_wait() if kind == "sync" else asyncio.run(ask())
+            took_s = time.monotonic() - begun
+        finally:
+            engines[0].release()
+
+    assert outcome.verdict is Verdict.NO_VERDICT
+    assert outcome.problem is not None
+    assert outcome.problem.code == "deadline_passed"
+    assert took_s >= 0.2
+
+
+def test_client_when_the_answer_drips_then_it_stops_listening(url):
+    """A byte now and then keeps each wait short; their sum is bounded all the same."""
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.2
+        return now[0]
+
+    with _stranger(_http("200 OK", b" " * 2**20 + PASSING)) as (stranger, _), Client(stranger, clock=clock) as client:
+        outcome = client.inspect("demo_line", GOOD, deadline_ms=500)
+
+    assert outcome.verdict is Verdict.NO_VERDICT
+    assert outcome.problem is not None
+    assert outcome.problem.code in ("deadline_passed", "answer_unusable")
+
+
+def _header(head: bytes, name: bytes) -> bytes:
+    return next(line.split(b":", 1)[1].strip() for line in head.split(b"\r\n") if line.lower().startswith(name))
