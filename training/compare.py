@@ -34,6 +34,7 @@ from training.data.detect import read_dataset
 from training.data.loader import load_frame
 from training.faults import CALLERS, OURS
 from training.progress import Reporter, SilentReporter
+from training.report import VerdictRow
 from training.run import FinishedRun, train
 from training.run_directory import RunRequest
 from training.speed import GraphSpeed, measure_speed
@@ -112,6 +113,7 @@ class Cell(BaseModel):
         bundle_bytes: size of the whole bundle.
         bundle: its directory, from the cell's own; None where it was not kept.
         created_at: UTC, ISO 8601.
+        verdicts: at the thresholds that good frames gave: held-out good frames first, then test frames by kind.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -134,6 +136,7 @@ class Cell(BaseModel):
     bundle_bytes: int | None
     bundle: Path | None
     created_at: str
+    verdicts: tuple[VerdictRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -324,6 +327,7 @@ def _cell_of(plan: CellPlan, finished: FinishedRun, digest: str, total_s: float,
         bundle_bytes=sum(path.stat().st_size for path in finished.bundle.rglob("*") if path.is_file()),
         bundle=Path("store") / plan.line / finished.bundle.name,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        verdicts=report.verdicts,
     )
 
 

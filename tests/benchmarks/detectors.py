@@ -56,6 +56,11 @@ _BEGIN, _END = "<!-- detectors: begin -->", "<!-- detectors: end -->"
 _PROBES = {"embedded": None, "mobilenetv1_100": "untrained mobilenetv1_100", "resnet18": None}
 _PROBE = "nearest neighbours"
 
+_ACCURACY_COLUMNS = (
+    *("detector", "line", "I-AUROC [95 %]", "control [95 %]", "above control"),
+    *("I-AP (control)", "P-AUROC (control)", "AUPRO@0.3 (control)"),
+)
+
 Group = dict[str, list[Cell]]
 
 
@@ -115,9 +120,17 @@ def tell(cells: Sequence[Cell], weaknesses: dict[str, str]) -> str:
     parts = [
         "## All detectors, small configuration, each beside its control\n",
         _HOW_MEASURED.format(seeds=", ".join(map(str, seeds)), cpus="; ".join(cpus) or "-"),
+        "### I-AUROC in short, control in brackets\n",
+        _table(
+            ("detector", *lines, "mean"),
+            (
+                _short_row(name, [groups.get((name, line), {"fitted": [], "control": []}) for line in lines])
+                for name in names
+            ),
+        ),
         "### Accuracy\n",
         _table(
-            ("detector", "line", "I-AUROC [95 %]", "control [95 %]", "above control", "I-AP", "P-AUROC", "AUPRO@0.3"),
+            _ACCURACY_COLUMNS,
             (
                 _accuracy_row(name, line, groups[name, line])
                 for name in names
@@ -160,11 +173,23 @@ same draws: where it holds 0, the detector is **within the noise of its control*
 the plain probe (`nearest_neighbour_probe.py`): no training, a memory bank of features; its maps are not measured.
 
 ms a frame: ONNX Runtime, batch 1, one thread, median of the thread's own CPU time, so that other work on the machine
-hardly moves it; CPU: {cpus}. Seconds of fitting are on the wall, on a machine with other work: upper bounds.
+hardly moves it; CPU: {cpus}. Seconds of fitting are on the wall, on a machine with
+other work: upper bounds.
 """
 
 
 # ---- rows
+
+
+def _short_row(name: str, of_lines: Sequence[Group]) -> tuple[str, ...]:
+    means = [
+        f"{_figure([cell for group in of_lines for cell in group[kind]], 'i_auroc')}"
+        if all(group[kind] for group in of_lines)
+        else "-"
+        for kind in ("fitted", "control")
+    ]
+    told = [f"{_figure(group['fitted'], 'i_auroc')} ({_figure(group['control'], 'i_auroc')})" for group in of_lines]
+    return (name, *told, f"{means[0]} ({means[1]})")
 
 
 def _accuracy_row(name: str, line: str, group: Group) -> tuple[str, ...]:
@@ -175,7 +200,7 @@ def _accuracy_row(name: str, line: str, group: Group) -> tuple[str, ...]:
         _with_interval(fitted),
         _with_interval(control),
         _above(fitted, control),
-        *(_figure(fitted, figure) for figure in ("i_ap", "p_auroc", "aupro")),
+        *(f"{_figure(fitted, name)} ({_figure(control, name)})" for name in ("i_ap", "p_auroc", "aupro")),
     )
 
 
@@ -228,6 +253,7 @@ def _interval(draws: np.ndarray) -> str:
 
 
 def _figure(cells: Sequence[Cell], name: str) -> str:
+    """Return the mean of the cells that have the figure, or a dash."""
     values = [cell.metrics[name].value for cell in cells if name in cell.metrics]
     known = [value for value in values if value is not None]
     return f"{mean(known):.3f}" if known else "-"
