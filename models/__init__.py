@@ -8,6 +8,7 @@ from models.ami_net import AmiNet, AmiNetConfig
 from models.dadf import Dadf, DadfConfig
 from models.detector import Detector
 from models.glcf import Glcf, GlcfConfig
+from models.grnr import Grnr, GrnrConfig
 from models.inp_former import InpFormer, InpFormerConfig
 from models.inp_former_pp import InpFormerPp, InpFormerPpConfig
 from models.st_mae import StMae, StMaeConfig
@@ -25,6 +26,7 @@ DETECTORS: Mapping[str, DetectorEntry] = MappingProxyType(
         "ami_net": DetectorEntry(AmiNetConfig, AmiNet),
         "dadf": DetectorEntry(DadfConfig, Dadf),
         "glcf": DetectorEntry(GlcfConfig, Glcf),
+        "grnr": DetectorEntry(GrnrConfig, Grnr),
         "inp_former": DetectorEntry(InpFormerConfig, InpFormer),
         "inp_former_pp": DetectorEntry(InpFormerPpConfig, InpFormerPp),
         "st_mae": DetectorEntry(StMaeConfig, StMae),

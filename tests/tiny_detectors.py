@@ -16,6 +16,7 @@ from models.backbones import untrained_weights
 from models.dadf import DadfConfig
 from models.detector import Recipe
 from models.glcf import GlcfConfig
+from models.grnr import GrnrConfig
 from models.inp_former import InpFormerConfig
 from models.inp_former_pp import InpFormerPpConfig
 from models.st_mae import StMaeConfig
@@ -87,6 +88,13 @@ TINY: Mapping[str, Any] = {
         level_depths=(2, 1),
         level_weights=(1.0, 3.0),
         recipe=_BRIEF_ADAMW,
+    ),
+    "grnr": GrnrConfig(
+        backbone="test_resnet",
+        layers=(1, 2),
+        image_size=(64, 64),
+        margin=16,
+        support=10,
     ),
     "inp_former-vit": InpFormerConfig(
         backbone="test_vit2",

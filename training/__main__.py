@@ -23,6 +23,9 @@ Weights = Annotated[
     str | None,
     typer.Option(envvar="FLAWLINE_WEIGHTS", help="backbone: a safetensors file, a folder that holds it, or untrained"),
 ]
+Product = Annotated[
+    Literal["texture", "object"] | None, typer.Option(help="what frames show: a surface that fills them, or a thing")
+]
 ReviewRate = Annotated[float | None, typer.Option(help="wanted share of good parts that are REVIEW or FAIL")]
 FailRate = Annotated[float | None, typer.Option(help="wanted share of good parts that are FAIL")]
 Roi = Annotated[Path | None, typer.Option(help="mask image, white where parts are inspected")]
@@ -42,6 +45,8 @@ flawline train lines/bottle --config paper --device cuda
 
 flawline train lines/bottle --fail-rate 0.02 --set hyperparameters.recipe.iterations=300
 
+flawline train lines/leather --detector grnr --product texture
+
 flawline train --resume runs/bottle/20261122-101500
 """
 )
@@ -55,6 +60,7 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
     config: Config = "small",
     backbone: Annotated[str | None, typer.Option(help="another pretrained network, by timm's name")] = None,
     weights: Weights = None,
+    product: Product = None,
     name: Annotated[str | None, typer.Option(help="of bundle and line; default: the folder's name")] = None,
     seed: Annotated[int | None, typer.Option(help="of everything that is drawn")] = None,
     review_rate: ReviewRate = None,
@@ -70,7 +76,7 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
         typer.echo("Name the folder of a line, or a stopped run with --resume: one of the two.", err=True)
         raise typer.Exit(_CALLERS_FAULT)
     jobs = _jobs()
-    named = {"backbone": backbone, "seed": seed, "review_rate": review_rate, "fail_rate": fail_rate}
+    named = {"backbone": backbone, "product": product, "seed": seed, "review_rate": review_rate, "fail_rate": fail_rate}
     with jobs.faults_as_sentences():
         if resume is not None:
             jobs.resume_run(resume, threads)

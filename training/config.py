@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,9 @@ _DERIVED = {"backbone": "backbone", "image_size": "input", "seed": "seed"}
 _CONFIG_OF_SIZE = {"paper": "{detector}.yaml", "small": "{detector}_small.yaml"}
 
 
+Product = Literal["texture", "object"]
+
+
 class ConfigFault(Exception):
     """The run's description does not hold; the sentence names the key and says what to do."""
 
@@ -42,6 +45,9 @@ class RunConfig(BaseModel):
         backbone: timm's name of the feature extractor, `embedded`, or an alias of the weights' lock; None for
             detectors without one.
         hyperparameters: values of the detector's own configuration; what is missing keeps its default.
+        product: what the frames show, a `texture` that fills them or an `object`; some detectors judge one kind only,
+            and then it must be said. Frames can't tell: a board that is seen at another place each time has no
+            outline either.
         input: sizes that frames are resized and cropped to.
         seed: of initial values, order of frames, bootstrap and planted defects.
         hold_out: which good frames fitting never sees; has a seed of its own, so that runs with several seeds are
@@ -58,6 +64,7 @@ class RunConfig(BaseModel):
 
     detector: str
     backbone: str | None = None
+    product: Product | None = None
     hyperparameters: dict[str, JsonValue] = Field(default_factory=dict)
     input: InputSpec
     seed: int = Field(default=1, ge=0, lt=2**31)
@@ -78,7 +85,8 @@ class RunConfig(BaseModel):
         """Return the detector's own frozen configuration, filled from this run.
 
         Raises:
-            ConfigFault: if the detector or a hyperparameter is not known, or a value does not fit.
+            ConfigFault: if the detector or a hyperparameter is not known, a value does not fit, or the detector does
+                not judge such products.
         """
         if self.detector not in DETECTORS:
             raise ConfigFault(f"There is no detector {self.detector!r}; known are {', '.join(sorted(DETECTORS))}.")
@@ -98,9 +106,11 @@ class RunConfig(BaseModel):
             key: value for key, value in derived.items() if key in names and value is not None
         }
         try:
-            return TypeAdapter(schema).validate_python(values)
+            own = TypeAdapter(schema).validate_python(values)
         except ValidationError as error:
             raise ConfigFault(_first_fault(error, "hyperparameters")) from error
+        _refuse_other_products(self.detector, self.product, getattr(schema, "products", None))
+        return own
 
     def to_yaml(self) -> str:
         """Return the run's description with every value, as it can be read again."""
@@ -180,6 +190,23 @@ def _apply(values: dict[str, Any], override: str) -> None:
         place[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigFault(f"The value of {key} is no YAML; put quotes round it.") from error
+
+
+def _refuse_other_products(detector: str, product: Product | None, judged: Collection[str] | None) -> None:
+    """Refuse a detector of one kind of product unless the line is said to be of that kind; None judges all kinds."""
+    if judged is None or product in judged:
+        return
+    kinds = " and ".join(f"{kind}s" for kind in sorted(judged))
+    begin = f"The detector {detector} judges {kinds} only, surfaces that look the same all over and fill the frame"
+    if product is None:
+        raise ConfigFault(
+            f"{begin}; if this line shows one, say so with --product {min(judged)}, else take another detector, for "
+            "example --detector inp_former."
+        )
+    raise ConfigFault(
+        f"{begin}, and this line is said to show an {product}, whose outline would count as a defect; take another "
+        "detector, for example --detector inp_former."
+    )
 
 
 def _refuse_unknown(schema: Any, values: Mapping[str, Any], place: str) -> None:

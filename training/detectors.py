@@ -95,6 +95,8 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 def score_rule_of(own: Any) -> ScoreRule:
     """Return how a detector with this configuration of its own reduces scores from maps; `graph` where it does not."""
+    if getattr(own, "score_reduction", None) == "maximum":
+        return ScoreRule(kind="maximum")
     fraction = getattr(own, "top_fraction", None)
     return ScoreRule(kind="graph") if fraction is None else ScoreRule(kind="top_fraction_mean", fraction=fraction)
 

@@ -84,3 +84,23 @@ def test_to_yaml_when_read_again_then_is_the_same_run():
     config = load_config("paper", overrides=["hold_out.rule=groups", "hold_out.group_by=(\\d+)"])
 
     assert parse_config(config.to_yaml()) == config
+
+
+@pytest.mark.parametrize(
+    ("product", "words"),
+    [("null", "say so with --product texture"), ("object", "take another detector, for example --detector inp_former")],
+)
+def test_load_config_when_a_texture_detector_is_offered_another_product_then_says_what_to_do(product, words):
+    """A detector that judges textures only is refused before any work, unless the line is said to show one."""
+    with pytest.raises(ConfigFault, match="judges textures only") as caught:
+        load_config("small", "grnr", [f"product={product}"])
+
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["small", "paper"])
+def test_load_config_when_the_line_is_said_to_be_a_texture_then_the_texture_detector_is_built(source):
+    """The word is all that is needed, and the configuration keeps it."""
+    config = load_config(source, "grnr", ["product=texture"])
+
+    assert (config.product, config.detector_config().support) == ("texture", 40)
