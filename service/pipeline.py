@@ -93,7 +93,7 @@ class Pipeline:
             detector=bundle.manifest.detector,
             device=bundle.device,
             judgement=judgement,
-            p_value=bundle.calibration.p_value(judgement.score),
+            p_value=found.line.calibration.p_value(judgement.score),
             review_threshold=found.policy.policy.review_threshold,
             fail_threshold=found.policy.policy.fail_threshold,
             frame=frame,

@@ -22,10 +22,17 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from service.batcher import Batcher
-from service.contract.bundle import LINE_NAME, MANIFEST_FILE, Bundle, Manifest, load_bundle, load_policy, versions_of
+from service.contract.bundle import (
+    LINE_NAME,
+    Bundle,
+    Manifest,
+    load_bundle,
+    load_policy,
+    promised_lines,
+    versions_of,
+)
 from service.contract.calibration import Calibration
 from service.contract.golden import read_golden, replay
 from service.contract.policy import Policy, inspected_mask
@@ -61,14 +68,12 @@ class LoadedBundle:
     Attributes:
         manifest: as verified.
         digest: SHA-256 of the manifest.
-        calibration: good-part values.
         device: where the engine really runs.
         batcher: of its engine.
     """
 
     manifest: Manifest
     digest: str
-    calibration: Calibration
     device: str
     batcher: Batcher
 
@@ -96,13 +101,15 @@ class LiveLine:
         name: of the line.
         bundle: that serves it, with other lines where it was fitted on several.
         line_index: of the line among the bundle's.
+        calibration: good-part values of the line.
         policies: by version, the default one included.
-        default_policy: version of the bundle's own policy.
+        default_policy: version of the bundle's own policy for the line.
     """
 
     name: str
     bundle: LoadedBundle
     line_index: int
+    calibration: Calibration
     policies: Mapping[str, LivePolicy]
     default_policy: str
 
@@ -267,7 +274,7 @@ class Registry:
                 _log.exception("a folder of the store can't be read", extra={"bundle": name})
                 self._note(self._wanted_of((name,)), "refused", f"Its folder can't be read: {error.strerror}.")
                 continue
-            lines = self._wanted_of(_promised_lines(self._store / name / versions[-1], name)) if versions else ()
+            lines = self._wanted_of(promised_lines(self._store / name / versions[-1], name)) if versions else ()
             if lines:
                 candidates.append((name, versions[-1]))
                 self._note(lines, "loading", "The line is loading; try again in a moment.")
@@ -304,7 +311,7 @@ class Registry:
         else:
             return
         _log.error("bundle refused", extra={"bundle": name, "version": version, "reason": reason})
-        promised = self._wanted_of(_promised_lines(path, name))
+        promised = self._wanted_of(promised_lines(path, name))
         self._note(
             tuple(line for line in promised if line not in self._live), "refused", f"Version {version}: {reason}"
         )
@@ -322,7 +329,8 @@ class Registry:
         engine = self._open_engine(bundle)
         run_times = _warm(engine, manifest, self._options.max_batch_size, self._clock)
         probe = self._prove(bundle, engine)
-        policies = {line: self._policies_of(line, bundle) for line in self._wanted_of(manifest.lines)}
+        wanted = self._wanted_of(manifest.lines)
+        policies = {line: self._policies_of(line, bundle) for line in wanted}
         batcher = Batcher(
             engine,
             probe,
@@ -333,12 +341,21 @@ class Registry:
             meter=self._telemetry.engine(name),
             clock=self._clock,
         )
-        loaded = LoadedBundle(manifest, bundle.digest, bundle.calibration, engine.device, batcher)
-        default = bundle.policy.version
-        lines = {line: LiveLine(line, loaded, manifest.lines.index(line), policies[line], default) for line in policies}
-        for line in lines:
+        loaded = LoadedBundle(manifest, bundle.digest, engine.device, batcher)
+        lines = {
+            line: LiveLine(
+                name=line,
+                bundle=loaded,
+                line_index=manifest.lines.index(line),
+                calibration=bundle.calibrations[line],
+                policies=policies[line],
+                default_policy=bundle.policies[line].version,
+            )
+            for line in wanted
+        }
+        for line, serving in lines.items():
             self._telemetry.declare_line(line)
-            self._telemetry.line_serves(line, version, bundle.digest, default, engine.device)
+            self._telemetry.line_serves(line, version, bundle.digest, serving.default_policy, engine.device)
         self._telemetry.engine_loaded(name, self._clock() - started_at)
         self._live = {**self._live, **lines}
         self._not_live = {line: status for line, status in self._not_live.items() if line not in lines}
@@ -348,13 +365,9 @@ class Registry:
         golden = read_golden(bundle)
         lean = replace(bundle, model=b"", files={})  # what is replayed later must not keep the weights alive twice
 
-        def run(frames: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-            scores, anomaly_maps = engine.run(frames, np.zeros(len(frames), np.int64))
-            return scores, anomaly_maps
-
         def probe() -> None:
             try:
-                replay(lean, golden, run)
+                replay(lean, golden, engine.run)
             except FlawlineError:
                 self._telemetry.golden_failed()
                 raise
@@ -363,7 +376,7 @@ class Registry:
         return probe
 
     def _policies_of(self, line: str, bundle: Bundle) -> dict[str, LivePolicy]:
-        default = _fit_policy(bundle.policy, bundle.manifest)
+        default = _fit_policy(bundle.policies[line], bundle.manifest)
         policies = {default.policy.version: default}
         for path in sorted((self._store / line / POLICIES_DIRECTORY).glob("*.json")):
             try:
@@ -397,16 +410,6 @@ def _status_of(live: LiveLine) -> LineStatus:
     if live.bundle.batcher.is_healthy:
         return LineStatus(live.name, "ready", None, live)
     return LineStatus(live.name, "unhealthy", "The engine is lost; start the service again.", live)
-
-
-def _promised_lines(path: Path, name: str) -> tuple[str, ...]:
-    """Read which lines a bundle means to serve, before it is verified; good for saying what is not ready, no more."""
-    manifest = path / MANIFEST_FILE
-    try:
-        # A pipe would be read for ever.
-        return Manifest.model_validate_json(manifest.read_bytes()).lines if manifest.is_file() else (name,)
-    except (OSError, ValidationError):
-        return (name,)
 
 
 def _warm(engine: Engine, manifest: Manifest, max_batch_size: int, clock: Callable[[], float]) -> RunTimes:

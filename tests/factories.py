@@ -9,7 +9,7 @@ the bright square of `make_frame(..., defect=True)` reaches about 0.5.
 """
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,18 @@ from service.contract.bundle import (
     REPORT_FILE,
     DataRecord,
     GoldenRule,
+    LineRecord,
     Manifest,
     MetricRecord,
     OutputSpec,
     ParityRecord,
+    line_file,
     seal,
 )
 from service.contract.calibration import Calibration
 from service.contract.frames import FrameLimits, decode_image, fit_to_input
 from service.contract.geometry import InputSpec
-from service.contract.golden import GoldenAnswer, write_golden
+from service.contract.golden import GoldenAnswer, Run, write_golden
 from service.contract.policy import Policy, ScoreRule, inspected_mask, judge
 
 HEIGHT, WIDTH = 32, 48  # not square, so that a swapped height and width shows
@@ -46,8 +48,6 @@ POOL = 2  # pixels of the input along each side of one map cell
 TOP_FRACTION = 0.01
 GOOD_PARTS = 60
 FIRST_GOLDEN_SEED = 1000
-
-Run = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 
 def make_frame(
@@ -134,12 +134,11 @@ def make_graph(
     return data
 
 
-def make_runner(model: bytes, line_index: int = 0) -> Run:
-    """Return a function from frames `(B, H, W, 3)` uint8 to scores `(B,)` and maps `(B, h, w)`, on onnxruntime's CPU.
+def make_runner(model: bytes) -> Run:
+    """Return a network on onnxruntime's CPU; `line_index` may be left out, which means the first line.
 
     Args:
-        model: the bytes of `model.onnx`.
-        line_index: what a class-conditional graph is told; other graphs are not asked.
+        model: the bytes of `model.onnx`; only a class-conditional graph looks at `line_index`.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -147,10 +146,12 @@ def make_runner(model: bytes, line_index: int = 0) -> Run:
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     conditional = len(session.get_inputs()) == 2
 
-    def run(frames: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def run(
+        frames: NDArray[np.uint8], line_index: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         feed: dict[str, NDArray[Any]] = {"frames": frames}
         if conditional:
-            feed["line_index"] = np.full(len(frames), line_index, np.int64)
+            feed["line_index"] = np.zeros(len(frames), np.int64) if line_index is None else line_index
         scores, maps = session.run(["score", "anomaly_map"], feed)
         return scores, maps
 
@@ -174,12 +175,31 @@ def make_policy(**overrides: Any) -> Policy:
     return Policy(**fields | overrides)
 
 
+def make_line_record(**overrides: Any) -> LineRecord:
+    """Return what a bundle of the tiny graph says of one of its lines, with some fields replaced."""
+    fields: dict[str, Any] = {
+        "data": DataRecord(
+            name="seeded noise",
+            digest="0" * 64,
+            fitted_on=1,
+            calibrated_on=GOOD_PARTS,
+            tested_on_normal=10,
+            tested_on_anomalous=10,
+        ),
+        "review_rate": 0.1,
+        "fail_rate": 0.05,
+        "metrics": {"image_auroc": MetricRecord(value=1.0, low=0.9, high=1.0)},
+    }
+    return LineRecord(**fields | overrides)
+
+
 def make_manifest(**overrides: Any) -> Manifest:
     """Return a complete manifest of the tiny graph, without files, with some fields replaced."""
     name = overrides.get("name", "demo_line")
+    lines = overrides.get("lines", (name,))
     fields: dict[str, Any] = {
         "name": name,
-        "lines": (name,),
+        "lines": lines,
         "version": "1",
         "detector": "distance_from_good",
         "backbone": None,
@@ -192,15 +212,7 @@ def make_manifest(**overrides: Any) -> Manifest:
         ),
         "opset": 20,
         "precision": "fp32",
-        "data": DataRecord(
-            name="seeded noise",
-            digest="0" * 64,
-            fitted_on=1,
-            calibrated_on=GOOD_PARTS,
-            tested_on_normal=10,
-            tested_on_anomalous=10,
-        ),
-        "metrics": {"image_auroc": MetricRecord(value=1.0, low=0.9, high=1.0)},
+        "by_line": {line: make_line_record() for line in lines},
         "evaluation_resolution": "model",
         "parity": ParityRecord(frames=3, map_difference=0.0, score_difference=0.0, verdicts_differ=0),
         "golden": GoldenRule(map_tolerance=1e-3, score_tolerance=1e-3),
@@ -223,6 +235,7 @@ def bundle_files(
     lines: tuple[str, ...] = (),
     conditional: bool = False,
     policy: Mapping[str, Any] | None = None,
+    policies: Mapping[str, Mapping[str, Any]] | None = None,
     reference: float = REFERENCE,
     extra_files: Mapping[str, bytes] | None = None,
     **manifest: Any,
@@ -236,15 +249,16 @@ def bundle_files(
         width: of the network's input; a multiple of `POOL`.
         margin: pixels that a centre crop cuts from each side of the resized frame.
         lines: the product lines; empty means one, called `name`.
-        conditional: whether the graph takes a `line_index`; golden answers are those of line 0.
-        policy: fields that differ from `make_policy`.
+        conditional: whether the graph takes a `line_index`.
+        policy: fields that differ from `make_policy`, in every line.
+        policies: further fields that differ, by line.
         reference: what the graph takes for good.
         extra_files: more files, named by the manifest.
         manifest: fields that differ from `make_manifest`.
     """
     lines = lines or (name,)
     spec = make_input(height, width, margin)
-    rules = make_policy(**policy or {})
+    rules = {line: make_policy(**{**(policy or {}), **(policies or {}).get(line, {})}) for line in lines}
     output = OutputSpec(
         map_height=height // POOL,
         map_width=width // POOL,
@@ -254,12 +268,13 @@ def bundle_files(
     model = make_graph(height, width, reference=reference, conditional_lines=len(lines) if conditional else 0)
     run = make_runner(model)
     good = np.stack([fit_to_input(make_frame(seed=seed), spec) for seed in range(GOOD_PARTS)])
-    scores, maps = run(good)
-    calibration = Calibration.from_good_parts(scores, maps.max(axis=(1, 2)), float(np.median(maps)))
-    files = {
-        MODEL_FILE: model,
-        CALIBRATION_FILE: calibration.to_bytes(),
-        POLICY_FILE: rules.model_dump_json(indent=2).encode() + b"\n",
+    files = {MODEL_FILE: model}
+    for index, line in enumerate(lines):
+        scores, maps = run(good, np.full(GOOD_PARTS, index, np.int64))
+        calibration = Calibration.from_good_parts(scores, maps.max(axis=(1, 2)), float(np.median(maps)))
+        files[line_file(line, lines, CALIBRATION_FILE)] = calibration.to_bytes()
+        files[line_file(line, lines, POLICY_FILE)] = rules[line].model_dump_json(indent=2).encode() + b"\n"
+    files |= {
         REPORT_FILE: b"<!doctype html><title>demo</title>\n",
         **_golden_files(run, record, rules),
         **(extra_files or {}),
@@ -288,19 +303,22 @@ def reseal(folder: Path, **manifest: Any) -> Path:
     return write_files(folder, seal(record.model_copy(update=manifest), files))
 
 
-def _golden_files(run: Run, record: Manifest, policy: Policy) -> dict[str, bytes]:
-    inspected = inspected_mask(
-        policy, record.output.map_height, record.output.map_width, window=record.input.window(1, 1)
-    )
+def _golden_files(run: Run, record: Manifest, policies: Mapping[str, Policy]) -> dict[str, bytes]:
+    size = record.output.map_height, record.output.map_width
     answers, pngs, maps = [], [], []
-    for index, defect in enumerate((False, False, True)):
+    wanted = [(line, defect) for line in record.lines for defect in (False, False, True)]
+    for index, (line, defect) in enumerate(wanted):
+        policy = policies[line]
+        inspected = inspected_mask(policy, *size, window=record.input.window(1, 1))
         png = encode(make_frame(seed=FIRST_GOLDEN_SEED + index, defect=defect))
         frame = decode_image(png, FrameLimits(), record.input.resize_target)
-        score, anomaly_map = run(fit_to_input(frame.pixels, record.input)[None])
+        line_index = np.array([record.lines.index(line)], np.int64)
+        score, anomaly_map = run(fit_to_input(frame.pixels, record.input)[None], line_index)
         window = record.input.window(frame.height, frame.width)
         judgement = judge(float(score[0]), anomaly_map[0], policy, record.output.score_rule, window, inspected)
         answers.append(
             GoldenAnswer(
+                line=line,
                 file=f"golden/{index}.png",
                 description="a bright square" if defect else "a good part",
                 score=float(score[0]),

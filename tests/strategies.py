@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as arrays
 
 from service.contract.bundle import Manifest, MetricRecord
 from service.contract.policy import Policy
-from tests.factories import make_input, make_manifest, make_policy
+from tests.factories import make_input, make_line_record, make_manifest, make_policy
 
 _LETTERS = "abcXYZ0189"
 _NAMES = st.tuples(st.sampled_from(_LETTERS), st.text(_LETTERS + "_.-", max_size=63)).map("".join)
@@ -72,13 +72,16 @@ def manifests(draw: st.DrawFn) -> Manifest:
     scalars = st.one_of(st.none(), st.booleans(), st.integers(-(2**40), 2**40), st.floats(-1e9, 1e9), st.text())
     values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
     figures = st.builds(MetricRecord, value=st.none() | st.floats(0, 1), reason=st.none() | st.text())
+    lines = tuple(draw(st.lists(_NAMES, min_size=1, max_size=3, unique=True)))
     return make_manifest(
         name=draw(_NAMES),
-        lines=tuple(draw(st.lists(_NAMES, min_size=1, max_size=3))),
+        lines=lines,
         version=str(draw(st.integers(1, 999_999_999))),
         hyperparameters=draw(st.dictionaries(st.text(), values, max_size=4)),
         input=make_input(draw(st.integers(1, 512)), draw(st.integers(1, 512)), draw(st.integers(0, 64))),
-        metrics=draw(st.dictionaries(st.text(), figures, max_size=3)),
+        by_line={
+            line: make_line_record(metrics=draw(st.dictionaries(st.text(), figures, max_size=3))) for line in lines
+        },
         seed=draw(st.integers(0, 2**31)),
         git_revision=draw(st.none() | st.text()),
     )

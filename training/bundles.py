@@ -16,6 +16,7 @@ from service.contract.bundle import (
     BackboneRecord,
     Bundle,
     DataRecord,
+    LineRecord,
     Manifest,
     OutputSpec,
     ParityRecord,
@@ -88,15 +89,21 @@ def make_manifest(run: RunRecord) -> Manifest:
         output=OutputSpec(map_height=height, map_width=width, score_rule=run.score_rule),
         opset=opset_of(run.model),
         precision="fp32",
-        data=DataRecord(
-            name=run.data.dataset.name,
-            digest=run.data.digest,
-            fitted_on=len(run.fitted_on),
-            calibrated_on=len(run.held_out.samples),
-            tested_on_normal=sum(sample.label == NORMAL for sample in tested),
-            tested_on_anomalous=sum(sample.label == ANOMALOUS for sample in tested),
-        ),
-        metrics=to_records(without_test_frames() if run.evaluation is None else run.evaluation.metrics),
+        by_line={
+            run.name: LineRecord(
+                data=DataRecord(
+                    name=run.data.dataset.name,
+                    digest=run.data.digest,
+                    fitted_on=len(run.fitted_on),
+                    calibrated_on=len(run.held_out.samples),
+                    tested_on_normal=sum(sample.label == NORMAL for sample in tested),
+                    tested_on_anomalous=sum(sample.label == ANOMALOUS for sample in tested),
+                ),
+                review_rate=run.config.review_rate,
+                fail_rate=run.config.fail_rate,
+                metrics=to_records(without_test_frames() if run.evaluation is None else run.evaluation.metrics),
+            )
+        },
         evaluation_resolution=run.config.evaluation_resolution,
         parity=run.parity,
         golden=run.config.golden,

@@ -113,17 +113,19 @@ def ask(
     reporter: Reporter,
     *,
     title: str,
+    line_index: int = 0,
     batch_size: int = 8,
     threads: int = 2,
 ) -> Answers:
     """Run frames through a detector or a graph, the next batch being decoded while this one runs.
 
     Args:
-        run: frames `(B, H, W, 3)` uint8 to scores `(B,)` and maps `(B, h, w)`.
+        run: the detector or the graph.
         samples: at least one.
         spec: the network's input.
         reporter: shows how far the work is.
         title: what the bar says.
+        line_index: of the line that the frames show, among those of the run or bundle.
         batch_size: frames a call of `run`.
         threads: decoders at work.
 
@@ -142,7 +144,9 @@ def ask(
         for index, batch in enumerate(batches):
             ready = [future.result() for future in waiting]
             waiting = begin(index + 1)
-            batch_scores, batch_maps = run(np.stack([fitted.pixels for fitted in ready]))
+            batch_scores, batch_maps = run(
+                np.stack([fitted.pixels for fitted in ready]), np.full(len(batch), line_index, np.int64)
+            )
             scores.append(batch_scores)
             maps.append(batch_maps)
             sizes.extend(fitted.frame_size for fitted in ready)

@@ -49,7 +49,9 @@ class GoldenChooser:
 
     Attributes:
         run: the exported graph.
-        policy: the bundle's default rules.
+        line: name of the line.
+        line_index: of the line among the bundle's.
+        policy: the line's default rules.
         rule: how scores are reduced from maps.
         spec: the network's input.
         tolerance: how closely a device must reproduce the set.
@@ -57,6 +59,8 @@ class GoldenChooser:
     """
 
     run: Run
+    line: str
+    line_index: int
     policy: Policy
     rule: ScoreRule
     spec: InputSpec
@@ -81,7 +85,7 @@ class GoldenChooser:
         found = _first(self._real(defects), count - len(chosen))
         if not any(golden.verdict is not Verdict.PASS for golden in (*chosen, *found)):
             found = [*found[: count - len(chosen) - 1], *_first(self._planted(spread(good)), 1)]
-        return _write([*chosen, *found])
+        return _write(self.line, [*chosen, *found])
 
     def choose_again(self, golden: GoldenSet) -> dict[str, bytes]:
         """Return the files of a bundle's golden set with the verdicts of a new policy.
@@ -93,7 +97,7 @@ class GoldenChooser:
             self._judge(frame.pixels, answer.description)
             for answer, frame in zip(golden.answers, golden.frames, strict=True)
         ]
-        return _write([again for again in judged if again is not None])
+        return _write(self.line, [again for again in judged if again is not None])
 
     def _real(self, samples: Sequence[Sample]) -> Iterator[_Golden]:
         for sample in samples:
@@ -123,7 +127,8 @@ class GoldenChooser:
     def _judge(self, pixels: NDArray[np.uint8], description: str) -> _Golden | None:
         """Judge one candidate as a device will, alone in its batch; None if it is too near to a threshold."""
         height, width = pixels.shape[:2]
-        scores, maps = self.run(fit_to_input(pixels, self.spec)[None])
+        line_index = np.array([self.line_index], np.int64)
+        scores, maps = self.run(fit_to_input(pixels, self.spec)[None], line_index)
         inspected = inspected_mask(self.policy, *maps.shape[1:], window=self.spec.window(1, 1))
         window = self.spec.window(height, width)
         judgement = judge(float(scores[0]), maps[0], self.policy, self.rule, window, inspected)
@@ -166,7 +171,7 @@ def _first(candidates: Iterator[_Golden], count: int) -> list[_Golden]:
     return [golden for golden, _ in zip(candidates, range(max(0, count)), strict=False)]
 
 
-def _write(chosen: Sequence[_Golden]) -> dict[str, bytes]:
+def _write(line: str, chosen: Sequence[_Golden]) -> dict[str, bytes]:
     if not chosen:
         raise GoldenFailed(
             "Every frame's score lies within the golden tolerance of a threshold, so no device could be checked; "
@@ -174,6 +179,7 @@ def _write(chosen: Sequence[_Golden]) -> dict[str, bytes]:
         )
     answers = [
         GoldenAnswer(
+            line=line,
             file=f"golden/{index:02d}.png",
             description=golden.description,
             score=golden.score,

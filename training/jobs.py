@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 import typer
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from models.backbones import BackboneUnavailable
@@ -144,7 +144,8 @@ def evaluate_bundle(path: Path, line_folder: Path, output: Path | None, threads:
     manifest = bundle.manifest
     samples = _test_samples(line_folder, reporter)
     answers = ask(GraphRun(bundle.model, threads), samples, manifest.input, reporter, title="test frames")
-    found = evaluate(answers, bundle.policy, manifest.output.score_rule, manifest.input, manifest.evaluation_resolution)
+    policy = bundle.policies[manifest.lines[0]]
+    found = evaluate(answers, policy, manifest.output.score_rule, manifest.input, manifest.evaluation_resolution)
     rows = [(kind, *(str(count) for count in counts.values())) for kind, counts in found.verdict_counts().items()]
     reporter.table("Verdicts", ("frames", "PASS", "REVIEW", "FAIL"), rows)
     by_kind = {f"i_auroc of {kind}": record for kind, record in to_records(found.by_kind).items()}
@@ -165,14 +166,14 @@ def recalibrate_bundle(
 ) -> None:
     """Publish a bundle again with thresholds from other good parts and tell the result."""
     bundle, reporter = load_bundle(path.resolve()), _reporter()
-    old = bundle.manifest.hyperparameters
+    record = bundle.manifest.by_line[bundle.manifest.lines[0]]
     published, report = recalibrate(
         bundle,
         read_good_folder(good_folder),
         [] if line_folder is None else _test_samples(line_folder, reporter),
         reporter,
-        review_rate=_rate(rates, old, "review_rate"),
-        fail_rate=_rate(rates, old, "fail_rate"),
+        review_rate=_given(rates["review_rate"], record.review_rate),
+        fail_rate=_given(rates["fail_rate"], record.fail_rate),
         region_of_interest=None if region_of_interest is None else read_region_of_interest(region_of_interest),
         threads=threads,
     )
@@ -252,11 +253,8 @@ def _test_samples(line_folder: Path, reporter: Reporter) -> list[Sample]:
     return samples
 
 
-def _rate(given: Mapping[str, float | None], old: Mapping[str, JsonValue], name: str) -> float:
-    rate = given[name] if given[name] is not None else old.get(name)
-    if not isinstance(rate, (int, float)):
-        raise ParameterInvalid(f"The bundle does not say its {name}; give it as an option.")
-    return float(rate)
+def _given(rate: float | None, old: float) -> float:
+    return old if rate is None else rate
 
 
 def _weights_file(given: str | None) -> Path | Literal["untrained"] | None:

@@ -71,7 +71,8 @@ def recalibrate(
         GoldenFailed: if no golden frame is clear of the new thresholds.
         FlawlineError: if a frame can't be read, or the region of interest can't be applied.
     """
-    manifest, old = bundle.manifest, bundle.policy
+    manifest, line = bundle.manifest, bundle.manifest.lines[0]
+    old, record = bundle.policies[line], manifest.by_line[line]
     spec, rule = manifest.input, manifest.output.score_rule
     graph = GraphRun(bundle.model, threads)
     held_out = ask(graph, good, spec, reporter, title="good frames")
@@ -92,22 +93,29 @@ def recalibrate(
         evaluation = evaluate(
             answers, calibrated.policy, rule, spec, manifest.evaluation_resolution, seed=manifest.seed
         )
-    chooser = GoldenChooser(graph, calibrated.policy, rule, spec, manifest.golden, manifest.seed)
+    chooser = GoldenChooser(graph, line, 0, calibrated.policy, rule, spec, manifest.golden, manifest.seed)
     golden = chooser.choose_again(read_golden(bundle))
 
     created_at = datetime.now(UTC).isoformat(timespec="seconds")
     facts = _facts(bundle, held_out, created_at)
     report = collect(facts, calibrated, held_out, evaluation, rule, spec, manifest.evaluation_resolution)
     data = {"calibrated_on": len(good)}
-    metrics = manifest.metrics
+    metrics = record.metrics
     if evaluation is not None:
         data |= _counts(evaluation)
         metrics = to_records(evaluation.metrics)
     again = manifest.model_copy(
         update={
-            "data": manifest.data.model_copy(update=data),
-            "metrics": metrics,
-            "hyperparameters": manifest.hyperparameters | {"review_rate": review_rate, "fail_rate": fail_rate},
+            "by_line": {
+                line: record.model_copy(
+                    update={
+                        "data": record.data.model_copy(update=data),
+                        "metrics": metrics,
+                        "review_rate": review_rate,
+                        "fail_rate": fail_rate,
+                    }
+                )
+            },
             "created_at": created_at,
         }
     )
@@ -137,11 +145,12 @@ def _counts(evaluation: Evaluation) -> dict[str, int]:
 
 def _facts(bundle: Bundle, held_out: Answers, created_at: str) -> RunFacts:
     manifest = bundle.manifest
+    data = manifest.by_line[manifest.lines[0]].data
     facts = {
         "Calibrated again": f"from version {manifest.version} of {manifest.created_at}; the network is the same",
         "Digest of that version": bundle.digest,
         "Good frames": f"{len(held_out.samples)}, none of them fitted on",
-        "Fitted on": f"{manifest.data.fitted_on} good frames of {manifest.data.name}",
+        "Fitted on": f"{data.fitted_on} good frames of {data.name}",
         "Network digest": manifest.files["model.onnx"],
         "Seed": str(manifest.seed),
     }

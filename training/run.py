@@ -71,7 +71,7 @@ class FinishedRun:
     @property
     def metrics(self) -> dict[str, MetricRecord]:
         """Figures of the test frames."""
-        return self.manifest.metrics
+        return self.manifest.by_line[self.manifest.name].metrics
 
 
 def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: Beginning = "new") -> FinishedRun:
@@ -111,10 +111,10 @@ def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: B
     on_cpu = DetectorRun(prepared.module.to("cpu"), torch.device("cpu"))
     model = export_graph(prepared.detector)
     graph = GraphRun(model)
-    parity = check_parity(
-        on_cpu, graph, _some_frames(held_out, tested, config), calibrated.policy, rule, spec.window(1, 1)
-    )
-    chooser = GoldenChooser(graph, calibrated.policy, rule, spec, config.golden, config.seed)
+    shown = _some_frames(held_out, tested, config)
+    only_line = np.zeros(len(shown), np.int64)
+    parity = check_parity(on_cpu, graph, shown, only_line, [calibrated.policy], rule, spec.window(1, 1))
+    chooser = GoldenChooser(graph, request.name, 0, calibrated.policy, rule, spec, config.golden, config.seed)
     golden = chooser.choose(held_out, tested, config.golden_frames)
 
     record = RunRecord(
@@ -137,7 +137,11 @@ def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: B
     report = collect(tell_facts(record), calibrated, held_out, evaluation, rule, spec, config.evaluation_resolution)
     page = render(report)
     keep_results(
-        directory, manifest.metrics, report, page, {"held_out": held_out} | ({"test": tested} if tested else {})
+        directory,
+        manifest.by_line[request.name].metrics,
+        report,
+        page,
+        {"held_out": held_out} | ({"test": tested} if tested else {}),
     )
     files = bundle_files(model, calibrated, golden, page)
     bundle = publish(request.store, manifest, files, check=lambda path: verify_bundle(path, graph))

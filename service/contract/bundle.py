@@ -1,9 +1,10 @@
 """The bundle: the one contract between training and service.
 
 `STORE/<name>/<version>/` holds `manifest.json`, `manifest.sha256`, `model.onnx`, `calibration.npz`, `policy.json`,
-`golden/`, `report.html` and what the report shows. The manifest names the SHA-256 of every other file; the sidecar
-names the manifest's own. The service owns this schema, because it is the party that must refuse a wrong bundle;
-training writes through the same class and so can't write what the service would refuse.
+`golden/`, `report.html` and what the report shows. A network that was fitted on several lines keeps a calibration and a
+policy of each, as `lines/<line>/calibration.npz` and `lines/<line>/policy.json`. The manifest names the SHA-256 of
+every other file; the sidecar names the manifest's own. The service owns this schema, because it is the party that must
+refuse a wrong bundle; training writes through the same class and so can't write what the service would refuse.
 
 Order of reading: hash first, then parse the very bytes that were hashed. A file that the manifest does not name, a link
 or a path that leaves the directory is refused, except for `engines/`, whose plans are built on the target and checked
@@ -12,12 +13,12 @@ against the verified graph. Nothing here is ever unpickled.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from service.contract.calibration import Calibration
 from service.contract.geometry import InputSpec
@@ -25,7 +26,7 @@ from service.contract.graph import verify_graph
 from service.contract.policy import Policy, ScoreRule
 from service.errors import BundleRefused
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 MANIFEST_FILE = "manifest.json"
 MANIFEST_DIGEST_FILE = "manifest.sha256"
 MODEL_FILE = "model.onnx"
@@ -38,7 +39,8 @@ ENGINES_DIRECTORY = "engines"
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
-_REQUIRED_FILES = (MODEL_FILE, CALIBRATION_FILE, POLICY_FILE, GOLDEN_FILE, GOLDEN_MAPS_FILE, REPORT_FILE)
+_LINES_DIRECTORY = "lines"
+_REQUIRED_FILES = (MODEL_FILE, GOLDEN_FILE, GOLDEN_MAPS_FILE, REPORT_FILE)
 
 LINE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 LineName = Annotated[str, Field(pattern=LINE_NAME)]
@@ -101,6 +103,22 @@ class MetricRecord(_Record):
     high: float | None = None
 
 
+class LineRecord(_Record):
+    """What a bundle says of one of its lines.
+
+    Attributes:
+        data: which frames.
+        review_rate: share of good parts that its policy's review threshold was calibrated for.
+        fail_rate: share of good parts that its policy's fail threshold was calibrated for.
+        metrics: evaluation on the line's test frames, by name.
+    """
+
+    data: DataRecord
+    review_rate: float = Field(gt=0, lt=1)
+    fail_rate: float = Field(gt=0, lt=1)
+    metrics: dict[str, MetricRecord]
+
+
 class ParityRecord(_Record):
     """How far the exported graph is from PyTorch, on real frames.
 
@@ -121,8 +139,10 @@ class GoldenRule(_Record):
     """How closely a device must reproduce the golden set.
 
     Attributes:
-        map_tolerance: largest allowed difference of a map value, as a fraction of the expected maps' range.
-        score_tolerance: largest allowed difference of a score, as a fraction of the fail threshold's magnitude.
+        map_tolerance: largest allowed difference of a map value, as a fraction of the range of the line's expected
+            maps.
+        score_tolerance: largest allowed difference of a score, as a fraction of the magnitude of the line's fail
+            threshold.
     """
 
     map_tolerance: float = Field(gt=0, lt=1)
@@ -133,14 +153,14 @@ class Manifest(_Record):
     """What a bundle says of itself; written once, by training.
 
     Attributes:
-        lines: the product lines that the network was fitted on.
+        lines: the product lines that the network was fitted on; a line's place here is its index in the graph.
         version: of the bundle within its name; a positive whole number.
         hyperparameters: the run's configuration, every value.
-        metrics: evaluation on the line's test frames, by name; empty where there were none.
+        by_line: what differs from line to line.
         files: SHA-256 of every other file, by path relative to the bundle.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     name: LineName
     lines: tuple[LineName, ...] = Field(min_length=1)
     version: BundleVersion
@@ -151,8 +171,7 @@ class Manifest(_Record):
     output: OutputSpec
     opset: int = Field(ge=18)
     precision: Literal["fp32", "fp16", "int8"]
-    data: DataRecord
-    metrics: dict[str, MetricRecord]
+    by_line: dict[LineName, LineRecord]
     evaluation_resolution: Literal["original", "model"]
     parity: ParityRecord
     golden: GoldenRule
@@ -161,6 +180,14 @@ class Manifest(_Record):
     git_revision: str | None
     created_at: str
     files: dict[str, Digest]
+
+    @model_validator(mode="after")
+    def _each_line_is_described_once(self) -> Self:
+        if len(set(self.lines)) != len(self.lines):
+            raise ValueError("a line is named twice")
+        if set(self.lines) != set(self.by_line):
+            raise ValueError("by_line must describe every line of the bundle, and no other")
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,8 +198,8 @@ class Bundle:
         path: where it was read.
         digest: SHA-256 of the manifest, hence of everything.
         manifest: parsed.
-        policy: the default policy.
-        calibration: good-part values.
+        policies: the default policy of each line.
+        calibrations: good-part values of each line.
         model: the graph's bytes.
         files: bytes of every small file the service needs, by relative path.
     """
@@ -180,10 +207,21 @@ class Bundle:
     path: Path
     digest: str
     manifest: Manifest
-    policy: Policy
-    calibration: Calibration
+    policies: Mapping[str, Policy]
+    calibrations: Mapping[str, Calibration]
     model: bytes
     files: Mapping[str, bytes]
+
+
+def line_file(line: str, lines: Sequence[str], name: str) -> str:
+    """Return where a line's own file lies: at the root where there is one line, else in a folder of the line's name.
+
+    Args:
+        line: one of `lines`.
+        lines: all lines of the bundle, or of the run that makes it.
+        name: of the file.
+    """
+    return name if len(lines) == 1 else f"{_LINES_DIRECTORY}/{line}/{name}"
 
 
 def load_bundle(path: Path) -> Bundle:
@@ -198,8 +236,9 @@ def load_bundle(path: Path) -> Bundle:
     digest = hashlib.sha256(manifest_bytes).hexdigest()
     if sidecar != digest.encode() + b"\n":
         raise BundleRefused(f"{MANIFEST_FILE} does not match {MANIFEST_DIGEST_FILE}; export the bundle again.")
+    _refuse_other_schema(manifest_bytes)
     manifest = _parse(Manifest, manifest_bytes, MANIFEST_FILE)
-    for required in _REQUIRED_FILES:
+    for required in _required_files(manifest.lines):
         if required not in manifest.files:
             raise BundleRefused(f"{MANIFEST_FILE} names no {required}; export the bundle again.")
     _refuse_strangers(path, manifest)
@@ -209,13 +248,14 @@ def load_bundle(path: Path) -> Bundle:
         if hashlib.sha256(data).hexdigest() != expected:
             raise BundleRefused(f"{relative} is not the file that {MANIFEST_FILE} names; export the bundle again.")
         files[relative] = data
-    policy = _parse(Policy, files[POLICY_FILE], POLICY_FILE)
-    calibration = Calibration.from_bytes(files[CALIBRATION_FILE])
+    policies = {line: _read_policy(files, line, manifest) for line in manifest.lines}
+    calibrations = {
+        line: Calibration.from_bytes(files[line_file(line, manifest.lines, CALIBRATION_FILE)])
+        for line in manifest.lines
+    }
     verify_graph(files[MODEL_FILE])
-    if policy.region_of_interest is not None and manifest.output.score_rule.kind == "graph":
-        raise BundleRefused(f"{POLICY_FILE} has a region of interest, but this detector's score can't follow it.")
     kept = {name: data for name, data in files.items() if name != MODEL_FILE}
-    return Bundle(path, digest, manifest, policy, calibration, files[MODEL_FILE], kept)
+    return Bundle(path, digest, manifest, policies, calibrations, files[MODEL_FILE], kept)
 
 
 def load_policy(path: Path) -> Policy:
@@ -242,12 +282,55 @@ def seal(manifest: Manifest, files: Mapping[str, bytes]) -> dict[str, bytes]:
     return {**files, MANIFEST_FILE: text, MANIFEST_DIGEST_FILE: sidecar}
 
 
+def promised_lines(path: Path, name: str) -> tuple[str, ...]:
+    """Read which lines a bundle means to serve, without verifying it; good for saying what is taken or not ready.
+
+    Args:
+        path: of the bundle.
+        name: under which it lies in the store, which is also the line of a bundle that can't be read.
+    """
+    manifest = path / MANIFEST_FILE
+    try:
+        # A pipe would be read for ever.
+        return Manifest.model_validate_json(manifest.read_bytes()).lines if manifest.is_file() else (name,)
+    except (OSError, ValidationError):
+        return (name,)
+
+
 def versions_of(directory: Path) -> list[str]:
     """Return the versions of one name in a store, oldest first; half-written ones have other names."""
     if not directory.is_dir():
         return []
     names = [entry.name for entry in directory.iterdir() if entry.is_dir()]
     return sorted((name for name in names if name.isascii() and name.isdigit() and name[0] != "0"), key=int)
+
+
+def _refuse_other_schema(manifest: bytes) -> None:
+    """Say of a bundle from another time what it is, where its unknown fields would say nothing."""
+    try:
+        found = json.loads(manifest).get("schema_version", SCHEMA_VERSION)
+    except (ValueError, AttributeError, RecursionError):
+        return  # whoever parses it next says what is wrong
+    if found != SCHEMA_VERSION:
+        raise BundleRefused(
+            f"{MANIFEST_FILE} has another schema version than {SCHEMA_VERSION}, the one that this release reads; "
+            "train and export again with this release."
+        )
+
+
+def _required_files(lines: Sequence[str]) -> Iterator[str]:
+    yield from _REQUIRED_FILES
+    for line in lines:
+        yield line_file(line, lines, CALIBRATION_FILE)
+        yield line_file(line, lines, POLICY_FILE)
+
+
+def _read_policy(files: Mapping[str, bytes], line: str, manifest: Manifest) -> Policy:
+    name = line_file(line, manifest.lines, POLICY_FILE)
+    policy = _parse(Policy, files[name], name)
+    if policy.region_of_interest is not None and manifest.output.score_rule.kind == "graph":
+        raise BundleRefused(f"{name} has a region of interest, but this detector's score can't follow it.")
+    return policy
 
 
 def _refuse_strangers(path: Path, manifest: Manifest) -> None:

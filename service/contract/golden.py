@@ -7,32 +7,36 @@ still gives the verdict that was validated.
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
-from service.contract.bundle import GOLDEN_FILE, GOLDEN_MAPS_FILE, Bundle
+from service.contract.bundle import GOLDEN_FILE, GOLDEN_MAPS_FILE, Bundle, LineName, Manifest
 from service.contract.calibration import read_arrays
 from service.contract.frames import Frame, FrameLimits, decode_image, fit_to_input
-from service.contract.policy import Verdict, inspected_mask, judge
+from service.contract.policy import Policy, Verdict, inspected_mask, judge
 from service.errors import BundleRefused, FlawlineError
 
-Run = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], NDArray[np.float32]]]
+# Frames `(B, H, W, 3)` uint8 and `line_index` `(B,)` int64 to scores `(B,)` and maps `(B, h, w)`, both float32.
+Run = Callable[[NDArray[np.uint8], NDArray[np.int64]], tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 
 class GoldenAnswer(BaseModel):
     """What is expected of one golden frame.
 
     Attributes:
+        line: whose policy judges the frame, and whose index the graph is told.
         file: path of the PNG within the bundle.
         description: what the frame shows, in words.
         score: raw score of the graph.
-        verdict: under the bundle's default policy.
+        verdict: under the line's default policy.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    line: LineName
     file: str
     description: str
     score: FiniteFloat
@@ -80,7 +84,7 @@ def read_golden(bundle: Bundle) -> GoldenSet:
     """Parse a verified bundle's golden set.
 
     Raises:
-        BundleRefused: if it is empty, or its parts don't belong together.
+        BundleRefused: if it has no frame of a line, or its parts don't belong together.
     """
     try:
         answers = _ANSWERS.validate_json(bundle.files[GOLDEN_FILE])
@@ -92,31 +96,30 @@ def read_golden(bundle: Bundle) -> GoldenSet:
     except (ValidationError, KeyError, FlawlineError) as error:
         raise BundleRefused("The golden set can't be read; export the bundle again.") from error
     shape = (len(answers), bundle.manifest.output.map_height, bundle.manifest.output.map_width)
-    if not answers or maps.shape != shape or maps.dtype != np.float32 or not np.isfinite(maps).all():
-        raise BundleRefused("The golden set is empty or incomplete; export the bundle again.")
+    if {answer.line for answer in answers} != set(bundle.manifest.lines):
+        raise BundleRefused("The golden set must have frames of every line, and of no other; export the bundle again.")
+    if maps.shape != shape or maps.dtype != np.float32 or not np.isfinite(maps).all():
+        raise BundleRefused("The golden set is incomplete; export the bundle again.")
     return GoldenSet(answers, frames, maps)
 
 
 def replay(bundle: Bundle, golden: GoldenSet, run: Run) -> None:
-    """Judge every golden frame on a device and compare maps, scores and verdicts.
+    """Judge every golden frame on a device by its own line's policy, and compare maps, scores and verdicts.
 
     Args:
         bundle: verified.
         golden: its golden set.
-        run: frames `(B, H, W, 3)` uint8 to scores `(B,)` and maps `(B, h, w)`.
+        run: the network on the device.
 
     Raises:
         BundleRefused: if an answer differs by more than the manifest's rule allows; the sentence names the frame.
         EngineFailed: whatever `run` raises is passed on.
     """
-    manifest, policy = bundle.manifest, bundle.policy
-    inspected = inspected_mask(
-        policy, manifest.output.map_height, manifest.output.map_width, window=manifest.input.window(1, 1)
-    )
-    span = float(golden.anomaly_maps.max() - golden.anomaly_maps.min())
-    magnitude = max(abs(policy.fail_threshold), float(np.finfo(np.float32).tiny))
+    manifest = bundle.manifest
+    judges = {line: _judge_of(line, bundle.policies[line], manifest, golden) for line in manifest.lines}
     for answer, frame, expected in zip(golden.answers, golden.frames, golden.anomaly_maps, strict=True):
-        scores, maps = run(fit_to_input(frame.pixels, manifest.input)[None])
+        line_index, policy, inspected, span, magnitude = judges[answer.line]
+        scores, maps = run(fit_to_input(frame.pixels, manifest.input)[None], np.array([line_index], np.int64))
         if maps.shape != (1, *expected.shape) or scores.shape != (1,):
             raise _differs(answer, "shape")
         # Written so that a NaN fails the comparison.
@@ -128,6 +131,28 @@ def replay(bundle: Bundle, golden: GoldenSet, run: Run) -> None:
         judgement = judge(float(scores[0]), maps[0], policy, manifest.output.score_rule, window, inspected)
         if judgement.verdict is not answer.verdict:
             raise _differs(answer, "verdict")
+
+
+class _Judge(NamedTuple):
+    """What the frames of one line are judged by: lines may have maps and scores of quite different sizes."""
+
+    line_index: int
+    policy: Policy
+    inspected: NDArray[np.bool_] | None
+    span: float
+    magnitude: float
+
+
+def _judge_of(line: str, policy: Policy, manifest: Manifest, golden: GoldenSet) -> _Judge:
+    size = manifest.output.map_height, manifest.output.map_width
+    maps = golden.anomaly_maps[[answer.line == line for answer in golden.answers]]
+    return _Judge(
+        line_index=manifest.lines.index(line),
+        policy=policy,
+        inspected=inspected_mask(policy, *size, window=manifest.input.window(1, 1)),
+        span=float(maps.max() - maps.min()),
+        magnitude=max(abs(policy.fail_threshold), float(np.finfo(np.float32).tiny)),
+    )
 
 
 def _differs(answer: GoldenAnswer, what: str) -> BundleRefused:

@@ -110,12 +110,12 @@ def _describe(live: LiveLine) -> LiveAnswer:
         default_policy=live.default_policy,
         policies=sorted(live.policies),
         thresholds=LineThresholds(
-            review=_threshold(bundle.calibration, policy.review_threshold),
-            fail=_threshold(bundle.calibration, policy.fail_threshold),
+            review=_threshold(live.calibration, policy.review_threshold),
+            fail=_threshold(live.calibration, policy.fail_threshold),
         ),
         metrics={
             name: MetricAnswer(value=metric.value, reason=metric.reason, low=metric.low, high=metric.high)
-            for name, metric in manifest.metrics.items()
+            for name, metric in manifest.by_line[live.name].metrics.items()
         },
         created_at=manifest.created_at,
     )

@@ -85,11 +85,12 @@ def main() -> None:
         print(name, metric.value)
     pixels = draw_part(np.random.default_rng(70), scratched=True)
     spec = bundle.manifest.input
+    policy = bundle.policies[bundle.manifest.name]
     scores, maps = GraphRun(bundle.model)(fit_to_input(pixels, spec)[None])
     window = spec.window(_SIDE, _SIDE)
-    judgement = judge(float(scores[0]), maps[0], bundle.policy, bundle.manifest.output.score_rule, window, None)
+    judgement = judge(float(scores[0]), maps[0], policy, bundle.manifest.output.score_rule, window, None)
     print(judgement.verdict, judgement.score, judgement.regions_total)
-    painted = overlay(pixels, maps[0], bundle.policy, judgement.regions, window, (_SIDE, _SIDE))
+    painted = overlay(pixels, maps[0], policy, judgement.regions, window, (_SIDE, _SIDE))
     gap = np.full((_SIDE, 8, 3), 255, np.uint8)
     arguments.picture.parent.mkdir(parents=True, exist_ok=True)
     arguments.picture.write_bytes(encode_png(np.hstack([pixels, gap, painted])))

@@ -233,7 +233,7 @@ def test_outputs_when_left_out_then_all_are_answered_and_judged_by_the_policy(bu
     assert answer.as_numpy("verdict").tolist() == [b"PASS", b"FAIL"]
     assert answer.as_numpy("score").shape == answer.as_numpy("p_value").shape == (2,)
     assert answer.as_numpy("p_value").tolist() == [
-        np.float32(bundle.calibration.p_value(float(score))) for score in answer.as_numpy("score")
+        np.float32(bundle.calibrations[MODEL].p_value(float(score))) for score in answer.as_numpy("score")
     ]
     assert answer.as_numpy("anomaly_map").shape == (2, HEIGHT // POOL, WIDTH // POOL)
 

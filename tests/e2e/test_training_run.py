@@ -53,10 +53,11 @@ def test_train_when_it_ends_then_the_bundle_is_one_that_the_service_accepts(fini
     replay(bundle, golden, make_runner(bundle.model))
     manifest = bundle.manifest
     assert (manifest.name, manifest.lines, manifest.version) == ("bottle", ("bottle",), "1")
-    assert (manifest.data.fitted_on, manifest.data.calibrated_on) == (GOOD // 2, GOOD // 2)
-    assert (manifest.data.tested_on_normal, manifest.data.tested_on_anomalous) == (TEST_GOOD, DEFECTS)
+    record = manifest.by_line["bottle"]
+    assert (record.data.fitted_on, record.data.calibrated_on) == (GOOD // 2, GOOD // 2)
+    assert (record.data.tested_on_normal, record.data.tested_on_anomalous) == (TEST_GOOD, DEFECTS)
     assert manifest.hyperparameters["hyperparameters"]["heads"] == 2
-    assert manifest.metrics["p_auroc"].value is not None
+    assert record.metrics["p_auroc"].value is not None
     assert manifest.backbone.source == "untrained"
     assert len({answer.verdict for answer in golden.answers}) > 1
 
@@ -90,8 +91,8 @@ def test_train_when_the_line_has_good_frames_only_then_still_makes_a_bundle(tmp_
     run = train(make_request(line, tmp_path / "store"), tmp_path / "run", SilentReporter())
 
     bundle = load_bundle(run.bundle)
-    assert all(metric.value is None and metric.reason for metric in bundle.manifest.metrics.values())
-    assert bundle.policy.review_threshold <= bundle.policy.fail_threshold
+    assert all(metric.value is None and metric.reason for metric in bundle.manifest.by_line["plain"].metrics.values())
+    assert bundle.policies["plain"].review_threshold <= bundle.policies["plain"].fail_threshold
 
 
 def test_train_when_good_parts_cannot_carry_the_rate_then_refuses_before_fitting(line, tmp_path):
@@ -111,7 +112,7 @@ def test_export_when_a_run_is_fitted_then_publishes_the_same_network_with_other_
     assert result.exit_code == 0, result.output
     first, second = load_bundle(finished.bundle), _published(result.output)
     assert second.model == first.model
-    assert second.policy.fail_threshold < first.policy.fail_threshold
+    assert second.policies["bottle"].fail_threshold < first.policies["bottle"].fail_threshold
 
 
 def test_calibrate_when_other_good_parts_come_then_publishes_a_new_version(finished, line):
@@ -123,7 +124,8 @@ def test_calibrate_when_other_good_parts_come_then_publishes_a_new_version(finis
     assert result.exit_code == 0, result.output
     first, again = load_bundle(finished.bundle), _published(result.output)
     assert again.model == first.model
-    assert (again.policy.version, again.manifest.data.calibrated_on) == ("2", GOOD)
+    assert again.policies["bottle"].version == "2"
+    assert again.manifest.by_line["bottle"].data.calibrated_on == GOOD
     replay(again, read_golden(again), make_runner(again.model))
 
 

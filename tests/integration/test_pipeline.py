@@ -87,7 +87,7 @@ async def test_inspect_when_frame_is_answered_then_says_everything(store, defect
     assert inspection.judgement.score == pytest.approx(float(scores[0]))
     assert bool(inspection.judgement.regions) is defect
     np.testing.assert_allclose(inspection.anomaly_map, maps[0], rtol=1e-6)
-    assert inspection.p_value == bundle.calibration.p_value(inspection.judgement.score)
+    assert inspection.p_value == bundle.calibrations["demo_line"].p_value(inspection.judgement.score)
     assert inspection.request is request
     assert (inspection.line, inspection.bundle_version, inspection.bundle_digest) == (
         "demo_line",
@@ -191,7 +191,7 @@ async def test_inspect_when_lines_share_an_engine_then_each_is_judged_as_its_own
 
     frame = fit_to_input(make_frame(), load_bundle(store / "pair" / "1").manifest.input)[None]
     model = load_bundle(store / "pair" / "1").model
-    expected = [float(make_runner(model, index)(frame)[0][0]) for index in (0, 1)]
+    expected = [float(make_runner(model)(frame, np.array([index], np.int64))[0][0]) for index in (0, 1)]
     assert [answer.judgement.score for answer in answers] == pytest.approx(expected, rel=1e-6)
     assert expected[0] != expected[1]
 

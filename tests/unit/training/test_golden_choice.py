@@ -29,7 +29,9 @@ _RULE = ScoreRule(kind="top_fraction_mean", fraction=TOP_FRACTION)
 
 def _chooser(**policy):
     tolerance = GoldenRule(map_tolerance=0.01, score_tolerance=0.01)
-    return GoldenChooser(make_runner(make_graph()), make_policy(**policy), _RULE, make_input(), tolerance, seed=0)
+    return GoldenChooser(
+        make_runner(make_graph()), "bottle", 0, make_policy(**policy), _RULE, make_input(), tolerance, seed=0
+    )
 
 
 def _answers(samples):

@@ -10,10 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.contract.bundle import Manifest, MetricRecord, load_bundle, load_policy, seal, versions_of
+from service.contract.bundle import Manifest, MetricRecord, line_file, load_bundle, load_policy, seal, versions_of
 from service.contract.policy import ScoreRule
 from service.errors import BundleRefused
-from tests.factories import bundle_files, make_bundle, make_manifest, make_policy, reseal, write_files
+from tests.factories import (
+    bundle_files,
+    make_bundle,
+    make_line_record,
+    make_manifest,
+    make_policy,
+    reseal,
+    write_files,
+)
 from tests.strategies import manifests
 
 FILES = bundle_files()
@@ -54,11 +62,14 @@ def test_bundle_when_sealed_and_loaded_holds_what_was_written(tmp_path, options)
     bundle = load_bundle(folder)
 
     assert (bundle.manifest.name, bundle.manifest.version, bundle.path) == ("socket.a", "12", folder)
-    assert bundle.manifest.lines == options.get("lines", ("socket.a",))
-    assert bundle.policy == make_policy(**options.get("policy", {}))
+    lines = bundle.manifest.lines
+    assert lines == options.get("lines", ("socket.a",))
+    assert bundle.policies == {line: make_policy(**options.get("policy", {})) for line in lines}
     assert bundle.model == (folder / "model.onnx").read_bytes()
     assert bundle.digest == hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-    assert bundle.calibration.scores.size == bundle.manifest.data.calibrated_on
+    assert {line: calibration.scores.size for line, calibration in bundle.calibrations.items()} == {
+        line: record.data.calibrated_on for line, record in bundle.manifest.by_line.items()
+    }
     assert {*bundle.files, "model.onnx"} == set(bundle.manifest.files)
 
 
@@ -84,12 +95,13 @@ def test_manifest_when_sealed_and_read_is_the_same(manifest):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_manifest_when_a_figure_is_no_number_is_sealed_as_plain_json(value):
     """An undefined figure becomes null, which every JSON reader knows; `NaN` is no JSON."""
-    manifest = make_manifest(metrics={"aupro": MetricRecord(value=value)}, hyperparameters={"limit": value})
+    record = make_line_record(metrics={"aupro": MetricRecord(value=value)})
+    manifest = make_manifest(by_line={"demo_line": record}, hyperparameters={"limit": value})
 
     sealed = seal(manifest, {})
 
     fields = json.loads(sealed[MANIFEST], parse_constant=pytest.fail)
-    assert fields["metrics"]["aupro"]["value"] is None
+    assert fields["by_line"]["demo_line"]["metrics"]["aupro"]["value"] is None
     assert fields["hyperparameters"]["limit"] is None
 
 
@@ -238,7 +250,6 @@ def test_loading_when_the_manifest_leaves_out_a_required_file_is_refused_by_name
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("schema_version", 2),
         ("name", "../up"),
         ("name", ""),
         ("version", "0"),
@@ -260,6 +271,46 @@ def test_loading_when_a_manifest_field_does_not_fit_is_refused_by_its_name(bundl
         load_bundle(bundle)
 
 
+def test_loading_when_the_bundle_is_of_another_schema_says_what_to_do(bundle):
+    """A bundle of another time is named as such, and not by the first of many fields that differ."""
+    rewrite_manifest(bundle, lambda fields: fields.update(schema_version=1, data=fields.pop("by_line")))
+
+    with pytest.raises(BundleRefused, match=r"another schema version than 2, .*; train and export again"):
+        load_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [(["left", "left"], "a line is named twice"), (["left"], "by_line"), (["left", "right", "third"], "by_line")],
+)
+def test_loading_when_lines_and_what_is_said_of_them_differ_is_refused(tmp_path, lines, words):
+    """Every line is listed once and described once, since its place in the list is its index in the graph."""
+    folder = make_bundle(tmp_path, lines=("left", "right"))
+    rewrite_manifest(folder, lambda fields: fields.update(lines=lines))
+
+    with pytest.raises(BundleRefused, match=words):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["lines/right/policy.json", "lines/right/calibration.npz"])
+def test_loading_when_one_of_several_lines_lacks_its_own_file_is_refused_by_name(tmp_path, name):
+    """A line is never judged by another line's policy or calibration, nor by one at the bundle's root."""
+    folder = make_bundle(tmp_path, lines=("left", "right"))
+    (folder / name).rename(folder / name.rpartition("/")[2])
+    rewrite_manifest(
+        folder, lambda fields: fields["files"].update({name.rpartition("/")[2]: fields["files"].pop(name)})
+    )
+
+    with pytest.raises(BundleRefused, match=f"names no {name}"):
+        load_bundle(folder)
+
+
+def test_line_file_when_there_is_one_line_lies_at_the_root_and_else_in_the_folder_of_its_line():
+    """A bundle of one line stays as flat as it can be."""
+    assert line_file("left", ["left"], "policy.json") == "policy.json"
+    assert line_file("left", ["left", "right"], "policy.json") == "lines/left/policy.json"
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [
@@ -271,8 +322,9 @@ def test_loading_when_a_manifest_field_does_not_fit_is_refused_by_its_name(bundl
         (("parity", "verdicts_differ"), 1),
         (("parity", "map_difference"), "NaN"),
         (("golden", "map_tolerance"), 0),
-        (("data", "calibrated_on"), 0),
-        (("data", "digest"), "short"),
+        (("by_line", "demo_line", "data", "calibrated_on"), 0),
+        (("by_line", "demo_line", "data", "digest"), "short"),
+        (("by_line", "demo_line", "fail_rate"), 0),
         (("files", "report.html"), "0" * 63),
     ],
     ids=lambda value: ".".join(value) if isinstance(value, tuple) else str(value),

@@ -65,16 +65,18 @@ def test_replay_when_a_conditional_network_is_asked_for_another_line_refuses(tmp
     folder = make_bundle(tmp_path, lines=("left", "right"), conditional=True)
     model = (folder / "model.onnx").read_bytes()
 
+    run = make_runner(model)
+
     with pytest.raises(BundleRefused, match="anomaly map"):
-        replayed(folder, make_runner(model, line_index=1))
+        replayed(folder, lambda frames, line_index: run(frames, 1 - line_index))
 
 
 def altered(folder, change):
     """Return the bundle's own network with its answers altered on the way out."""
     run = make_runner((folder / "model.onnx").read_bytes())
 
-    def answer(frames):
-        scores, maps = (values.copy() for values in run(frames))
+    def answer(frames, line_index):
+        scores, maps = (values.copy() for values in run(frames, line_index))
         return change(scores, maps)
 
     return answer
@@ -117,7 +119,7 @@ def test_replay_when_a_device_differs_by_less_than_the_rule_accepts(folder):
 def test_replay_when_the_engine_fails_passes_the_failure_on(folder):
     """A device that can't answer is no device that answers otherwise."""
 
-    def run(frames):
+    def run(frames, line_index):
         raise EngineFailed("The device is gone.")
 
     with pytest.raises(EngineFailed, match="gone"):
@@ -154,9 +156,10 @@ def rewritten(folder, change):
         lambda answers: [answers[0] | {"verdict": "GOOD"}, *answers[1:]],
         lambda answers: [answers[0] | {"score": None}, *answers[1:]],
         lambda answers: [answers[0] | {"extra": 1}, *answers[1:]],
+        lambda answers: [answers[0] | {"line": "another"}, *answers[1:]],
         lambda answers: {"answers": answers},
     ],
-    ids=["none", "fewer", "more", "unknown file", "no image", "verdict", "score", "extra", "no list"],
+    ids=["none", "fewer", "more", "unknown file", "no image", "verdict", "score", "extra", "line", "no list"],
 )
 def test_reading_when_the_answers_do_not_fit_is_refused(folder, change):
     """Answers without frames, frames without maps and fields that do not fit are refused."""
@@ -164,6 +167,31 @@ def test_reading_when_the_answers_do_not_fit_is_refused(folder, change):
 
     with pytest.raises(BundleRefused, match="golden set"):
         read_golden(bundle)
+
+
+def test_reading_when_a_line_of_the_bundle_has_no_frame_is_refused(tmp_path):
+    """Each line is proved on its own: frames of one say nothing of another's index and thresholds."""
+    folder = make_bundle(tmp_path, lines=("left", "right"))
+    bundle = load_bundle(rewritten(folder, lambda answers: [answer | {"line": "left"} for answer in answers]))
+
+    with pytest.raises(BundleRefused, match="golden set must have frames of every line"):
+        read_golden(bundle)
+
+
+def test_replay_when_lines_have_other_thresholds_judges_each_by_its_own(tmp_path):
+    """The same network serves a strict line and a patient one, and neither is judged by the other's policy."""
+    strict = {"review_threshold": 0.001, "fail_threshold": 0.002}
+    folder = make_bundle(tmp_path, lines=("strict", "patient"), policies={"strict": strict})
+
+    replayed(folder)
+
+    golden = read_golden(load_bundle(folder))
+    assert [(a.line, str(a.verdict)) for a in golden.answers[1:5]] == [
+        ("strict", "FAIL"),
+        ("strict", "FAIL"),
+        ("patient", "PASS"),
+        ("patient", "PASS"),
+    ]
 
 
 @pytest.mark.parametrize(
