@@ -5,6 +5,9 @@ How it learns is told by `stages()`: an ordered list of passes over the good fra
 gradient descents. Stages replace the usual pair "trained / one-pass detector", because several published methods need
 both, in their own order: a projection before the descent, a normal-map statistic after it, two descents in a row.
 
+Most detectors don't ask which line a frame shows. A line-conditioned one does: it is told the line of every frame, as
+its place among the lines that it is fitted on, in passes, in descents and in `forward`.
+
 Rules: nothing here reads files, the environment or the clock; tensors are `(B, 3, H, W)` float32 RGB in [0, 1] unless
 said otherwise, normalisation belongs to the backbone; height comes before width.
 """
@@ -45,6 +48,7 @@ class Recipe:
         iterations: number of updates.
         warmup_iterations: linear ramp from 0; at most a fifth of all iterations are used for it.
         clip_gradient_norm: bound on the norm over all parameters of the stage, or None.
+        balance_lines: show every line equally often in an epoch, whatever the number of its frames.
     """
 
     optimiser: Literal["stable_adamw", "adamw", "adam", "sgd"]
@@ -59,6 +63,7 @@ class Recipe:
     iterations: int | None = None
     warmup_iterations: int = 0
     clip_gradient_norm: float | None = None
+    balance_lines: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a recipe without an end, or with two."""
@@ -68,22 +73,36 @@ class Recipe:
 
 @dataclass(frozen=True)
 class PassStage:
-    """One look at every good frame without gradients.
+    """One look at every good frame without gradients; exactly one of `observe` and `observe_lines` is given.
 
     Attributes:
         name: what the progress bar says.
         observe: takes images `(B, 3, H, W)`; called once a batch, in a fixed order.
         finish: turns what was observed into buffers of the detector.
+        observe_lines: the same for a line-conditioned detector: images, and their lines `(B,)` int64.
     """
 
     name: str
-    observe: Callable[[Tensor], None]
+    observe: Callable[[Tensor], None] | None
     finish: Callable[[], None]
+    observe_lines: Callable[[Tensor, Tensor], None] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a stage that looks at nothing, or twice."""
+        if (self.observe is None) == (self.observe_lines is None):
+            raise ValueError("set exactly one of observe and observe_lines")
+
+    def show(self, images: Tensor, line_index: Tensor) -> None:
+        """Let the detector look at images `(B, 3, H, W)` of the lines `(B,)` int64, which it may not ask for."""
+        if self.observe is not None:
+            self.observe(images)
+        if self.observe_lines is not None:
+            self.observe_lines(images, line_index)
 
 
 @dataclass(frozen=True)
 class GradientStage:
-    """One descent.
+    """One descent; exactly one of `loss` and `line_loss` is given.
 
     Attributes:
         name: what the progress bar says.
@@ -94,13 +113,28 @@ class GradientStage:
         recipe: optimiser, schedule and length.
         encode: the frozen front of the detector, images `(B, 3, H, W)` to a `(B, ...)` tensor, deterministic and
             independent of batch mates; the loop may compute it once per frame and keep it.
+        line_loss: the same as `loss` for a line-conditioned detector: inputs, their lines `(B,)` int64, and the step.
     """
 
     name: str
-    loss: Callable[[Tensor, int], dict[str, Tensor]]
+    loss: Callable[[Tensor, int], dict[str, Tensor]] | None
     parameters: Sequence[nn.Parameter]
     recipe: Recipe
     encode: Callable[[Tensor], Tensor] | None = None
+    line_loss: Callable[[Tensor, Tensor, int], dict[str, Tensor]] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a descent without a loss, or with two."""
+        if (self.loss is None) == (self.line_loss is None):
+            raise ValueError("set exactly one of loss and line_loss")
+
+    def terms(self, inputs: Tensor, line_index: Tensor, step: int) -> dict[str, Tensor]:
+        """Return the loss of inputs `(B, ...)` of the lines `(B,)` int64, which the detector may not ask for."""
+        if self.loss is not None:
+            return self.loss(inputs, step)
+        if self.line_loss is not None:
+            return self.line_loss(inputs, line_index, step)
+        raise AssertionError("a descent has a loss")
 
 
 Stage = PassStage | GradientStage
@@ -126,5 +160,28 @@ class Detector(Protocol):
         Raises:
             ValueError: if the images have another size than `image_size`.
             RuntimeError: if a pass stage that the answer depends on has not finished.
+        """
+        ...
+
+
+@runtime_checkable
+class LineConditioned(Protocol):
+    """A detector that is told which line a frame shows; its stages have `observe_lines` and `line_loss`.
+
+    Attributes:
+        lines: how many lines it is fitted on; a line's index is its place among them.
+    """
+
+    lines: int
+
+    def forward(self, images: Tensor, line_index: Tensor | None = None) -> AnomalyOutput:
+        """Judge images `(B, 3, H, W)` of the lines `(B,)` int64.
+
+        Args:
+            images: as for any detector.
+            line_index: each in 0 to `lines` - 1; None stands for the only line.
+
+        Raises:
+            ValueError: if an index is out of range, or is left out where there are several lines.
         """
         ...

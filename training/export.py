@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.detector import AnomalyOutput, Detector
+from models.detector import AnomalyOutput, Detector, LineConditioned
 from service.contract.bundle import ParityRecord
 from service.contract.golden import Run
 from service.contract.graph import verify_graph
@@ -54,16 +54,21 @@ class EndToEnd(nn.Module):
         super().__init__()
         self.detector = detector
 
-    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Judge frames `(B, H, W, 3)` uint8 RGB: scores `(B,)` and maps `(B, h, w)`, both float32."""
+    def forward(self, frames: Tensor, line_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Judge frames: scores `(B,)` and maps `(B, h, w)`, both float32.
+
+        Args:
+            frames: `(B, H, W, 3)` uint8 RGB.
+            line_index: `(B,)` int64, which line each frame shows; for line-conditioned detectors only.
+        """
         images = frames.permute(0, 3, 1, 2).to(torch.float32) / 255
-        output: AnomalyOutput = self.detector(images)
+        output: AnomalyOutput = self.detector(images) if line_index is None else self.detector(images, line_index)
         return output.score, output.anomaly_map
 
 
 @dataclass(frozen=True, eq=False)
 class DetectorRun:
-    """A fitted detector as frames in, scores and maps out.
+    """A fitted detector as frames and their lines in, scores and maps out.
 
     Attributes:
         detector: an `nn.Module`; it is put into eval mode and left on its device.
@@ -73,16 +78,28 @@ class DetectorRun:
     detector: nn.Module
     device: torch.device
 
-    def __call__(self, frames: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Judge frames `(B, H, W, 3)` uint8: scores `(B,)` and maps `(B, h, w)`."""
+    def __call__(
+        self,
+        frames: NDArray[np.uint8],
+        line_index: NDArray[np.int64] | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Judge frames: scores `(B,)` and maps `(B, h, w)`.
+
+        Args:
+            frames: `(B, H, W, 3)` uint8.
+            line_index: `(B,)`, looked at by line-conditioned detectors only; None if all frames show the first line.
+        """
+        arguments: list[NDArray[Any]] = [frames]
+        if isinstance(self.detector, LineConditioned):
+            arguments.append(_first_line(frames) if line_index is None else line_index)
         with torch.inference_mode():
             module = EndToEnd(self.detector).eval()
-            scores, maps = module(torch.from_numpy(np.ascontiguousarray(frames)).to(self.device))
+            scores, maps = module(*(torch.from_numpy(np.ascontiguousarray(one)).to(self.device) for one in arguments))
         return scores.float().cpu().numpy(), maps.float().cpu().numpy()
 
 
 class GraphRun:
-    """An exported graph on ONNX Runtime's CPU, as frames in, scores and maps out.
+    """An exported graph on ONNX Runtime's CPU, as frames and their lines in, scores and maps out.
 
     Args:
         model: bytes of `model.onnx`; verified by the caller or by `export_graph`.
@@ -105,10 +122,23 @@ class GraphRun:
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime's exceptions share no base of their own
             raise ExportFailed("ONNX Runtime can't load the exported graph; no bundle was written.") from error
+        self._is_conditional = any(one.name == "line_index" for one in self._session.get_inputs())
 
-    def __call__(self, frames: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Judge frames `(B, H, W, 3)` uint8: scores `(B,)` and maps `(B, h, w)`."""
-        scores, maps = self._session.run(["score", "anomaly_map"], {"frames": frames})
+    def __call__(
+        self,
+        frames: NDArray[np.uint8],
+        line_index: NDArray[np.int64] | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Judge frames: scores `(B,)` and maps `(B, h, w)`.
+
+        Args:
+            frames: `(B, H, W, 3)` uint8.
+            line_index: `(B,)`, fed to line-conditioned graphs only; None if all frames show the first line.
+        """
+        feed: dict[str, NDArray[Any]] = {"frames": frames}
+        if self._is_conditional:
+            feed["line_index"] = _first_line(frames) if line_index is None else line_index
+        scores, maps = self._session.run(["score", "anomaly_map"], feed)
         return scores, maps
 
     def end_profiling(self) -> Path:
@@ -123,7 +153,8 @@ def export_graph(detector: Detector) -> bytes:
         detector: fitted.
 
     Returns:
-        The bytes of `model.onnx`: `frames` uint8 `[B, H, W, 3]` to `score` `[B]` and `anomaly_map` `[B, h, w]`.
+        The bytes of `model.onnx`: `frames` uint8 `[B, H, W, 3]` to `score` `[B]` and `anomaly_map` `[B, h, w]`. A
+        line-conditioned detector's graph takes `line_index` int64 `[B]` as well.
 
     Raises:
         ExportFailed: if the detector can't be traced, or the reader would refuse the graph.
@@ -133,9 +164,11 @@ def export_graph(detector: Detector) -> bytes:
     module = EndToEnd(detector).eval()
     first = next(iter(detector.parameters()), None)
     device = torch.device("cpu") if first is None else first.device
-    frames = torch.zeros((_TRACED_BATCH, *detector.image_size, 3), dtype=torch.uint8, device=device)
+    example = {"frames": torch.zeros((_TRACED_BATCH, *detector.image_size, 3), dtype=torch.uint8, device=device)}
+    if isinstance(detector, LineConditioned):
+        example["line_index"] = torch.zeros(_TRACED_BATCH, dtype=torch.int64, device=device)
     try:
-        data = _trace(module, frames)
+        data = _trace(module, example)
         verify_graph(data)
     except BundleRefused as error:
         raise ExportFailed(f"The exported graph would be refused: {error.sentence}") from error
@@ -148,13 +181,15 @@ def check_parity(
     detector: Run,
     graph: Run,
     frames: NDArray[np.uint8],
-    policy: Policy,
+    line_index: NDArray[np.int64],
+    policies: Sequence[Policy],
     rule: ScoreRule,
     window: Window = (0.0, 0.0, 1.0, 1.0),
 ) -> ParityRecord:
     """Compare the graph with PyTorch on real frames, at batch sizes that were not traced: maps, scores and verdicts.
 
-    Scores must also be what `rule` makes of the maps, since the service reduces them again inside a region of interest.
+    Lines are mixed within a batch as the frames are, and compared by the range and the thresholds of their own. Scores
+    must also be what `rule` makes of the maps, since the service reduces them again inside a region of interest.
     Of a frame whose score lies within a ten-thousandth of a threshold either verdict is right, so such frames are left
     out of the comparison of verdicts.
 
@@ -162,18 +197,43 @@ def check_parity(
         detector: PyTorch.
         graph: the exported graph in a runtime.
         frames: `(n, H, W, 3)` uint8, at least one.
-        policy: whose verdicts are compared.
+        line_index: `(n,)` int64, which line each frame shows.
+        policies: of each line, whose verdicts are compared.
         rule: how the bundle says that scores are reduced from maps.
         window: where the maps lie on the frame, `InputSpec.window(1, 1)`.
 
     Raises:
         ExportFailed: if anything differs by more than the tolerance; the sentence says what and by how much.
     """
-    expected_scores, expected_maps = _in_batches(detector, frames, (len(frames),))
-    scores, maps = _in_batches(graph, frames, _PARITY_BATCHES)
-    span = max(float(expected_maps.max() - expected_maps.min()), float(np.finfo(np.float32).tiny))
-    map_difference = float(np.abs(maps - expected_maps).max()) / span
-    score_difference = float(np.abs(scores - expected_scores).max())
+    expected = _in_batches(detector, frames, line_index, (len(frames),))
+    found = _in_batches(graph, frames, line_index, _PARITY_BATCHES)
+    differences = [
+        _compare_line(expected.of(shown), found.of(shown), policies[line], rule, window)
+        for line, shown in ((line, line_index == line) for line in np.unique(line_index))
+    ]
+    return ParityRecord(
+        frames=len(frames),
+        map_difference=max(maps for maps, _ in differences),
+        score_difference=max(scores for _, scores in differences),
+        verdicts_differ=0,
+    )
+
+
+class _Answers(NamedTuple):
+    scores: NDArray[np.float32]
+    maps: NDArray[np.float32]
+
+    def of(self, shown: NDArray[np.bool_]) -> "_Answers":
+        return _Answers(self.scores[shown], self.maps[shown])
+
+
+def _compare_line(
+    expected: _Answers, found: _Answers, policy: Policy, rule: ScoreRule, window: Window
+) -> tuple[float, float]:
+    """Return the largest difference of maps, as a share of their range, and of scores; refuse what is too large."""
+    span = max(float(expected.maps.max() - expected.maps.min()), float(np.finfo(np.float32).tiny))
+    map_difference = float(np.abs(found.maps - expected.maps).max()) / span
+    score_difference = float(np.abs(found.scores - expected.scores).max())
     allowed = SCORE_TOLERANCE * max(abs(policy.fail_threshold), span)
     # Each condition is written so that a NaN fails it.
     if not map_difference <= MAP_TOLERANCE:
@@ -181,24 +241,27 @@ def check_parity(
     if not score_difference <= allowed:
         raise _differs("scores", f"{score_difference:.2g}", f"{allowed:.2g}")
     if rule.kind != "graph":
-        _check_rule(rule, scores, maps, allowed)
-    inspected = inspected_mask(policy, *maps.shape[1:], window=window)
-    differ = _verdicts_that_differ((expected_scores, expected_maps), (scores, maps), policy, rule, inspected)
+        _check_rule(rule, found, allowed)
+    inspected = inspected_mask(policy, *found.maps.shape[1:], window=window)
+    differ = _verdicts_that_differ(expected, found, policy, rule, inspected)
     if differ:
-        raise _differs("verdicts", f"{differ} of {len(frames)} frames", "0")
-    return ParityRecord(
-        frames=len(frames), map_difference=map_difference, score_difference=score_difference, verdicts_differ=0
-    )
+        raise _differs("verdicts", f"{differ} of {len(found.scores)} frames", "0")
+    return map_difference, score_difference
 
 
-def _trace(module: nn.Module, frames: Tensor) -> bytes:
+def _first_line(frames: NDArray[np.uint8]) -> NDArray[np.int64]:
+    return np.zeros(len(frames), np.int64)
+
+
+def _trace(module: nn.Module, example: dict[str, Tensor]) -> bytes:
+    batch = torch.export.Dim("B", min=1)
     with _silence(), torch.no_grad():
         program = torch.onnx.export(
             module,
-            (frames,),
-            input_names=["frames"],
+            tuple(example.values()),
+            input_names=list(example),
             output_names=["score", "anomaly_map"],
-            dynamic_shapes=({0: torch.export.Dim("B", min=1)},),
+            dynamic_shapes=tuple({0: batch} for _ in example),
             opset_version=OPSET,
             dynamo=True,
             external_data=False,
@@ -225,23 +288,21 @@ def _forget_sources(graph: Any) -> None:
                 _forget_sources(inner)
 
 
-def _in_batches(
-    run: Run, frames: NDArray[np.uint8], sizes: Sequence[int]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _in_batches(run: Run, frames: NDArray[np.uint8], line_index: NDArray[np.int64], sizes: Sequence[int]) -> _Answers:
     scores, maps = [], []
     start = turn = 0
     while start < len(frames):
-        size = sizes[turn % len(sizes)]
-        batch_scores, batch_maps = run(frames[start : start + size])
+        end = start + sizes[turn % len(sizes)]
+        batch_scores, batch_maps = run(frames[start:end], line_index[start:end])
         scores.append(batch_scores)
         maps.append(batch_maps)
-        start, turn = start + size, turn + 1
-    return np.concatenate(scores), np.concatenate(maps)
+        start, turn = end, turn + 1
+    return _Answers(np.concatenate(scores), np.concatenate(maps))
 
 
-def _check_rule(rule: ScoreRule, scores: NDArray[np.float32], maps: NDArray[np.float32], allowed: float) -> None:
-    reduced = np.array([rule.reduce(anomaly_map.ravel()) for anomaly_map in maps])
-    difference = float(np.abs(reduced - scores).max())
+def _check_rule(rule: ScoreRule, found: _Answers, allowed: float) -> None:
+    reduced = np.array([rule.reduce(anomaly_map.ravel()) for anomaly_map in found.maps])
+    difference = float(np.abs(reduced - found.scores).max())
     if not difference <= allowed:
         raise ExportFailed(
             f"The bundle would promise the score rule {rule.kind}, but the graph's scores differ from it by "
@@ -250,8 +311,8 @@ def _check_rule(rule: ScoreRule, scores: NDArray[np.float32], maps: NDArray[np.f
 
 
 def _verdicts_that_differ(
-    expected: tuple[NDArray[np.float32], NDArray[np.float32]],
-    found: tuple[NDArray[np.float32], NDArray[np.float32]],
+    expected: _Answers,
+    found: _Answers,
     policy: Policy,
     rule: ScoreRule,
     inspected: NDArray[np.bool_] | None,

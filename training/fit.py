@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from models.detector import Detector, GradientStage, PassStage, Recipe
+from models.detector import Detector, GradientStage, LineConditioned, PassStage, Recipe
 from training.checkpoint import (
     LossPoint,
     TrainingState,
@@ -36,7 +36,7 @@ from training.checkpoint import (
     restore_optimiser,
     save_checkpoint,
 )
-from training.data.loader import FrameSource
+from training.data.loader import FrameSource, LineIndex
 from training.optimisers import build_optimiser, learning_rate_at
 from training.progress import Reporter
 
@@ -120,7 +120,7 @@ def fit(
 
     Raises:
         TypeError: if the module is no detector.
-        ValueError: if there are no frames.
+        ValueError: if there are no frames, or their lines are not those that the detector is conditioned on.
         FitStopped: after Ctrl-C or a termination signal, once the state is kept.
         FitFailed: if the loss is not finite.
         CheckpointRefused: if the run shall be resumed from a checkpoint that does not fit.
@@ -129,6 +129,8 @@ def fit(
         raise TypeError(f"{type(detector).__name__} is no detector: it has no stages")
     if len(frames) == 0:
         raise ValueError("there is no frame to fit on")
+    if isinstance(detector, LineConditioned):
+        _refuse_other_lines(detector.lines, frames.line_index)
     with _deferred_signals() as stop:
         run = _Run(detector, frames, settings, reporter, plan, clock, stop)
         seconds: dict[str, float] = {}
@@ -203,10 +205,10 @@ class _Run:
         """Show every frame once, in its own order."""
         self._detector.eval()
         with torch.no_grad(), self._reporter.bar(stage.name, len(self._frames)) as bar:
-            for pixels in _taken_ahead(self._frames, self._in_order()):
+            for order, pixels in _taken_ahead(self._frames, self._in_order()):
                 # Half a pass can't be kept: what was observed may lie anywhere. The checkpoint at its start stands.
                 self._end_if_asked()
-                stage.observe(self._images(pixels))
+                stage.show(self._images(pixels), self._lines(order))
                 bar.advance(len(pixels))
             stage.finish()
 
@@ -220,17 +222,18 @@ class _Run:
             done = self._resumed.step
         encoded = self._encode_all(stage) if stage.encode is not None and done < total else None
         self._detector.train()
-        orders = _orders(len(self._frames), batch, (self._settings.seed, index), range(done, total))
+        lines = self._frames.line_index if stage.recipe.balance_lines else np.zeros(len(self._frames), np.int64)
+        orders = _orders(lines, batch, (self._settings.seed, index), range(done, total))
         with (
             _only_trainable(self._detector, stage.parameters),
             self._reporter.bar(stage.name, total, done) as bar,
         ):
             speed = _Speed(self._clock)
-            for step, inputs in enumerate(self._inputs(stage, orders, encoded), start=done):
+            for step, (inputs, line_index) in enumerate(self._inputs(stage, orders, encoded), start=done):
                 _set_rate(optimiser, learning_rate_at(stage.recipe, step, total))
                 # For layers that draw from torch's own generator, such as dropout.
                 torch.manual_seed(_seed_of(self._settings.seed, index, step))
-                terms = _descend_once(stage, optimiser, inputs, step)
+                terms = _descend_once(stage, optimiser, inputs, line_index, step)
                 self.losses.append(LossPoint(stage.name, step, terms))
                 bar.advance(figures={"loss": sum(terms.values()), **_parts(terms), "images/s": speed.after(batch)})
                 self._keep_if_due(index, step + 1, optimiser)
@@ -262,6 +265,10 @@ class _Run:
         images = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
         return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
 
+    def _lines(self, order: Sequence[int]) -> Tensor:
+        """Return the lines of the frames of one batch, `(B,)` int64, on the detector's device."""
+        return torch.from_numpy(self._frames.line_index[np.asarray(order, dtype=np.int64)]).to(self._device)
+
     def _encode_all(self, stage: GradientStage) -> Tensor | None:
         """Encode every frame once, `(n, ...)` on the CPU; None if that does not fit into the memory bound."""
         one = self._encode(stage, self._frames.take([0]))
@@ -270,7 +277,7 @@ class _Run:
         encoded = torch.empty((len(self._frames), *one.shape[1:]), dtype=one.dtype)
         begin = 0
         with self._reporter.bar(f"{stage.name}: encoding", len(self._frames)) as bar:
-            for pixels in _taken_ahead(self._frames, self._in_order()):
+            for _, pixels in _taken_ahead(self._frames, self._in_order()):
                 # Nothing was learnt since the last checkpoint, so it stands.
                 self._end_if_asked()
                 encoded[begin : begin + len(pixels)] = self._encode(stage, pixels).cpu()
@@ -291,13 +298,14 @@ class _Run:
 
     def _inputs(
         self, stage: GradientStage, orders: Iterable[Sequence[int]], encoded: Tensor | None
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what the loss of each step takes, `(B, ...)`, and the lines that it shows, `(B,)`."""
         if encoded is not None:
             for order in orders:
-                yield encoded[torch.as_tensor(order)].to(self._device)
+                yield encoded[torch.as_tensor(order)].to(self._device), self._lines(order)
             return
-        for pixels in _taken_ahead(self._frames, orders):
-            yield self._encode(stage, pixels)
+        for order, pixels in _taken_ahead(self._frames, orders):
+            yield self._encode(stage, pixels), self._lines(order)
 
 
 def planned_iterations(recipe: Recipe, frames: int) -> tuple[int, int]:
@@ -311,9 +319,17 @@ def planned_iterations(recipe: Recipe, frames: int) -> tuple[int, int]:
     return (recipe.epochs or 0) * (frames // batch), batch
 
 
-def _descend_once(stage: GradientStage, optimiser: Optimizer, inputs: Tensor, step: int) -> dict[str, float]:
+def _refuse_other_lines(expected: int, line_index: LineIndex) -> None:
+    found = np.unique(line_index).tolist()
+    if found != list(range(expected)):
+        raise ValueError(f"the detector is conditioned on the lines 0 to {expected - 1}, and the frames show {found}")
+
+
+def _descend_once(
+    stage: GradientStage, optimiser: Optimizer, inputs: Tensor, line_index: Tensor, step: int
+) -> dict[str, float]:
     optimiser.zero_grad(set_to_none=True)
-    losses = stage.loss(inputs, step)
+    losses = stage.terms(inputs, line_index, step)
     terms = {name: float(value.detach()) for name, value in losses.items()}
     if not all(math.isfinite(value) for value in terms.values()):
         told = ", ".join(f"{name} = {value:g}" for name, value in terms.items())
@@ -334,27 +350,48 @@ def _refuse_broken(stage: GradientStage) -> None:
         raise FitFailed(f"The last step of '{stage.name}' left values that are not finite; lower the learning rate.")
 
 
-def _orders(count: int, batch: int, seed: tuple[int, int], steps: Iterable[int]) -> Iterator[Sequence[int]]:
+def _orders(line_index: LineIndex, batch: int, seed: tuple[int, int], steps: Iterable[int]) -> Iterator[Sequence[int]]:
     """Return the frames of each step; an epoch's order depends on the seed and the epoch alone."""
-    per_epoch = count // batch
+    per_epoch = len(line_index) // batch
     shuffled: tuple[int, list[int]] | None = None
     for step in steps:
         epoch, place = divmod(step, per_epoch)
         if shuffled is None or shuffled[0] != epoch:
-            shuffled = epoch, np.random.default_rng((*seed, epoch)).permutation(count).tolist()
+            shuffled = epoch, _shuffle(line_index, np.random.default_rng((*seed, epoch))).tolist()
         yield shuffled[1][place * batch : (place + 1) * batch]
 
 
-def _taken_ahead(frames: FrameSource, orders: Iterable[Sequence[int]]) -> Iterator[NDArray[np.uint8]]:
+def _shuffle(line_index: LineIndex, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Return as many frames as there are, every line equally often: `(n,)`.
+
+    The lines come in rounds, each line once in a round, so that any batch is as mixed as it can be. A short line begins
+    again within the epoch; of a long one the epoch shows a part. Frames of one line are simply permuted.
+    """
+    lines = np.unique(line_index)
+    rounds = math.ceil(len(line_index) / len(lines))
+    columns = []
+    for line in lines:
+        frames = np.flatnonzero(line_index == line)
+        repeats = math.ceil(rounds / len(frames))
+        columns.append(np.concatenate([generator.permutation(frames) for _ in range(repeats)])[:rounds])
+    mixed = np.stack(columns, axis=1)
+    if len(lines) > 1:
+        mixed = generator.permuted(mixed, axis=1)
+    return mixed.ravel()[: len(line_index)]
+
+
+def _taken_ahead(
+    frames: FrameSource, orders: Iterable[Sequence[int]]
+) -> Iterator[tuple[Sequence[int], NDArray[np.uint8]]]:
     """Take the frames of one batch while the batch before is worked on."""
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
-        coming: Future[NDArray[np.uint8]] | None = None
+        coming: tuple[Sequence[int], Future[NDArray[np.uint8]]] | None = None
         for order in orders:
-            before, coming = coming, pool.submit(frames.take, order)
+            before, coming = coming, (order, pool.submit(frames.take, order))
             if before is not None:
-                yield before.result()
+                yield before[0], before[1].result()
         if coming is not None:
-            yield coming.result()
+            yield coming[0], coming[1].result()
 
 
 def _seed_of(*parts: int) -> int:

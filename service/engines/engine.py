@@ -36,6 +36,7 @@ class Engine(Protocol):
                 look at it.
 
         Raises:
-            EngineFailed: if the runtime raises, or answers with other shapes or types than promised.
+            EngineFailed: if the runtime raises, or answers with other shapes or types than promised, or a line that a
+                class-conditional network was not fitted on is asked for.
         """
         ...

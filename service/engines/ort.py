@@ -42,6 +42,7 @@ class OrtEngine:
         spec, output = bundle.manifest.input, bundle.manifest.output
         self._frame_shape = (spec.height, spec.width, 3)
         self._map_shape = (output.map_height, output.map_width)
+        self._lines = len(bundle.manifest.lines)
         self._session = _open_session(bundle.model, device, threads_per_run)
         inputs, outputs = _signature(self._session.get_inputs()), _signature(self._session.get_outputs())
         self._is_conditional = "line_index" in inputs
@@ -52,6 +53,7 @@ class OrtEngine:
         """Judge frames; see `Engine.run`."""
         feed: dict[str, NDArray[Any]] = {"frames": frames}
         if self._is_conditional:
+            self._refuse_other_lines(line_index, len(frames))
             feed["line_index"] = line_index
         try:
             scores, anomaly_maps = self._session.run(["score", "anomaly_map"], feed)
@@ -61,6 +63,13 @@ class OrtEngine:
         if not (_is_float32(scores, (B,)) and _is_float32(anomaly_maps, (B, *self._map_shape))):
             raise EngineFailed("The runtime answered with another shape or type than the bundle promises.")
         return EngineOutput(scores, anomaly_maps)
+
+    def _refuse_other_lines(self, line_index: NDArray[np.int64], count: int) -> None:
+        """A graph counts a negative index from the end, and some runtimes read past the end: a wrong line, no error."""
+        if line_index.dtype != np.int64 or line_index.shape != (count,):
+            raise EngineFailed("A class-conditional network needs one int64 line index for each frame.")
+        if ((line_index < 0) | (line_index >= self._lines)).any():
+            raise EngineFailed(f"A frame is said to show a line that is not among the bundle's {self._lines}.")
 
 
 def _open_session(model: bytes, device: Device, threads_per_run: int) -> Any:

@@ -18,6 +18,7 @@ from training.detectors import score_rule_of
 from training.export import DetectorRun, ExportFailed, GraphRun, check_parity, export_graph
 
 _CPU = torch.device("cpu")
+_ONLY_LINE = np.zeros(9, np.int64)
 _MAXIMUM = ScoreRule(kind="maximum")
 _ROI = (((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)),)
 
@@ -57,7 +58,7 @@ def _policy(**fields):
 
 def _check(detector, policy=None, rule=_MAXIMUM):
     graph = GraphRun(export_graph(detector))
-    return check_parity(DetectorRun(detector, _CPU), graph, _frames(), policy or _policy(), rule)
+    return check_parity(DetectorRun(detector, _CPU), graph, _frames(), _ONLY_LINE, [policy or _policy()], rule)
 
 
 @pytest.mark.parametrize("variant", sorted(TINY))
@@ -67,7 +68,7 @@ def test_export_graph_when_a_detector_is_fitted_then_its_graph_passes_parity(var
     frames = np.stack([make_frame(*detector.image_size, seed=seed, defect=seed % 2 == 1) for seed in range(9)])
     for stage in detector.stages():
         if isinstance(stage, PassStage):
-            stage.observe(torch.from_numpy(frames).permute(0, 3, 1, 2) / 255)
+            stage.show(torch.from_numpy(frames).permute(0, 3, 1, 2) / 255, torch.from_numpy(_ONLY_LINE))
             stage.finish()
     run = DetectorRun(detector, _CPU)
     scores = run(frames)[0]
@@ -77,7 +78,7 @@ def test_export_graph_when_a_detector_is_fitted_then_its_graph_passes_parity(var
 
     verify_graph(model)
     assert opset_of(model) == 20
-    parity = check_parity(run, GraphRun(model), frames, policy, score_rule_of(TINY[variant]))
+    parity = check_parity(run, GraphRun(model), frames, _ONLY_LINE, [policy], score_rule_of(TINY[variant]))
     assert parity.frames == 9
     assert parity.map_difference < 1e-4
 
@@ -106,6 +107,55 @@ def test_export_graph_when_read_then_has_the_names_and_shapes_of_the_contract():
     assert values["frames"].elem_type == onnx.TensorProto.UINT8
 
 
+class _Offsets(_Brightness):
+    """Brightness above what each of three lines usually has."""
+
+    lines = 3
+
+    def __init__(self, *, exported_lines=(0.0, 0.1, 0.2)):
+        super().__init__()
+        self.register_buffer("usual", torch.tensor([0.0, 0.1, 0.2]))
+        self.register_buffer("told", torch.tensor(exported_lines))
+
+    def forward(self, images, line_index=None):
+        """Judge images `(B, 3, H, W)` of lines `(B,)`."""
+        usual = self.told if torch.compiler.is_compiling() else self.usual
+        anomaly_map = super().forward(images).anomaly_map - usual.index_select(0, line_index)[:, None, None]
+        return AnomalyOutput(anomaly_map, anomaly_map.flatten(1).amax(dim=1))
+
+
+def test_export_graph_when_the_detector_is_line_conditioned_then_the_graph_takes_the_lines():
+    """`line_index` is int64 with the batch of `frames`, and lines may be mixed in a batch of any size."""
+    model = export_graph(_Offsets())
+    graph, frames = GraphRun(model), _frames(5)
+    line_index = np.array([2, 0, 1, 1, 2], np.int64)
+
+    scores, maps = graph(frames, line_index)
+
+    expected = DetectorRun(_Offsets(), _CPU)(frames, line_index)
+    np.testing.assert_allclose(scores, expected[0], atol=1e-6)  # float32 in another order
+    np.testing.assert_allclose(maps, expected[1], atol=1e-6)  # likewise
+    np.testing.assert_array_equal(graph(frames)[0], graph(frames, np.zeros(5, np.int64))[0])
+    inputs = {value.name: value.type.tensor_type for value in onnx.load_from_string(model).graph.input}
+    assert list(inputs) == ["frames", "line_index"]
+    assert inputs["line_index"].elem_type == onnx.TensorProto.INT64
+    assert inputs["line_index"].shape.dim[0].dim_param == inputs["frames"].shape.dim[0].dim_param
+
+
+def test_check_parity_when_one_line_of_several_differs_then_the_export_fails():
+    """Each line is compared by its own range and its own thresholds."""
+    line_index = np.arange(9, dtype=np.int64) % 3
+    policies = [_policy(), _policy(fail_threshold=0.8), _policy(fail_threshold=0.7)]
+    good, odd = (GraphRun(export_graph(_Offsets(exported_lines=told))) for told in [(0, 0.1, 0.2), (0, 0.1, 0.21)])
+    run = DetectorRun(_Offsets(), _CPU)
+
+    parity = check_parity(run, good, _frames(), line_index, policies, _MAXIMUM)
+
+    assert parity.frames == 9
+    with pytest.raises(ExportFailed, match="anomaly maps"):
+        check_parity(run, odd, _frames(), line_index, policies, _MAXIMUM)
+
+
 @pytest.mark.parametrize(
     ("detector", "words"),
     [
@@ -126,20 +176,20 @@ def test_check_parity_when_a_verdict_differs_inside_the_region_of_interest_then_
     """Verdicts are compared as the service finds them, not as the graph's own score would have it."""
     frames = _frames()
 
-    def run(batch):
+    def run(batch, line_index):
         maps = np.full((len(batch), 8, 12), 0.5, np.float32)
         maps[:, 0, 11] = 1000.0  # outside of the region of interest; makes a small difference smaller still
         return np.full(len(batch), 1000.0, np.float32), maps
 
-    def other(batch):
-        scores, maps = run(batch)
+    def other(batch, line_index):
+        scores, maps = run(batch, line_index)
         maps[:, 0, 0] += 0.05
         return scores, maps
 
     policy: Policy = _policy(review_threshold=0.52, fail_threshold=0.9, region_of_interest=_ROI)
 
     with pytest.raises(ExportFailed, match="verdicts differ"):
-        check_parity(run, other, frames, policy, _MAXIMUM)
+        check_parity(run, other, frames, _ONLY_LINE, [policy], _MAXIMUM)
 
 
 def test_check_parity_when_the_score_rule_is_not_the_graphs_then_the_export_fails():

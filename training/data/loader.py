@@ -24,12 +24,13 @@ LineIndex = NDArray[np.int64]
 class FrameSource(Protocol):
     """Frames that can be taken by number, as often as wanted.
 
-    Attributes:
-        line_index: `(n,)`, which line each frame shows, as its place among the lines of the run.
+    Each shows a line, told as its place among the lines of the run.
     """
 
     @property
-    def line_index(self) -> LineIndex: ...
+    def line_index(self) -> LineIndex:
+        """Return the line of each frame, `(n,)`."""
+        ...
 
     def __len__(self) -> int: ...
 

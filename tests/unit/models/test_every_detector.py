@@ -24,12 +24,16 @@ def _normal_frames(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
     return (stripes + 0.02 * torch.randn(count, 3, *size, generator=generator)).clamp(0, 1)
 
 
+def _only_line(images: Tensor) -> Tensor:
+    return torch.zeros(len(images), dtype=torch.int64)
+
+
 def _fit(detector: torch.nn.Module, frames: Tensor) -> None:
     """Run all stages, descents for as many iterations as their recipes say."""
     for stage in detector.stages():
         if isinstance(stage, PassStage):
             for batch in frames.split(8):
-                stage.observe(batch)
+                stage.show(batch, _only_line(batch))
             stage.finish()
         else:
             _descend(stage, frames)
@@ -43,7 +47,7 @@ def _descend(stage: GradientStage, frames: Tensor) -> None:
     for step in range(total):
         drawn = torch.randperm(len(inputs), generator=generator)[: stage.recipe.batch_size]
         optimiser.zero_grad()
-        sum(stage.loss(inputs[drawn], step).values()).backward()
+        sum(stage.terms(inputs[drawn], _only_line(drawn), step).values()).backward()
         for group in optimiser.param_groups:
             group["lr"] = learning_rate_at(stage.recipe, step, total)
         optimiser.step()
@@ -159,12 +163,12 @@ def test_descent_gives_a_gradient_to_its_parameters_and_to_no_other_tensor(varia
     frames = _normal_frames(8, detector.image_size)
     for stage in detector.stages():
         if isinstance(stage, PassStage):
-            stage.observe(frames)
+            stage.show(frames, _only_line(frames))
             stage.finish()
             continue
 
         inputs = frames if stage.encode is None else stage.encode(frames)
-        sum(stage.loss(inputs, 0).values()).backward()
+        sum(stage.terms(inputs, _only_line(frames), 0).values()).backward()
 
         listed = {id(parameter) for parameter in stage.parameters}
         for name, parameter in detector.named_parameters():
@@ -182,7 +186,7 @@ def test_loss_when_a_step_is_repeated_then_its_value_is_the_same(variant):
     for stage in detector.stages():
         if isinstance(stage, GradientStage):
             inputs = frames if stage.encode is None else stage.encode(frames)
-            first, second = stage.loss(inputs, 7), stage.loss(inputs, 7)
+            first, second = (stage.terms(inputs, _only_line(frames), 7) for _ in range(2))
 
             assert first.keys() == second.keys()
             assert all(torch.equal(first[name], second[name]) for name in first)

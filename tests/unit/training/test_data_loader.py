@@ -64,6 +64,24 @@ def test_memory_frames_give_what_they_hold():
     assert source.take([2, 1])[:, 0, 0, 0].tolist() == [2, 1]
 
 
+def test_frames_tell_the_line_that_each_shows(paths):
+    """Without a word all frames show the first line; what is told is kept."""
+    pixels = np.zeros((3, 4, 4, 3), np.uint8)
+    several = FileFrames(paths, plain_input(6, 8), FrameLimits(), [0, 0, 1, 2, 1])
+    several.close()
+
+    assert MemoryFrames(pixels).line_index.tolist() == [0, 0, 0]
+    assert MemoryFrames(pixels, [1, 0, 1]).line_index.tolist() == [1, 0, 1]
+    assert several.line_index.tolist() == [0, 0, 1, 2, 1]
+
+
+@pytest.mark.parametrize("line_index", [[0, 1], [0, -1, 0]], ids=["too few", "negative"])
+def test_frames_of_lines_that_do_not_fit_are_refused(line_index):
+    """There is one line for each frame, counted from 0."""
+    with pytest.raises(ValueError, match="one line, from 0 up, for each of 3 frames"):
+        MemoryFrames(np.zeros((3, 4, 4, 3), np.uint8), line_index)
+
+
 @pytest.mark.parametrize(
     "pixels", [np.zeros((2, 3, 4, 4), np.uint8), np.zeros((2, 4, 4, 3), np.float32)], ids=["channels first", "float"]
 )

@@ -83,6 +83,36 @@ class _TinyDetector(nn.Module):
         return {"fit": (self.head(images.mean((2, 3))) - 1).square().mean()}
 
 
+class _LineDetector(_TinyDetector):
+    """A mean of each line, and a descent towards it; tells which lines it was shown."""
+
+    def __init__(self, lines=2, recipe=_RECIPE, at=None, encode=True):
+        super().__init__(recipe, at, encode)
+        self.lines = lines
+        self.register_buffer("means", torch.zeros(lines, 3))
+        self.seen = []
+
+    def stages(self):
+        encode = self._encode if self.with_encode else None
+        return [
+            PassStage("means", None, lambda: None, self._observe_lines),
+            GradientStage("student", None, list(self.student.parameters()), self.recipe, encode, self._line_loss),
+        ]
+
+    def forward(self, images, line_index=None):  # noqa: ARG002 -- the shape of a line-conditioned detector
+        return super().forward(images)
+
+    def _observe_lines(self, images, line_index):
+        self.means.index_add_(0, line_index, images.mean((2, 3)))
+
+    def _line_loss(self, inputs, line_index, step):
+        self.seen.append(line_index.tolist())
+        wanted = self.means[line_index].repeat(1, 2)[:, None, None]
+        terms = super()._loss(inputs, step)
+        features = inputs if self.with_encode else self._encode(inputs)
+        return {**terms, "line": (self.student(features) - wanted).square().mean()}
+
+
 def _frames(count=10):
     return MemoryFrames(np.random.default_rng(1).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8))
 
@@ -368,6 +398,82 @@ def test_planned_iterations_follow_the_recipe(recipe, frames, expected):
     full = Recipe("adam", 1e-3, 1e-3, 0.0, batch_size=4, **recipe)
 
     assert planned_iterations(full, frames) == expected
+
+
+def _frames_of_lines(line_index):
+    pixels = np.random.default_rng(2).integers(0, 256, (len(line_index), 4, 4, 3), dtype=np.uint8)
+    return MemoryFrames(pixels, line_index)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 2**20], ids=["on the fly", "cached"])
+def test_fit_tells_a_line_conditioned_detector_which_line_each_frame_shows(cache_bytes):
+    """The pass sums each line's own frames, and every loss gets the lines of the very frames that it gets."""
+    lines = [0, 1, 1, 0, 1, 1, 1, 0, 1, 1]
+    frames = _frames_of_lines(lines)
+    detector = _LineDetector()
+    told = []
+
+    def note(inputs, line_index, step):
+        told.extend(zip(inputs.flatten(1).tolist(), line_index.tolist(), strict=True))
+        return {"none": 0 * detector.student(inputs).sum() + step}
+
+    detector._line_loss = note
+    _fit(detector, frames=frames, cache_bytes=cache_bytes)
+
+    pixels = torch.from_numpy(frames.take(range(10)) / 255).float().permute(0, 3, 1, 2)
+    expected = [pixels[[i for i, line in enumerate(lines) if line == which]].mean((2, 3)).sum(0) for which in (0, 1)]
+    torch.testing.assert_close(detector.means, torch.stack(expected))
+    encoded = detector._encode(pixels).flatten(1).detach()
+    for inputs, line in told:
+        assert line == lines[int((encoded - torch.tensor(inputs)).abs().sum(1).argmin())]
+
+
+def test_fit_with_balanced_lines_shows_every_line_equally_often():
+    """A short line begins again within the epoch, so that a long one does not drown it; every batch is mixed."""
+    detector = _LineDetector(recipe=dataclasses.replace(_RECIPE, balance_lines=True))
+
+    _fit(detector, frames=_frames_of_lines([0, 0, 0] + [1] * 13))
+
+    assert len(detector.seen) == 12
+    assert all(sorted(batch) == [0, 0, 1, 1] for batch in detector.seen)
+
+
+def test_fit_without_balanced_lines_shows_every_frame_once_an_epoch():
+    """Without the wish a line is shown as often as it has frames."""
+    detector = _LineDetector()
+
+    _fit(detector, frames=_frames_of_lines([0, 0, 0] + [1] * 13))
+
+    shown = [line for batch in detector.seen for line in batch]
+    assert shown.count(0) == 3 * 3
+    assert shown.count(1) == 3 * 13
+
+
+@pytest.mark.parametrize("step", [0, 2, 5], ids=["first step", "in between", "last step"])
+@pytest.mark.parametrize("balance_lines", [False, True], ids=["as they are", "balanced"])
+def test_fit_of_several_lines_resumed_gives_the_same_bits(tmp_path, step, balance_lines):
+    """The order of frames and their lines depend on the seed and the epoch alone."""
+    recipe = dataclasses.replace(_RECIPE, balance_lines=balance_lines)
+    frames = _frames_of_lines([0] * 3 + [1] * 7)
+    through = _LineDetector(recipe=recipe)
+    expected = _fit(through, frames=frames)
+    plan = CheckpointPlan(tmp_path, _IDENTITY)
+
+    with pytest.raises(FitStopped):
+        _fit(_LineDetector(recipe=recipe, at={step: _interrupt}), plan, frames)
+    resumed = _LineDetector(recipe=recipe)
+    report = _fit(resumed, dataclasses.replace(plan, resume=True), frames)
+
+    assert _same(through, resumed)
+    assert report.losses == expected.losses
+    assert resumed.seen == through.seen[step + 1 :]
+
+
+@pytest.mark.parametrize("lines", [1, 3], ids=["an unknown line", "a line without frames"])
+def test_fit_when_the_lines_are_not_the_detectors_then_is_refused(lines):
+    """A detector that is conditioned on its lines is fitted on all of them, and on no other."""
+    with pytest.raises(ValueError, match=r"lines 0 to .* show \[0, 1\]"):
+        _fit(_LineDetector(lines), frames=_frames_of_lines([0, 1, 1]))
 
 
 def test_fit_without_frames_or_without_a_detector_is_refused():

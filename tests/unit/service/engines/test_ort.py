@@ -58,8 +58,28 @@ def test_run_when_network_is_conditional_then_follows_the_line_index(tmp_path):
 
     scores = OrtEngine(bundle).run(frames, np.array([0, 1], np.int64)).scores
 
-    np.testing.assert_allclose(scores[0], make_runner(bundle.model, 0)(frames)[0][0], rtol=1e-6)
-    np.testing.assert_allclose(scores[1], make_runner(bundle.model, 1)(frames)[0][1], rtol=1e-6)
+    run = make_runner(bundle.model)
+    expected = [run(frames[[i]], np.array([i], np.int64))[0][0] for i in (0, 1)]
+    np.testing.assert_allclose(scores[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(scores[1], expected[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "line_index",
+    [
+        pytest.param(np.array([0, 2], np.int64), id="behind the last"),
+        pytest.param(np.array([-1, 0], np.int64), id="negative"),
+        pytest.param(np.array([0], np.int64), id="too few"),
+        pytest.param(np.array([0, 1], np.int32), id="type"),
+    ],
+)
+def test_run_when_a_line_is_not_among_the_bundles_then_fails(tmp_path, line_index):
+    """A graph would take another line's prompt for a negative index, so the host looks before the graph does."""
+    bundle = load_bundle(make_bundle(tmp_path, "pair", lines=("a", "b"), conditional=True))
+    frames, _ = frames_of(2)
+
+    with pytest.raises(EngineFailed, match="line"):
+        OrtEngine(bundle).run(frames, line_index)
 
 
 @pytest.mark.parametrize(
