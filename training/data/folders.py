@@ -1,4 +1,4 @@
-"""Train, validation and test folders with masks beside them: what the MVTec and the plain layout share.
+"""Train, validation and test folders with masks beside them: what several layouts share.
 
     train/good/**                        good frames to fit on
     validation/good/** or val/good/**    good frames kept out of fitting, optional
@@ -47,22 +47,31 @@ def read_split_folders(root: Path) -> list[Sample]:
     samples = good_samples(root / "train" / GOOD, "train")
     for name in _VALIDATION_FOLDERS:
         samples += good_samples(root / name / GOOD, "validation")
-    kinds = _folders(root / "test")
+    kinds = subfolders(root / "test")
     for kind in kinds:
         if kind.name == GOOD:
             samples += good_samples(kind, "test")
         else:
-            samples += _anomalous_samples(kind, root / "ground_truth" / kind.name)
+            samples += anomalous_samples(kind, root / "ground_truth" / kind.name)
     _refuse_stray_masks(root, {kind.name for kind in kinds})
     return samples
 
 
-def _anomalous_samples(images: Path, masks: Path) -> list[Sample]:
+def anomalous_samples(images: Path, masks: Path) -> list[Sample]:
+    """Return every image of a folder as an anomalous test frame of the folder's kind, with the mask of its name.
+
+    Args:
+        images: folder of one kind of defect.
+        masks: folder of its masks, `<stem>_mask.*` or `<stem>.*`; without any mask all frames have none.
+
+    Raises:
+        DatasetFault: if a mask has no image, or two files have one name.
+    """
     mask_files = find_images(masks)
     if not mask_files:
         return [Sample(path, "test", ANOMALOUS, images.name) for path in find_images(images)]
-    mask_of = _by_name(masks, mask_files, _MASK_ENDING)
-    image_of = _by_name(images, find_images(images), "")
+    mask_of = by_name(masks, mask_files, _MASK_ENDING)
+    image_of = by_name(images, find_images(images), "")
     stray = sorted(set(mask_of) - set(image_of))
     if stray:
         raise DatasetFault(
@@ -71,8 +80,12 @@ def _anomalous_samples(images: Path, masks: Path) -> list[Sample]:
     return [Sample(path, "test", ANOMALOUS, images.name, mask_of.get(key)) for key, path in image_of.items()]
 
 
-def _by_name(folder: Path, files: Iterable[Path], ending: str) -> dict[str, Path]:
-    """Key files by their path inside the folder, without suffix and ending."""
+def by_name(folder: Path, files: Iterable[Path], ending: str) -> dict[str, Path]:
+    """Key files by their path inside the folder, without suffix and ending.
+
+    Raises:
+        DatasetFault: if two files would have one key.
+    """
     named: dict[str, Path] = {}
     for path in files:
         key = path.relative_to(folder).with_suffix("").as_posix().removesuffix(ending)
@@ -83,7 +96,7 @@ def _by_name(folder: Path, files: Iterable[Path], ending: str) -> dict[str, Path
 
 
 def _refuse_stray_masks(root: Path, kinds: set[str]) -> None:
-    for folder in _folders(root / "ground_truth"):
+    for folder in subfolders(root / "ground_truth"):
         masks = find_images(folder)
         if masks and folder.name == GOOD:
             raise DatasetFault(f"{masks[0]} is a mask for a good image; remove it, or move the image to its defect.")
@@ -93,7 +106,8 @@ def _refuse_stray_masks(root: Path, kinds: set[str]) -> None:
             )
 
 
-def _folders(folder: Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted, hidden ones passed over; none where the folder does not exist."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -1,7 +1,7 @@
 """What every data-set reader returns: samples with their split, label and mask, in one order.
 
-Plain values only: nothing here opens a file. Readers (one file a layout, listed in `detect.py`) come before, `check.py` and the split
-after.
+Plain values only: nothing here opens a file. Readers (one file a layout, listed in `detect.py`) come before, `check.py`
+and the split after.
 """
 
 from collections.abc import Sequence
