@@ -12,8 +12,9 @@ Reference code: hmyao22/GRNR, a demo without a licence. Nothing of it is copied.
 Deviations, each with its reason:
 * the demo's self filter averages rows that hold an infinite diagonal, so its choice is the map's first row; here a
   position's distance to itself is left out, as the paper says;
-* the choice of typical features ends in a short slope (`support_softness`) instead of after rank N: two features whose
-  distances agree to the last float32 digits would otherwise change places between runtimes; 0 is the published step;
+* the choice of typical features ends in a slope of some ranks (`support_slope`) instead of after rank N: two features
+  whose distances agree to the last float32 digits would otherwise change places between runtimes; 0 is the published
+  step;
 * a ridge keeps a border's repeated neighbours solvable, where the demo adds noise that nobody seeded;
 * only the mean of the typical features enters: with T of `_project` that is the same solution, without a tensor of
   positions x N x channels;
@@ -58,8 +59,8 @@ class GrnrConfig:
         margin: pixels of the canvas on each side whose map is not used (32).
         border_mode: `reflect_pad` adds the margin to the image; `crop` takes it from the image, as the demo does.
         support: N, how many typical features are averaged, at each scale (40).
-        support_softness: width of the slope at which the choice of typical features ends, as a fraction of the
-            distance there; 0 ends it sharply.
+        support_slope: half the width of the slope at which the choice of typical features ends, in ranks and as a
+            fraction of N; 0 ends it sharply.
         regularisation: lambda, the pull toward the typical features (5); 0 for none.
         ridge: eps, as a fraction of the neighbours' mean squared length.
         pool: side of the mean that smooths features (3).
@@ -76,7 +77,7 @@ class GrnrConfig:
     margin: int = 32
     border_mode: Literal["reflect_pad", "crop"] = "reflect_pad"
     support: int = 40
-    support_softness: float = 0.01
+    support_slope: float = 0.25
     regularisation: float = 5.0
     ridge: float = 1e-4
     pool: int = 3
@@ -103,23 +104,25 @@ def mean_distances(rows: Tensor) -> Tensor:
     return (distances.sum(dim=2) - itself).clamp_min(0) / (count - 1)
 
 
-def typical_weights(distances: Tensor, support: int, softness: float) -> Tensor:
+def typical_weights(distances: Tensor, support: int, slope: int) -> Tensor:
     """Choose the positions that are nearest to all others.
 
     Args:
         distances: `(B, n)` mean distances.
-        support: N, how many are chosen, below n.
-        softness: width of the slope at the end of the choice, as a fraction of the distance there; with 0, and among
-            equal distances, all are chosen that are not farther than the N-th.
+        support: N, how many are chosen.
+        slope: weights fall from 1 to 0 between the ranks N - slope and N + slope, both among the n; with 0, all are
+            chosen that are not farther than the N-th. Equal distances have equal weights.
 
     Returns:
-        `(B, n)` float32 in [0, 1].
+        `(B, n)` float32 in [0, 1], not all 0.
     """
-    nearest = distances.topk(support + 1, dim=1, largest=False, sorted=True).values
-    if softness == 0:
-        return (distances <= nearest[:, support - 1 : support]).to(distances.dtype)
-    edge = nearest[:, support - 1 :].mean(dim=1, keepdim=True)
-    return (0.5 + (edge - distances) / (softness * edge).clamp_min(_TINY)).clamp(0, 1)
+    nearest = distances.topk(support + slope, dim=1, largest=False, sorted=True).values
+    last = nearest[:, support + slope - 1 :]
+    if slope == 0:
+        return (distances <= last).to(distances.dtype)
+    first = nearest[:, support - slope - 1 : support - slope]
+    width = (last - first).clamp_min(_TINY)
+    return (0.5 + ((first + last) / 2 - distances) / width).clamp(0, 1)
 
 
 def neighbour_filters() -> Tensor:
@@ -208,7 +211,8 @@ class _Regression(nn.Module):
 
     def _typical_mean(self, rows: Tensor) -> Tensor:
         """Return mu `(B, 1, C)` of rows `(B, n, C)`."""
-        weights = typical_weights(mean_distances(rows), self.config.support, self.config.support_softness)
+        slope = _slope_ranks(self.config)
+        weights = typical_weights(mean_distances(rows), self.config.support, slope)
         return (weights[:, None, :] @ rows) / weights.sum(dim=1)[:, None, None]
 
 
@@ -278,6 +282,11 @@ class Grnr(nn.Module):
         return AnomalyOutput(anomaly_map, anomaly_map.amax(dim=(1, 2)))
 
 
+def _slope_ranks(config: GrnrConfig) -> int:
+    """Return half the width of the slope in ranks; a slope that is wanted has one at least."""
+    return math.ceil(config.support_slope * config.support)
+
+
 def _cut_rim(grid: Tensor, cells: int) -> Tensor:
     """Replace a rim of cells of grids `(B, H, W)` by the grid's least value."""
     if cells == 0:
@@ -308,5 +317,6 @@ def _refuse_contradictions(
             raise ValueError(f"a cut of {cells} cells of {stride} pixels reaches beyond the margin of {config.margin}")
         if min(grid) <= max(2 * cells, 1):
             raise ValueError(f"a cut of {cells} cells leaves nothing of a grid of {grid[0]} x {grid[1]}")
-        if not 1 <= config.support < grid[0] * grid[1]:
-            raise ValueError(f"{config.support} typical features can't be chosen among {grid[0] * grid[1]}")
+        slope, cells_in_all = _slope_ranks(config), grid[0] * grid[1]
+        if not slope < config.support <= cells_in_all - max(slope, 1):
+            raise ValueError(f"{config.support} typical features can't be chosen among {cells_in_all}")

@@ -39,3 +39,15 @@ def test_gaussian_when_a_map_is_smaller_than_the_kernel_then_a_constant_stays():
     matrix = gaussian_matrix(5, 4.0)
 
     torch.testing.assert_close(matrix.sum(dim=1), torch.ones(5, dtype=torch.float64))
+
+
+def test_smoothing_when_corners_are_not_aligned_then_cells_are_resized_and_the_margin_is_cut():
+    """Values lie in the middle of their cells, and the blur still sees what is cut off afterwards."""
+    maps = torch.rand(2, 6, 10, generator=torch.Generator().manual_seed(0))
+
+    resized = SmoothUpsampling((6, 10), (24, 40), 0.0, align_corners=False, margin=4)(maps)
+    blurred = SmoothUpsampling((6, 10), (24, 40), 1.0, align_corners=False, margin=4)(maps)
+
+    expected = functional.interpolate(maps[:, None], size=(24, 40), mode="bilinear", align_corners=False)[:, 0]
+    torch.testing.assert_close(resized, expected[:, 4:-4, 4:-4])
+    torch.testing.assert_close(blurred, SmoothUpsampling((24, 40), (24, 40), 1.0)(expected)[:, 4:-4, 4:-4])
