@@ -19,7 +19,7 @@ from service.contract.geometry import InputSpec
 from service.contract.golden import Run
 from service.contract.policy import Judgement, Policy, ScoreRule, Verdict, inspected_mask, judge
 from service.errors import FlawlineError, UnreadableFrame
-from training.data.loader import load_mask
+from training.data.loader import load_channels, load_mask
 from training.data.samples import ANOMALOUS, NORMAL, Sample
 from training.metrics import (
     Curve,
@@ -29,6 +29,8 @@ from training.metrics import (
     pixel_metrics,
     precision_recall_curve,
     roc_curve,
+    saturation_area,
+    spro,
 )
 from training.progress import Reporter
 
@@ -185,11 +187,16 @@ def evaluate(
     judgements = judge_all(answers, policy, rule, spec)
     scores = np.array([judgement.score for judgement in judgements], np.float32)
     labels = answers.labels
+    by_kind = _by_kind(answers.samples, scores)
     return Evaluation(
         answers=answers,
         judgements=judgements,
-        metrics={**image_metrics(scores, labels, seed=seed), **_pixel_metrics(answers, spec, resolution, seed)},
-        by_kind=_by_kind(answers.samples, scores),
+        metrics={
+            **image_metrics(scores, labels, seed=seed),
+            **_pixel_metrics(answers, spec, resolution, seed),
+            **_figures_of_kinds(answers, spec, resolution, by_kind),
+        },
+        by_kind=by_kind,
         roc=roc_curve(scores, labels),
         precision_recall=precision_recall_curve(scores, labels),
         resolution=resolution,
@@ -248,14 +255,11 @@ def _pixel_metrics(answers: Answers, spec: InputSpec, resolution: Resolution, se
     anomalous = [sample for sample in answers.samples if sample.label == ANOMALOUS]
     if not anomalous:
         return dict.fromkeys(_PIXEL_FIGURES, Metric(None, "there is no anomalous sample"))
-    if any(sample.mask_path is None for sample in anomalous):
+    if not all(sample.mask_paths for sample in anomalous):
         return dict.fromkeys(_PIXEL_FIGURES, Metric(None, "the line has image labels only, no masks"))
     windows = [_crop_of(spec, size) for size in answers.frame_sizes]
-    if resolution == "original":
-        pixels = sum((bottom - top) * (right - left) for top, left, bottom, right in windows)
-        if pixels > _LARGEST_PIXEL_COUNT:
-            reason = f"{pixels} pixels at original size are too many to rank; use evaluation_resolution: model"
-            return dict.fromkeys(_PIXEL_FIGURES, Metric(None, reason))
+    if resolution == "original" and (crowd := _too_many(windows)) is not None:
+        return dict.fromkeys(_PIXEL_FIGURES, Metric(None, f"{crowd}; use evaluation_resolution: model"))
     maps, masks = [], []
     for sample, anomaly_map, size, (top, left, bottom, right) in zip(
         answers.samples, answers.maps, answers.frame_sizes, windows, strict=True
@@ -268,6 +272,52 @@ def _pixel_metrics(answers: Answers, spec: InputSpec, resolution: Resolution, se
             maps.append(anomaly_map)
             masks.append(resize_mask(mask, *anomaly_map.shape))
     return pixel_metrics(maps, masks, answers.labels, seed=seed)
+
+
+def _figures_of_kinds(
+    answers: Answers, spec: InputSpec, resolution: Resolution, by_kind: dict[str, Metric]
+) -> dict[str, Metric]:
+    """Return sPRO of each kind of anomaly and the headlines of MVTec LOCO, which are means over kinds, not pooled.
+
+    Empty for lines whose defects have no masks of their own.
+    """
+    if not any(sample.channels for sample in answers.samples):
+        return {}
+    of_kind = {kind: _spro(answers, kind, spec, resolution) for kind in by_kind}
+    return {
+        **{f"spro_{kind}": metric for kind, metric in of_kind.items()},
+        "spro": _mean(of_kind),
+        "i_auroc_of_kinds": _mean(by_kind),
+    }
+
+
+def _spro(answers: Answers, kind: str, spec: InputSpec, resolution: Resolution) -> Metric:
+    """Measure one kind of anomaly against all good frames, by the rules of MVTec LOCO's evaluation kit."""
+    if resolution == "model":
+        of_size = "saturation areas are given in pixels of the original frames; use evaluation_resolution: original"
+        return Metric(None, of_size)
+    chosen = [i for i, sample in enumerate(answers.samples) if sample.label == NORMAL or sample.kind == kind]
+    windows = [_crop_of(spec, answers.frame_sizes[i]) for i in chosen]
+    if (reason := _too_many(windows)) is not None:
+        return Metric(None, reason)
+    maps, channels, saturations = [], [], []
+    for index, (top, left, bottom, right) in zip(chosen, windows, strict=True):
+        maps.append(resize_map(answers.maps[index], bottom - top, right - left))
+        found = [(mask[top:bottom, left:right], rule) for mask, rule in load_channels(answers.samples[index])]
+        channels.append([mask for mask, _ in found])
+        saturations.append([saturation_area(int(mask.sum()), r.threshold, relative=r.relative) for mask, r in found])
+    return spro(maps, channels, saturations)
+
+
+def _mean(figures: dict[str, Metric]) -> Metric:
+    values = [metric.value for metric in figures.values() if metric.value is not None]
+    missing = [kind for kind, metric in figures.items() if metric.value is None]
+    return Metric(None, f"there is none for {', '.join(missing)}") if missing else Metric(sum(values) / len(values))
+
+
+def _too_many(windows: Sequence[tuple[int, int, int, int]]) -> str | None:
+    pixels = sum((bottom - top) * (right - left) for top, left, bottom, right in windows)
+    return f"{pixels} pixels at original size are too many to rank" if pixels > _LARGEST_PIXEL_COUNT else None
 
 
 def _crop_of(spec: InputSpec, size: tuple[int, int]) -> tuple[int, int, int, int]:

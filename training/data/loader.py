@@ -11,9 +11,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.contract.frames import FrameLimits, decode_image, decode_mask, fit_to_input
+from service.contract.frames import FrameLimits, decode_image, decode_mask, decode_mask_values, fit_to_input
 from service.contract.geometry import InputSpec
-from training.data.samples import Sample
+from training.data.samples import Sample, Saturation
 
 Pixels = NDArray[np.uint8]
 
@@ -146,3 +146,19 @@ def load_mask(sample: Sample, height: int, width: int) -> NDArray[np.bool_]:
     for path in sample.mask_paths:
         mask |= decode_mask(path.read_bytes())
     return mask
+
+
+def load_channels(sample: Sample) -> list[tuple[NDArray[np.bool_], Saturation]]:
+    """Read the masks of each defect of a sample, `(H, W)` bool, with the rule of its kind; empty masks are left out.
+
+    Raises:
+        UnreadableFrame: if a mask can't be decoded.
+        OSError: if a file can't be opened.
+    """
+    rules = {saturation.pixel_value: saturation for saturation in sample.saturations}
+    channels = []
+    for path in sample.channels:
+        values = decode_mask_values(path.read_bytes())
+        if (value := int(values.max())) > 0:
+            channels.append((values > 0, rules[value]))
+    return channels

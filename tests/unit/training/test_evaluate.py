@@ -1,8 +1,11 @@
 """Promises of evaluation: the service's pixels and policy, and a reason for every figure that is not defined."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from service.contract.frames import decode_mask
 from service.contract.policy import Verdict
 from service.errors import UnreadableFrame
 from tests.factories import (
@@ -85,6 +88,65 @@ def test_evaluate_when_there_are_no_masks_then_pixel_figures_have_a_reason(tmp_p
     assert found.metrics["i_auroc"].value == 1.0
     assert found.metrics["aupro"].value is None
     assert "no masks" in found.metrics["aupro"].reason
+
+
+def _write_loco(folder):
+    """Write a line with two kinds of squares; the second frame of each kind marks two defects in two files."""
+    line = write_line(folder)
+    (line / "defects_config.json").write_text(
+        '[{"defect_name": "a", "pixel_value": 255, "saturation_threshold": 0.5, "relative_saturation": true},'
+        ' {"defect_name": "b", "pixel_value": 254, "saturation_threshold": 3, "relative_saturation": false}]'
+    )
+    kinds = ("logical_anomalies", "structural_anomalies")
+    for index, frame in enumerate(sorted((line / "test/square").iterdir())):
+        kind = kinds[index % 2]
+        image, masks = line / "test" / kind / frame.name, line / "ground_truth" / kind / frame.stem
+        image.parent.mkdir(exist_ok=True)
+        masks.mkdir(parents=True)
+        old = line / "ground_truth/square" / f"{frame.stem}_mask.png"
+        marked = decode_mask(old.read_bytes())
+        frame.rename(image)
+        rows = np.flatnonzero(marked.any(axis=1))
+        upper = marked.copy()
+        upper[rows[len(rows) // 2] :] = False
+        (masks / "000.png").write_bytes(encode((upper * 255).astype(np.uint8)))
+        (masks / "001.png").write_bytes(encode(((marked & ~upper) * 254).astype(np.uint8)))
+        old.unlink()
+    (line / "test/square").rmdir()
+    (line / "ground_truth/square").rmdir()
+    return line
+
+
+def test_evaluate_when_defects_have_masks_of_their_own_then_spro_is_the_mean_of_kinds(tmp_path):
+    """MVTec LOCO's headline is the mean over its two kinds, each measured against all good frames."""
+    answers = _ask(read_dataset(_write_loco(tmp_path)).test)
+
+    found = evaluate(answers, make_policy(), _RULE, make_input()).metrics
+
+    kinds = [found["spro_logical_anomalies"].value, found["spro_structural_anomalies"].value]
+    assert found["spro"].value == pytest.approx(sum(kinds) / 2)
+    assert all(0.9 < value <= 1 for value in kinds)
+    assert found["i_auroc_of_kinds"].value == 1.0
+
+
+def test_evaluate_when_maps_are_blank_then_spro_is_that_of_chance(tmp_path):
+    """A map that says nothing gives the line from (0, 0) to (1, 1), of which 0.05 counts."""
+    answers = _ask(read_dataset(_write_loco(tmp_path)).test)
+    blank = replace(answers, maps=np.zeros_like(answers.maps))
+
+    found = evaluate(blank, make_policy(), _RULE, make_input()).metrics
+
+    assert found["spro"].value == pytest.approx(0.025)
+
+
+def test_evaluate_when_measured_at_the_models_size_then_spro_has_a_reason(tmp_path):
+    """Saturation areas count pixels of the original frame, so no other size can do."""
+    answers = _ask(read_dataset(_write_loco(tmp_path)).test)
+
+    found = evaluate(answers, make_policy(), _RULE, make_input(), "model").metrics
+
+    assert found["spro"].value is None
+    assert "original" in found["spro_logical_anomalies"].reason
 
 
 def test_evaluate_when_there_are_good_frames_only_then_every_figure_has_a_reason(tmp_path):
