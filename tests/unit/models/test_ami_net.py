@@ -149,6 +149,39 @@ def test_random_masks_when_drawn_then_number_and_place_differ_from_image_to_imag
     np.testing.assert_allclose(masked.mean(dim=0), shares.mean(), atol=0.04)
 
 
+def test_mask_when_recomputed_in_numpy_then_distances_agree_and_the_same_tokens_are_hidden():
+    """Distances to centres in float64 loops are the same to 1e-5, and so is the mask that follows from them."""
+    points, centres = _draw(3, 40, 6), _draw(3, 4, 6, seed=1)
+
+    distances = _distances(points, centres)
+    members = assign_tokens(distances)
+    masked = find_outliers(distances.amin(dim=2), members, 0.5)
+
+    expected = np.zeros((3, 40, 4))
+    for image, token, centre in np.ndindex(*expected.shape):
+        one, other = points[image, token].double().numpy(), centres[image, centre].double().numpy()
+        cosine = one @ other / np.sqrt((one @ one) * (other @ other))
+        expected[image, token, centre] = np.sqrt(((one - other) ** 2).sum()) * (1 - cosine)
+    np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-5, atol=1e-5)
+    slowly = _mask_slowly(expected.min(axis=2), expected.argmin(axis=2), 4, 0.5)
+    np.testing.assert_array_equal(masked.numpy() == 1, slowly)
+    assert 0 < masked.mean() < 1
+
+
+def test_jitter_when_recomputed_in_numpy_then_agrees():
+    """The same draws, scaled token by token in float64, give the same noise, to 1e-5."""
+    tokens = _draw(2, 5, _CONFIG.token_channels)
+
+    jittered = _detector()._jitter(tokens, torch.Generator().manual_seed(3))
+
+    drawn = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(3)).double().numpy()
+    for image, token in np.ndindex(2, 5):
+        clean = tokens[image, token].double().numpy()
+        length = np.sqrt((clean**2).sum())
+        expected = clean + _CONFIG.jitter / _CONFIG.token_channels * length * drawn[image, token]
+        np.testing.assert_allclose(jittered[image, token].numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_jitter_when_added_then_is_in_proportion_to_each_tokens_norm():
     """The noise of an entry has the deviation norm x jitter / D; a token of zeros stays."""
     detector = _detector()

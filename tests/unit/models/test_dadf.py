@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -163,6 +164,87 @@ def test_flow_step_when_untrained_then_gains_are_one_and_scales_bounded():
     assert not step.offset.any()
     assert volume.abs().item() <= 2.0 * 3 * 16 + 1e-3
     assert torch.isfinite(out).all()
+
+
+def _step_slowly(step: _FlowStep, u: np.ndarray) -> tuple[np.ndarray, float]:
+    """Follow one frame `(C, h, w)` through a step, place by place; return output and log volume."""
+    state = {name: value.detach().double().numpy() for name, value in step.state_dict().items()}
+    own, mix, bias = state["subnet.0.weight"], state["subnet.2.weight"][:, :, 0, 0], state["subnet.2.bias"]
+    reach = own.shape[2] // 2
+    channels, height, width = u.shape
+    kept = channels - channels // 2
+    gain = 0.1 * np.log1p(np.exp(0.5 * state["gain_logits"])) / 0.5
+    padded = np.pad(u, ((0, 0), (reach, reach), (reach, reach)))
+    v, volume = u.copy(), height * width * np.log(gain).sum()
+    for y, x in np.ndindex(height, width):
+        window = padded[:kept, y : y + 2 * reach + 1, x : x + 2 * reach + 1]
+        hidden = (own[:, 0] * window).sum(axis=(1, 2)) + state["subnet.0.bias"]
+        answer = 0.1 * (mix @ np.where(hidden > 0, hidden, 0.1 * hidden) + bias)
+        log_scale = 2 * np.tanh(answer[: channels // 2])
+        v[kept:, y, x] = u[kept:, y, x] * np.exp(log_scale) + answer[channels // 2 :]
+        volume += log_scale.sum()
+    moved = gain[:, None, None] * v + state["offset"][:, None, None]
+    return moved[step.permutation.numpy()], volume
+
+
+@pytest.mark.parametrize("channels", [6, 7], ids=["even", "odd"])
+def test_flow_when_recomputed_in_numpy_then_outputs_and_likelihood_agree(channels):
+    """Norm, steps and volume in float64 loops give the same z and the same negative log-likelihood, to 1e-5."""
+    flow = _Flow((channels, 4, 5), 4, _generator())
+    for step in flow.steps:
+        _stir(step)
+    nn.init.normal_(flow.norm.weight, mean=1.0, std=0.2, generator=_generator(3))
+    joint = torch.randn(2, channels, 4, 5, generator=_generator(1))
+
+    with torch.no_grad():
+        z, volume = flow(joint)
+
+    weight, bias = (value.detach().double().numpy() for value in (flow.norm.weight, flow.norm.bias))
+    for frame, out, change in zip(joint.double().numpy(), z.numpy(), volume.numpy(), strict=True):
+        u = (frame - frame.mean()) / np.sqrt(frame.var() + 1e-5) * weight + bias
+        total = 0.0
+        for step in flow.steps:
+            u, added = _step_slowly(step, u)
+            total += added
+        np.testing.assert_allclose(out, u, rtol=1e-5, atol=1e-5)
+        likelihood = 0.5 * (out.astype(float) ** 2).sum() - change
+        assert likelihood == pytest.approx(0.5 * (u**2).sum() - total, rel=1e-5)
+
+
+def test_depthwise_product_equals_the_convolution_that_it_stands_for():
+    """Values and gradients are those of one 1 x 1 convolution a channel."""
+    step = _stir(_FlowStep(6, 1, _generator()))
+    conv, u = step.subnet[0], torch.randn(2, 3, 4, 4, generator=_generator(1), requires_grad=True)
+
+    made = conv(u)
+    gradients = torch.autograd.grad(made.square().sum(), (u, conv.weight, conv.bias))
+
+    expected = functional.conv2d(u, conv.weight, conv.bias, groups=3)
+    torch.testing.assert_close(made, expected)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.square().sum(), (u, conv.weight, conv.bias)))
+
+
+def test_attention_when_recomputed_in_numpy_then_both_streams_agree():
+    """Softmax by softmax and head by head in float64, the two streams come out the same, to 1e-5."""
+    x, m = torch.randn(2, 2, 5, 8, generator=_generator(1)).unbind()
+    attention, read, remembered = _attention(x, m)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.mul_(0.3)
+        read, remembered = attention(x, m)
+
+    state = {name: value.double().numpy() for name, value in attention.state_dict().items()}
+    for image in range(2):
+        parts = [tokens[image].double().numpy() @ state["qkv.weight"].T + state["qkv.bias"] for tokens in (x, m)]
+        keys = parts[0][:, 8:16]
+        for part, answer in zip(parts, (read, remembered), strict=True):
+            joined = np.zeros((5, 8))
+            for head, token in np.ndindex(2, 5):
+                own = slice(4 * head, 4 * head + 4)
+                weights = np.exp([part[token, :8][own] @ keys[other][own] / 2 for other in range(5)])
+                joined[token, own] = sum(w * part[other, 16:][own] for other, w in enumerate(weights / weights.sum()))
+            expected = joined @ state["proj.weight"].T + state["proj.bias"]
+            np.testing.assert_allclose(answer[image].detach().numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gain_is_a_softplus_of_sharpness_one_half():

@@ -3,11 +3,13 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.blocks.packing import unpack
 from models.glcf import Glcf, GlcfConfig, _Blocks, _distance_of_images, _FeatureDecoder
 from tests.tiny_detectors import TINY, make_detector
 
@@ -181,6 +183,66 @@ def test_calibration_when_no_frames_were_observed_then_refuses():
     """An empty folder never leaves half-made statistics."""
     with pytest.raises(RuntimeError, match="no frames"):
         make_detector("glcf").finish()
+
+
+def _resize_slowly(one: np.ndarray, size: int) -> np.ndarray:
+    """Resize a square map with aligned corners, then blur it by sigma 4, repeating the border by reflection."""
+    places = np.linspace(0, len(one) - 1, size)
+    one = np.array([np.interp(places, np.arange(len(one)), row) for row in one])
+    one = np.array([np.interp(places, np.arange(one.shape[0]), column) for column in one.T]).T
+    weights = np.exp(-0.5 * (np.arange(-16, 17) / 4) ** 2)
+    weights /= weights.sum()
+    for _ in range(2):
+        one = np.array([np.convolve(np.pad(row, 16, mode="symmetric"), weights, mode="valid") for row in one]).T
+    return one
+
+
+def test_map_when_recomputed_in_numpy_then_is_the_weighted_sum_of_normalised_cosine_distances():
+    """From the decoders' features on, float64 loops give the same map and score, to 1e-5 of the map's range."""
+    images = _images(2)
+    detector = _calibrated(_images(6, seed=1))
+
+    with torch.no_grad():
+        output = detector(images)
+        levels = unpack(detector.encode(images), detector._shapes)
+        local, semantic = detector.bottleneck.encode(levels[-2:])
+        refined = detector.bottleneck.decode_local(local)
+        rebuilt = detector.decoders["global_features"](detector.bottleneck.decode_semantic(semantic))
+        pairs = [
+            (levels[:2], detector.decoders["local_estimates"](refined)),
+            (rebuilt, detector.decoders["global_estimates"](refined)),
+        ]
+
+    means, deviations = detector.means.double().numpy(), detector.deviations.double().numpy()
+    for image in range(2):
+        expected = np.zeros((64, 64))
+        for branch, level in np.ndindex(2, 2):
+            seen, made = (features[level][image].double().numpy() for features in pairs[branch])
+            distance = np.zeros(seen.shape[1:])
+            for y, x in np.ndindex(*distance.shape):
+                one, other = seen[:, y, x], made[:, y, x]
+                norms = max(np.linalg.norm(one), 1e-8) * max(np.linalg.norm(other), 1e-8)
+                distance[y, x] = 1 - one @ other / norms
+            normalised = (_resize_slowly(distance, 64) - means[branch, level]) / deviations[branch, level]
+            expected += detector.config.level_weights[level] * normalised
+        tolerance = 1e-5 * np.ptp(expected)
+        np.testing.assert_allclose(output.anomaly_map[image].numpy(), expected, rtol=0, atol=tolerance)
+        assert output.score[image].item() == pytest.approx(expected.std(), abs=tolerance)
+
+
+def test_distance_when_recomputed_in_numpy_then_agrees():
+    """D is the sum over levels of one minus the cosine of two whole maps, averaged over images, to 1e-5."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = ([torch.randn(3, c, 4, 5, generator=generator) for c in (2, 6)] for _ in range(2))
+
+    distance = _distance_of_images(first, second)
+
+    total = 0.0
+    for one, other in zip(first, second, strict=True):
+        for seen, made in zip(one.double().numpy(), other.double().numpy(), strict=True):
+            product = sum(a * b for a, b in zip(seen.ravel(), made.ravel(), strict=True))
+            total += (1 - product / np.sqrt((seen**2).sum() * (made**2).sum())) / 3
+    assert distance.item() == pytest.approx(total, abs=1e-5)
 
 
 def test_forward_when_general_then_is_the_sum_of_both_branches():

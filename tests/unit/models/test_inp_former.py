@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +10,57 @@ from torch import nn
 from models.detector import PassStage
 from models.inp_former import InpFormer, InpFormerConfig, _distance_to_nearest, _soft_mining_loss
 from tests.tiny_detectors import TINY, make_detector
+
+
+def _cosine(first: np.ndarray, second: np.ndarray) -> float:
+    return float(first @ second / np.sqrt((first @ first) * (second @ second)))
+
+
+def _mine_slowly(targets: np.ndarray, rebuilt: np.ndarray, exponent: float) -> tuple[float, np.ndarray]:
+    """Return the mined cosine distance and its gradient, image by image and token by token."""
+    images, groups, tokens, _ = targets.shape
+    value, gradient = 0.0, np.zeros_like(rebuilt)
+    for group in range(groups):
+        distance = np.array(
+            [[1 - _cosine(targets[b, group, n], rebuilt[b, group, n]) for n in range(tokens)] for b in range(images)]
+        )
+        for image in range(images):
+            seen, made = targets[image, group].ravel(), rebuilt[image, group].ravel()
+            cosine = _cosine(seen, made)
+            value += (1 - cosine) / (images * groups)
+            slope = cosine * made / (made @ made) - seen / np.sqrt((seen @ seen) * (made @ made))
+            weight = (distance[image] / distance.mean()) ** exponent
+            gradient[image, group] = weight[:, None] * slope.reshape(tokens, -1) / (images * groups)
+    return value, gradient
+
+
+@pytest.mark.parametrize("exponent", [0.0, 3.0])
+def test_soft_mining_when_recomputed_in_numpy_then_value_and_gradient_agree(exponent):
+    """Plain loops in float64 give the same loss and the same gradient of every number, to 1e-5."""
+    generator = torch.Generator().manual_seed(0)
+    targets, rebuilt = torch.randn(2, 3, 2, 5, 4, generator=generator).unbind()
+    rebuilt = rebuilt.requires_grad_()
+
+    loss = _soft_mining_loss(targets, rebuilt, exponent)
+    loss.backward()
+
+    value, gradient = _mine_slowly(targets.double().numpy(), rebuilt.detach().double().numpy(), exponent)
+    assert loss.item() == pytest.approx(value, abs=1e-5)
+    np.testing.assert_allclose(rebuilt.grad.numpy(), gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_coherence_when_recomputed_in_numpy_then_agrees():
+    """L_c is the mean over tokens of one minus their cosine to the nearest prototype, to 1e-5 of plain loops."""
+    generator = torch.Generator().manual_seed(0)
+    fused, prototypes = torch.randn(2, 7, 4, generator=generator), torch.randn(2, 3, 4, generator=generator)
+
+    distance = _distance_to_nearest(fused, prototypes)
+
+    expected = [
+        [min(1 - _cosine(token, prototype) for prototype in drawn) for token in tokens]
+        for tokens, drawn in zip(fused.double().numpy(), prototypes.double().numpy(), strict=True)
+    ]
+    np.testing.assert_allclose(distance.numpy(), expected, rtol=0, atol=1e-5)
 
 
 def test_cnn_detector_when_only_scales_were_measured_then_refuses():

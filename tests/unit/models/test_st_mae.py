@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,59 @@ def test_transition_when_nothing_else_happens_then_halves_have_swapped_places():
     first, second = order.chunk(2)
     assert torch.equal(moved[:, first], patches[:, second])
     assert torch.equal(moved[:, second], patches[:, first])
+
+
+def test_transition_when_recomputed_in_numpy_then_tokens_arrive_with_the_positions_of_both_places():
+    """Embedding, norm, code, exchange, second code and prediction in float64 loops give the same, to 1e-5."""
+    detector = make_detector("st_mae")
+    detector.encoder, detector.decoder = nn.Identity(), nn.Identity()
+    patches = patchify(_features(), 2)
+    order = deal_tokens(64, 1, torch.Generator().manual_seed(3))[0]
+
+    with torch.no_grad():
+        rebuilt = detector._rebuild(patches, order, _inverse(order))
+
+    state = {name: value.double().numpy() for name, value in detector.state_dict().items()}
+    places, targets = detector.positions.double().numpy(), detector.decoder_positions.double().numpy()
+    first, second = (half.tolist() for half in order.chunk(2))
+    partner = dict(zip([*first, *second], [*second, *first], strict=True))
+    for image in range(2):
+        for place in range(64):
+            source = partner[place]
+            token = state["patch_embedding.weight"] @ patches[image, source].double().numpy()
+            token = token + state["patch_embedding.bias"]
+            token = (token - token.mean()) / np.sqrt(token.var() + 1e-6)
+            token = token * state["patch_norm.weight"] + state["patch_norm.bias"] + places[source]
+            token = state["decoder_embedding.weight"] @ token + state["decoder_embedding.bias"] + targets[place]
+            expected = state["prediction.weight"] @ token + state["prediction.bias"]
+            np.testing.assert_allclose(rebuilt[image, place].numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_loss_and_residual_when_recomputed_in_numpy_then_agree():
+    """Both terms of the loss a token at a time, and d theta a place at a time, to 1e-5 of float64 loops."""
+    detector = make_detector("st_mae")
+    features = _features()[:, :, :4, :4]
+    rebuilt = features + 0.3 * torch.randn(features.shape, generator=torch.Generator().manual_seed(1))
+    detector.token_grid = (2, 2)
+
+    distance, direction = _reconstruction_errors(patchify(features, 2), patchify(rebuilt, 2))
+    residual = detector._compare(patchify(features, 2), patchify(rebuilt, 2))
+
+    def cosine(one: np.ndarray, other: np.ndarray) -> float:
+        return float((one * other).sum() / np.sqrt((one**2).sum() * (other**2).sum()))
+
+    seen, made = features.double().numpy(), rebuilt.double().numpy()
+    directions = []
+    for image, y, x in np.ndindex(2, 2, 2):
+        cut = (image, slice(None), slice(2 * y, 2 * y + 2), slice(2 * x, 2 * x + 2))
+        directions.append(1 - cosine(seen[cut], made[cut]))
+    expected = np.zeros((2, 4, 4))
+    for image, y, x in np.ndindex(2, 4, 4):
+        one, other = seen[image, :, y, x], made[image, :, y, x]
+        expected[image, y, x] = ((one - other) ** 2).mean() * (1 - cosine(one, other))
+    assert distance.item() == pytest.approx(((made - seen) ** 2).mean(), abs=1e-5)
+    assert direction.item() == pytest.approx(np.mean(directions), abs=1e-5)
+    np.testing.assert_allclose(residual.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["joint", "split"])
