@@ -47,6 +47,9 @@ FLAWLINE_DEVICE=cuda FLAWLINE_MAX_BATCH_SIZE=16 flawline serve --store store --l
 
 def main() -> None:
     """Run the `flawline` command."""
+    # ONNX Runtime reports its use to its maker over the internet unless told otherwise before it is imported; a factory
+    # did not ask for that.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     run(sys.argv[1:], entry_points(group=GROUP))
 
 

@@ -28,6 +28,8 @@ _KINDS = {
 _KEPT_VARIABLES = frozenset({"FLAWLINE_SHARED", "FLAWLINE_SERVICE_PYTHON"})
 _CONNECTING = frozenset({"socket.connect", "socket.sendto"})
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as `flawline` does, before anything imports the runtime
+
 # The same examples on every run and machine: a failing change is the change's fault. Slow machines are no failure.
 settings.register_profile(
     "flawline",

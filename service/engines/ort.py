@@ -24,6 +24,8 @@ _PROVIDERS: dict[Device, tuple[str, ...]] = {
 }
 _ERRORS_ONLY = 3
 
+onnxruntime.disable_telemetry_events()  # `flawline` does not even let them begin; other programs come here
+
 
 class OrtEngine:
     """A bundle's network in an ONNX Runtime session.

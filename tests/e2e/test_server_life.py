@@ -28,6 +28,22 @@ uvicorn.Server.serve = stuck
 """
 
 
+def test_server_when_it_runs_then_its_runtime_reports_to_nobody(tmp_path, monkeypatch):
+    """ONNX Runtime keeps a device id for its maker's telemetry; with us it does not even begin to."""
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
+    home, store = tmp_path / "home", tmp_path / "store"
+    home.mkdir()
+    make_bundle(store)
+    places = {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+
+    with ServerProcess(store, environment=places) as server:
+        server.ready()
+        answer = server.http.post(INSPECT, content=GOOD, headers=PNG)
+
+    assert answer.status_code == 200
+    assert list(home.rglob("*")) == []
+
+
 def test_server_when_started_then_alive_first_and_ready_only_when_proven(tmp_path):
     """The port answers while lines are loading; readiness comes with the golden frames, and then frames pass."""
     make_bundle(tmp_path)
