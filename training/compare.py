@@ -48,6 +48,7 @@ _RESAMPLES = 2000
 _EXPECTED: tuple[type[Exception], ...] = (*OURS, *CALLERS, torch.OutOfMemoryError)
 # Of the cell's file; a file of another schema is measured again.
 _SCHEMA = 1
+_SHARED_SHAPE = "models.detector"
 
 
 @dataclass(frozen=True)
@@ -235,17 +236,19 @@ def count_parameters(config: RunConfig) -> tuple[int, int]:
 
 
 def sources_digest(detector: str) -> str:
-    """Return the SHA-256, in hexadecimal, over a detector's file and all files of `models` that it imports."""
-    waiting, seen = [DETECTORS[detector].detector.__module__], dict[str, bytes]()
+    """Return the SHA-256, in hexadecimal, over the code of a detector and of all of `models` that it imports.
+
+    Words are not code: comments and docstrings may change. The shape that all detectors share is left out, because
+    what it decides, the recipe, is part of the configuration.
+    """
+    waiting, seen = [DETECTORS[detector].detector.__module__], {_SHARED_SHAPE: ""}
     while waiting:
         module = waiting.pop()
         if module not in seen:
-            seen[module] = _source(module)
-            waiting.extend(_imports_of_ours(seen[module]))
-    digest = hashlib.sha256()
-    for module in sorted(seen):
-        digest.update(module.encode() + b"\0" + hashlib.sha256(seen[module]).digest())
-    return digest.hexdigest()
+            tree = ast.parse(_source(module))
+            waiting.extend(_imports_of_ours(tree))
+            seen[module] = ast.dump(_without_docstrings(tree))
+    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
 
 
 def auroc_resamples(cells: Sequence[Cell], seed: int = 0) -> NDArray[np.float64]:
@@ -336,7 +339,8 @@ def _digest(plan: CellPlan, means: Means) -> str:
     weights = UNTRAINED if plan.kind == "control" else means.weights
     facts: Mapping[str, object] = {
         "schema": _SCHEMA,
-        "configuration": plan.config.model_dump(mode="json"),
+        # Without defaults, so that a key which the run learns later does not make old cells untrue.
+        "configuration": plan.config.model_dump(mode="json", exclude_defaults=True),
         "kind": plan.kind,
         "data": _data_digest(plan.folder),
         "sources": sources_digest(plan.config.detector),
@@ -362,9 +366,16 @@ def _source(module: str) -> bytes:
     return Path(spec.origin).read_bytes()
 
 
-def _imports_of_ours(source: bytes) -> list[str]:
+def _imports_of_ours(tree: ast.Module) -> list[str]:
     return [
         node.module
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("models.")
     ]
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return tree

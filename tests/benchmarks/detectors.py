@@ -17,7 +17,7 @@ import hashlib
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
@@ -43,7 +43,7 @@ from training.compare import (
     read_cell,
     read_cells,
 )
-from training.config import load_config
+from training.config import ConfigFault, load_config
 from training.evaluate import to_records
 from training.metrics import image_metrics
 from training.progress import choose_reporter
@@ -70,12 +70,7 @@ def measure(options: argparse.Namespace) -> int:
     reporter = choose_reporter(Console(stderr=True, soft_wrap=True))
     lines = _lines(options)
     means = Means(folder=options.output.resolve(), weight_folders=(options.weights.resolve(),), device="cpu")
-    plans = [
-        CellPlan(line.name, line, load_config(options.config, detector, [f"seed={seed}", *options.set]))
-        for detector in _names(options.detectors, DETECTORS)
-        for line in lines
-        for seed in options.seeds
-    ]
+    plans = list(_plans(options, lines))
     if options.control:
         plans = [each for plan in plans for each in (plan, control_of(plan))]
     failed = 0
@@ -88,6 +83,20 @@ def measure(options: argparse.Namespace) -> int:
         for features in dict.fromkeys([*_PROBES, *filter(None, _PROBES.values())]):
             _probe(features, lines, options)
     return failed
+
+
+def _plans(options: argparse.Namespace, lines: Sequence[Path]) -> Iterator[CellPlan]:
+    for detector in _names(options.detectors, DETECTORS):
+        for line in lines:
+            settings = list(options.set)
+            if getattr(DETECTORS[detector].config, "products", None) is not None:
+                settings.append(f"product={'texture' if line.name in options.textures.split(',') else 'object'}")
+            try:
+                configs = [load_config(options.config, detector, [f"seed={seed}", *settings]) for seed in options.seeds]
+            except ConfigFault as fault:
+                print(f"{detector} on {line.name} is left out: {fault}", flush=True)
+                continue
+            yield from (CellPlan(line.name, line, config) for config in configs)
 
 
 def write_table(options: argparse.Namespace) -> int:
@@ -373,6 +382,9 @@ def main() -> None:
     measuring.add_argument("--detectors", help="names with commas between; default: all")
     measuring.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of lines")
     measuring.add_argument("--lines", help="names with commas between; default: all")
+    measuring.add_argument(
+        "--textures", default="magnetic_tile,solar_cell", help="lines that a detector of textures is asked about"
+    )
     measuring.add_argument("--config", default="small", help="small, paper or a YAML file")
     measuring.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     measuring.add_argument("--seeds", nargs="+", type=int, default=[1])
