@@ -11,6 +11,7 @@ from models.glcf import Glcf, GlcfConfig
 from models.grnr import Grnr, GrnrConfig
 from models.inp_former import InpFormer, InpFormerConfig
 from models.inp_former_pp import InpFormerPp, InpFormerPpConfig
+from models.pnpt import Pnpt, PnptConfig
 from models.st_mae import StMae, StMaeConfig
 
 
@@ -29,6 +30,7 @@ DETECTORS: Mapping[str, DetectorEntry] = MappingProxyType(
         "grnr": DetectorEntry(GrnrConfig, Grnr),
         "inp_former": DetectorEntry(InpFormerConfig, InpFormer),
         "inp_former_pp": DetectorEntry(InpFormerPpConfig, InpFormerPp),
+        "pnpt": DetectorEntry(PnptConfig, Pnpt),
         "st_mae": DetectorEntry(StMaeConfig, StMae),
     }
 )

@@ -19,6 +19,7 @@ from models.glcf import GlcfConfig
 from models.grnr import GrnrConfig
 from models.inp_former import InpFormerConfig
 from models.inp_former_pp import InpFormerPpConfig
+from models.pnpt import PnptConfig
 from models.st_mae import StMaeConfig
 
 _BRIEF = Recipe(
@@ -147,6 +148,16 @@ TINY: Mapping[str, Any] = {
         blur_sigma=1.0,
         recipe=_BRIEF,
         head_recipe=_BRIEF,
+    ),
+    "pnpt": PnptConfig(
+        backbone="test_resnet",
+        image_size=(64, 64),
+        token_channels=32,
+        encoder_blocks=1,
+        decoder_blocks=1,
+        heads=2,
+        mlp_ratio=2,
+        recipe=replace(_BRIEF_ADAMW, learning_rate=5e-3, final_learning_rate=5e-4),
     ),
     "st_mae": StMaeConfig(
         backbone="test_resnet",

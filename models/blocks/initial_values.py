@@ -14,3 +14,12 @@ def draw_defaults(module: nn.Module, generator: torch.Generator) -> None:
             bound = layer.weight[0].numel() ** -0.5
             for parameter in layer.parameters(recurse=False):
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+
+def draw_xavier(module: nn.Module, generator: torch.Generator) -> None:
+    """Draw linear and convolutional layers uniformly after Glorot, a kernel as the matrix that it is; biases are 0."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight.data.flatten(1), generator=generator)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
