@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from models.blocks.augmentations import augment_strongly, draw_uniform
+
 _OCTAVES = 4
 _TILES = 8
 _TRIES = 64  # a thresholded draw of noise is empty about one time in four
@@ -52,9 +54,15 @@ def perlin_noise(size: tuple[int, int], cells: tuple[int, int], generator: torch
 
 
 def draw_perlin_mask(
-    size: tuple[int, int], generator: torch.Generator, *, largest_exponent: int = 5, threshold: float = 0.5
+    size: tuple[int, int],
+    generator: torch.Generator,
+    *,
+    largest_exponent: int = 5,
+    threshold: float = 0.5,
+    area: tuple[float, float] = (0.0, 1.0),
+    may_be_empty: bool = False,
 ) -> Tensor:
-    """Draw the area of a defect, `(H, W)` of 0 and 1, never empty.
+    """Draw the area of a defect, `(H, W)` of 0 and 1.
 
     The cells along each axis are 2 to the power of 0 to `largest_exponent`, the lattice is turned by up to 90 degrees.
 
@@ -63,36 +71,39 @@ def draw_perlin_mask(
         generator: of everything.
         largest_exponent: of the finest noise.
         threshold: of the noise; higher values give smaller areas.
+        area: smallest and largest share of the image; a draw outside of them is repeated.
+        may_be_empty: keep a draw without any area, which is no defect, as it comes: about one in four.
 
     Raises:
-        ValueError: if the noise never passes the threshold.
+        ValueError: if the noise never passes the threshold, or never gives such an area.
     """
     for _ in range(_TRIES):
         exponents = torch.randint(0, largest_exponent + 1, (2,), generator=generator).tolist()
-        turn = _uniform(-math.pi / 2, math.pi / 2, generator)
+        turn = draw_uniform(-math.pi / 2, math.pi / 2, generator)
         noise = perlin_noise(size, (2 ** exponents[0], 2 ** exponents[1]), generator, turn)
         mask = (noise > threshold).to(torch.float32)
-        if mask.any():
+        share = float(mask.mean())
+        if (share == 0 and may_be_empty) or (share > 0 and area[0] <= share <= area[1]):
             return mask
-    raise ValueError(f"noise never passes the threshold {threshold}")
+    raise ValueError(f"noise never passes the threshold {threshold} on a share of {area[0]:g} to {area[1]:g}")
 
 
 def draw_texture(size: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Draw a texture of two colours, cloudy or wavily striped, with grain: `(3, H, W)` float32 in [0, 1]."""
-    turn = _uniform(-math.pi / 2, math.pi / 2, generator)
+    turn = draw_uniform(-math.pi / 2, math.pi / 2, generator)
     start = int(torch.randint(0, 4, (), generator=generator))
     field = torch.zeros(size)
     for octave in range(_OCTAVES):
         cells = 2 ** (start + octave)
         field += perlin_noise(size, (cells, cells), generator, turn) / 2**octave
     if torch.rand((), generator=generator) < 0.5:
-        period = _uniform(0.02, 0.2, generator) * min(size)
+        period = draw_uniform(0.02, 0.2, generator) * min(size)
         rows, columns = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
         way = (math.cos(turn) * rows + math.sin(turn) * columns) / period
         field = torch.sin(2 * math.pi * way + 2 * field)
-    share = torch.sigmoid(_uniform(1, 8, generator) * field)
+    share = torch.sigmoid(draw_uniform(1, 8, generator) * field)
     first, second = torch.rand(2, 3, 1, 1, generator=generator)
-    grain = _uniform(0, 0.1, generator) * torch.randn(3, *size, generator=generator)
+    grain = draw_uniform(0, 0.1, generator) * torch.randn(3, *size, generator=generator)
     return (torch.lerp(first, second, share) + grain).clamp(0, 1)
 
 
@@ -112,7 +123,7 @@ def jitter_colours(image: Tensor, generator: torch.Generator) -> Tensor:
     """Change gamma, brightness and the balance of colours of an image `(3, H, W)` in [0, 1]."""
     gamma = torch.empty(3, 1, 1).uniform_(0.5, 2, generator=generator)
     gain = torch.empty(3, 1, 1).uniform_(0.8, 1.2, generator=generator)
-    shift = _uniform(-0.12, 0.12, generator)
+    shift = draw_uniform(-0.12, 0.12, generator)
     return (image ** gamma.to(image.device) * gain.to(image.device) + shift).clamp(0, 1)
 
 
@@ -138,7 +149,46 @@ def plant_textures(
         else:
             source = jitter_colours(shuffle_tiles(image, generator), generator)
         source = _as_grey_as(image, source)
-        planted.append(torch.lerp(image, source, mask * _uniform(*opacity, generator)))
+        planted.append(torch.lerp(image, source, mask * draw_uniform(*opacity, generator)))
+        masks.append(mask)
+    return torch.stack(planted), torch.stack(masks)
+
+
+def plant_foreign_pictures(
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    area: tuple[float, float] = (0.001, 0.4),
+    opacity: tuple[float, float] = (1.0, 1.0),
+) -> tuple[Tensor, Tensor]:
+    """Put a foreign picture into an area of each image: a texture, or a good frame that is changed beyond recognition.
+
+    Sources are, in equal parts, a drawn texture, the image itself, strongly changed and shuffled tile by tile, and
+    another image of the batch, strongly changed.
+
+    Args:
+        images: `(B, 3, H, W)` float32 in [0, 1].
+        generator: of everything.
+        area: smallest and largest share of the image that a defect has.
+        opacity: range from which the share of the picture is drawn; 1 covers what was there.
+
+    Returns:
+        Images of the same shape, and the areas `(B, H, W)` of 0 and 1. About one in four is empty: that image stays.
+    """
+    size = (images.shape[2], images.shape[3])
+    planted, masks = [], []
+    for index, image in enumerate(images):
+        mask = draw_perlin_mask(size, generator, area=area, may_be_empty=True).to(image.device)
+        kind = int(torch.randint(3, (), generator=generator))
+        if kind == 0:
+            source = draw_texture(size, generator).to(image.device)
+        elif kind == 1:
+            source = shuffle_tiles(augment_strongly(image, generator), generator)
+        else:
+            other = int(torch.randint(1, max(2, len(images)), (), generator=generator))
+            source = augment_strongly(images[(index + other) % len(images)], generator)
+        share = draw_uniform(*opacity, generator)
+        planted.append(torch.lerp(image, _as_grey_as(image, source), mask * share))
         masks.append(mask)
     return torch.stack(planted), torch.stack(masks)
 
@@ -176,7 +226,3 @@ def paste_defects(
 def _as_grey_as(image: Tensor, source: Tensor) -> Tensor:
     """Take the colours from a source if the image has none: colour alone would give a planted defect away."""
     return source.mean(dim=0, keepdim=True).expand_as(source) if bool((image == image[:1]).all()) else source
-
-
-def _uniform(low: float, high: float, generator: torch.Generator) -> float:
-    return low + (high - low) * float(torch.rand((), generator=generator))

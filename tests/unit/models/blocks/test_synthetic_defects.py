@@ -9,6 +9,7 @@ from models.blocks.synthetic_defects import (
     jitter_colours,
     paste_defects,
     perlin_noise,
+    plant_foreign_pictures,
     plant_textures,
     shuffle_tiles,
 )
@@ -60,6 +61,60 @@ def test_mask_when_the_threshold_is_out_of_reach_then_refuses():
     """An impossible setting ends, rather than trying for ever."""
     with pytest.raises(ValueError, match="threshold 2"):
         draw_perlin_mask(_SIZE, _generator(), threshold=2)
+
+
+def test_mask_when_an_area_is_asked_for_then_all_others_are_drawn_again():
+    """Neither specks nor areas that leave hardly any frame are kept; empty ones only where they are wanted."""
+    generator = _generator()
+    masks = [draw_perlin_mask(_SIZE, generator, area=(0.05, 0.2), may_be_empty=True) for _ in range(60)]
+
+    shares = [float(mask.mean()) for mask in masks]
+    assert all(share == 0 or 0.05 <= share <= 0.2 for share in shares)
+    assert 2 <= shares.count(0) <= 40
+
+
+def test_mask_when_no_draw_has_the_area_then_refuses():
+    """An area that noise never has ends with a sentence."""
+    with pytest.raises(ValueError, match=r"share of 0\.99 to 1"):
+        draw_perlin_mask(_SIZE, _generator(), area=(0.99, 1.0))
+
+
+def test_foreign_pictures_when_opaque_replace_their_area_and_nothing_else():
+    """Outside of the mask every pixel is kept to the last bit; an empty mask leaves the image as it is."""
+    images = torch.rand(24, 3, *_SIZE, generator=_generator())
+
+    planted, masks = plant_foreign_pictures(images, _generator(1))
+
+    changed = (planted != images).any(dim=1)
+    empty = ~masks.flatten(1).any(dim=1)
+    assert set(masks.unique().tolist()) == {0.0, 1.0}
+    assert not changed[masks == 0].any()
+    assert changed[masks == 1].float().mean() > 0.9
+    assert 1 <= empty.sum() <= 16
+    assert torch.equal(planted[empty], images[empty])
+    assert planted.min() >= 0
+    assert planted.max() <= 1
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_foreign_pictures_when_the_generator_is_the_same_then_are_the_same(count):
+    """A step can be repeated, also where a frame has no other one beside it."""
+    images = torch.rand(count, 3, *_SIZE, generator=_generator())
+
+    first, _ = plant_foreign_pictures(images, _generator(3))
+    torch.rand(1)
+    again, _ = plant_foreign_pictures(images, _generator(3))
+
+    assert torch.equal(first, again)
+
+
+def test_foreign_pictures_when_transparent_then_the_image_shows_through():
+    """At an opacity of a tenth no pixel moves by more than that."""
+    images = torch.rand(8, 3, *_SIZE, generator=_generator())
+
+    planted, _ = plant_foreign_pictures(images, _generator(1), opacity=(0.1, 0.1))
+
+    assert 0.05 < (planted - images).abs().max() <= 0.1 + 1e-6
 
 
 def test_textures_are_colours_in_range_and_differ():
@@ -128,9 +183,10 @@ def test_planted_images_when_grey_then_stay_grey():
     donor_masks = torch.ones(1, *_SIZE)
 
     planted, _ = plant_textures(images, _generator(1))
+    foreign, _ = plant_foreign_pictures(images, _generator(1))
     pasted, _ = paste_defects(images, torch.rand(1, 3, *_SIZE, generator=_generator(2)), donor_masks, _generator(3))
 
-    for grey in (planted, pasted):
+    for grey in (planted, foreign, pasted):
         torch.testing.assert_close(grey, grey[:, :1].expand_as(grey))
 
 
