@@ -65,6 +65,43 @@ class _SilentBar:
         pass
 
 
+class PartReporter:
+    """Tells the bars of one part of a long work as figures of the long work's own bar, because only one can be live.
+
+    Args:
+        whole: where sentences and tables go.
+        bar: of the long work.
+        part: name of what is being done.
+    """
+
+    def __init__(self, whole: Reporter, bar: Bar, part: str) -> None:
+        self._whole = whole
+        self._bar = bar
+        self._part = part
+
+    @contextmanager
+    def bar(self, name: str, total: int, done: int = 0) -> Iterator[Bar]:
+        """Show how far a piece of the part is, in percent."""
+        yield _PartBar(self._bar, f"{self._part}, {name}, %", total, done)
+
+    def note(self, text: str) -> None:
+        """Say the sentence for the part."""
+        self._whole.note(f"{self._part}: {text}")
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Show the table."""
+        self._whole.table(title, columns, rows)
+
+
+class _PartBar:
+    def __init__(self, bar: Bar, name: str, total: int, done: int) -> None:
+        self._bar, self._name, self._total, self._done = bar, name, total, done
+
+    def advance(self, steps: int = 1, figures: Mapping[str, float] | None = None) -> None:
+        self._done += steps
+        self._bar.advance(0, {self._name: 100 * self._done / max(self._total, 1), **(figures or {})})
+
+
 class LineReporter:
     """Writes a line now and then, for logs and pipes.
 
@@ -109,11 +146,14 @@ class _LineBar:
         now = self._clock()
         if now - self._told >= _PLAIN_LINE_EVERY_S and self._done < self._total:
             self._told = now
-            left_s = (now - self._begun) / (self._done - self._first) * (self._total - self._done)
-            self._write(f"{self._so_far()}, {_duration(left_s)} left")
+            self._write(f"{self._so_far()}{self._left(now)}")
 
     def finish(self) -> None:
         self._write(f"{self._so_far()} in {_duration(self._clock() - self._begun)}")
+
+    def _left(self, now: float) -> str:
+        done = self._done - self._first
+        return f", {_duration((now - self._begun) / done * (self._total - self._done))} left" if done else ""
 
     def _so_far(self) -> str:
         return f"{self._name}: {self._done}/{self._total}{_told(self._figures)}"

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from training.progress import LineReporter, SilentReporter, TerminalReporter, choose_reporter
+from training.progress import LineReporter, PartReporter, SilentReporter, TerminalReporter, choose_reporter
 
 
 @pytest.fixture
@@ -70,3 +70,27 @@ def test_choose_reporter_draws_at_a_terminal_only(page):
     chosen = [choose_reporter(Console(file=page, force_terminal=here)) for here in (True, False)]
 
     assert [type(reporter) for reporter in chosen] == [TerminalReporter, LineReporter]
+
+
+def test_part_reporter_tells_its_bars_as_figures_of_the_whole_bar(page):
+    """One bar stays live: a part's bar is a percentage on it, its figures stand beside, its sentences name the part."""
+    times = iter([0.0, 11.0, 22.0, 33.0, 40.0])
+    whole = LineReporter(Console(file=page), lambda: next(times))
+
+    with whole.bar("categories", 2) as bar:
+        part = PartReporter(whole, bar, "grid")
+        with part.bar("fitting", 4, done=1) as inner:
+            inner.advance(figures={"loss": 0.5})
+        part.note("is done")
+        bar.advance()
+        part.table("Figures", ["name"], [])
+        bar.advance()
+
+    assert page.getvalue().splitlines() == [
+        "categories: 0/2, grid, fitting, % 50, loss 0.5",
+        "grid: is done",
+        "categories: 1/2, grid, fitting, % 50, loss 0.5, 0:00:22 left",
+        "Figures",
+        "name",
+        "categories: 2/2, grid, fitting, % 50, loss 0.5 in 0:00:40",
+    ]

@@ -1,0 +1,381 @@
+"""Promises of a reproduction: ours beside published, resumable, and no mean that is not the data set's."""
+
+import json
+import re
+import shutil
+import signal
+from contextlib import contextmanager
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from models import DETECTORS
+from service.contract.bundle import MetricRecord
+from service.errors import ParameterInvalid
+from tests.shared_material import require_shared
+from tests.tiny_line import DEFECTS, TEST_GOOD, TINY_RUN, make_config, write_line
+from training.__main__ import commands
+from training.config import RunConfig
+from training.data.benchmarks import BENCHMARKS
+from training.data.detect import Category
+from training.data.samples import DatasetFault
+from training.fit import FitStopped
+from training.measure import Equipment
+from training.progress import SilentReporter
+from training.published import read_published
+from training.reproduce import Cell, CellFailed, Plan, cell_path, plan_lines, read_cell, reproduce
+from training.reproduce_jobs import split_seeds
+from training.reproduction_pages import differences_of_configuration, summarise, to_html, to_markdown
+
+_GOOD = 8
+_UNTRAINED = Equipment(weights="untrained", device="cpu")
+_METRICS = ("i_auroc", "p_auroc")
+
+
+def _brief(steps=2):
+    """Return the tiny run with even fewer steps."""
+    hyperparameters = TINY_RUN["hyperparameters"]
+    recipe = hyperparameters["recipe"] | {"iterations": steps, "warmup_iterations": 0}
+    return make_config(hyperparameters=hyperparameters | {"recipe": recipe})
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Two categories under names of MVTec AD; the second has no masks."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("sets") / "mvtec_like"
+    write_line(root / "bottle", good=_GOOD)
+    write_line(root / "grid", good=_GOOD, masks=False)
+    return root
+
+
+def _plan(root, setting="single-class", seeds=(1,), wanted=(), config=None):
+    lines, data, is_whole = plan_lines(root, None, wanted)
+    return Plan(lines, data, is_whole, setting, config or _brief(), seeds)
+
+
+class _Watcher(SilentReporter):
+    """Remembers sentences, and after some steps of the second category's descent does what Ctrl-C would."""
+
+    def __init__(self, stop_after=None):
+        self.notes = []
+        self.figures = []
+        self._left = stop_after
+
+    @contextmanager
+    def bar(self, name, total, done=0):  # noqa: ARG002 - the shape of a reporter
+        self.notes.append(f"{name}: {total}")
+        yield self
+
+    def advance(self, steps=1, figures=None):  # noqa: ARG002 - the shape of a bar
+        self.figures += [name for name in figures or {} if "%" in name]
+        if self._left is not None and len(figures or {}) > 1 and any("grid" in name for name in figures):
+            self._left -= 1
+            if self._left == 0:
+                signal.raise_signal(signal.SIGINT)
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory):
+    """Both categories, measured once; tests that change something work on a copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, reproduce(_plan(dataset), _UNTRAINED, folder, SilentReporter())
+
+
+def test_reproduce_of_two_categories_fits_on_every_good_frame(finished):
+    """Nothing is held out, every category is one model, and pixel figures without masks say why."""
+    _, cells = finished
+
+    bottle, grid = cells
+    assert bottle.frames == {"bottle": (_GOOD, TEST_GOOD, DEFECTS)}
+    assert bottle.figures["bottle"]["p_auroc"].value is not None
+    assert grid.figures["grid"]["i_auroc"].value is not None
+    assert "no masks" in grid.figures["grid"]["p_auroc"].reason
+
+
+def test_reproduce_again_reads_what_is_kept(dataset, finished, tmp_path):
+    """A finished category is not measured twice, and is the same to the last bit."""
+    folder, cells = finished
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    watcher = _Watcher()
+
+    again = reproduce(_plan(dataset), _UNTRAINED, copy, watcher)
+
+    assert again == cells
+    assert [note for note in watcher.notes if "already measured" in note] == [
+        "bottle, seed 1: is already measured",
+        "grid, seed 1: is already measured",
+    ]
+
+
+def test_reproduce_with_another_configuration_measures_anew(dataset, finished, tmp_path):
+    """A kept figure of another configuration is never shown as this one's."""
+    folder, cells = finished
+    copy = shutil.copytree(folder, tmp_path / "copy")
+
+    again = reproduce(_plan(dataset, wanted=["bottle"], config=_brief(steps=3)), _UNTRAINED, copy, SilentReporter())
+
+    assert again[0].digest != cells[0].digest
+
+
+def test_reproduce_when_stopped_keeps_what_is_finished_and_goes_on_where_it_stood(dataset, finished, tmp_path):
+    """Ctrl-C in the second category's fitting leaves the first one's cell and a checkpoint; the result is the same."""
+    watcher = _Watcher(stop_after=2)
+    with pytest.raises(FitStopped):
+        reproduce(_plan(dataset), _UNTRAINED, tmp_path, watcher)
+
+    kept = [path.name for path in sorted(tmp_path.rglob("*.json")) if path.parent.name == "seed-1"]
+    stood = list((tmp_path / "unfinished").iterdir())
+    resumed = reproduce(_plan(dataset), _UNTRAINED, tmp_path, SilentReporter())
+
+    assert kept == ["bottle.json"]
+    assert len(stood) == 1
+    assert [cell.figures for cell in resumed] == [cell.figures for cell in finished[1]]
+    assert not list((tmp_path / "unfinished").iterdir())
+
+
+def test_reproduce_of_a_broken_category_goes_on_with_the_others(dataset, tmp_path):
+    """One category's fault is told with its sentence and costs no other category."""
+    root = shutil.copytree(dataset, tmp_path / "set")
+    next((root / "bottle/train/good").iterdir()).write_bytes(b"no image")
+
+    failed, fine = reproduce(_plan(root), _UNTRAINED, tmp_path / "out", SilentReporter())
+
+    assert isinstance(failed, CellFailed)
+    assert "Replace the file" in failed.sentence
+    assert isinstance(fine, Cell)
+
+
+def test_reproduce_in_the_multi_class_setting_fits_one_model_for_all(dataset, tmp_path):
+    """One cell holds the figures of every category, each measured on its own frames."""
+    plan = _plan(dataset, "multi-class")
+    watcher = _Watcher()
+
+    (cell,) = reproduce(plan, _UNTRAINED, tmp_path, watcher)
+
+    assert cell.frames == dict.fromkeys(("bottle", "grid"), (_GOOD, TEST_GOOD, DEFECTS))
+    assert read_cell(cell_path(tmp_path, "multi-class", plan.lines, 1)) == cell
+    assert "categories: 2" in watcher.notes
+    assert any(name.startswith("all, seed 1, test frames of grid") for name in watcher.figures)
+
+
+def test_plan_lines_with_a_wrong_category_names_those_there_are(dataset):
+    """A misspelt category ends the command before anything is fitted."""
+    with pytest.raises(DatasetFault, match="has no category botle; it has bottle, grid"):
+        plan_lines(dataset, None, ["botle"])
+
+
+def _cell(name, seed, **values):
+    figures = {metric: MetricRecord(value=value) for metric, value in values.items()}
+    return Cell(
+        digest="d",
+        setting="single-class",
+        seed=seed,
+        figures={name: figures},
+        frames={name: (1, 1, 1)},
+        backbone=None,
+        device="cpu",
+        fit_s=1.0,
+        warnings=("a <b> | warning",),
+        created_at="2026-11-22T00:00:00+00:00",
+    )
+
+
+def _whole_plan(tmp_path, detector="dadf", data="mvtec_ad", seeds=(1,), names=None):
+    names = BENCHMARKS[data].categories if names is None else names
+    lines = tuple(Category(name, tmp_path, BENCHMARKS[data].layouts[0]) for name in names)
+    config = RunConfig.model_validate(TINY_RUN | {"detector": detector})
+    return Plan(lines, data, True, "single-class", config, seeds)
+
+
+def test_summarise_of_a_complete_set_puts_the_mean_beside_the_published_one(tmp_path):
+    """The mean of every seed goes into the mean over seeds, with its spread, its source and the difference."""
+    plan = _whole_plan(tmp_path, seeds=(1, 2))
+    names = BENCHMARKS["mvtec_ad"].categories
+    cells = [_cell(name, seed, i_auroc=0.9 + seed / 100) for seed in (1, 2) for name in names]
+
+    found = summarise(plan, cells, "mvtec", [])
+
+    mean = next(row for row in found.means if row.metric == "i_auroc")
+    assert mean.of == "mean over all 15 categories"
+    assert mean.ours.value == pytest.approx(91.5)
+    assert mean.ours.spread == pytest.approx(0.5**0.5)
+    assert (mean.published, mean.source) == (98.3, "arXiv:2303.17882, abstract")
+    assert any("best on the test frames" in text for text in mean.differs)
+
+
+@pytest.mark.parametrize(
+    ("names", "cells", "reason"),
+    [
+        (["bottle"], ["bottle"], "only 1 of 15 categories were run"),
+        (None, BENCHMARKS["mvtec_ad"].categories[:-1], "zipper: was not run"),
+    ],
+    ids=["restricted", "one failed"],
+)
+def test_summarise_of_a_part_has_no_mean(tmp_path, names, cells, reason):
+    """A mean over some categories is nobody's figure; it is not defined, and says why."""
+    plan = _whole_plan(tmp_path, names=names)
+
+    found = summarise(plan, [_cell(name, 1, i_auroc=0.9) for name in cells], "mvtec", [])
+
+    assert [row.ours.value for row in found.means] == [None] * len(found.means)
+    assert found.means[0].ours.reason == reason
+    assert str(found.means[0].ours) == f"not defined: {reason}"
+    assert next(row for row in found.by_category if row.metric == "i_auroc").ours.value == 90
+
+
+def test_summarise_of_a_published_part_compares_that_part(tmp_path):
+    """Where a paper's mean is over five textures, ours is over the same five, whatever else was run."""
+    textures = ("carpet", "grid", "leather", "tile", "wood")
+    plan = _whole_plan(tmp_path, names=textures, detector="inp_former")
+    plan = Plan(
+        plan.lines, plan.data, False, plan.setting, plan.config.model_copy(update={"detector": "rb_ae"}), plan.seeds
+    )
+
+    found = summarise(plan, [_cell(name, 1, i_auroc=0.9, p_auroc=0.8) for name in textures], "mvtec", [])
+
+    part = [row for row in found.means if row.of == "mean over carpet, grid, leather, tile, wood"]
+    assert {(row.metric, round(row.ours.value), row.published) for row in part} == {
+        ("i_auroc", 90, 98.81),
+        ("p_auroc", 80, 98.54),
+    }
+
+
+def test_summarise_of_a_plants_own_set_compares_with_nothing(dataset, finished):
+    """Without a published data set, the mean is over the folder and no published figure appears."""
+    plan = _plan(dataset)
+    plan = Plan(plan.lines, None, True, plan.setting, plan.config, plan.seeds)
+
+    found = summarise(plan, finished[1], "ours", [])
+
+    assert found.data == "ours"
+    assert all(row.published is None for row in (*found.means, *found.by_category))
+    assert found.means[0].ours.value is not None
+    assert found.means[0].of == "mean over all 2 categories"
+
+
+def test_pages_tell_ours_published_differences_and_failures(tmp_path):
+    """Both pages hold the same cells; markup in a sentence stays text."""
+    plan = _whole_plan(tmp_path, names=["carpet", "grid"])
+    failed = CellFailed(categories=("grid",), seed=1, sentence="grid is <broken>.")
+    found = summarise(plan, [_cell("carpet", 1, i_auroc=0.912), failed], "m", ["The configuration is small."])
+
+    pages = to_markdown(found), to_html(found)
+
+    for page in pages:
+        assert all(text in page for text in ("DADF on MVTec AD, single-class", "91.20", "98.3", "The configuration is"))
+        assert "grid is &lt;broken" in page
+        assert "was not measured here" in page
+    assert "a &lt;b> \\| warning" in pages[0]
+    assert "<script" not in pages[1]
+
+
+def test_differences_of_configuration_tell_every_option_that_leaves_the_paper():
+    """The paper's own configuration differs in nothing; everything else is said."""
+    assert differences_of_configuration("paper", [], {}) == []
+    assert differences_of_configuration("small", ["seed=3"], {"Weights": "random"}) == [
+        "The configuration is small, not the paper's.",
+        "Changed by hand: seed=3.",
+        "Weights: random.",
+    ]
+
+
+def test_published_figures_name_known_sets_categories_and_metrics():
+    """Every row can be compared: its data set, categories and figures exist here, and no row stands twice."""
+    known = {"i_auroc", "i_ap", "i_f1max", "p_auroc", "p_ap", "p_f1max", "aupro", "spro", "i_auroc_of_kinds"}
+
+    published = read_published()
+
+    assert set(DETECTORS) <= set(published)
+    for detector in published.values():
+        rows = [(row.data, row.setting, row.categories) for row in detector.figures]
+        assert len(set(rows)) == len(rows)
+        for row in detector.figures:
+            assert set(row.values) <= known
+            assert set(row.categories) <= set(BENCHMARKS[row.data].categories)
+        assert detector.figures or detector.remark
+
+
+@pytest.mark.parametrize("detector", sorted(read_published()))
+def test_published_figures_stand_in_the_methods_specification(detector):
+    """No figure is from memory: each stands in the specification of its method, as percent or as a share."""
+    text = (require_shared("methods") / f"{detector}.md").read_text()
+    stated = {float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)}
+
+    values = [value for row in read_published()[detector].figures for value in row.values.values()]
+
+    assert [v for v in values if v not in stated and round(v / 100, 4) not in stated] == []
+
+
+@pytest.mark.parametrize("text", ["", "1,1", "one", "-1", "1;2"])
+def test_split_seeds_of_nonsense_says_what_is_wanted(text):
+    """Seeds are different whole numbers."""
+    with pytest.raises(ParameterInvalid, match="different whole numbers"):
+        split_seeds(text)
+
+
+def _invoke(*arguments):
+    return CliRunner().invoke(commands, ["reproduce", *map(str, arguments)])
+
+
+def test_reproduce_command_writes_tables_and_goes_on(dataset, finished, tmp_path):
+    """The command reads kept cells, writes JSON, Markdown and HTML, and prints ours beside published."""
+    output = shutil.copytree(finished[0], tmp_path / "out")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(_brief().model_dump(mode="json")))
+
+    answer = _invoke(
+        "inp_former",
+        dataset,
+        "--config",
+        config,
+        "--setting",
+        "single-class",
+        "--weights",
+        "untrained",
+        "--device",
+        "cpu",
+        "--output",
+        output,
+    )
+
+    assert answer.exit_code == 0, answer.output
+    assert answer.output.count("is already measured") == 2
+    assert "only 2 of 15 categories were run" in answer.output
+    assert "Backbone weights: random, not pretrained." in answer.output
+    written = json.loads((output / "reproduction.json").read_text())
+    assert written["data"] == "MVTec AD"
+    assert {row["published"] for row in written["means"] if row["metric"] == "i_auroc"} == {99.7}
+    assert "| bottle |" in (output / "reproduction.md").read_text()
+    assert (output / "reproduction.html").read_text().startswith("<!doctype html>")
+
+
+def test_reproduce_command_with_a_failed_category_ends_with_one(dataset, tmp_path):
+    """A script learns that something is missing, and the tables are written all the same."""
+    root = shutil.copytree(dataset, tmp_path / "set")
+    next((root / "bottle/train/good").iterdir()).write_bytes(b"no image")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(_brief().model_dump(mode="json")))
+
+    answer = _invoke(
+        "inp_former",
+        root,
+        "--config",
+        config,
+        "--categories",
+        "bottle",
+        "--setting",
+        "single-class",
+        "--weights",
+        "untrained",
+        "--output",
+        tmp_path / "out",
+    )
+
+    assert answer.exit_code == 1
+    assert "Replace the file" in (tmp_path / "out/reproduction.md").read_text()

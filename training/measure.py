@@ -1,0 +1,133 @@
+"""Fits a detector as publications do and measures it: on all good training frames, without thresholds or a bundle.
+
+A run for a plant (`run.py`) holds good frames back to calibrate on, and publishes what it fitted. A published figure
+rests on neither, so this way is shorter: lines → check → fit on every good training frame → figures of each line's test
+frames. Frames that a data set keeps for validation are not fitted on. Frames are decoded, resized and measured by the
+same functions as in a run.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from service.contract.bundle import BackboneRecord, MetricRecord
+from service.contract.frames import FrameLimits
+from service.contract.policy import Policy
+from training.checkpoint import has_checkpoint
+from training.config import RunConfig
+from training.data.check import CheckedDataset, check_dataset
+from training.data.detect import Category, read_dataset
+from training.data.loader import FileFrames
+from training.data.samples import NORMAL, UNKNOWN, DatasetFault
+from training.detectors import PreparedDetector, choose_device, prepare_detector
+from training.evaluate import ask, evaluate, to_records
+from training.export import DetectorRun
+from training.fit import CheckpointPlan, FitSettings, fit
+from training.progress import Reporter
+from training.reproducibility import make_deterministic
+
+# Ranking figures know no threshold. No map value reaches this one, so no time goes into describing regions.
+_NO_VERDICTS = Policy(version="1", review_threshold=0, fail_threshold=0, region_threshold=3e38, map_floor=0)
+
+
+@dataclass(frozen=True)
+class Equipment:
+    """What measuring needs besides its description.
+
+    Attributes:
+        weights: a safetensors file, "untrained", or None to search by the backbone's name.
+        weight_folders: folders that may hold the file.
+        device: where to fit.
+    """
+
+    weights: Path | Literal["untrained"] | None = None
+    weight_folders: tuple[Path, ...] = ()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found of one fitted detector.
+
+    Attributes:
+        figures: of each line, by name; an undefined one has a reason.
+        frames: of each line: fitted on, tested normal, tested anomalous.
+        backbone: its weights, or None.
+        device: where the detector was fitted.
+        fit_s: seconds of fitting, in this process.
+        warnings: what the check of the data allowed but wants known.
+    """
+
+    figures: dict[str, dict[str, MetricRecord]]
+    frames: dict[str, tuple[int, int, int]]
+    backbone: BackboneRecord | None
+    device: str
+    fit_s: float
+    warnings: tuple[str, ...]
+
+
+def measure(
+    lines: Sequence[Category], config: RunConfig, equipment: Equipment, directory: Path, digest: str, reporter: Reporter
+) -> Measured:
+    """Fit one detector on all lines together and measure it on each.
+
+    Args:
+        lines: one, or several in a multi-class run.
+        config: of the run; rates, hold-out and golden set are not used.
+        equipment: weights and device.
+        directory: keeps the checkpoint while fitting; what lies there under the same digest is gone on with.
+        digest: of everything that the result depends on.
+        reporter: shows how far the work is.
+
+    Raises:
+        Exception: a fault of any step, each with a sentence; they are listed in `training/faults.py`.
+    """
+    device = choose_device(equipment.device)
+    make_deterministic(config.seed)
+    checked = [check_dataset(read_dataset(line.folder, line.layout), FrameLimits(), reporter) for line in lines]
+    _refuse_untested(lines, checked)
+    prepared = prepare_detector(config, equipment.weights, equipment.weight_folders, device, len(lines))
+    begun = time.monotonic()
+    _fit(prepared, checked, config, CheckpointPlan(directory, {"cell": digest}, has_checkpoint(directory)), reporter)
+    fit_s = time.monotonic() - begun
+
+    run = DetectorRun(prepared.module, device)
+    figures, frames = {}, {}
+    for index, (line, data) in enumerate(zip(lines, checked, strict=True)):
+        tested = [sample for sample in data.dataset.test if sample.label != UNKNOWN]
+        title = f"test frames of {line.name}"
+        answers = ask(run, tested, config.input, reporter, title=title, line_index=index, batch_size=config.batch_size)
+        rule, size = prepared.score_rule, config.evaluation_resolution
+        found = evaluate(answers, _NO_VERDICTS, rule, config.input, size, seed=config.seed)
+        figures[line.name] = to_records(found.metrics)
+        good = sum(sample.label == NORMAL for sample in tested)
+        frames[line.name] = (len(data.dataset.train_good), good, len(tested) - good)
+    warnings = tuple(warning for data in checked for warning in data.warnings)
+    return Measured(figures, frames, prepared.backbone, str(device), fit_s, warnings)
+
+
+def _refuse_untested(lines: Sequence[Category], checked: Sequence[CheckedDataset]) -> None:
+    faults = [
+        f"{line.folder} has no test frame whose label is known; there is nothing to measure on."
+        for line, data in zip(lines, checked, strict=True)
+        if all(sample.label == UNKNOWN for sample in data.dataset.test)
+    ]
+    if faults:
+        raise DatasetFault(*faults)
+
+
+def _fit(
+    prepared: PreparedDetector,
+    checked: Sequence[CheckedDataset],
+    config: RunConfig,
+    plan: CheckpointPlan,
+    reporter: Reporter,
+) -> None:
+    samples = [(sample.path, index) for index, data in enumerate(checked) for sample in data.dataset.train_good]
+    source = FileFrames([path for path, _ in samples], config.input, FrameLimits(), [index for _, index in samples])
+    try:
+        fit(prepared.module, source, FitSettings(seed=config.seed), reporter, plan)
+    finally:
+        source.close()

@@ -1,0 +1,64 @@
+"""Figures that others published, from `published.yaml`: what a reproduction is compared with, and never called ours.
+
+Every figure there has its source, and what is known to differ between its setting and ours. A detector without figures
+has a remark that says why.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+Setting = Literal["single-class", "multi-class"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PublishedFigures(_Record):
+    """One row of somebody's table.
+
+    Attributes:
+        data: key of `training.data.benchmarks.BENCHMARKS`.
+        setting: one model for each category, or one for all.
+        categories: that the values are the mean over; empty for all of the data set's. With one name, its own values.
+        values: percent, by the names of our figures.
+        source: where it stands: paper with arXiv id and table, or the page that tells it.
+        differs: what is known to differ from how we measure, one sentence each.
+    """
+
+    data: str
+    setting: Setting
+    categories: tuple[str, ...] = ()
+    values: dict[str, Annotated[float, Field(ge=0, le=100)]] = Field(min_length=1)
+    source: str = Field(min_length=1)
+    differs: tuple[str, ...] = ()
+
+
+class PublishedDetector(_Record):
+    """What was published of one detector.
+
+    Attributes:
+        title: as its authors call it.
+        setting: that its paper is about first of all.
+        paper: arXiv id.
+        remark: what a reader must know of the figures, or why there are none.
+        figures: rows.
+    """
+
+    title: str
+    setting: Setting
+    paper: str
+    remark: str = ""
+    figures: tuple[PublishedFigures, ...] = ()
+
+
+@cache
+def read_published() -> Mapping[str, PublishedDetector]:
+    """Return what was published, by detector."""
+    text = (files("training") / "published.yaml").read_text("utf-8")
+    return TypeAdapter(dict[str, PublishedDetector]).validate_python(yaml.safe_load(text))
