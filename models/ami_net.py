@@ -27,7 +27,7 @@ Symbols: F, F^ = `features`, `rebuilt` (B, C, h, w) · x = `tokens` (B, N, D) ·
 embedding of F · z = `centres` (B, M, D) · s = `scores` (B, N) · sigma = `mask_deviations` · k = `patch_size`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +35,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.backbones import CnnBackbone
-from models.blocks.initial_values import draw_defaults
+from models.blocks.draws import generator_of_step
+from models.blocks.initial_values import draw_defaults, draw_xavier
 from models.blocks.maps import map_deviation, require_image_size
-from models.blocks.packing import pack, unpack
+from models.blocks.on_backbone import OnBackbone
+from models.blocks.packing import map_shapes, pack, unpack
 from models.blocks.patches import patchify, unpatchify
 from models.blocks.smoothing import SmoothUpsampling
 from models.blocks.transformer import TransformerBlock, sincos_positions
@@ -146,7 +148,7 @@ def find_outliers(scores: Tensor, members: Tensor, deviations: float, softness: 
     return (0.5 + (scores - threshold) / (softness * threshold).clamp_min(_TINY)).clamp(0, 1) * company
 
 
-class AmiNet(nn.Module):
+class AmiNet(OnBackbone):
     """Adaptive mask generator and inpainting transformer over a frozen CNN pyramid.
 
     Raises:
@@ -184,18 +186,7 @@ class AmiNet(nn.Module):
             draw_defaults(embedding, generator)
         nn.init.xavier_uniform_(self.patch_embedding.weight.data.flatten(1), generator=generator)
         for part in (self.centre_blocks, self.blocks, self.prediction):
-            for module in part.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.xavier_uniform_(module.weight, generator=generator)
-                    nn.init.zeros_(module.bias)
-
-    def load_backbone_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take the backbone's weights in timm's naming.
-
-        Raises:
-            ValueError: if a key is missing, unknown or has another shape.
-        """
-        self.backbone.load_weights(state_dict)
+            draw_xavier(part, generator)
 
     def stages(self) -> Sequence[Stage]:
         """Return the one descent."""
@@ -203,7 +194,7 @@ class AmiNet(nn.Module):
             GradientStage(
                 name="inpainting",
                 loss=self.loss,
-                parameters=[parameter for parameter in self.parameters() if parameter.requires_grad],
+                parameters=self.learnable_parameters(),
                 recipe=self.config.recipe,
                 encode=self.encode,
             )
@@ -224,7 +215,7 @@ class AmiNet(nn.Module):
 
     def loss(self, encoded: Tensor, step: int) -> dict[str, Tensor]:
         """Return the four terms of the loss of encoded frames: direction, distance, compactness and diversity."""
-        generator = torch.Generator().manual_seed(self.config.seed * 2**32 + step)
+        generator = generator_of_step(self.config.seed, step)
         features = self._unpack(encoded)
         masked = self._draw_mask(len(features), generator).to(features)
         return self._weigh_terms(features, masked, generator)
@@ -276,10 +267,7 @@ class AmiNet(nn.Module):
 
     def _unpack(self, encoded: Tensor) -> Tensor:
         """Bring the layers in a row back to maps, to the finest grid, and smooth them: features `(B, C, h, w)`."""
-        shapes = [
-            (channels, *_divide(self.image_size, stride))
-            for channels, stride in zip(self.backbone.channels, self.backbone.strides, strict=True)
-        ]
+        shapes = map_shapes(self.backbone.channels, self.backbone.strides, self.image_size)
         resized = [
             layer
             if shape[1:] == self.feature_grid

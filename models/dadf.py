@@ -20,7 +20,7 @@ Symbols: F, S, R = `features`, `rebuilt`, `remembered` (B, C, h, w), one entry a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.backbones import CnnBackbone
-from models.blocks.initial_values import draw_defaults
+from models.blocks.initial_values import draw_defaults, draw_xavier
 from models.blocks.maps import require_image_size, resize_map
 from models.blocks.mlp import Mlp
-from models.blocks.packing import MapShape, pack, unpack
+from models.blocks.on_backbone import OnBackbone
+from models.blocks.packing import MapShape, map_shapes, pack, unpack
 from models.blocks.patches import unpatchify
 from models.blocks.transformer import sincos_positions
 from models.detector import AnomalyOutput, GradientStage, Recipe, Stage
@@ -158,11 +159,7 @@ class _DualTransformer(nn.Module):
 
     def _initialise(self, generator: torch.Generator) -> None:
         nn.init.normal_(self.memory, std=0.02, generator=generator)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.data.flatten(1), generator=generator)  # a kernel as a matrix
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        draw_xavier(self, generator)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return S and R, shaped as the features are."""
@@ -251,7 +248,7 @@ class _Flow(nn.Module):
         return z, volume
 
 
-class Dadf(nn.Module):
+class Dadf(OnBackbone):
     """Dual-attention transformer and one discriminative flow a scale, over a frozen CNN pyramid.
 
     Raises:
@@ -264,23 +261,11 @@ class Dadf(nn.Module):
         self.image_size = config.image_size
         self.backbone = CnnBackbone(config.backbone, config.layers)
         _refuse_misfits(config, self.backbone.strides)
-        height, width = config.image_size
-        self.shapes: list[MapShape] = [
-            (channels, height // stride, width // stride)
-            for channels, stride in zip(self.backbone.channels, self.backbone.strides, strict=True)
-        ]
+        self.shapes = map_shapes(self.backbone.channels, self.backbone.strides, config.image_size)
         self.joint_shapes: list[MapShape] = [(3 * channels, h, w) for channels, h, w in self.shapes]
         generator = torch.Generator().manual_seed(config.seed)
         self.transformer = _DualTransformer(self.shapes, config, generator)
         self.flows = nn.ModuleList(_Flow(shape, config.flow_steps, generator) for shape in self.joint_shapes)
-
-    def load_backbone_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take the backbone's weights in timm's naming.
-
-        Raises:
-            ValueError: if a key is missing, unknown or has another shape.
-        """
-        self.backbone.load_weights(state_dict)
 
     def stages(self) -> Sequence[Stage]:
         """Return two descents: the transformer's, and then the flows' on what it rebuilds."""

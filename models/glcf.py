@@ -26,7 +26,7 @@ Symbols: f = `targets`, the backbone's finest levels · X = `local` tokens (B, N
 · mu, sigma = `means`, `deviations` (branches, levels) · w = `level_weights`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,9 +37,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.backbones import CnnBackbone
-from models.blocks.initial_values import draw_defaults
-from models.blocks.maps import map_deviation, require_image_size
-from models.blocks.packing import pack, unpack
+from models.blocks.initial_values import draw_defaults, draw_xavier
+from models.blocks.maps import reduce_map, require_image_size
+from models.blocks.on_backbone import OnBackbone
+from models.blocks.packing import map_shapes, pack, unpack
 from models.blocks.smoothing import SmoothUpsampling
 from models.blocks.transformer import TransformerBlock, sincos_positions
 from models.detector import AnomalyOutput, GradientStage, PassStage, Recipe, Stage
@@ -148,14 +149,6 @@ class _SemanticBottleneck(nn.Module):
         self.decoder_norm = nn.LayerNorm(width, eps=_NORM_EPS)
         self.prediction = nn.Linear(width, out)
 
-    def initialise(self, generator: torch.Generator) -> None:
-        """Draw what masked autoencoders start from; both learnt tokens start at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.data.flatten(1), generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
     def encode(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return local tokens `(B, N, D)` and the semantic token `(B, 1, D)`."""
         embedded = [embedding(level) for embedding, level in zip(self.embeddings, levels, strict=True)]
@@ -232,7 +225,7 @@ class _FeatureDecoder(nn.Module):
         return maps[::-1]
 
 
-class Glcf(nn.Module):
+class Glcf(OnBackbone):
     """The semantic bottleneck and its three feature decoders, on top of a frozen CNN.
 
     Raises:
@@ -251,10 +244,7 @@ class Glcf(nn.Module):
         self.backbone = CnnBackbone(config.backbone, config.layers)
         channels, strides = self.backbone.channels, self.backbone.strides
         _refuse_misfits(config, strides)
-        self._shapes = [
-            (width, config.image_size[0] // stride, config.image_size[1] // stride)
-            for width, stride in zip(channels, strides, strict=True)
-        ]
+        self._shapes = map_shapes(channels, strides, config.image_size)
 
         stride = _token_stride(config, strides)
         grid = (config.image_size[0] // stride, config.image_size[1] // stride)
@@ -268,7 +258,7 @@ class Glcf(nn.Module):
         }
         self.decoders = nn.ModuleDict(decoders)
         generator = torch.Generator().manual_seed(config.seed)
-        self.bottleneck.initialise(generator)
+        draw_xavier(self.bottleneck, generator)  # both learnt tokens start at zero
         for decoder in decoders.values():
             decoder.initialise(generator)
         self.upsampling = nn.ModuleList(
@@ -291,14 +281,6 @@ class Glcf(nn.Module):
     def _copy_flag(self, _: object) -> None:
         self._may_run = bool(self.is_calibrated)
 
-    def load_backbone_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take the backbone's weights in timm's naming.
-
-        Raises:
-            ValueError: if a key is missing, unknown or has another shape.
-        """
-        self.backbone.load_weights(state_dict)
-
     def train(self, mode: bool = True) -> "Glcf":
         """Switch the mode, but for the decoders' batch norms: only a loss uses the statistics of its batch."""
         super().train(mode)
@@ -311,7 +293,7 @@ class Glcf(nn.Module):
             GradientStage(
                 name="correspondence",
                 loss=self.loss,
-                parameters=[parameter for parameter in self.parameters() if parameter.requires_grad],
+                parameters=self.learnable_parameters(),
                 recipe=self.config.recipe,
                 encode=self.encode,
             ),
@@ -382,9 +364,7 @@ class Glcf(nn.Module):
             raise RuntimeError("the maps were not calibrated yet; run the pass stage over the good frames first")
         normalised = (self._distance_maps(encoded) - self.means[..., None, None]) / self.deviations[..., None, None]
         anomaly_map = (self.weights[:, None, None] * normalised).sum(dim=(1, 2))
-        if self.config.score == "maximum":
-            return AnomalyOutput(anomaly_map, anomaly_map.amax(dim=(1, 2)))
-        return AnomalyOutput(anomaly_map, map_deviation(anomaly_map))
+        return AnomalyOutput(anomaly_map, reduce_map(anomaly_map, self.config.score))
 
     def _distance_maps(self, encoded: Tensor) -> Tensor:
         """Return 1 - cosine of each pair that the fusion uses, resized and blurred: `(B, branches, levels, H, W)`."""

@@ -21,19 +21,19 @@ Symbols: E, D = `tokens`, `rebuilt` (B, G, N, C), one entry a group of layers ·
 · L_sm = reconstruction.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from models.blocks.backbone_tokens import PyramidTokens, build_front, sample_tokens
-from models.blocks.maps import GaussianBlur, require_image_size, resize_map, top_fraction_mean
-from models.blocks.mlp import Mlp
-from models.blocks.prototypes import InpDecoder, InpExtractor, initialise_linears
-from models.blocks.soft_mining import mining_weight, reweight_gradient
+from models.blocks.backbone_tokens import sample_tokens
+from models.blocks.draws import generator_of_step
+from models.blocks.inp_branch import InpBranch, InpBranchConfig, cosines
+from models.blocks.maps import GaussianBlur, resize_map, top_fraction_mean
+from models.blocks.soft_mining import mined_direction_loss
 from models.detector import AnomalyOutput, GradientStage, Recipe, Stage
 
 _PAPER_RECIPE = Recipe(
@@ -51,57 +51,27 @@ _PAPER_RECIPE = Recipe(
 
 
 @dataclass(frozen=True)
-class InpFormerConfig:
+class InpFormerConfig(InpBranchConfig):
     """Defaults are those of the paper (arXiv:2503.02424, implementation details) and, where it is silent, of its code.
 
+    What it shares with INP-Former++ lies in `InpBranchConfig`.
+
     Attributes:
-        backbone: timm's name; DINOv2 with registers (Base) in the paper.
-        layers: tapped blocks or stages; None takes the published ones of the backbone, strides 8 and 16 of a CNN.
-        image_size: `(height, width)`; the paper crops 392 from 448.
-        groups: sets of neighbouring layers that are compared on their own (two sets of four); 1 for a CNN.
-        prototypes: M, the number of INPs (6).
-        decoder_blocks: depth of the decoder, a multiple of `groups` (8).
-        heads: attention heads; None takes those of the transformer backbone.
-        mlp_ratio: width of each hidden layer over its input (4).
-        mining_exponent: gamma of soft mining (3).
-        coherence_weight: lambda, the weight of L_c (0.2).
-        projected_channels: C of a CNN's projected pyramid; None for a transformer.
-        average_features: take the 3x3 mean of each CNN layer first; helps localisation.
-        extractor_tokens: tokens an image that the extractor sees in a training step; None for all (paper).
-        decoder_tokens: tokens an image that the decoder rebuilds in a training step; None for all (paper).
         map_source: what the map shows: reconstruction error, or (zero-shot) distance to the nearest INP.
         map_size: `(height, width)` of the anomaly map (256).
         blur_kernel: side of the Gaussian (5).
         blur_sigma: its standard deviation (4).
-        top_fraction: share of the map's largest values that make the score (0.01).
-        seed: seeds the initial values and the token samples.
         recipe: the descent.
     """
 
-    backbone: str = "vit_base_patch14_reg4_dinov2"
-    layers: tuple[int, ...] | None = None
-    image_size: tuple[int, int] = (392, 392)
-    groups: int = 2
-    prototypes: int = 6
-    decoder_blocks: int = 8
-    heads: int | None = None
-    mlp_ratio: int = 4
-    mining_exponent: float = 3.0
-    coherence_weight: float = 0.2
-    projected_channels: int | None = None
-    average_features: bool = False
-    extractor_tokens: int | None = None
-    decoder_tokens: int | None = None
     map_source: Literal["reconstruction", "prototypes"] = "reconstruction"
     map_size: tuple[int, int] = (256, 256)
     blur_kernel: int = 5
     blur_sigma: float = 4.0
-    top_fraction: float = 0.01
-    seed: int = 1
     recipe: Recipe = _PAPER_RECIPE
 
 
-class InpFormer(nn.Module):
+class InpFormer(InpBranch):
     """Intrinsic normal prototypes and the decoder that they guide.
 
     Raises:
@@ -109,76 +79,32 @@ class InpFormer(nn.Module):
     """
 
     def __init__(self, config: InpFormerConfig) -> None:
-        super().__init__()
+        super().__init__(config, torch.Generator().manual_seed(config.seed))
         self.config = config
-        self.image_size = config.image_size
-        front = build_front(
-            config.backbone,
-            config.image_size,
-            config.layers,
-            groups=config.groups,
-            heads=config.heads,
-            projected_channels=config.projected_channels,
-            average=config.average_features,
-        )
-        self.backbone, self.tokens, self.grid, channels, heads = front
-
-        self.prototype_tokens = nn.Parameter(torch.empty(config.prototypes, channels))
-        self.extractor = InpExtractor(channels, heads, config.mlp_ratio)
-        self.bottleneck = Mlp(channels, config.mlp_ratio)
-        self.decoder = InpDecoder(channels, heads, config.mlp_ratio, blocks=config.decoder_blocks, groups=config.groups)
         self.blur = GaussianBlur(config.blur_kernel, config.blur_sigma)
-        self._initialise(torch.Generator().manual_seed(config.seed))
-
-    def _initialise(self, generator: torch.Generator) -> None:
-        nn.init.normal_(self.prototype_tokens, generator=generator)
-        for part in (self.extractor, self.bottleneck, self.decoder):
-            initialise_linears(part, generator)
-
-    def load_backbone_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take the backbone's weights in timm's naming.
-
-        Raises:
-            ValueError: if a key is missing, unknown or has another shape.
-        """
-        self.backbone.load_weights(state_dict)
 
     def stages(self) -> Sequence[Stage]:
         """Return the descent; a CNN's pyramid is measured before it."""
         descent = GradientStage(
             name="reconstruction",
             loss=self.loss,
-            parameters=[parameter for parameter in self.parameters() if parameter.requires_grad],
+            parameters=self.learnable_parameters(),
             recipe=self.config.recipe,
             encode=self.encode,
         )
-        if isinstance(self.tokens, PyramidTokens):
-            return [*self.tokens.passes(self.backbone), descent]
-        return [descent]
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Return the frozen tokens `(B, G, N, C)` of images `(B, 3, H, W)`.
-
-        Raises:
-            ValueError: if the images have another size than `image_size`.
-            RuntimeError: if the backbone has no weights or a CNN's pyramid was not measured.
-        """
-        require_image_size(images, self.image_size)
-        result: Tensor = self.tokens(self.backbone(images))
-        return result
+        return [*self.measuring_passes(), descent]
 
     def loss(self, tokens: Tensor, step: int) -> dict[str, Tensor]:
         """Return L_sm and the weighted L_c of encoded frames `(B, G, N, C)`."""
-        generator = torch.Generator().manual_seed(self.config.seed * 2**32 + step)
+        generator = generator_of_step(self.config.seed, step)
         seen = sample_tokens(tokens, self.config.extractor_tokens, generator).mean(dim=1)
-        prototypes = self._extract(seen)
+        prototypes = self.extract(seen)
         coherence = _distance_to_nearest(seen, prototypes).mean()
 
         targets = sample_tokens(tokens, self.config.decoder_tokens, generator)
-        rebuilt = self._rebuild(targets.mean(dim=1), prototypes)
+        rebuilt = self.rebuild(targets.mean(dim=1), prototypes)
         return {
-            "reconstruction": _soft_mining_loss(targets, rebuilt, self.config.mining_exponent),
+            "reconstruction": mined_direction_loss(targets, rebuilt, self.config.mining_exponent),
             "coherence": self.config.coherence_weight * coherence,
         }
 
@@ -200,37 +126,13 @@ class InpFormer(nn.Module):
     def _judge_tokens(self, tokens: Tensor) -> Tensor:
         """Return the distance `(B, N)` that the map shows, from tokens `(B, G, N, C)`."""
         fused = tokens.mean(dim=1)
-        prototypes = self._extract(fused)
+        prototypes = self.extract(fused)
         if self.config.map_source == "prototypes":
             return _distance_to_nearest(fused, prototypes)
-        rebuilt = self._rebuild(fused, prototypes)
+        rebuilt = self.rebuild(fused, prototypes)
         return (1 - functional.cosine_similarity(tokens, rebuilt, dim=-1)).mean(dim=1)
-
-    def _extract(self, fused: Tensor) -> Tensor:
-        """Return the INPs `(B, M, C)` of fused tokens `(B, N, C)`."""
-        result: Tensor = self.extractor(self.prototype_tokens, fused)
-        return result
-
-    def _rebuild(self, fused: Tensor, prototypes: Tensor) -> Tensor:
-        """Return what the decoder makes of tokens `(B, N, C)`: one entry a group, `(B, G, N, C)`."""
-        rebuilt: Tensor = self.decoder(self.bottleneck(fused), prototypes)
-        return rebuilt
 
 
 def _distance_to_nearest(fused: Tensor, prototypes: Tensor) -> Tensor:
-    """Return min over INPs of 1 - cosine, `(B, N)`; a matrix product avoids (B, N, M, C)."""
-    cosine = functional.normalize(fused, dim=-1) @ functional.normalize(prototypes, dim=-1).transpose(-2, -1)
-    return (1 - cosine).amin(dim=-1)
-
-
-def _soft_mining_loss(targets: Tensor, rebuilt: Tensor, exponent: float) -> Tensor:
-    """Return one cosine distance an image and group, averaged; well-rebuilt tokens get less gradient.
-
-    Args:
-        targets: `(B, G, N, C)`, without gradient.
-        rebuilt: `(B, G, N, C)`.
-        exponent: gamma; a token's gradient is scaled by (its distance / the group's mean distance)^gamma.
-    """
-    distance = 1 - functional.cosine_similarity(targets, rebuilt, dim=-1)  # (B, G, N)
-    mined = reweight_gradient(rebuilt, mining_weight(distance, exponent)[..., None])
-    return (1 - functional.cosine_similarity(targets.flatten(2), mined.flatten(2), dim=-1)).mean()
+    """Return min over INPs of 1 - cosine, `(B, N)`."""
+    return (1 - cosines(fused, prototypes)).amin(dim=-1)

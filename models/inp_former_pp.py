@@ -21,7 +21,7 @@ Symbols: E, D = `tokens`, `rebuilt` (B, G, N, C), one entry a group of layers ·
 · gamma = `mining_exponent` · L_sc = coherence · L_sm = direction + magnitude · R = `residual` (B, C, h, w) · H = head.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,12 +29,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.blocks.backbone_tokens import PyramidTokens, build_front, sample_tokens
+from models.blocks.backbone_tokens import sample_tokens
+from models.blocks.draws import generator_of_step
 from models.blocks.initial_values import draw_defaults
+from models.blocks.inp_branch import InpBranch, InpBranchConfig, cosines
 from models.blocks.maps import GaussianBlur, require_image_size, resize_map, top_fraction_mean
-from models.blocks.mlp import Mlp
-from models.blocks.prototypes import InpDecoder, InpExtractor, initialise_linears
-from models.blocks.soft_mining import mining_weight, reweight_gradient
+from models.blocks.soft_mining import mined_direction_loss, mining_weight, reweight_gradient
 from models.blocks.synthetic_defects import paste_defects, plant_textures
 from models.detector import AnomalyOutput, GradientStage, Recipe, Stage
 
@@ -65,26 +65,14 @@ _PAPER_HEAD_RECIPE = Recipe(
 
 
 @dataclass(frozen=True)
-class InpFormerPpConfig:
+class InpFormerPpConfig(InpBranchConfig):
     """Defaults are those of the paper (arXiv:2506.03660, section IV) and, where it is silent, of INP-Former.
 
+    What it shares with INP-Former lies in `InpBranchConfig`.
+
     Attributes:
-        backbone: timm's name; DINOv2 with registers (Base) in the paper.
-        layers: tapped blocks or stages; None takes the published ones of the backbone, strides 8 and 16 of a CNN.
-        image_size: `(height, width)`; the paper crops 392 from 448.
-        groups: sets of neighbouring layers that are compared on their own (two sets of four); 1 for a CNN.
-        prototypes: M, the number of INPs (6).
-        decoder_blocks: depth of the decoder, a multiple of `groups` (8).
-        heads: attention heads; None takes those of the transformer backbone.
-        mlp_ratio: width of each hidden layer over its input (4).
-        mining_exponent: gamma of soft mining (3).
-        coherence_weight: lambda, the weight of L_sc (0.2).
         magnitude_weight: weight of the squared error in L_sm; unpublished, 1 chosen.
         magnitude_reduction: mean or sum of the squared error over channels; unpublished, mean chosen.
-        projected_channels: C of a CNN's projected pyramid; None for a transformer.
-        average_features: take the 3x3 mean of each CNN layer first; helps localisation.
-        extractor_tokens: tokens an image that the extractor sees in a training step; None for all (paper).
-        decoder_tokens: tokens an image that the decoder rebuilds in a training step; None for all (paper).
         head_channels: channels between the three layers of the head; unpublished.
         schedule: the branch first and then the head, or both in one descent.
         defect_opacity: range of the share that a planted texture has in its area; DRAEM's.
@@ -96,28 +84,12 @@ class InpFormerPpConfig:
         map_size: `(height, width)` of the anomaly map; None for that of the image.
         blur_kernel: side of the Gaussian.
         blur_sigma: its standard deviation in pixels of the map; None for no blur.
-        top_fraction: share of the map's largest values that make the score (0.01).
-        seed: seeds the initial values, the token samples and the planted defects.
         recipe: the descent of the normal branch, or of both (section IV-A).
         head_recipe: the descent of the head in the staged schedule (100 epochs, by its authors).
     """
 
-    backbone: str = "vit_base_patch14_reg4_dinov2"
-    layers: tuple[int, ...] | None = None
-    image_size: tuple[int, int] = (392, 392)
-    groups: int = 2
-    prototypes: int = 6
-    decoder_blocks: int = 8
-    heads: int | None = None
-    mlp_ratio: int = 4
-    mining_exponent: float = 3.0
-    coherence_weight: float = 0.2
     magnitude_weight: float = 1.0
     magnitude_reduction: Literal["mean", "sum"] = "mean"
-    projected_channels: int | None = None
-    average_features: bool = False
-    extractor_tokens: int | None = None
-    decoder_tokens: int | None = None
     head_channels: tuple[int, int] = (256, 64)
     schedule: Literal["staged", "joint"] = "staged"
     defect_opacity: tuple[float, float] = (0.2, 1.0)
@@ -127,8 +99,6 @@ class InpFormerPpConfig:
     map_size: tuple[int, int] | None = None
     blur_kernel: int = 5
     blur_sigma: float | None = None
-    top_fraction: float = 0.01
-    seed: int = 1
     recipe: Recipe = _PAPER_RECIPE
     head_recipe: Recipe = _PAPER_HEAD_RECIPE
 
@@ -147,7 +117,7 @@ class _SegmentationHead(nn.Sequential):
         draw_defaults(self, generator)
 
 
-class InpFormerPp(nn.Module):
+class InpFormerPp(InpBranch):
     """Prototypes and decoder of INP-Former, and the head that reads the residual.
 
     Raises:
@@ -155,42 +125,16 @@ class InpFormerPp(nn.Module):
     """
 
     def __init__(self, config: InpFormerPpConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.image_size = config.image_size
-        front = build_front(
-            config.backbone,
-            config.image_size,
-            config.layers,
-            groups=config.groups,
-            heads=config.heads,
-            projected_channels=config.projected_channels,
-            average=config.average_features,
-        )
-        self.backbone, self.tokens, self.grid, channels, heads = front
-
         generator = torch.Generator().manual_seed(config.seed)
-        self.prototype_tokens = nn.Parameter(torch.randn(config.prototypes, channels, generator=generator))
-        self.extractor = InpExtractor(channels, heads, config.mlp_ratio)
-        self.bottleneck = Mlp(channels, config.mlp_ratio)
-        self.decoder = InpDecoder(channels, heads, config.mlp_ratio, blocks=config.decoder_blocks, groups=config.groups)
-        for part in (self.extractor, self.bottleneck, self.decoder):
-            initialise_linears(part, generator)
-        self.seg_head = _SegmentationHead(channels, config.head_channels, generator) if self._has_head else None
+        super().__init__(config, generator)
+        self.config = config
+        self.seg_head = _SegmentationHead(self.channels, config.head_channels, generator) if self._has_head else None
         self.blur = nn.Identity() if config.blur_sigma is None else GaussianBlur(config.blur_kernel, config.blur_sigma)
         self._labelled_defects: tuple[Tensor, Tensor] | None = None
 
     @property
     def _has_head(self) -> bool:
         return self.config.map_source == "combined"
-
-    def load_backbone_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take the backbone's weights in timm's naming.
-
-        Raises:
-            ValueError: if a key is missing, unknown or has another shape.
-        """
-        self.backbone.load_weights(state_dict)
 
     def keep_labelled_defects(self, images: Tensor, masks: Tensor) -> None:
         """Take real defects for the head to learn from beside planted ones (semi-supervised); call before fitting.
@@ -211,9 +155,9 @@ class InpFormerPp(nn.Module):
 
     def stages(self) -> Sequence[Stage]:
         """Return the descents; a CNN's pyramid is measured before them."""
-        passes = self.tokens.passes(self.backbone) if isinstance(self.tokens, PyramidTokens) else []
+        passes = self.measuring_passes()
         head = [] if self.seg_head is None else list(self.seg_head.parameters())
-        everything = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        everything = self.learnable_parameters()
         branch = [parameter for parameter in everything if not any(parameter is own for own in head)]
         recipe = self.config.recipe
         if self.config.schedule == "joint" and head:
@@ -223,36 +167,24 @@ class InpFormerPp(nn.Module):
             descents.append(GradientStage("segmentation head", self.head_loss, head, self.config.head_recipe))
         return [*passes, *descents]
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Return the frozen tokens `(B, G, N, C)` of images `(B, 3, H, W)`.
-
-        Raises:
-            ValueError: if the images have another size than `image_size`.
-            RuntimeError: if the backbone has no weights or a CNN's pyramid was not measured.
-        """
-        require_image_size(images, self.image_size)
-        result: Tensor = self.tokens(self.backbone(images))
-        return result
-
     def loss(self, tokens: Tensor, step: int) -> dict[str, Tensor]:
         """Return the two halves of L_sm and the weighted L_sc of encoded good frames `(B, G, N, C)`."""
-        generator = self._generator_of(step)
+        generator = generator_of_step(self.config.seed, step)
         seen = sample_tokens(tokens, self.config.extractor_tokens, generator).mean(dim=1)
-        prototypes = self._extract(seen)
+        prototypes = self.extract(seen)
         targets = sample_tokens(tokens, self.config.decoder_tokens, generator)
-        rebuilt = self._rebuild(targets.mean(dim=1), prototypes)
+        rebuilt = self.rebuild(targets.mean(dim=1), prototypes)
 
         gamma, reduction = self.config.mining_exponent, self.config.magnitude_reduction
         return {
-            "direction": _mined_direction_loss(targets, rebuilt, gamma),
+            "direction": mined_direction_loss(targets, rebuilt, gamma),
             "magnitude": self.config.magnitude_weight * _mined_magnitude_loss(targets, rebuilt, gamma, reduction),
             "coherence": self.config.coherence_weight * _soft_coherence_loss(seen, prototypes),
         }
 
     def head_loss(self, images: Tensor, step: int) -> dict[str, Tensor]:
         """Return the Dice loss of the head on good images `(B, 3, H, W)` in which defects were planted."""
-        planted, masks = self._plant_defects(images, self._generator_of(step))
+        planted, masks = self._plant_defects(images, generator_of_step(self.config.seed, step))
         with torch.no_grad():
             tokens = self.encode(planted)
             residual = self._residual(tokens, self._rebuild_all(tokens))
@@ -261,9 +193,6 @@ class InpFormerPp(nn.Module):
     def joint_loss(self, images: Tensor, step: int) -> dict[str, Tensor]:
         """Return all terms at once; the branch learns from the images as they are, the head from planted defects."""
         return self.loss(self.encode(images), step) | self.head_loss(images, step)
-
-    def _generator_of(self, step: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.config.seed * 2**32 + step)
 
     def _plant_defects(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Give each image a defect: real ones, where there are any, for the first of a batch, whose order is random."""
@@ -289,7 +218,7 @@ class InpFormerPp(nn.Module):
         tokens = self.encode(images)
         if self.config.map_source == "prototypes":
             fused = tokens.mean(dim=1)
-            mixture = _mix_prototypes(fused, self._extract(fused))
+            mixture = _mix_prototypes(fused, self.extract(fused))
             return self._finish_map(self._place(1 - functional.cosine_similarity(fused, mixture, dim=-1)))
         rebuilt = self._rebuild_all(tokens)
         anomaly_map = self._place(self._reconstruction_error(tokens, rebuilt))
@@ -325,39 +254,21 @@ class InpFormerPp(nn.Module):
         anomaly_map = self.blur(resize_map(anomaly_map, self.config.map_size or self.image_size))
         return AnomalyOutput(anomaly_map, top_fraction_mean(anomaly_map, self.config.top_fraction))
 
-    def _extract(self, fused: Tensor) -> Tensor:
-        """Return the INPs `(B, M, C)` of fused tokens `(B, N, C)`."""
-        result: Tensor = self.extractor(self.prototype_tokens, fused)
-        return result
-
-    def _rebuild(self, fused: Tensor, prototypes: Tensor) -> Tensor:
-        """Return what the decoder makes of tokens `(B, N, C)`: one entry a group, `(B, G, N, C)`."""
-        rebuilt: Tensor = self.decoder(self.bottleneck(fused), prototypes)
-        return rebuilt
-
     def _rebuild_all(self, tokens: Tensor) -> Tensor:
         """Return D of all tokens E `(B, G, N, C)`."""
         fused = tokens.mean(dim=1)
-        return self._rebuild(fused, self._extract(fused))
+        return self.rebuild(fused, self.extract(fused))
 
 
 def _mix_prototypes(fused: Tensor, prototypes: Tensor) -> Tensor:
     """Return for each token `(B, N, C)` the INPs, mixed by the softmax of their cosine to it: `(B, N, C)`."""
-    cosine = functional.normalize(fused, dim=-1) @ functional.normalize(prototypes, dim=-1).transpose(-2, -1)
-    return cosine.softmax(dim=-1) @ prototypes
+    return cosines(fused, prototypes).softmax(dim=-1) @ prototypes
 
 
 def _soft_coherence_loss(fused: Tensor, prototypes: Tensor) -> Tensor:
     """Return L_sc: 1 - one cosine an image between all tokens and all their mixtures (Eq. 3)."""
     mixture = _mix_prototypes(fused, prototypes)
     return (1 - functional.cosine_similarity(fused.flatten(1), mixture.flatten(1), dim=-1)).mean()
-
-
-def _mined_direction_loss(targets: Tensor, rebuilt: Tensor, exponent: float) -> Tensor:
-    """Return one cosine distance an image and group, averaged; well-rebuilt tokens get less gradient (Eq. 5)."""
-    distance = 1 - functional.cosine_similarity(targets, rebuilt, dim=-1)  # (B, G, N)
-    mined = reweight_gradient(rebuilt, mining_weight(distance, exponent)[..., None])
-    return (1 - functional.cosine_similarity(targets.flatten(2), mined.flatten(2), dim=-1)).mean()
 
 
 def _mined_magnitude_loss(

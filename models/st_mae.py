@@ -29,7 +29,7 @@ Symbols: F, F^ = `features` (B, C, h, w) and, cut into patches, `patches`, `rebu
 · A, B = first and second half of `order` (N,) · d, theta = squared and cosine distance at a place.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +38,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.backbones import CnnBackbone
-from models.blocks.maps import map_deviation, require_image_size
+from models.blocks.draws import generator_of_step
+from models.blocks.initial_values import draw_xavier
+from models.blocks.maps import reduce_map, require_image_size
+from models.blocks.on_backbone import OnBackbone
 from models.blocks.patches import patchify, unpatchify
 from models.blocks.smoothing import SmoothUpsampling
 from models.blocks.transformer import TransformerBlock, sincos_positions
@@ -122,7 +125,7 @@ def deal_tokens(count: int, rows: int, generator: torch.Generator) -> Tensor:
     return shuffled.reshape(rows, 2, -1).sort(dim=2).values.flatten(1)
 
 
-class StMae(nn.Module):
+class StMae(OnBackbone):
     """The siamese encoder, the transition and the decoder, on top of a frozen CNN.
 
     Raises:
@@ -165,18 +168,7 @@ class StMae(nn.Module):
 
     def _initialise(self, generator: torch.Generator) -> None:
         for part in (self.patch_embedding, self.encoder, self.decoder_embedding, self.decoder, self.prediction):
-            for module in part.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.xavier_uniform_(module.weight, generator=generator)
-                    nn.init.zeros_(module.bias)
-
-    def load_backbone_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take the backbone's weights in timm's naming.
-
-        Raises:
-            ValueError: if a key is missing, unknown or has another shape.
-        """
-        self.backbone.load_weights(state_dict)
+            draw_xavier(part, generator)
 
     def stages(self) -> Sequence[Stage]:
         """Return the one descent."""
@@ -184,7 +176,7 @@ class StMae(nn.Module):
             GradientStage(
                 name="transition",
                 loss=self.loss,
-                parameters=[parameter for parameter in self.parameters() if parameter.requires_grad],
+                parameters=self.learnable_parameters(),
                 recipe=self.config.recipe,
                 encode=self.encode,
             )
@@ -210,7 +202,7 @@ class StMae(nn.Module):
 
     def loss(self, features: Tensor, step: int) -> dict[str, Tensor]:
         """Return the squared and the weighted cosine distance of features `(B, C, h, w)`, a new deal an image."""
-        generator = torch.Generator().manual_seed(self.config.seed * 2**32 + step)
+        generator = generator_of_step(self.config.seed, step)
         patches = patchify(features, self.config.patch_size)
         order = deal_tokens(patches.shape[1], patches.shape[0], generator).to(features.device)
         distance, direction = _reconstruction_errors(patches, self._rebuild(patches, order, order.argsort(dim=1)))
@@ -229,9 +221,7 @@ class StMae(nn.Module):
             for order, raster in zip(self.orders.unbind(), self.rasters.unbind(), strict=True)
         ]
         anomaly_map = self.upsampling(torch.stack(residuals).mean(dim=0))
-        if self.config.score == "maximum":
-            return AnomalyOutput(anomaly_map, anomaly_map.amax(dim=(1, 2)))
-        return AnomalyOutput(anomaly_map, map_deviation(anomaly_map))
+        return AnomalyOutput(anomaly_map, reduce_map(anomaly_map, self.config.score))
 
     def _rebuild(self, patches: Tensor, order: Tensor, raster: Tensor) -> Tensor:
         """Return F^ `(B, N, k k C)` of patches, for an order `(N,)` of all images or `(B, N)` of each.

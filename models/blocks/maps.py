@@ -1,6 +1,7 @@
 """What happens to a coarse map on its way to a score; shared by all detectors."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,11 @@ def map_deviation(anomaly_map: Tensor) -> Tensor:
     """
     mean = anomaly_map.mean(dim=(1, 2), keepdim=True)
     return (anomaly_map - mean).square().mean(dim=(1, 2)).sqrt()
+
+
+def reduce_map(anomaly_map: Tensor, how: Literal["deviation", "maximum"]) -> Tensor:
+    """Score each image by its map `(B, h, w)`: the standard deviation, or the largest value; `(B,)` float32."""
+    return anomaly_map.amax(dim=(1, 2)) if how == "maximum" else map_deviation(anomaly_map)
 
 
 def require_image_size(images: Tensor, image_size: tuple[int, int]) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 class _ReweightGradient(torch.autograd.Function):
@@ -33,3 +34,16 @@ def mining_weight(distance: Tensor, exponent: float) -> Tensor:
     """
     distance = distance.detach()
     return (distance / distance.mean(dim=(0, 2), keepdim=True)) ** exponent
+
+
+def mined_direction_loss(targets: Tensor, rebuilt: Tensor, exponent: float) -> Tensor:
+    """Return one cosine distance an image and group, averaged; well-rebuilt tokens get less gradient.
+
+    Args:
+        targets: `(B, G, N, C)`, without gradient.
+        rebuilt: `(B, G, N, C)`.
+        exponent: gamma; a token's gradient is scaled by (its distance / the group's mean distance)^gamma.
+    """
+    distance = 1 - functional.cosine_similarity(targets, rebuilt, dim=-1)  # (B, G, N)
+    mined = reweight_gradient(rebuilt, mining_weight(distance, exponent)[..., None])
+    return (1 - functional.cosine_similarity(targets.flatten(2), mined.flatten(2), dim=-1)).mean()

@@ -92,7 +92,7 @@ def _answers(side: int):
     with torch.no_grad():
         output = detector(images)
         tokens = detector.encode(images)
-        rebuilt = detector._rebuild(tokens.mean(dim=1), seen["inp_tokens"])
+        rebuilt = detector.rebuild(tokens.mean(dim=1), seen["inp_tokens"])
     return expected, _arrange(detector, tokens, rebuilt, seen, output), detector, tokens
 
 

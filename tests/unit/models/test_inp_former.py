@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from models.blocks.soft_mining import mined_direction_loss
 from models.detector import PassStage
-from models.inp_former import InpFormer, InpFormerConfig, _distance_to_nearest, _soft_mining_loss
+from models.inp_former import InpFormer, InpFormerConfig, _distance_to_nearest
 from tests.tiny_detectors import TINY, make_detector
 
 
@@ -41,7 +42,7 @@ def test_soft_mining_when_recomputed_in_numpy_then_value_and_gradient_agree(expo
     targets, rebuilt = torch.randn(2, 3, 2, 5, 4, generator=generator).unbind()
     rebuilt = rebuilt.requires_grad_()
 
-    loss = _soft_mining_loss(targets, rebuilt, exponent)
+    loss = mined_direction_loss(targets, rebuilt, exponent)
     loss.backward()
 
     value, gradient = _mine_slowly(targets.double().numpy(), rebuilt.detach().double().numpy(), exponent)
@@ -84,7 +85,7 @@ def test_soft_mining_when_compared_with_its_formula_then_only_gradients_are_scal
 
     plain_loss = (1 - torch.cosine_similarity(targets.flatten(2), plain.flatten(2), dim=-1)).mean()
     plain_loss.backward()
-    mined_loss = _soft_mining_loss(targets, mined, exponent=3.0)
+    mined_loss = mined_direction_loss(targets, mined, exponent=3.0)
     mined_loss.backward()
 
     distance = 1 - torch.cosine_similarity(targets, plain.detach(), dim=-1)

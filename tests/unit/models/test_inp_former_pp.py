@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.backbones import untrained_weights
+from models.blocks.soft_mining import mined_direction_loss
 from models.inp_former_pp import (
     InpFormerPp,
     InpFormerPpConfig,
     _dice_loss,
-    _mined_direction_loss,
     _mined_magnitude_loss,
     _mix_prototypes,
     _soft_coherence_loss,
@@ -78,7 +78,7 @@ def test_mined_direction_when_recomputed_in_numpy_then_value_and_gradient_agree(
     targets, rebuilt = torch.randn(2, 3, 2, 5, 4, generator=generator).unbind()
     rebuilt = rebuilt.requires_grad_()
 
-    loss = _mined_direction_loss(targets, rebuilt, 3.0)
+    loss = mined_direction_loss(targets, rebuilt, 3.0)
     loss.backward()
 
     value, gradient = _mine_slowly(targets.double().numpy(), rebuilt.detach().double().numpy(), 3.0)
@@ -172,7 +172,7 @@ def test_mined_terms_when_added_then_neither_weight_touches_the_other_gradient()
 
     def gradient_of(*terms: int) -> Tensor:
         leaf = rebuilt.clone().requires_grad_()
-        losses = (_mined_direction_loss(targets, leaf, 3.0), _mined_magnitude_loss(targets, leaf, 3.0, "mean"))
+        losses = (mined_direction_loss(targets, leaf, 3.0), _mined_magnitude_loss(targets, leaf, 3.0, "mean"))
         sum(losses[term] for term in terms).backward()
         return leaf.grad
 
@@ -249,7 +249,7 @@ def test_zero_shot_map_is_the_distance_to_the_mixture_and_needs_no_head():
     with torch.no_grad():
         output = detector(_images())
         fused = detector.encode(_images()).mean(dim=1)
-        mixture = _mix_prototypes(fused, detector._extract(fused))
+        mixture = _mix_prototypes(fused, detector.extract(fused))
 
     distance = 1 - functional.cosine_similarity(fused, mixture, dim=-1)
     assert detector.seg_head is None
