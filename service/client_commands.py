@@ -32,7 +32,7 @@ from service.client import (
     RawFrame,
 )
 from service.client import Frame as ClientFrame
-from service.contract.bundle import load_bundle, versions_of
+from service.contract.bundle import load_bundle, newest_bundles, promised_lines
 from service.contract.frames import FrameLimits, decode_image, encode_jpeg, encode_png
 from service.contract.golden import read_golden
 from service.contract.policy import Verdict
@@ -267,11 +267,12 @@ def _supply(line: str, folder: Path | None, store: Path | None, frame_format: Fr
     if (folder is None) == (store is None):
         _leave("Give frames: --frames FOLDER, or --store STORE for the golden frames of the lines' bundles.")
     if store is not None:
-        versions = versions_of(store / line)
-        if not versions:
+        serving = [path for name, path in newest_bundles(store).items() if line in promised_lines(path, name)]
+        if not serving:
             _leave(f"{store} has no bundle of the line {line}; give --frames FOLDER instead.")
-        bundle = load_bundle(store / line / versions[-1])
-        encoded = [EncodedFrame(bundle.files[answer.file], "image/png") for answer in read_golden(bundle).answers]
+        bundle = load_bundle(serving[0])
+        answers = [answer for answer in read_golden(bundle).answers if answer.line == line]
+        encoded = [EncodedFrame(bundle.files[answer.file], "image/png") for answer in answers]
     else:
         encoded = [
             EncodedFrame(file.read_bytes(), MEDIA_TYPES[file.suffix.lower()]) for file in _images([folder or Path()])

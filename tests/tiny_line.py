@@ -7,7 +7,7 @@ import numpy as np
 
 from tests.factories import encode, make_frame
 from training.config import RunConfig
-from training.run_directory import RunRequest
+from training.run_directory import LineRequest, RunRequest
 
 GOOD, TEST_GOOD, DEFECTS = 48, 6, 5
 _HEIGHT, _WIDTH = 72, 80
@@ -63,11 +63,12 @@ def make_config(**overrides: Any) -> RunConfig:
     return RunConfig.model_validate(TINY_RUN | overrides)
 
 
-def make_request(line_folder: Path, store: Path, **overrides: Any) -> RunRequest:
-    """Return what a tiny run asks for: random backbone weights, the CPU."""
+def make_request(line_folder: Path, store: Path, *more_folders: Path, **overrides: Any) -> RunRequest:
+    """Return what a tiny run asks for: random backbone weights, the CPU; lines are named as their folders."""
+    folders = (line_folder, *more_folders)
     fields: dict[str, Any] = {
         "name": line_folder.name,
-        "line_folder": line_folder,
+        "lines": tuple(LineRequest(name=folder.name, folder=folder) for folder in folders),
         "store": store,
         "config": make_config(),
         "weights": "untrained",

@@ -30,6 +30,7 @@ Product = Annotated[
 ReviewRate = Annotated[float | None, typer.Option(help="wanted share of good parts that are REVIEW or FAIL")]
 FailRate = Annotated[float | None, typer.Option(help="wanted share of good parts that are FAIL")]
 Roi = Annotated[Path | None, typer.Option(help="mask image, white where parts are inspected")]
+Line = Annotated[str | None, typer.Option(help="which of the bundle's lines, where it serves several")]
 Threads = Annotated[int | None, typer.Option(min=1, help="threads of one computation")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change one value; may be repeated")
@@ -46,6 +47,8 @@ flawline train lines/bottle --config paper --device cuda
 
 flawline train lines/bottle --fail-rate 0.02 --set hyperparameters.recipe.iterations=300
 
+flawline train --line bottle=lines/bottle --line cap=lines/cap --name bottling
+
 flawline train lines/leather --detector grnr --product texture
 
 flawline train --resume runs/bottle/20261122-101500
@@ -55,6 +58,10 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
     line_folder: Annotated[
         Path | None, typer.Argument(help="train/good and, if there are any, test/good and test/<kind>")
     ] = None,
+    lines: Annotated[
+        list[str] | None,
+        typer.Option("--line", metavar="NAME=FOLDER", help="one of several lines for one network; repeat it"),
+    ] = None,
     store: Annotated[Path, typer.Option(help="folder of all bundles")] = Path("store"),
     runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
     detector: Detector = "inp_former",
@@ -62,19 +69,22 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
     backbone: Annotated[str | None, typer.Option(help="another pretrained network, by timm's name")] = None,
     weights: Weights = None,
     product: Product = None,
-    name: Annotated[str | None, typer.Option(help="of bundle and line; default: the folder's name")] = None,
+    name: Annotated[str | None, typer.Option(help="of the bundle, and of the line of a folder given by itself")] = None,
     seed: Annotated[int | None, typer.Option(help="of everything that is drawn")] = None,
     review_rate: ReviewRate = None,
     fail_rate: FailRate = None,
-    roi: Roi = None,
+    roi: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]MASK", help="mask image, white where parts are inspected; of a --line: NAME=MASK"),
+    ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where to fit")] = "auto",
     threads: Threads = None,
     settings: Settings = None,
     resume: Annotated[Path | None, typer.Option(help="directory of a stopped run, which knows all the rest")] = None,
 ) -> None:
-    """Fit a detector on good frames; evaluate, calibrate, export and publish it as a bundle."""
-    if (line_folder is None) == (resume is None):
-        typer.echo("Name the folder of a line, or a stopped run with --resume: one of the two.", err=True)
+    """Fit a detector on the good frames of one line or several; evaluate, calibrate, export, publish it as a bundle."""
+    if sum((line_folder is not None, bool(lines), resume is not None)) != 1:
+        typer.echo("Name the folder of a line, or several with --line, or a stopped run with --resume.", err=True)
         raise typer.Exit(_CALLERS_FAULT)
     jobs = _jobs()
     named = {"backbone": backbone, "product": product, "seed": seed, "review_rate": review_rate, "fail_rate": fail_rate}
@@ -89,24 +99,34 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
             config=config,
             weights=weights,
             name=name,
-            region_of_interest=roi,
+            lines=lines or [],
+            regions_of_interest=roi or [],
             device=device,
             settings=[*(settings or []), *(f"{key}={value}" for key, value in named.items() if value is not None)],
         )
-        jobs.train_line(line_folder, wishes, threads)
+        jobs.train_lines(line_folder, wishes, threads)
 
 
-@commands.command(epilog="Example:\n\nflawline evaluate store/bottle/3 lines/bottle")
+@commands.command(
+    epilog="""
+Examples:
+
+flawline evaluate store/bottle/3 lines/bottle
+
+flawline evaluate store/bottling/1 lines/cap --line cap
+"""
+)
 def evaluate(
     bundle: Bundle,
     line_folder: Annotated[Path, typer.Argument(help="a line with test frames")],
+    line: Line = None,
     output: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
     threads: Threads = None,
 ) -> None:
     """Measure a bundle on a line's test frames, at the bundle's own thresholds."""
     jobs = _jobs()
     with jobs.faults_as_sentences():
-        jobs.evaluate_bundle(bundle, line_folder, output, threads or 1)
+        jobs.evaluate_bundle(bundle, line, line_folder, output, threads or 1)
 
 
 @commands.command(epilog="Example:\n\nflawline calibrate store/bottle/3 frames/good_of_last_week --fail-rate 0.02")
@@ -116,14 +136,17 @@ def calibrate(
     review_rate: ReviewRate = None,
     fail_rate: FailRate = None,
     roi: Roi = None,
-    line: Annotated[Path | None, typer.Option(help="a line whose test frames measure the new thresholds")] = None,
+    line: Line = None,
+    line_folder: Annotated[
+        Path | None, typer.Option(help="a line's folder whose test frames measure the new thresholds")
+    ] = None,
     threads: Threads = None,
 ) -> None:
-    """Publish a new version with the same network and thresholds from other good parts."""
+    """Publish a new version with the same network and one line's thresholds from other good parts."""
     jobs = _jobs()
     rates = {"review_rate": review_rate, "fail_rate": fail_rate}
     with jobs.faults_as_sentences():
-        jobs.recalibrate_bundle(bundle, good_folder, line, rates, roi, threads or 1)
+        jobs.recalibrate_bundle(bundle, line, good_folder, line_folder, rates, roi, threads or 1)
 
 
 @commands.command(epilog="Example:\n\nflawline export runs/bottle/20261122-101500 --fail-rate 0.02")

@@ -20,17 +20,19 @@ from service.contract.bundle import (
     Manifest,
     OutputSpec,
     ParityRecord,
+    line_file,
     load_bundle,
 )
+from service.contract.calibration import Calibration
 from service.contract.golden import Run, read_golden, replay
 from service.contract.graph import opset_of
-from service.contract.policy import ScoreRule
+from service.contract.policy import Policy, ScoreRule
 from training.calibrate import Calibrated
 from training.config import RunConfig
-from training.data.check import CheckedDataset
-from training.data.samples import ANOMALOUS, NORMAL, Sample
+from training.data.samples import ANOMALOUS, NORMAL
 from training.evaluate import Answers, Evaluation, to_records, without_test_frames
 from training.fit import FitReport
+from training.lines import GatheredLine
 from training.report import Fact, RunFacts
 from training.reproducibility import Provenance
 
@@ -38,20 +40,46 @@ _FIRST_VERSION = "1"  # replaced by the store, which alone knows which is free
 
 
 @dataclass(frozen=True, eq=False)
+class MeasuredLine:
+    """What the steps of a run returned for one of its lines.
+
+    Attributes:
+        gathered: its frames.
+        held_out: answers to the good frames that thresholds rest on.
+        tested: answers to the test frames, or None where there are none.
+        calibrated: thresholds and policy.
+        evaluation: of the test frames, or None where there are none.
+    """
+
+    gathered: GatheredLine
+    held_out: Answers
+    tested: Answers | None
+    calibrated: Calibrated
+    evaluation: Evaluation | None
+
+    @property
+    def name(self) -> str:
+        """Name of the line."""
+        return self.gathered.name
+
+    @property
+    def answers(self) -> dict[str, Answers]:
+        """Raw answers by the name of their set."""
+        return {"held_out": self.held_out} | ({} if self.tested is None else {"test": self.tested})
+
+
+@dataclass(frozen=True, eq=False)
 class RunRecord:
     """What the steps of a run returned, as far as manifest and report tell it.
 
     Attributes:
-        name: of the bundle and its line.
+        name: of the bundle.
         config: of the run.
-        data: the checked data set.
-        fitted_on: good frames that the detector was fitted on.
-        held_out: answers to the good frames that thresholds rest on.
-        evaluation: of the test frames, or None where there are none.
+        lines: in the order of their indices.
+        warnings: what is worth knowing of the lines together.
         backbone: its weights, or None.
         score_rule: how scores are reduced from maps.
         fitting: what happened.
-        calibrated: thresholds and policy.
         model: bytes of the graph.
         parity: of the graph.
         provenance: seeds, libraries, revision, time.
@@ -60,14 +88,11 @@ class RunRecord:
 
     name: str
     config: RunConfig
-    data: CheckedDataset
-    fitted_on: Sequence[Sample]
-    held_out: Answers
-    evaluation: Evaluation | None
+    lines: Sequence[MeasuredLine]
+    warnings: tuple[str, ...]
     backbone: BackboneRecord | None
     score_rule: ScoreRule
     fitting: FitReport
-    calibrated: Calibrated
     model: bytes
     parity: ParityRecord
     provenance: Provenance
@@ -76,11 +101,10 @@ class RunRecord:
 
 def make_manifest(run: RunRecord) -> Manifest:
     """Return the manifest of a run, complete but for version and digests, which the store adds."""
-    tested = () if run.evaluation is None else run.evaluation.answers.samples
-    height, width = run.held_out.maps.shape[1:]
+    height, width = run.lines[0].held_out.maps.shape[1:]
     return Manifest(
         name=run.name,
-        lines=(run.name,),
+        lines=tuple(line.name for line in run.lines),
         version=_FIRST_VERSION,
         detector=run.config.detector,
         backbone=run.backbone,
@@ -89,21 +113,7 @@ def make_manifest(run: RunRecord) -> Manifest:
         output=OutputSpec(map_height=height, map_width=width, score_rule=run.score_rule),
         opset=opset_of(run.model),
         precision="fp32",
-        by_line={
-            run.name: LineRecord(
-                data=DataRecord(
-                    name=run.data.dataset.name,
-                    digest=run.data.digest,
-                    fitted_on=len(run.fitted_on),
-                    calibrated_on=len(run.held_out.samples),
-                    tested_on_normal=sum(sample.label == NORMAL for sample in tested),
-                    tested_on_anomalous=sum(sample.label == ANOMALOUS for sample in tested),
-                ),
-                review_rate=run.config.review_rate,
-                fail_rate=run.config.fail_rate,
-                metrics=to_records(without_test_frames() if run.evaluation is None else run.evaluation.metrics),
-            )
-        },
+        by_line={line.name: _line_record(line, run.config) for line in run.lines},
         evaluation_resolution=run.config.evaluation_resolution,
         parity=run.parity,
         golden=run.config.golden,
@@ -119,12 +129,9 @@ def tell_facts(run: RunRecord) -> RunFacts:
     """Return what the report says of a run."""
     spec = run.config.input
     cropped = f", cropped from {spec.resize_height}x{spec.resize_width}" if spec.height != spec.resize_height else ""
-    counts = ", ".join(f"{count} {name}" for name, count in run.data.counts.items())
     seconds = ", ".join(f"{name} {duration:.0f} s" for name, duration in run.fitting.seconds.items())
     libraries = ", ".join(f"{name} {version}" for name, version in run.provenance.libraries.items())
     facts = {
-        "Frames": f"{counts}; {len(run.fitted_on)} fitted on, {len(run.held_out.samples)} held out",
-        "Data digest": run.data.digest,
         "Input": f"{spec.height}x{spec.width} pixels (height x width){cropped}",
         "Backbone weights": "none" if run.backbone is None else f"{run.backbone.source}, {run.backbone.digest}",
         "Network digest": hashlib.sha256(run.model).hexdigest(),
@@ -134,7 +141,7 @@ def tell_facts(run: RunRecord) -> RunFacts:
         "Libraries": libraries,
     }
     return RunFacts(
-        line=run.name,
+        name=run.name,
         detector=run.config.detector,
         backbone=None if run.backbone is None else run.backbone.name,
         created_at=run.provenance.created_at,
@@ -142,19 +149,45 @@ def tell_facts(run: RunRecord) -> RunFacts:
         configuration=run.config.to_yaml(),
         losses=tuple((point.stage, point.step, sum(point.terms.values())) for point in run.fitting.losses),
         parity=run.parity,
-        warnings=run.data.warnings,
+        warnings=run.warnings,
     )
 
 
-def bundle_files(model: bytes, calibrated: Calibrated, golden: Mapping[str, bytes], page: str) -> dict[str, bytes]:
-    """Return a bundle's files by relative path, all but manifest and sidecar."""
-    return {
-        MODEL_FILE: model,
-        CALIBRATION_FILE: calibrated.calibration.to_bytes(),
-        POLICY_FILE: calibrated.policy.model_dump_json(indent=2).encode() + b"\n",
-        REPORT_FILE: page.encode(),
-        **golden,
-    }
+def tell_line_facts(line: MeasuredLine) -> tuple[Fact, ...]:
+    """Return what the report says of one line's frames."""
+    counts = ", ".join(f"{count} {name}" for name, count in line.gathered.data.counts.items())
+    height, width = line.gathered.data.frame_size
+    fitted_on, held_out = len(line.gathered.fitted_on), len(line.held_out.samples)
+    return (
+        Fact(name="Frames", value=f"{counts}; {fitted_on} fitted on, {held_out} held out"),
+        Fact(name="Frame size", value=f"{height}x{width} pixels (height x width)"),
+        Fact(name="Data digest", value=line.gathered.data.digest),
+    )
+
+
+def bundle_files(
+    model: bytes,
+    calibrations: Mapping[str, Calibration],
+    policies: Mapping[str, Policy],
+    golden: Mapping[str, bytes],
+    page: str,
+) -> dict[str, bytes]:
+    """Return a bundle's files by relative path, all but manifest and sidecar.
+
+    Args:
+        model: the graph.
+        calibrations: good-part values of each line that was calibrated.
+        policies: default rules, by line.
+        golden: files of the golden set.
+        page: the report.
+    """
+    files = {MODEL_FILE: model, REPORT_FILE: page.encode(), **golden}
+    lines = list(policies)
+    for line in lines:
+        if line in calibrations:
+            files[line_file(line, lines, CALIBRATION_FILE)] = calibrations[line].to_bytes()
+        files[line_file(line, lines, POLICY_FILE)] = policies[line].model_dump_json(indent=2).encode() + b"\n"
+    return files
 
 
 def verify_bundle(path: Path, run: Run) -> Bundle:
@@ -166,3 +199,20 @@ def verify_bundle(path: Path, run: Run) -> Bundle:
     bundle = load_bundle(path)
     replay(bundle, read_golden(bundle), run)
     return bundle
+
+
+def _line_record(line: MeasuredLine, config: RunConfig) -> LineRecord:
+    labels = [] if line.tested is None else [sample.label for sample in line.tested.samples]
+    return LineRecord(
+        data=DataRecord(
+            name=line.gathered.data.dataset.name,
+            digest=line.gathered.data.digest,
+            fitted_on=len(line.gathered.fitted_on),
+            calibrated_on=len(line.held_out.samples),
+            tested_on_normal=labels.count(NORMAL),
+            tested_on_anomalous=labels.count(ANOMALOUS),
+        ),
+        review_rate=config.review_rate,
+        fail_rate=config.fail_rate,
+        metrics=to_records(without_test_frames() if line.evaluation is None else line.evaluation.metrics),
+    )

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from models import DETECTORS, build_detector
 from models.detector import GradientStage, Recipe
-from service.contract.bundle import MODEL_FILE, MetricRecord, load_bundle
+from service.contract.bundle import MODEL_FILE, SCHEMA_VERSION, MetricRecord, load_bundle
 from service.contract.frames import FrameLimits
 from training.config import RunConfig
 from training.data.check import check_dataset
@@ -36,7 +36,7 @@ from training.faults import CALLERS, OURS
 from training.progress import Reporter, SilentReporter
 from training.report import VerdictRow
 from training.run import FinishedRun, train
-from training.run_directory import RunRequest
+from training.run_directory import LineRequest, RunRequest
 from training.speed import GraphSpeed, measure_speed
 from training.weights import UNTRAINED, resolve_weights
 
@@ -287,7 +287,7 @@ def _measure(plan: CellPlan, means: Means, digest: str, reporter: Reporter) -> C
     store, run = directory / "store", directory / "run"
     request = RunRequest(
         name=plan.line,
-        line_folder=plan.folder,
+        lines=(LineRequest(name=plan.line, folder=plan.folder),),
         store=store,
         config=plan.config,
         weights=UNTRAINED if plan.kind == "control" else means.weights,
@@ -309,6 +309,7 @@ def _measure(plan: CellPlan, means: Means, digest: str, reporter: Reporter) -> C
 
 def _cell_of(plan: CellPlan, finished: FinishedRun, digest: str, total_s: float, speed_s: float) -> Cell:
     bundle, report = load_bundle(finished.bundle), finished.report
+    (line,) = report.lines
     frame = load_frame(read_dataset(plan.folder).train_good[0].path, plan.config.input, FrameLimits())
     trainable, parameters = count_parameters(plan.config)
     return Cell(
@@ -318,9 +319,9 @@ def _cell_of(plan: CellPlan, finished: FinishedRun, digest: str, total_s: float,
         kind=plan.kind,
         seed=plan.config.seed,
         backbone=report.run.backbone,
-        metrics=report.metrics,
-        good_scores=report.good_scores,
-        defect_scores=report.defect_scores,
+        metrics=line.metrics,
+        good_scores=line.good_scores,
+        defect_scores=line.defect_scores,
         fit_s=sum(finished.fitting.seconds.values()),
         total_s=total_s,
         trainable_parameters=trainable,
@@ -330,7 +331,7 @@ def _cell_of(plan: CellPlan, finished: FinishedRun, digest: str, total_s: float,
         bundle_bytes=sum(path.stat().st_size for path in finished.bundle.rglob("*") if path.is_file()),
         bundle=Path("store") / plan.line / finished.bundle.name,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        verdicts=report.verdicts,
+        verdicts=line.verdicts,
     )
 
 
@@ -339,6 +340,7 @@ def _digest(plan: CellPlan, means: Means) -> str:
     weights = UNTRAINED if plan.kind == "control" else means.weights
     facts: Mapping[str, object] = {
         "schema": _SCHEMA,
+        "bundle": SCHEMA_VERSION,
         # Without defaults, so that a key which the run learns later does not make old cells untrue.
         "configuration": plan.config.model_dump(mode="json", exclude_defaults=True),
         "kind": plan.kind,

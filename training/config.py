@@ -26,7 +26,7 @@ from training.data.split import HoldOut
 from training.weight_lock import backbone_name
 
 # Fields of a detector's configuration that the run says once for everybody.
-_DERIVED = {"backbone": "backbone", "image_size": "input", "seed": "seed"}
+_DERIVED = {"backbone": "backbone", "image_size": "input", "lines": "the lines of the run", "seed": "seed"}
 _CONFIG_OF_SIZE = {"paper": "{detector}.yaml", "small": "{detector}_small.yaml"}
 
 
@@ -55,7 +55,7 @@ class RunConfig(BaseModel):
         review_rate: wanted share of good parts that are at least `REVIEW`.
         fail_rate: wanted share of good parts that are `FAIL`.
         golden: how closely a device must reproduce the golden set.
-        golden_frames: how many frames the golden set has at most.
+        golden_frames: how many frames of each line the golden set has at most.
         evaluation_resolution: whether pixel figures are measured at the frames' own size or at the model's.
         batch_size: frames a forward pass in evaluation and calibration; it changes speed, never an answer.
     """
@@ -81,8 +81,11 @@ class RunConfig(BaseModel):
     def _resolve_alias(cls, name: str | None) -> str | None:
         return None if name is None else backbone_name(name)
 
-    def detector_config(self) -> Any:
+    def detector_config(self, lines: int = 1) -> Any:
         """Return the detector's own frozen configuration, filled from this run.
+
+        Args:
+            lines: how many lines the detector is fitted on; only line-conditioned ones ask.
 
         Raises:
             ConfigFault: if the detector or a hyperparameter is not known, a value does not fit, or the detector does
@@ -100,6 +103,7 @@ class RunConfig(BaseModel):
         derived = {
             "backbone": self.backbone,
             "image_size": (self.input.height, self.input.width),
+            "lines": lines,
             "seed": self.seed,
         }
         values = self.hyperparameters | {

@@ -22,7 +22,7 @@ from training.data.samples import ANOMALOUS, UNKNOWN, Sample
 from training.metrics import Metric, auroc
 from training.progress import Reporter
 from training.run import FinishedRun, train
-from training.run_directory import RunRequest
+from training.run_directory import LineRequest, RunRequest
 
 CONNECTIONS = 8
 
@@ -79,7 +79,7 @@ def run_demo(
     name = line.resolve().name
     request = RunRequest(
         name=name,
-        line_folder=line,
+        lines=(LineRequest(name=name, folder=line),),
         store=folder / "store",
         config=config,
         weights=weights,
@@ -146,7 +146,7 @@ def _show(shooting: Shooting, finished: FinishedRun, reporter: Reporter) -> None
         ("stage", "p50", "p99"),
         [*(_percentiles(stage, shooting) for stage in _STAGES), _round_trip(shooting)],
     )
-    offline = finished.report.metrics.get("i_auroc")
+    offline = finished.report.lines[0].metrics.get("i_auroc")
     reporter.table(
         "Result",
         ("figure", "value"),
@@ -162,7 +162,7 @@ def _refuse_differences(shooting: Shooting, finished: FinishedRun) -> None:
     problems = [shot.problem.sentence for shot in shooting.shots if shot.problem is not None]
     if problems:
         raise DemoFailed(f"{len(problems)} of {len(shooting.shots)} frames got no verdict: {problems[0]}")
-    online, offline = _auroc_over_http(shooting).value, finished.report.metrics.get("i_auroc")
+    online, offline = _auroc_over_http(shooting).value, finished.report.lines[0].metrics.get("i_auroc")
     if online is None or offline is None or offline.value is None:
         return
     if abs(online - offline.value) > _LARGEST_DIFFERENCE:

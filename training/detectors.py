@@ -48,7 +48,11 @@ class PreparedDetector:
 
 
 def prepare_detector(
-    config: RunConfig, weights: Path | Literal["untrained"] | None, search: tuple[Path, ...], device: torch.device
+    config: RunConfig,
+    weights: Path | Literal["untrained"] | None,
+    search: tuple[Path, ...],
+    device: torch.device,
+    lines: int = 1,
 ) -> PreparedDetector:
     """Build a detector and load its backbone.
 
@@ -57,12 +61,13 @@ def prepare_detector(
         weights: a safetensors file, "untrained", or None to search by the backbone's name.
         search: folders that may hold the file.
         device: where the detector shall lie.
+        lines: how many lines it is fitted on.
 
     Raises:
         ConfigFault: if the configuration contradicts itself or the backbone, or the weights belong to another one.
         WeightsUnavailable: if no weights could be had.
     """
-    own = config.detector_config()
+    own = config.detector_config(lines)
     try:
         built: Any = build_detector(config.detector, own)
     except ValueError as error:

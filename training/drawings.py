@@ -47,7 +47,11 @@ _STYLE: dict[Any, Any] = {
 
 
 def draw_histogram(
-    held_out: Sequence[float], good: Sequence[float], defective: Sequence[float], thresholds: Thresholds
+    held_out: Sequence[float],
+    good: Sequence[float],
+    defective: Sequence[float],
+    thresholds: Thresholds,
+    place: int = 1,
 ) -> str:
     """Draw the scores of three groups of frames, each as shares of its own size, with both thresholds.
 
@@ -56,6 +60,7 @@ def draw_histogram(
         good: of good test frames.
         defective: of anomalous test frames.
         thresholds: review and fail.
+        place: tells this drawing from others of its kind on the page.
     """
     series = [
         ("good, held out for calibration", held_out, _GOOD),
@@ -80,10 +85,12 @@ def draw_histogram(
         f"Histogram of scores of good and defective frames, with the review threshold at {thresholds[0]:.4g} and the "
         f"fail threshold at {thresholds[1]:.4g}"
     )
-    return _draw("histogram", label, (8.4, 3.4), paint)
+    return _draw(f"histogram-{place}", label, (8.4, 3.4), paint)
 
 
-def draw_roc(points: Points, good: Sequence[float], defective: Sequence[float], thresholds: Thresholds) -> str | None:
+def draw_roc(
+    points: Points, good: Sequence[float], defective: Sequence[float], thresholds: Thresholds, place: int = 1
+) -> str | None:
     """Draw the ROC curve with the points of both thresholds; None where there is no curve."""
     if not points:
         return None
@@ -94,11 +101,12 @@ def draw_roc(points: Points, good: Sequence[float], defective: Sequence[float], 
         axes.set(xlabel="share of good frames stopped", ylabel="share of defects stopped")
         axes.legend(loc="lower right")
 
-    return _draw("roc", "ROC curve of the test frames, with the points of both thresholds", (4.1, 3.6), paint)
+    label = "ROC curve of the test frames, with the points of both thresholds"
+    return _draw(f"roc-{place}", label, (4.1, 3.6), paint)
 
 
 def draw_precision_recall(
-    points: Points, good: Sequence[float], defective: Sequence[float], thresholds: Thresholds
+    points: Points, good: Sequence[float], defective: Sequence[float], thresholds: Thresholds, place: int = 1
 ) -> str | None:
     """Draw precision over recall with the points of both thresholds; None where there is no curve."""
     if not points:
@@ -115,7 +123,7 @@ def draw_precision_recall(
         axes.legend(loc="lower left")
 
     label = "Precision over recall of the test frames, with the points of both thresholds"
-    return _draw("precision-recall", label, (4.1, 3.6), paint)
+    return _draw(f"precision-recall-{place}", label, (4.1, 3.6), paint)
 
 
 def draw_loss(losses: Sequence[tuple[str, int, float]]) -> str | None:

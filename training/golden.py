@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from service.contract.bundle import GoldenRule
+from service.contract.bundle import Bundle, GoldenRule
 from service.contract.frames import FrameLimits, decode_image, encode_png, fit_to_input, resize_pixels
 from service.contract.geometry import InputSpec
 from service.contract.golden import GoldenAnswer, GoldenSet, Run, write_golden
@@ -35,7 +35,19 @@ class GoldenFailed(FlawlineError):
 
 
 @dataclass(frozen=True, eq=False)
-class _Golden:
+class GoldenFrame:
+    """A frame that a device must answer as the exported graph did.
+
+    Attributes:
+        line: that it shows.
+        png: its pixels, perhaps smaller than the camera's.
+        description: what it shows, in words.
+        score: raw score of the graph.
+        anomaly_map: `(h, w)` float32.
+        verdict: by the line's policy.
+    """
+
+    line: str
     png: bytes
     description: str
     score: float
@@ -45,7 +57,7 @@ class _Golden:
 
 @dataclass(frozen=True)
 class GoldenChooser:
-    """What every candidate is judged with.
+    """What every candidate of one line is judged with.
 
     Attributes:
         run: the exported graph.
@@ -67,8 +79,8 @@ class GoldenChooser:
     tolerance: GoldenRule
     seed: int
 
-    def choose(self, good: Answers, tested: Answers | None, count: int) -> dict[str, bytes]:
-        """Return the files of a golden set, half of it good frames.
+    def choose(self, good: Answers, tested: Answers | None, count: int) -> list[GoldenFrame]:
+        """Return a line's golden frames, half of them good.
 
         Args:
             good: answers to held-out good frames.
@@ -85,10 +97,10 @@ class GoldenChooser:
         found = _first(self._real(defects), count - len(chosen))
         if not any(golden.verdict is not Verdict.PASS for golden in (*chosen, *found)):
             found = [*found[: count - len(chosen) - 1], *_first(self._planted(spread(good)), 1)]
-        return _write(self.line, [*chosen, *found])
+        return self._at_least_one([*chosen, *found])
 
-    def choose_again(self, golden: GoldenSet) -> dict[str, bytes]:
-        """Return the files of a bundle's golden set with the verdicts of a new policy.
+    def choose_again(self, golden: GoldenSet) -> list[GoldenFrame]:
+        """Return the line's frames of a bundle's golden set, with the verdicts of a new policy.
 
         Raises:
             GoldenFailed: if every frame lies too near to a new threshold.
@@ -96,17 +108,26 @@ class GoldenChooser:
         judged = [
             self._judge(frame.pixels, answer.description)
             for answer, frame in zip(golden.answers, golden.frames, strict=True)
+            if answer.line == self.line
         ]
-        return _write(self.line, [again for again in judged if again is not None])
+        return self._at_least_one([again for again in judged if again is not None])
 
-    def _real(self, samples: Sequence[Sample]) -> Iterator[_Golden]:
+    def _at_least_one(self, chosen: list[GoldenFrame]) -> list[GoldenFrame]:
+        if not chosen:
+            raise GoldenFailed(
+                f"Every score of the line {self.line} lies within the golden tolerance of a threshold, so no device "
+                "could be checked; train longer, or lower golden.score_tolerance."
+            )
+        return chosen
+
+    def _real(self, samples: Sequence[Sample]) -> Iterator[GoldenFrame]:
         for sample in samples:
             what = "a good part" if sample.label != ANOMALOUS else f"a defect of the kind {sample.kind}"
             golden = self._judge(self._pixels(sample), what)
             if golden is not None:
                 yield golden
 
-    def _planted(self, samples: Sequence[Sample]) -> Iterator[_Golden]:
+    def _planted(self, samples: Sequence[Sample]) -> Iterator[GoldenFrame]:
         generator = np.random.default_rng(self.seed)
         for attempt in range(_PLANTED_TRIES):
             strength = (attempt + 1) / _PLANTED_TRIES
@@ -124,7 +145,7 @@ class GoldenChooser:
         )
         return resize_pixels(frame.pixels, round(height * scale), round(width * scale))
 
-    def _judge(self, pixels: NDArray[np.uint8], description: str) -> _Golden | None:
+    def _judge(self, pixels: NDArray[np.uint8], description: str) -> GoldenFrame | None:
         """Judge one candidate as a device will, alone in its batch; None if it is too near to a threshold."""
         height, width = pixels.shape[:2]
         line_index = np.array([self.line_index], np.int64)
@@ -136,7 +157,33 @@ class GoldenChooser:
         thresholds = (self.policy.review_threshold, self.policy.fail_threshold)
         if min(abs(judgement.score - threshold) for threshold in thresholds) <= near:
             return None
-        return _Golden(encode_png(pixels), description, float(scores[0]), maps[0], judgement.verdict)
+        return GoldenFrame(self.line, encode_png(pixels), description, float(scores[0]), maps[0], judgement.verdict)
+
+
+def carry_golden_over(bundle: Bundle, golden: GoldenSet, without: str) -> list[GoldenFrame]:
+    """Return a bundle's golden frames as they are, all but those of one line."""
+    return [
+        GoldenFrame(
+            answer.line, bundle.files[answer.file], answer.description, answer.score, anomaly_map, answer.verdict
+        )
+        for answer, anomaly_map in zip(golden.answers, golden.anomaly_maps, strict=True)
+        if answer.line != without
+    ]
+
+
+def golden_files(chosen: Sequence[GoldenFrame]) -> dict[str, bytes]:
+    """Return the files of a golden set by relative path, the frames of all lines one after another."""
+    answers = [
+        GoldenAnswer(
+            line=golden.line,
+            file=f"golden/{index:02d}.png",
+            description=golden.description,
+            score=golden.score,
+            verdict=golden.verdict,
+        )
+        for index, golden in enumerate(chosen)
+    ]
+    return write_golden(answers, [golden.png for golden in chosen], np.stack([golden.anomaly_map for golden in chosen]))
 
 
 def plant_defect(pixels: NDArray[np.uint8], generator: np.random.Generator, strength: float) -> NDArray[np.uint8]:
@@ -167,24 +214,5 @@ def plant_defect(pixels: NDArray[np.uint8], generator: np.random.Generator, stre
     return np.clip(planted, 0, 255).astype(np.uint8)
 
 
-def _first(candidates: Iterator[_Golden], count: int) -> list[_Golden]:
+def _first(candidates: Iterator[GoldenFrame], count: int) -> list[GoldenFrame]:
     return [golden for golden, _ in zip(candidates, range(max(0, count)), strict=False)]
-
-
-def _write(line: str, chosen: Sequence[_Golden]) -> dict[str, bytes]:
-    if not chosen:
-        raise GoldenFailed(
-            "Every frame's score lies within the golden tolerance of a threshold, so no device could be checked; "
-            "train longer, or lower golden.score_tolerance."
-        )
-    answers = [
-        GoldenAnswer(
-            line=line,
-            file=f"golden/{index:02d}.png",
-            description=golden.description,
-            score=golden.score,
-            verdict=golden.verdict,
-        )
-        for index, golden in enumerate(chosen)
-    ]
-    return write_golden(answers, [golden.png for golden in chosen], np.stack([golden.anomaly_map for golden in chosen]))

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from models.backbones import BackboneUnavailable
-from service.contract.bundle import MANIFEST_FILE, REPORT_FILE, LineName, MetricRecord, load_bundle
+from service.contract.bundle import MANIFEST_FILE, REPORT_FILE, Bundle, LineName, MetricRecord, load_bundle
 from service.contract.frames import FrameLimits
 from service.errors import EngineFailed, FlawlineError, ParameterInvalid
 from training.calibrate import read_region_of_interest
@@ -34,9 +34,9 @@ from training.golden import GoldenFailed
 from training.progress import Reporter, choose_reporter
 from training.ranking import ScoreNotFinite
 from training.recalibrate import read_good_folder, recalibrate
-from training.report import ReportData, render
+from training.report import LineReport, ReportData, render
 from training.run import Beginning, RunNotFitted, train
-from training.run_directory import RunDirectoryFault, RunRequest, new_directory, read_report, read_request
+from training.run_directory import LineRequest, RunDirectoryFault, RunRequest, new_directory, read_report, read_request
 from training.weight_lock import WeightsRefused
 from training.weights import UNTRAINED, WeightsUnavailable
 
@@ -69,8 +69,9 @@ class Wishes:
         detector: method.
         config: `small`, `paper` or a file.
         weights: a file, a folder, "untrained", or None.
-        name: of the bundle, or None for the folder's.
-        region_of_interest: mask image, or None.
+        name: of the bundle, or None for the folder's or the only line's.
+        lines: `NAME=FOLDER` each, in the order of their indices; none where one folder is given by itself.
+        regions_of_interest: a mask image, or `NAME=MASK` each where lines are named.
         device: where to fit.
         settings: `key=value`, in order.
     """
@@ -81,7 +82,8 @@ class Wishes:
     config: str
     weights: str | None
     name: str | None
-    region_of_interest: Path | None
+    lines: Sequence[str]
+    regions_of_interest: Sequence[str]
     device: Device
     settings: Sequence[str]
 
@@ -106,16 +108,18 @@ def faults_as_sentences() -> Iterator[None]:
         raise _leave(f"{error.filename or 'A file'}: {error.strerror or error}.", _CALLERS) from error
 
 
-def train_line(line_folder: Path, wishes: Wishes, threads: int | None) -> None:
-    """Fit a line anew and tell the result."""
+def train_lines(line_folder: Path | None, wishes: Wishes, threads: int | None) -> None:
+    """Fit one line, or several together, anew and tell the result."""
+    lines = _named_lines(wishes) if line_folder is None else (_only_line(line_folder, wishes),)
+    if wishes.name is None and len(lines) > 1:
+        raise ParameterInvalid("Several lines make one bundle; give its name with --name.")
     request = RunRequest(
-        name=_line_name(wishes.name or line_folder.resolve().name),
-        line_folder=line_folder.resolve(),
+        name=_line_name(wishes.name or lines[0].name),
+        lines=lines,
         store=wishes.store.resolve(),
         config=load_config(wishes.config, wishes.detector, wishes.settings),
         weights=_weights_file(wishes.weights),
         weight_folders=_weight_folders(wishes.weights),
-        region_of_interest=None if wishes.region_of_interest is None else wishes.region_of_interest.resolve(),
         device=wishes.device,
     )
     _run(request, new_directory(wishes.runs, request.name, datetime.now(UTC)), "new", threads)
@@ -138,13 +142,15 @@ def export_run(directory: Path, store: Path | None, rates: Mapping[str, float | 
     _run(request.model_copy(update=update), directory, "export", threads)
 
 
-def evaluate_bundle(path: Path, line_folder: Path, output: Path | None, threads: int) -> None:
+def evaluate_bundle(path: Path, line: str | None, line_folder: Path, output: Path | None, threads: int) -> None:
     """Measure a bundle on a line's test frames and tell the figures."""
     bundle, reporter = load_bundle(path), _reporter()
     manifest = bundle.manifest
+    name = _line_of(bundle, line)
     samples = _test_samples(line_folder, reporter)
-    answers = ask(GraphRun(bundle.model, threads), samples, manifest.input, reporter, title="test frames")
-    policy = bundle.policies[manifest.lines[0]]
+    graph, index = GraphRun(bundle.model, threads), manifest.lines.index(name)
+    answers = ask(graph, samples, manifest.input, reporter, title="test frames", line_index=index)
+    policy = bundle.policies[name]
     found = evaluate(answers, policy, manifest.output.score_rule, manifest.input, manifest.evaluation_resolution)
     rows = [(kind, *(str(count) for count in counts.values())) for kind, counts in found.verdict_counts().items()]
     reporter.table("Verdicts", ("frames", "PASS", "REVIEW", "FAIL"), rows)
@@ -158,22 +164,25 @@ def evaluate_bundle(path: Path, line_folder: Path, output: Path | None, threads:
 
 def recalibrate_bundle(
     path: Path,
+    line: str | None,
     good_folder: Path,
     line_folder: Path | None,
     rates: Mapping[str, float | None],
     region_of_interest: Path | None,
     threads: int,
 ) -> None:
-    """Publish a bundle again with thresholds from other good parts and tell the result."""
+    """Publish a bundle again with one line's thresholds from other good parts and tell the result."""
     bundle, reporter = load_bundle(path.resolve()), _reporter()
-    record = bundle.manifest.by_line[bundle.manifest.lines[0]]
+    name = _line_of(bundle, line)
+    record = bundle.manifest.by_line[name]
     published, report = recalibrate(
         bundle,
+        name,
         read_good_folder(good_folder),
         [] if line_folder is None else _test_samples(line_folder, reporter),
         reporter,
-        review_rate=_given(rates["review_rate"], record.review_rate),
-        fail_rate=_given(rates["fail_rate"], record.fail_rate),
+        review_rate=_rate("review_rate", rates["review_rate"], record.review_rate),
+        fail_rate=_rate("fail_rate", rates["fail_rate"], record.fail_rate),
         region_of_interest=None if region_of_interest is None else read_region_of_interest(region_of_interest),
         threads=threads,
     )
@@ -222,16 +231,22 @@ def _run(request: RunRequest, directory: Path, beginning: Beginning, threads: in
 
 
 def _tell(report: ReportData, reporter: Reporter, places: Mapping[str, Path]) -> None:
-    rows = [(row.kind, str(row.passed), str(row.review), str(row.failed)) for row in report.verdicts]
-    reporter.table("Verdicts", ("frames", "PASS", "REVIEW", "FAIL"), rows)
-    promises = [
-        (name, f"{promise.value:.4g}", f"{100 * promise.rate:.3g} %", f"{100 * promise.bound:.3g} %")
-        for name, promise in (("review", report.review), ("fail", report.fail))
-    ]
-    reporter.table("Thresholds", ("from", "score", "good parts stopped, on average", "with 95 % confidence"), promises)
-    reporter.table("Figures", ("figure", "value", "95 % interval"), _figure_rows(report.metrics))
+    for line in report.lines:
+        _tell_line(line, "" if len(report.lines) == 1 else f" of {line.line}", reporter)
     for name, path in places.items():
         reporter.note(f"{name}: {path}")
+
+
+def _tell_line(line: LineReport, of_line: str, reporter: Reporter) -> None:
+    rows = [(row.kind, str(row.passed), str(row.review), str(row.failed)) for row in line.verdicts]
+    reporter.table(f"Verdicts{of_line}", ("frames", "PASS", "REVIEW", "FAIL"), rows)
+    promises = [
+        (name, f"{promise.value:.4g}", f"{100 * promise.rate:.3g} %", f"{100 * promise.bound:.3g} %")
+        for name, promise in (("review", line.review), ("fail", line.fail))
+    ]
+    columns = ("from", "score", "good parts stopped, on average", "with 95 % confidence")
+    reporter.table(f"Thresholds{of_line}", columns, promises)
+    reporter.table(f"Figures{of_line}", ("figure", "value", "95 % interval"), _figure_rows(line.metrics))
 
 
 def _figure_rows(figures: Mapping[str, MetricRecord]) -> list[tuple[str, str, str]]:
@@ -253,8 +268,10 @@ def _test_samples(line_folder: Path, reporter: Reporter) -> list[Sample]:
     return samples
 
 
-def _given(rate: float | None, old: float) -> float:
-    return old if rate is None else rate
+def _rate(name: str, given: float | None, old: float | None) -> float:
+    """Return the rate that is asked for, or the line's own, or that of a run where nobody chose one."""
+    chosen = old if given is None else given
+    return float(RunConfig.model_fields[name].default) if chosen is None else chosen
 
 
 def _weights_file(given: str | None) -> Path | Literal["untrained"] | None:
@@ -268,12 +285,56 @@ def _weight_folders(given: str | None) -> tuple[Path, ...]:
     return (*named, _WEIGHTS_FOLDER.resolve())
 
 
+def _only_line(folder: Path, wishes: Wishes) -> LineRequest:
+    if len(wishes.regions_of_interest) > 1:
+        raise ParameterInvalid("One line has one region of interest; give --roi once.")
+    mask = next(iter(wishes.regions_of_interest), None)
+    return LineRequest(
+        name=_line_name(wishes.name or folder.resolve().name),
+        folder=folder.resolve(),
+        region_of_interest=None if mask is None else Path(mask).resolve(),
+    )
+
+
+def _named_lines(wishes: Wishes) -> tuple[LineRequest, ...]:
+    pairs = [_name_and_path("--line", given, "lines/bottle") for given in wishes.lines]
+    masks: dict[str, Path] = {}
+    for name, mask in (_name_and_path("--roi", given, "bottle_mask.png") for given in wishes.regions_of_interest):
+        if name not in {line for line, _ in pairs}:
+            raise ParameterInvalid(f"--roi {name}={mask}: there is no --line {name}.")
+        if name in masks:
+            raise ParameterInvalid(f"The line {name} has two regions of interest; give --roi once a line.")
+        masks[name] = mask
+    return tuple(
+        LineRequest(name=_line_name(name), folder=folder, region_of_interest=masks.get(name)) for name, folder in pairs
+    )
+
+
+def _name_and_path(option: str, given: str, example: str) -> tuple[str, Path]:
+    name, _, path = given.partition("=")
+    if not (name and path):
+        raise ParameterInvalid(f"{option} {given!r} names no line; write NAME=PATH, for example bottle={example}.")
+    return name, Path(path).resolve()
+
+
+def _line_of(bundle: Bundle, wanted: str | None) -> str:
+    """Return the line that an option names, or the only one."""
+    lines = bundle.manifest.lines
+    if wanted is None and len(lines) == 1:
+        return lines[0]
+    if wanted not in lines:
+        asked = "" if wanted is None else f", and not {wanted}"
+        raise ParameterInvalid(f"The bundle serves {', '.join(lines)}{asked}; name one of them with --line.")
+    return wanted
+
+
 def _line_name(name: str) -> str:
     try:
         return TypeAdapter(LineName).validate_python(name)
     except ValidationError as error:
         raise ParameterInvalid(
-            f"{name!r} can't name a line; give --name with letters, digits, dots, dashes and underscores, at most 64."
+            f"{name!r} can't name a line or bundle; give a name of letters, digits, dots, dashes and underscores, at "
+            "most 64."
         ) from error
 
 

@@ -1,7 +1,8 @@
-"""A bundle with new thresholds: the same network and input, other good parts, rates or region of interest.
+"""A bundle with new thresholds for one line: the same network and input, other good parts, rates or region of interest.
 
 For a line whose light or product has moved a little, or whose rates were not right: no fitting, no torch. The result is
-a new version in the same store; the old one stays as it is.
+a new version in the same store; the old one stays as it is, and so do the other lines of the bundle: their calibration,
+policy, golden frames and figures are carried over.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from service.contract.bundle import Bundle
+from service.contract.bundle import MODEL_FILE, Bundle, LineRecord
 from service.contract.golden import read_golden
 from service.contract.policy import Policy
 from service.contract.regions import Polygon
@@ -20,9 +21,9 @@ from training.data.folders import good_samples
 from training.data.samples import ANOMALOUS, NORMAL, DatasetFault, Sample
 from training.evaluate import Answers, Evaluation, ask, evaluate, to_records
 from training.export import GraphRun
-from training.golden import GoldenChooser
+from training.golden import GoldenChooser, carry_golden_over, golden_files
 from training.progress import Reporter
-from training.report import Fact, ReportData, RunFacts, collect, render
+from training.report import Fact, LineReport, ReportData, RunFacts, carry_over, collect, render
 from training.store import publish
 
 
@@ -42,6 +43,7 @@ def read_good_folder(folder: Path) -> list[Sample]:
 
 def recalibrate(
     bundle: Bundle,
+    line: str,
     good: Sequence[Sample],
     tested: Sequence[Sample],
     reporter: Reporter,
@@ -51,10 +53,11 @@ def recalibrate(
     region_of_interest: tuple[Polygon, ...] | None = None,
     threads: int = 1,
 ) -> tuple[Path, ReportData]:
-    """Publish a bundle again with thresholds from other good parts.
+    """Publish a bundle again with one line's thresholds from other good parts.
 
     Args:
         bundle: verified.
+        line: one of the bundle's.
         good: good frames that fitting never saw.
         tested: labelled test frames to measure the new verdicts on; may be empty.
         reporter: shows how far the work is.
@@ -71,11 +74,11 @@ def recalibrate(
         GoldenFailed: if no golden frame is clear of the new thresholds.
         FlawlineError: if a frame can't be read, or the region of interest can't be applied.
     """
-    manifest, line = bundle.manifest, bundle.manifest.lines[0]
+    manifest, index = bundle.manifest, bundle.manifest.lines.index(line)
     old, record = bundle.policies[line], manifest.by_line[line]
     spec, rule = manifest.input, manifest.output.score_rule
     graph = GraphRun(bundle.model, threads)
-    held_out = ask(graph, good, spec, reporter, title="good frames")
+    held_out = ask(graph, good, spec, reporter, title="good frames", line_index=index)
     calibrated = calibrate(
         held_out.scores,
         held_out.maps,
@@ -89,37 +92,34 @@ def recalibrate(
     calibrated = _with_filters_of(old, calibrated)
     evaluation = None
     if tested:
-        answers = ask(graph, tested, spec, reporter, title="test frames")
+        answers = ask(graph, tested, spec, reporter, title="test frames", line_index=index)
         evaluation = evaluate(
             answers, calibrated.policy, rule, spec, manifest.evaluation_resolution, seed=manifest.seed
         )
-    chooser = GoldenChooser(graph, line, 0, calibrated.policy, rule, spec, manifest.golden, manifest.seed)
-    golden = chooser.choose_again(read_golden(bundle))
+    chooser = GoldenChooser(graph, line, index, calibrated.policy, rule, spec, manifest.golden, manifest.seed)
+    old_golden = read_golden(bundle)
+    golden = golden_files([*chooser.choose_again(old_golden), *carry_golden_over(bundle, old_golden, without=line)])
 
     created_at = datetime.now(UTC).isoformat(timespec="seconds")
-    facts = _facts(bundle, held_out, created_at)
-    report = collect(facts, calibrated, held_out, evaluation, rule, spec, manifest.evaluation_resolution)
-    data = {"calibrated_on": len(good)}
-    metrics = record.metrics
-    if evaluation is not None:
-        data |= _counts(evaluation)
-        metrics = to_records(evaluation.metrics)
     again = manifest.model_copy(
         update={
-            "by_line": {
-                line: record.model_copy(
-                    update={
-                        "data": record.data.model_copy(update=data),
-                        "metrics": metrics,
-                        "review_rate": review_rate,
-                        "fail_rate": fail_rate,
-                    }
-                )
-            },
+            "by_line": manifest.by_line | {line: _measured_again(record, held_out, evaluation, review_rate, fail_rate)},
             "created_at": created_at,
         }
     )
-    files = bundle_files(bundle.model, calibrated, golden, render(report))
+    section = collect(line, _line_facts(record, held_out), (), calibrated, held_out, evaluation, rule, spec)
+    report = ReportData(
+        run=_facts(bundle, line, created_at),
+        resolution=manifest.evaluation_resolution,
+        lines=tuple(
+            section if name == line else _carried_section(bundle, name)
+            for name in manifest.lines
+            if name == line or name in bundle.calibrations
+        ),
+    )
+    calibrations = {**bundle.calibrations, line: calibrated.calibration}
+    policies = {**bundle.policies, line: calibrated.policy}
+    files = bundle_files(bundle.model, calibrations, policies, golden, render(report))
     path = publish(bundle.path.parent.parent, again, files, check=lambda place: verify_bundle(place, graph))
     return path, report
 
@@ -135,27 +135,44 @@ def _next_version(version: str) -> str:
     return str(int(version) + 1) if version.isdecimal() else f"{version[:60]}.1"
 
 
-def _counts(evaluation: Evaluation) -> dict[str, int]:
-    labels = evaluation.answers.labels
-    return {
-        "tested_on_normal": int((labels == NORMAL).sum()),
-        "tested_on_anomalous": int((labels == ANOMALOUS).sum()),
-    }
+def _measured_again(
+    record: LineRecord, held_out: Answers, evaluation: Evaluation | None, review_rate: float, fail_rate: float
+) -> LineRecord:
+    data: dict[str, int] = {"calibrated_on": len(held_out.samples)}
+    metrics = record.metrics
+    if evaluation is not None:
+        labels = evaluation.answers.labels
+        data["tested_on_normal"] = int((labels == NORMAL).sum())
+        data["tested_on_anomalous"] = int((labels == ANOMALOUS).sum())
+        metrics = to_records(evaluation.metrics)
+    return LineRecord(
+        data=record.data.model_copy(update=data), review_rate=review_rate, fail_rate=fail_rate, metrics=metrics
+    )
 
 
-def _facts(bundle: Bundle, held_out: Answers, created_at: str) -> RunFacts:
+def _carried_section(bundle: Bundle, line: str) -> LineReport:
     manifest = bundle.manifest
-    data = manifest.by_line[manifest.lines[0]].data
+    return carry_over(line, manifest.version, bundle.policies[line], bundle.calibrations[line], manifest.by_line[line])
+
+
+def _line_facts(record: LineRecord, held_out: Answers) -> tuple[Fact, ...]:
+    return (
+        Fact(name="Good frames", value=f"{len(held_out.samples)}, none of them fitted on"),
+        Fact(name="Fitted on", value=f"{record.data.fitted_on} good frames of {record.data.name}"),
+    )
+
+
+def _facts(bundle: Bundle, line: str, created_at: str) -> RunFacts:
+    manifest = bundle.manifest
+    what = "" if len(manifest.lines) == 1 else f"{line}, "
     facts = {
-        "Calibrated again": f"from version {manifest.version} of {manifest.created_at}; the network is the same",
+        "Calibrated again": f"{what}from version {manifest.version} of {manifest.created_at}; the network is the same",
         "Digest of that version": bundle.digest,
-        "Good frames": f"{len(held_out.samples)}, none of them fitted on",
-        "Fitted on": f"{data.fitted_on} good frames of {data.name}",
-        "Network digest": manifest.files["model.onnx"],
+        "Network digest": manifest.files[MODEL_FILE],
         "Seed": str(manifest.seed),
     }
     return RunFacts(
-        line=manifest.name,
+        name=manifest.name,
         detector=manifest.detector,
         backbone=None if manifest.backbone is None else manifest.backbone.name,
         created_at=created_at,
@@ -163,4 +180,9 @@ def _facts(bundle: Bundle, held_out: Answers, created_at: str) -> RunFacts:
         configuration=yaml.safe_dump(manifest.hyperparameters, sort_keys=False),
         losses=(),
         parity=manifest.parity,
+        warnings=tuple(
+            f"The line {name} is not calibrated yet, so there is nothing to tell of it."
+            for name in manifest.lines
+            if name not in (line, *bundle.calibrations)
+        ),
     )

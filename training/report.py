@@ -6,21 +6,22 @@ URIs, curves are inline SVG, and a content security policy forbids everything th
 """
 
 import base64
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from service.contract.bundle import MetricRecord, ParityRecord
-from service.contract.calibration import Threshold
+from service.contract.bundle import LineRecord, MetricRecord, ParityRecord
+from service.contract.calibration import Calibration, Threshold
 from service.contract.frames import FrameLimits, decode_image, encode_jpeg, resize_mask, resize_pixels
 from service.contract.geometry import InputSpec
 from service.contract.heatmaps import overlay
-from service.contract.policy import Judgement, Policy, ScoreRule, Verdict
+from service.contract.policy import Judgement, Policy, ScoreRule, Verdict, verdict_of
 from service.contract.regions import draw_outlines, outline_mask
 from training.calibrate import Calibrated
 from training.data.loader import load_mask
@@ -34,6 +35,7 @@ _JPEG_QUALITY = 80
 _PICTURES_OF_A_KIND = 6
 _ANNOTATION_RGB = (80, 220, 80)
 _VERDICTS = (Verdict.PASS, Verdict.REVIEW, Verdict.FAIL)
+_HELD_OUT = "good, held out"
 
 Group = Literal["missed", "rejected", "caught", "passed"]
 
@@ -101,18 +103,18 @@ class RunFacts(_Record):
     """What the run says of itself.
 
     Attributes:
-        line: name of the line.
+        name: of the bundle.
         detector: name of the method.
         backbone: name of the feature extractor, or None.
         created_at: UTC, ISO 8601.
-        facts: further lines, in order.
+        facts: further facts, in order.
         configuration: the run's YAML.
         losses: `(stage, step, loss)` of every iteration.
         parity: of the exported graph.
-        warnings: what the data check allowed but wants known.
+        warnings: what is worth knowing of the lines together.
     """
 
-    line: str
+    name: str
     detector: str
     backbone: str | None
     created_at: str
@@ -123,17 +125,20 @@ class RunFacts(_Record):
     warnings: tuple[str, ...] = ()
 
 
-class ReportData(_Record):
-    """Everything the page shows; a run directory keeps it as `report.json`.
+class LineReport(_Record):
+    """What the page shows of one line.
 
     Attributes:
-        run: what the run says of itself.
+        line: its name.
+        facts: of its frames, in order.
+        warnings: what the data check allowed but wants known.
+        carried_from: version of the bundle that the line's thresholds were calibrated with, where that is an older one;
+            then there is nothing of its test frames but figures.
         review: the threshold of `REVIEW`.
         fail: the threshold of `FAIL`.
         verdicts: held-out good frames first, then test frames by kind.
         metrics: figures of the test frames.
         by_kind: I-AUROC of each kind of defect.
-        resolution: at which pixel figures were measured.
         calibration_scores: of held-out good frames.
         good_scores: of good test frames.
         defect_scores: of anomalous test frames.
@@ -142,13 +147,15 @@ class ReportData(_Record):
         pictures: best and worst frames.
     """
 
-    run: RunFacts
+    line: str
+    facts: tuple[Fact, ...]
+    warnings: tuple[str, ...]
+    carried_from: str | None = None
     review: Promise
     fail: Promise
     verdicts: tuple[VerdictRow, ...]
     metrics: dict[str, MetricRecord]
     by_kind: dict[str, MetricRecord]
-    resolution: Literal["original", "model"]
     calibration_scores: tuple[float, ...]
     good_scores: tuple[float, ...]
     defect_scores: tuple[float, ...]
@@ -156,33 +163,59 @@ class ReportData(_Record):
     precision_recall: tuple[tuple[float, float], ...]
     pictures: tuple[Picture, ...]
 
+    @property
+    def good_tested(self) -> tuple[VerdictRow, ...]:
+        """Verdicts of good test frames."""
+        return tuple(row for row in self.verdicts if row.is_good and row.kind != _HELD_OUT)
+
+    @property
+    def defects_tested(self) -> tuple[VerdictRow, ...]:
+        """Verdicts of defective test frames, a row a kind."""
+        return tuple(row for row in self.verdicts if not row.is_good)
+
+
+class ReportData(_Record):
+    """Everything the page shows; a run directory keeps it as `report.json`.
+
+    Attributes:
+        run: what the run says of itself.
+        resolution: at which pixel figures were measured.
+        lines: a section each, at least one.
+    """
+
+    run: RunFacts
+    resolution: Literal["original", "model"]
+    lines: tuple[LineReport, ...]
+
 
 def collect(
-    run: RunFacts,
+    line: str,
+    facts: tuple[Fact, ...],
+    warnings: tuple[str, ...],
     calibrated: Calibrated,
     held_out: Answers,
     evaluation: Evaluation | None,
     rule: ScoreRule,
     spec: InputSpec,
-    resolution: Literal["original", "model"],
-) -> ReportData:
-    """Gather figures and pictures; the last step that needs the frames.
+) -> LineReport:
+    """Gather a line's figures and pictures; the last step that needs the frames.
 
     Args:
-        run: what the run says of itself.
+        line: its name.
+        facts: of its frames.
+        warnings: what the data check allowed but wants known.
         calibrated: thresholds and policy.
         held_out: answers to the good frames that were calibrated on.
         evaluation: of the test frames, or None where the line has none.
         rule: how scores are reduced from maps.
         spec: the network's input.
-        resolution: at which pixel figures are measured.
     """
     policy = calibrated.policy
     judgements = judge_all(held_out, policy, rule, spec)
     held_counts = dict.fromkeys(_VERDICTS, 0)
     for judgement in judgements:
         held_counts[judgement.verdict] += 1
-    rows = [_row("good, held out", True, held_counts)]
+    rows = [_row(_HELD_OUT, True, held_counts)]
     pictures: list[Picture] = []
     if evaluation is not None:
         good_kinds = {s.kind for s in evaluation.answers.samples if s.label == NORMAL}
@@ -193,20 +226,56 @@ def collect(
     if not any(picture.group == "passed" for picture in pictures):
         middle = int(np.argsort(held_out.scores, kind="stable")[len(held_out.scores) // 2])
         pictures.append(_picture("passed", held_out, judgements[middle], middle, policy, spec))
-    return ReportData(
-        run=run,
+    return LineReport(
+        line=line,
+        facts=facts,
+        warnings=warnings,
         review=_promise(calibrated.review),
         fail=_promise(calibrated.fail),
         verdicts=tuple(rows),
         metrics=to_records(without_test_frames() if evaluation is None else evaluation.metrics),
         by_kind={} if evaluation is None else to_records(evaluation.by_kind),
-        resolution=resolution,
         calibration_scores=_rounded(judgement.score for judgement in judgements),
         good_scores=_scores_of(evaluation, NORMAL),
         defect_scores=_scores_of(evaluation, ANOMALOUS),
         roc=() if evaluation is None else _points(evaluation.roc),
         precision_recall=() if evaluation is None else _points(evaluation.precision_recall),
         pictures=tuple(pictures),
+    )
+
+
+def carry_over(line: str, version: str, policy: Policy, calibration: Calibration, record: LineRecord) -> LineReport:
+    """Tell of a line whose thresholds stay as they are, from what its bundle holds.
+
+    Args:
+        line: its name.
+        version: of the bundle that holds the following.
+        policy: the line's default rules.
+        calibration: its good-part values.
+        record: what the manifest says of it.
+
+    Raises:
+        ValueError: if the line was not calibrated.
+    """
+    if record.review_rate is None or record.fail_rate is None:
+        raise ValueError("a line without a calibration promises nothing")
+    counts = Counter(verdict_of(float(score), policy) for score in calibration.scores)
+    return LineReport(
+        line=line,
+        facts=(Fact(name="Data digest", value=record.data.digest),),
+        warnings=(),
+        carried_from=version,
+        review=_promise(calibration.threshold(record.review_rate)),
+        fail=_promise(calibration.threshold(record.fail_rate)),
+        verdicts=(_row(_HELD_OUT, True, {verdict: counts[verdict] for verdict in _VERDICTS}),),
+        metrics=record.metrics,
+        by_kind={},
+        calibration_scores=_rounded(calibration.scores.tolist()),
+        good_scores=(),
+        defect_scores=(),
+        roc=(),
+        precision_recall=(),
+        pictures=(),
     )
 
 
@@ -222,26 +291,49 @@ def render(data: ReportData) -> str:
     environment.filters["percent"] = _percent
     environment.filters["figure"] = _figure
     environment.filters["day"] = _day
-    thresholds = (data.review.value, data.fail.value)
-    test = [row for row in data.verdicts if row.kind != "good, held out"]
-    good = [row for row in test if row.is_good]
-    defects = [row for row in test if not row.is_good]
     return environment.get_template("report.html").render(
         data=data,
-        good_total=sum(row.total for row in good),
-        good_failed=sum(row.failed for row in good),
-        good_review=sum(row.review for row in good),
-        defect_total=sum(row.total for row in defects),
-        defect_failed=sum(row.failed for row in defects),
-        defect_review=sum(row.review for row in defects),
-        defect_missed=sum(row.passed for row in defects),
-        histogram=draw_histogram(data.calibration_scores, data.good_scores, data.defect_scores, thresholds),
-        roc=draw_roc(data.roc, data.good_scores, data.defect_scores, thresholds),
-        precision_recall=draw_precision_recall(data.precision_recall, data.good_scores, data.defect_scores, thresholds),
+        lines=[_words_and_drawings(line, place) for place, line in enumerate(data.lines, start=1)],
         loss=draw_loss(data.run.losses),
         metric_names=_METRIC_NAMES,
         groups=_GROUPS,
         glossary=_GLOSSARY,
+    )
+
+
+class _Section(NamedTuple):
+    """One line as the page's template takes it."""
+
+    place: int
+    data: LineReport
+    good_total: int
+    good_failed: int
+    good_review: int
+    defect_total: int
+    defect_failed: int
+    defect_review: int
+    defect_missed: int
+    histogram: str
+    roc: str | None
+    precision_recall: str | None
+
+
+def _words_and_drawings(line: LineReport, place: int) -> _Section:
+    thresholds = (line.review.value, line.fail.value)
+    good, defective = line.good_scores, line.defect_scores
+    return _Section(
+        place=place,
+        data=line,
+        good_total=sum(row.total for row in line.good_tested),
+        good_failed=sum(row.failed for row in line.good_tested),
+        good_review=sum(row.review for row in line.good_tested),
+        defect_total=sum(row.total for row in line.defects_tested),
+        defect_failed=sum(row.failed for row in line.defects_tested),
+        defect_review=sum(row.review for row in line.defects_tested),
+        defect_missed=sum(row.passed for row in line.defects_tested),
+        histogram=draw_histogram(line.calibration_scores, good, defective, thresholds, place),
+        roc=draw_roc(line.roc, good, defective, thresholds, place),
+        precision_recall=draw_precision_recall(line.precision_recall, good, defective, thresholds, place),
     )
 
 

@@ -1,15 +1,17 @@
-"""One run, told from a folder of frames to a bundle in the store; every step is done elsewhere.
+"""One run, told from the frames of its lines to a bundle in the store; every step is done elsewhere.
 
 Data flows through return values; what a run keeps on its way lies in its directory (`run_directory.py`).
 """
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,29 +19,39 @@ from numpy.typing import NDArray
 
 from service.contract.bundle import Manifest, MetricRecord
 from service.contract.frames import FrameLimits
-from service.contract.regions import Polygon
-from training.bundles import RunRecord, bundle_files, make_manifest, tell_facts, verify_bundle
-from training.calibrate import Calibrated, calibrate, read_region_of_interest, refuse_unsupported_rates
+from service.contract.geometry import InputSpec
+from service.contract.golden import Run
+from service.contract.policy import ScoreRule
+from training.bundles import (
+    MeasuredLine,
+    RunRecord,
+    bundle_files,
+    make_manifest,
+    tell_facts,
+    tell_line_facts,
+    verify_bundle,
+)
+from training.calibrate import calibrate
 from training.checkpoint import load_checkpoint
 from training.config import RunConfig
-from training.data.check import CheckedDataset, check_dataset
-from training.data.detect import read_dataset
 from training.data.loader import FileFrames, load_frame
-from training.data.samples import UNKNOWN, Sample
-from training.data.split import split_good
+from training.data.samples import Sample
 from training.detectors import PreparedDetector, choose_device, prepare_detector
-from training.evaluate import Answers, ask, evaluate, spread
+from training.evaluate import ask, evaluate, spread
 from training.export import DetectorRun, GraphRun, check_parity, export_graph
 from training.fit import CheckpointPlan, FitReport, FitSettings, fit
-from training.golden import GoldenChooser
+from training.golden import GoldenChooser, GoldenFrame, golden_files
+from training.lines import GatheredLine, GatheredLines, gather_lines
 from training.progress import Reporter
-from training.report import ReportData, collect, render
+from training.report import LineReport, ReportData, collect, render
 from training.reproducibility import describe_run, make_deterministic
 from training.run_directory import RunRequest, keep_request, keep_results
 from training.store import publish
 
 _FIRST_POLICY = "1"
+# Over all lines; a line gets its share, and a few at least.
 _PARITY_FRAMES = 18
+_FEWEST_PARITY_FRAMES = 4
 # What decides how a detector is fitted; other keys may change between a run and its export.
 _FITTING_KEYS = {"detector", "backbone", "hyperparameters", "input", "seed", "hold_out"}
 
@@ -69,9 +81,9 @@ class FinishedRun:
     fitting: FitReport
 
     @property
-    def metrics(self) -> dict[str, MetricRecord]:
-        """Figures of the test frames."""
-        return self.manifest.by_line[self.manifest.name].metrics
+    def metrics(self) -> dict[str, dict[str, MetricRecord]]:
+        """Figures of the test frames, by line."""
+        return {line: record.metrics for line, record in self.manifest.by_line.items()}
 
 
 def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: Beginning = "new") -> FinishedRun:
@@ -91,85 +103,57 @@ def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: B
     device = choose_device(request.device)
     make_deterministic(config.seed)
 
-    frames = _gather(request, reporter)
-    prepared = prepare_detector(config, request.weights, request.weight_folders, device)
+    gathered = gather_lines(request, reporter)
+    lines = gathered.lines
+    prepared = prepare_detector(config, request.weights, request.weight_folders, device, len(lines))
     keep_request(directory, request)
-    fitting = _fit(prepared, frames, config, directory, reporter, beginning)
+    fitting = _fit(prepared, gathered, config, directory, reporter, beginning)
     rule = prepared.score_rule
 
     run = DetectorRun(prepared.module, device)
-    held_out = ask(run, frames.held_out, spec, reporter, title="good frames", batch_size=config.batch_size)
-    tested = None
-    if frames.tested:
-        tested = ask(run, frames.tested, spec, reporter, title="test frames", batch_size=config.batch_size)
-    calibrated = _calibrate(held_out, prepared, config, frames.region_of_interest)
-    evaluation = None
-    if tested is not None:
-        evaluation = evaluate(tested, calibrated.policy, rule, spec, config.evaluation_resolution, seed=config.seed)
+    measured = [_measure(run, index, line, len(lines), rule, config, reporter) for index, line in enumerate(lines)]
 
     reporter.note("exporting, and comparing the graph with PyTorch")
     on_cpu = DetectorRun(prepared.module.to("cpu"), torch.device("cpu"))
     model = export_graph(prepared.detector)
     graph = GraphRun(model)
-    shown = _some_frames(held_out, tested, config)
-    only_line = np.zeros(len(shown), np.int64)
-    parity = check_parity(on_cpu, graph, shown, only_line, [calibrated.policy], rule, spec.window(1, 1))
-    chooser = GoldenChooser(graph, request.name, 0, calibrated.policy, rule, spec, config.golden, config.seed)
-    golden = chooser.choose(held_out, tested, config.golden_frames)
+    policies = {line.name: line.calibrated.policy for line in measured}
+    shown, line_index = _some_frames(measured, config)
+    parity = check_parity(on_cpu, graph, shown, line_index, list(policies.values()), rule, spec.window(1, 1))
+    golden = golden_files(
+        [frame for index, line in enumerate(measured) for frame in _choose_golden(graph, index, line, rule, config)]
+    )
 
     record = RunRecord(
         name=request.name,
         config=config,
-        data=frames.data,
-        fitted_on=frames.fitted_on,
-        held_out=held_out,
-        evaluation=evaluation,
+        lines=measured,
+        warnings=gathered.warnings,
         backbone=prepared.backbone,
         score_rule=rule,
         fitting=fitting,
-        calibrated=calibrated,
         model=model,
         parity=parity,
         provenance=describe_run(config.seed, datetime.now(UTC)),
         device=str(device),
     )
     manifest = make_manifest(record)
-    report = collect(tell_facts(record), calibrated, held_out, evaluation, rule, spec, config.evaluation_resolution)
-    page = render(report)
-    keep_results(
-        directory,
-        manifest.by_line[request.name].metrics,
-        report,
-        page,
-        {"held_out": held_out} | ({"test": tested} if tested else {}),
+    report = ReportData(
+        run=tell_facts(record),
+        resolution=config.evaluation_resolution,
+        lines=tuple(_report_line(line, rule, spec) for line in measured),
     )
-    files = bundle_files(model, calibrated, golden, page)
+    page = render(report)
+    keep_results(directory, manifest, report, page, {line.name: line.answers for line in measured})
+    calibrations = {line.name: line.calibrated.calibration for line in measured}
+    files = bundle_files(model, calibrations, policies, golden, page)
     bundle = publish(request.store, manifest, files, check=lambda path: verify_bundle(path, graph))
     return FinishedRun(bundle, directory, manifest, report, fitting)
 
 
-class _Frames(NamedTuple):
-    data: CheckedDataset
-    fitted_on: list[Sample]
-    held_out: list[Sample]
-    tested: list[Sample]
-    region_of_interest: tuple[Polygon, ...] | None
-
-
-def _gather(request: RunRequest, reporter: Reporter) -> _Frames:
-    """Read and check everything that could end the run, before the first hour is spent on fitting."""
-    config = request.config
-    region = None if request.region_of_interest is None else read_region_of_interest(request.region_of_interest)
-    dataset = read_dataset(request.line_folder)
-    fitted_on, held_out = split_good(dataset, config.hold_out)
-    refuse_unsupported_rates(len(held_out), config.review_rate, config.fail_rate)
-    tested = [sample for sample in dataset.test if sample.label != UNKNOWN]
-    return _Frames(check_dataset(dataset, FrameLimits(), reporter), fitted_on, held_out, tested, region)
-
-
 def _fit(
     prepared: PreparedDetector,
-    frames: _Frames,
+    gathered: GatheredLines,
     config: RunConfig,
     directory: Path,
     reporter: Reporter,
@@ -178,13 +162,13 @@ def _fit(
     fitting = json.dumps(config.model_dump(mode="json", include=_FITTING_KEYS), sort_keys=True)
     identity = {
         "configuration": hashlib.sha256(fitting.encode()).hexdigest(),
-        "data": frames.data.digest,
+        "data": gathered.digest,
         "backbone": "none" if prepared.backbone is None else prepared.backbone.digest,
     }
     if beginning == "export":
         _refuse_unfitted(directory, identity, prepared)
     plan = CheckpointPlan(directory, identity, resume=beginning != "new")
-    source = FileFrames([sample.path for sample in frames.fitted_on], config.input, FrameLimits())
+    source = FileFrames(gathered.fitted_on, config.input, FrameLimits(), gathered.fitted_on_lines)
     try:
         return fit(prepared.module, source, FitSettings(seed=config.seed), reporter, plan)
     finally:
@@ -201,28 +185,61 @@ def _refuse_unfitted(directory: Path, identity: dict[str, str], prepared: Prepar
         )
 
 
-def _calibrate(
-    held_out: Answers,
-    prepared: PreparedDetector,
+def _measure(
+    run: Run,
+    index: int,
+    line: GatheredLine,
+    lines: int,
+    rule: ScoreRule,
     config: RunConfig,
-    region: tuple[Polygon, ...] | None,
-) -> Calibrated:
-    return calibrate(
+    reporter: Reporter,
+) -> MeasuredLine:
+    """Ask a fitted detector about one line's frames, calibrate it there, and evaluate it."""
+    of_line = "" if lines == 1 else f" of {line.name}"
+    asked = partial(ask, run, spec=config.input, reporter=reporter, line_index=index, batch_size=config.batch_size)
+    held_out = asked(samples=line.held_out, title=f"good frames{of_line}")
+    tested = asked(samples=line.tested, title=f"test frames{of_line}") if line.tested else None
+    calibrated = calibrate(
         held_out.scores,
         held_out.maps,
-        prepared.score_rule,
+        rule,
         review_rate=config.review_rate,
         fail_rate=config.fail_rate,
         version=_FIRST_POLICY,
-        region_of_interest=region,
+        region_of_interest=line.region_of_interest,
         window=config.input.window(1, 1),
     )
-
-
-def _some_frames(held_out: Answers, tested: Answers | None, config: RunConfig) -> NDArray[np.uint8]:
-    """Return frames for the parity check, `(n, H, W, 3)` uint8, spread over the scores of good and test frames."""
-    chosen: Sequence[Sample] = spread(held_out)[:_PARITY_FRAMES]
+    evaluation = None
     if tested is not None:
-        half = _PARITY_FRAMES // 2
-        chosen = [*chosen[:half], *spread(tested)[:half]]
-    return np.stack([load_frame(sample.path, config.input, FrameLimits()) for sample in chosen])
+        resolution = config.evaluation_resolution
+        evaluation = evaluate(tested, calibrated.policy, rule, config.input, resolution, seed=config.seed)
+    return MeasuredLine(line, held_out, tested, calibrated, evaluation)
+
+
+def _some_frames(lines: Sequence[MeasuredLine], config: RunConfig) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Return frames for the parity check, `(n, H, W, 3)` uint8, and the line that each shows, `(n,)`.
+
+    They are spread over the scores of good and test frames, and lines take turns, so that every batch mixes them.
+    """
+    count = max(_FEWEST_PARITY_FRAMES, _PARITY_FRAMES // len(lines))
+    turns: dict[int, list[tuple[int, Sample]]] = defaultdict(list)
+    for index, line in enumerate(lines):
+        chosen = spread(line.held_out)[:count]
+        if line.tested is not None:
+            chosen = [*chosen[: count // 2], *spread(line.tested)[: count // 2]]
+        for turn, sample in enumerate(chosen):
+            turns[turn].append((index, sample))
+    mixed = [pair for turn in sorted(turns) for pair in turns[turn]]
+    frames = np.stack([load_frame(sample.path, config.input, FrameLimits()) for _, sample in mixed])
+    return frames, np.array([index for index, _ in mixed], np.int64)
+
+
+def _choose_golden(graph: Run, index: int, line: MeasuredLine, rule: ScoreRule, config: RunConfig) -> list[GoldenFrame]:
+    policy = line.calibrated.policy
+    chooser = GoldenChooser(graph, line.name, index, policy, rule, config.input, config.golden, config.seed)
+    return chooser.choose(line.held_out, line.tested, config.golden_frames)
+
+
+def _report_line(line: MeasuredLine, rule: ScoreRule, spec: InputSpec) -> LineReport:
+    facts, warnings = tell_line_facts(line), line.gathered.data.warnings
+    return collect(line.name, facts, warnings, line.calibrated, line.held_out, line.evaluation, rule, spec)

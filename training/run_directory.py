@@ -3,8 +3,8 @@
 runs/<name>/<time>/run.json       the request, word for word
                    config.yaml    its configuration, for people
                    checkpoint…    `training.checkpoint`
-                   scores.npz     scores and labels of held-out and test frames
-                   metrics.json   figures
+                   scores.npz     scores and labels of held-out and test frames; of several lines in lines/<line>/
+                   metrics.json   figures, likewise
                    report.json    what the page shows, pictures included
                    report.html    the page
 """
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service.contract.bundle import LineName, MetricRecord
+from service.contract.bundle import LineName, Manifest, line_file
 from training.config import RunConfig
 from training.evaluate import Answers
 from training.report import ReportData
@@ -33,29 +33,43 @@ class RunDirectoryFault(Exception):
     """The directory does not hold what is asked of it; the sentence says what to do."""
 
 
+class LineRequest(BaseModel):
+    """One line of a run.
+
+    Attributes:
+        name: under which it is served.
+        folder: the data set.
+        region_of_interest: a mask image, white where parts are inspected, or None.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: LineName
+    folder: Path
+    region_of_interest: Path | None = None
+
+
 class RunRequest(BaseModel):
     """What somebody asked for.
 
     Attributes:
-        name: of the bundle and its line.
-        line_folder: the data set.
+        name: of the bundle.
+        lines: that one detector is fitted on; a line's place is its index in the network.
         store: where the bundle goes.
         config: of the run.
         weights: a safetensors file, "untrained", or None to search by the backbone's name.
         weight_folders: folders that may hold the file.
-        region_of_interest: a mask image, white where parts are inspected, or None.
         device: where to fit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: LineName
-    line_folder: Path
+    lines: tuple[LineRequest, ...] = Field(min_length=1)
     store: Path
     config: RunConfig
     weights: Literal["untrained"] | Path | None = None
     weight_folders: tuple[Path, ...] = ()
-    region_of_interest: Path | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -95,29 +109,25 @@ def read_request(directory: Path) -> RunRequest:
 
 
 def keep_results(
-    directory: Path, metrics: Mapping[str, MetricRecord], report: ReportData, page: str, answers: Mapping[str, Answers]
+    directory: Path, manifest: Manifest, report: ReportData, page: str, answers: Mapping[str, Mapping[str, Answers]]
 ) -> None:
     """Write figures, scores and the report.
 
     Args:
         directory: of the run.
-        metrics: of the test frames.
+        manifest: of the bundle, with the figures of each line.
         report: what the page shows.
         page: the page.
-        answers: raw answers by the name of their set.
+        answers: raw answers, by line and by the name of their set.
     """
-    figures = {name: metric.model_dump() for name, metric in metrics.items()}
-    _write(directory / "metrics.json", json.dumps(figures, indent=2))
+    for line, by_set in answers.items():
+        figures = {name: metric.model_dump() for name, metric in manifest.by_line[line].metrics.items()}
+        place = (directory / line_file(line, manifest.lines, "metrics.json")).parent
+        place.mkdir(parents=True, exist_ok=True)
+        _write(place / "metrics.json", json.dumps(figures, indent=2))
+        (place / "scores.npz").write_bytes(_scores(by_set))
     _write(directory / _REPORT_DATA_FILE, report.model_dump_json())
     _write(directory / REPORT_FILE, page)
-    arrays: dict[str, Any] = {}
-    for name, said in answers.items():
-        arrays[f"{name}_files"] = np.array([sample.path.as_posix() for sample in said.samples])
-        arrays[f"{name}_scores"] = said.scores
-        arrays[f"{name}_labels"] = said.labels
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    (directory / "scores.npz").write_bytes(buffer.getvalue())
 
 
 def read_report(directory: Path) -> ReportData:
@@ -132,6 +142,17 @@ def read_report(directory: Path) -> ReportData:
         raise RunDirectoryFault(
             f"{directory} holds no report of a finished run; give a bundle, or the directory of a run that ended."
         ) from error
+
+
+def _scores(answers: Mapping[str, Answers]) -> bytes:
+    arrays: dict[str, Any] = {}
+    for name, said in answers.items():
+        arrays[f"{name}_files"] = np.array([sample.path.as_posix() for sample in said.samples])
+        arrays[f"{name}_scores"] = said.scores
+        arrays[f"{name}_labels"] = said.labels
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
 
 
 def _write(path: Path, text: str) -> None:

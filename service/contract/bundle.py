@@ -305,6 +305,14 @@ def versions_of(directory: Path) -> list[str]:
     return sorted((name for name in names if name.isascii() and name.isdigit() and name[0] != "0"), key=int)
 
 
+def newest_bundles(store: Path) -> dict[str, Path]:
+    """Return the newest version of each name in a store; empty where there is no store yet."""
+    if not store.is_dir():
+        return {}
+    versions = {entry: versions_of(entry) for entry in sorted(store.iterdir())}
+    return {entry.name: entry / found[-1] for entry, found in versions.items() if found}
+
+
 def _refuse_other_schema(manifest: bytes) -> None:
     """Say of a bundle from another time what it is, where its unknown fields would say nothing."""
     try:

@@ -19,7 +19,7 @@ from rich.console import Console
 from training.config import load_config
 from training.progress import SilentReporter, choose_reporter
 from training.run import train
-from training.run_directory import RunRequest
+from training.run_directory import LineRequest, RunRequest
 
 _FIGURES = ("i_auroc", "i_ap", "p_auroc", "aupro")
 
@@ -32,7 +32,7 @@ def measure(line: Path, detector: str, backbone: str | None, seed: int, weights:
     with tempfile.TemporaryDirectory() as folder:
         request = RunRequest(
             name=line.name,
-            line_folder=line,
+            lines=(LineRequest(name=line.name, folder=line),),
             store=Path(folder) / "store",
             config=config,
             weights="untrained" if untrained else None,
@@ -40,7 +40,8 @@ def measure(line: Path, detector: str, backbone: str | None, seed: int, weights:
         )
         finished = train(request, Path(folder) / "run", SilentReporter())
     minutes = (time.perf_counter() - begun) / 60
-    figures = [finished.report.metrics[name].value if name in finished.report.metrics else None for name in _FIGURES]
+    metrics = finished.report.lines[0].metrics
+    figures = [metrics[name].value if name in metrics else None for name in _FIGURES]
     kind = "untrained" if untrained else (config.backbone or "none")
     told = ["-" if value is None else f"{value:.4f}" for value in figures]
     return [line.name, detector, kind, str(seed), *told, f"{minutes:.1f}"]

@@ -22,7 +22,7 @@ from training.config import load_config
 from training.export import GraphRun
 from training.progress import choose_reporter
 from training.run import train
-from training.run_directory import RunRequest
+from training.run_directory import LineRequest, RunRequest
 
 _SIDE = 384
 _GOOD, _HELD = 120, 12
@@ -74,14 +74,14 @@ def main() -> None:
                 (line / kind / f"{index:03d}.png").write_bytes(encode_png(draw_part(rng, scratched=scratched)))
         request = RunRequest(
             name=line.name,
-            line_folder=line,
+            lines=(LineRequest(name=line.name, folder=line),),
             store=folder / "store",
             config=load_config("small"),
             weight_folders=(arguments.weights,),
         )
         finished = train(request, folder / "run", choose_reporter(Console()))
         bundle = load_bundle(finished.bundle)
-    for name, metric in finished.report.metrics.items():
+    for name, metric in finished.report.lines[0].metrics.items():
         print(name, metric.value)
     pixels = draw_part(np.random.default_rng(70), scratched=True)
     spec = bundle.manifest.input

@@ -118,7 +118,15 @@ def test_export_when_a_run_is_fitted_then_publishes_the_same_network_with_other_
 def test_calibrate_when_other_good_parts_come_then_publishes_a_new_version(finished, line):
     """The network stays, thresholds and policy version change, and the golden set gets its new verdicts."""
     result = _invoke(
-        "calibrate", finished.bundle, line / "train" / "good", "--fail-rate", "0.03", "--line", line, "--threads", "1"
+        "calibrate",
+        finished.bundle,
+        line / "train" / "good",
+        "--fail-rate",
+        "0.03",
+        "--line-folder",
+        line,
+        "--threads",
+        "1",
     )
 
     assert result.exit_code == 0, result.output
@@ -135,7 +143,7 @@ def test_evaluate_when_a_bundle_is_measured_again_then_the_figures_are_those_of_
 
     assert result.exit_code == 0, result.output
     figures = json.loads((tmp_path / "figures.json").read_text())
-    for name, metric in finished.metrics.items():
+    for name, metric in finished.metrics["bottle"].items():
         assert figures[name]["value"] == pytest.approx(metric.value, abs=0.01)
 
 
@@ -193,7 +201,13 @@ def test_train_command_when_interrupted_then_keeps_the_run_and_names_the_command
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["train"], 2, "one of the two"),
+        (["train"], 2, "or several with --line"),
+        (["train", "nowhere", "--line", "a=nowhere"], 2, "or several with --line"),
+        (["train", "--line", "a=nowhere", "--line", "b=elsewhere"], 2, "give its name with --name"),
+        (["train", "--line", "a"], 2, "write NAME=PATH"),
+        (["train", "--line", "a/b=nowhere"], 2, "can't name a line"),
+        (["train", "--line", "a=nowhere", "--roi", "b=mask.png"], 2, "there is no --line b"),
+        (["train", "--line", "a=nowhere", "--roi", "mask.png"], 2, "write NAME=PATH"),
         (["train", "nowhere"], 2, "nowhere is no folder"),
         (["train", "nowhere", "--name", "a/b"], 2, "can't name a line"),
         (["train", "nowhere", "--set", "sed=1"], 2, "did you mean seed?"),

@@ -32,12 +32,14 @@ class CheckedDataset:
         dataset: what was checked.
         digest: SHA-256 in hex over sorted relative paths and the files' own digests, masks included.
         counts: frames by "split/kind".
+        frame_size: `(height, width)` in pixels that most frames have.
         warnings: what is allowed but worth knowing, one sentence each.
     """
 
     dataset: Dataset
     digest: str
     counts: dict[str, int]
+    frame_size: tuple[int, int]
     warnings: tuple[str, ...]
 
 
@@ -47,6 +49,7 @@ class _Finding:
 
     sample: Sample
     image_digest: str = ""
+    frame_size: tuple[int, int] = (0, 0)
     mask_digests: tuple[str, ...] = ()
     fault: str | None = None
     warning: str | None = None
@@ -81,6 +84,7 @@ def check_dataset(dataset: Dataset, limits: FrameLimits, reporter: Reporter, thr
         dataset=dataset,
         digest=_digest(dataset.root, findings),
         counts=dict(sorted(counts.items())),
+        frame_size=Counter(finding.frame_size for finding in findings).most_common(1)[0][0],
         warnings=tuple(finding.warning for finding in findings if finding.warning) + tuple(_repetitions(findings)),
     )
 
@@ -108,7 +112,7 @@ def _look_at(sample: Sample, limits: FrameLimits) -> _Finding:
         return _Finding(sample, fault=f"{path} can't be read ({error.strerror}); check the file and its permissions.")
     empty = sample.label == ANOMALOUS and bool(digests) and not marked
     warning = f"{path} marks no pixel although its image is anomalous; it adds no region." if empty else None
-    return _Finding(sample, _sha256(data), tuple(digests), warning=warning)
+    return _Finding(sample, _sha256(data), (frame.height, frame.width), tuple(digests), warning=warning)
 
 
 def _fault_of_channel(path: Path, values: NDArray[Any], sample: Sample) -> str | None:

@@ -1,6 +1,7 @@
 """Promises of the golden set: answers that another device can give, and one verdict that is not PASS."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from tests.tiny_line import write_line
 from training.data.detect import read_dataset
 from training.data.samples import Sample
 from training.evaluate import ask
-from training.golden import GoldenChooser, GoldenFailed, plant_defect
+from training.golden import GoldenChooser, GoldenFailed, golden_files, plant_defect
 from training.progress import SilentReporter
 
 _RULE = ScoreRule(kind="top_fraction_mean", fraction=TOP_FRACTION)
@@ -38,27 +39,27 @@ def _answers(samples):
     return ask(make_runner(make_graph()), samples, make_input(), SilentReporter(), title="frames")
 
 
-def _verdicts(files):
-    return [answer["verdict"] for answer in json.loads(files[GOLDEN_FILE])]
+def _verdicts(frames):
+    return [str(frame.verdict) for frame in frames]
 
 
 def test_choose_when_defects_exist_then_half_the_set_is_real_defects(tmp_path):
     """Good and defective frames share the set, with the verdicts that the policy gives."""
     dataset = read_dataset(write_line(tmp_path))
 
-    files = _chooser().choose(_answers(dataset.train_good[:20]), _answers(dataset.test), 4)
+    frames = _chooser().choose(_answers(dataset.train_good[:20]), _answers(dataset.test), 4)
 
-    assert _verdicts(files) == ["PASS", "PASS", "FAIL", "FAIL"]
+    assert _verdicts(frames) == ["PASS", "PASS", "FAIL", "FAIL"]
 
 
 def test_choose_when_the_line_has_no_defects_then_one_is_planted(tmp_path):
     """A device is asked for a verdict that is not PASS even where no defect was ever photographed."""
     dataset = read_dataset(write_line(tmp_path, tested=False))
 
-    files = _chooser().choose(_answers(dataset.train_good[:20]), None, 4)
+    frames = _chooser().choose(_answers(dataset.train_good[:20]), None, 4)
 
-    assert _verdicts(files)[-1] in {"REVIEW", "FAIL"}
-    assert "planted" in json.loads(files[GOLDEN_FILE])[-1]["description"]
+    assert _verdicts(frames)[-1] in {"REVIEW", "FAIL"}
+    assert "planted" in frames[-1].description
 
 
 def test_choose_when_scores_lie_near_a_threshold_then_those_frames_are_passed_over(tmp_path):
@@ -76,11 +77,24 @@ def test_choose_when_frames_are_huge_then_they_are_stored_small(tmp_path):
     path = tmp_path / "huge.png"
     path.write_bytes(encode(make_frame(800, 900)))
 
-    files = _chooser().choose(_answers([Sample(path, "train", 0, "good")]), None, 2)
+    frames = _chooser().choose(_answers([Sample(path, "train", 0, "good")]), None, 2)
 
-    frame = decode_image(files["golden/00.png"], FrameLimits())
+    frame = decode_image(frames[0].png, FrameLimits())
     assert frame.height * frame.width <= 9 * 32 * 48 * 1.5
-    assert "PASS" in _verdicts(files)
+    assert "PASS" in _verdicts(frames)
+
+
+def test_golden_files_when_lines_have_frames_then_keep_whose_they_are(tmp_path):
+    """All lines share the files; each answer names its line."""
+    chooser = _chooser()
+    good = _answers(read_dataset(write_line(tmp_path, tested=False)).train_good[:20])
+    frames = [*chooser.choose(good, None, 2), *replace(chooser, line="cap").choose(good, None, 2)]
+
+    files = golden_files(frames)
+
+    answers = json.loads(files[GOLDEN_FILE])
+    assert [answer["line"] for answer in answers] == ["bottle", "bottle", "cap", "cap"]
+    assert [files[answer["file"]] for answer in answers] == [frame.png for frame in frames]
 
 
 def test_plant_defect_when_strength_grows_then_more_changes_and_the_frame_stays(tmp_path):

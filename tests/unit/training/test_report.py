@@ -3,12 +3,14 @@
 import base64
 import re
 
+import numpy as np
 import pytest
 
 from service.contract.bundle import MetricRecord, ParityRecord
-from tests.factories import encode, make_frame
+from service.contract.calibration import Calibration
+from tests.factories import encode, make_frame, make_line_record, make_policy
 from training.drawings import draw_histogram, draw_loss, draw_roc
-from training.report import Fact, Picture, Promise, ReportData, RunFacts, VerdictRow, render
+from training.report import Fact, LineReport, Picture, Promise, ReportData, RunFacts, VerdictRow, carry_over, render
 
 _HOSTILE = "<script>alert(1)</script>"
 
@@ -22,18 +24,11 @@ def _picture(group, name="part.png", **fields):
     return Picture(group=group, name=name, frame=_jpeg(), overlay=_jpeg(1), **values | fields)
 
 
-def _report(**fields):
+def _line(name="bottle", **fields):
     values = {
-        "run": RunFacts(
-            line="bottle",
-            detector="inp_former",
-            backbone="resnet18",
-            created_at="2026-11-22T10:00:00+00:00",
-            facts=(Fact(name="Seed", value="1"),),
-            configuration="detector: inp_former\n",
-            losses=tuple(("reconstruction", step, 1 / (step + 1)) for step in range(50)),
-            parity=ParityRecord(frames=9, map_difference=1e-6, score_difference=1e-7, verdicts_differ=0),
-        ),
+        "line": name,
+        "facts": (Fact(name="Data digest", value="0" * 64),),
+        "warnings": (),
         "review": Promise(value=0.3, rate=0.1, bound=0.17, good_parts=60),
         "fail": Promise(value=0.4, rate=0.05, bound=0.101, good_parts=60),
         "verdicts": (
@@ -46,7 +41,6 @@ def _report(**fields):
             "aupro": MetricRecord(value=None, reason="the line has image labels only, no masks"),
         },
         "by_kind": {"square": MetricRecord(value=0.973)},
-        "resolution": "original",
         "calibration_scores": (0.1, 0.2, 0.3),
         "good_scores": (0.1, 0.15),
         "defect_scores": (0.2, 0.5, 0.9),
@@ -54,16 +48,35 @@ def _report(**fields):
         "precision_recall": ((0.0, 1.0), (1.0, 0.6)),
         "pictures": (_picture("missed", verdict="PASS"), _picture("caught")),
     }
-    return ReportData(**values | fields)
+    return LineReport(**values | fields)
+
+
+def _report(*lines, warnings=()):
+    facts = RunFacts(
+        name="bottling",
+        detector="inp_former",
+        backbone="resnet18",
+        created_at="2026-11-22T10:00:00+00:00",
+        facts=(Fact(name="Seed", value="1"),),
+        configuration="detector: inp_former\n",
+        losses=tuple(("reconstruction", step, 1 / (step + 1)) for step in range(50)),
+        parity=ParityRecord(frames=9, map_difference=1e-6, score_difference=1e-7, verdicts_differ=0),
+        warnings=warnings,
+    )
+    return ReportData(run=facts, resolution="original", lines=lines or (_line(),))
+
+
+_SEVERAL = (_line("bottle"), _line("cap", roc=(), precision_recall=()), _line("crate"))
 
 
 def _text(page):
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.partition("</style>")[2])).replace("\xa0", " ")
 
 
-def test_render_when_opened_offline_then_needs_nothing_else():
+@pytest.mark.parametrize("lines", [(), _SEVERAL], ids=["one line", "several"])
+def test_render_when_opened_offline_then_needs_nothing_else(lines):
     """Every picture is embedded; no link, script, style sheet or font lies outside of the file."""
-    page = render(_report())
+    page = render(_report(*lines))
 
     sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page)
     assert sources
@@ -76,22 +89,24 @@ def test_render_when_opened_offline_then_needs_nothing_else():
     assert "default-src 'none'" in page
 
 
-def test_render_when_read_aloud_then_every_picture_and_curve_has_words():
+@pytest.mark.parametrize("lines", [(), _SEVERAL], ids=["one line", "several"])
+def test_render_when_read_aloud_then_every_picture_and_curve_has_words(lines):
     """Images have alternative texts, drawings have labels, tables have captions and headed columns."""
-    page = render(_report())
+    page = render(_report(*lines))
 
     assert all(re.search(r'alt="[^"]{10,}"', tag) for tag in re.findall(r"<img [^>]*>", page))
     assert all('role="img" aria-label="' in tag for tag in re.findall(r"<svg [^>]*>", page))
-    assert page.count("<table>") == page.count("<caption>")
+    assert page.count("<table") == page.count("<caption>")
     assert '<html lang="en">' in page
 
 
-def test_render_when_many_drawings_share_a_page_then_no_name_is_used_twice():
+@pytest.mark.parametrize("lines", [(), _SEVERAL], ids=["one line", "several"])
+def test_render_when_many_drawings_share_a_page_then_no_name_is_used_twice(lines):
     """Identifiers are unique and every reference finds its own."""
-    page = render(_report())
+    page = render(_report(*lines))
 
     names = re.findall(r'\bid="([^"]+)"', page)
-    used = set(re.findall(r'(?:xlink:href="|url\()#([^")]+)', page))
+    used = set(re.findall(r'(?:href="|url\(|labelledby=")#?([^")]+)', page))
     assert len(names) == len(set(names))
     assert used <= set(names)
 
@@ -107,15 +122,59 @@ def test_render_tells_the_promise_and_the_verdicts_in_plain_words():
     assert "95.0 % to 99.0 %" in text
 
 
+def test_render_when_there_are_several_lines_then_begins_with_what_each_of_them_stops():
+    """The contents list tells the few figures that one compares lines by, and leads to the section of each."""
+    page = render(_report(*_SEVERAL))
+
+    contents = page[page.index("<nav") : page.index("</nav>")]
+    assert [re.sub("<[^>]+>", "", row) for row in re.findall(r'<th scope="row">(.*?)</th>', contents)] == [
+        "bottle",
+        "cap",
+        "crate",
+    ]
+    assert _text("</style>" + contents).count("9 of 10") == 3
+    assert (
+        page.index("</nav>") < page.index('id="line-1"') < page.index('id="line-3"') < page.index("How this was made")
+    )
+
+
+def test_render_when_there_is_one_line_then_has_no_contents_list():
+    """A page of one line begins with its verdicts."""
+    page = render(_report())
+
+    assert "<nav" not in page
+    assert "Data digest" in _text(page)
+
+
+def test_render_when_lines_have_something_in_common_to_know_then_says_it_before_them():
+    """What the check of all lines found stands above their sections."""
+    page = render(_report(*_SEVERAL, warnings=("The lines' frames differ in size.",)))
+
+    assert page.index("frames differ in size") < page.index('id="line-1"')
+
+
+def test_carry_over_when_another_line_was_calibrated_then_tells_thresholds_and_no_pictures():
+    """A section whose frames are not at hand claims nothing about test frames, and repeats its figures and promise."""
+    scores = np.linspace(0, 1, 60, dtype=np.float32)
+    calibration = Calibration.from_good_parts(scores, scores, 0.0)
+    fail, review = (calibration.threshold(rate).value for rate in (0.05, 0.1))
+    policy = make_policy(review_threshold=review, fail_threshold=fail)
+
+    section = carry_over("cap", "3", policy, calibration, make_line_record())
+
+    text = _text(render(_report(_line(), section)))
+    assert (section.review.value, section.fail.value) == (review, fail)
+    assert [(row.passed, row.review, row.failed) for row in section.verdicts] == [(55, 3, 2)]
+    assert "carried over from version 3" in text
+    assert "This line is judged as in version 3" in text
+
+
 def test_render_when_there_are_no_test_frames_then_says_that_nothing_was_measured():
     """A line with good frames only gets a page without figures, curves or claims."""
     held_out = VerdictRow(kind="good, held out", is_good=True, passed=55, review=3, failed=2)
 
-    page = render(
-        _report(
-            verdicts=(held_out,), by_kind={}, good_scores=(), defect_scores=(), roc=(), precision_recall=(), pictures=()
-        )
-    )
+    nothing = {"by_kind": {}, "good_scores": (), "defect_scores": (), "roc": (), "precision_recall": ()}
+    page = render(_report(_line(verdicts=(held_out,), pictures=(), **nothing)))
 
     assert "how many defects the detector catches was not measured here" in _text(page)
     assert "ROC curve" not in page
@@ -125,13 +184,15 @@ def test_render_when_good_test_frames_break_the_promise_then_warns():
     """More false rejects than the bound allows are called what they are: other frames than those of training."""
     bad = VerdictRow(kind="good, test", is_good=True, passed=5, review=0, failed=5)
 
-    assert "don't look like the good training frames" in _text(render(_report(verdicts=(bad,)))).replace("&#39;", "'")
+    assert "don't look like the good training frames" in _text(render(_report(_line(verdicts=(bad,))))).replace(
+        "&#39;", "'"
+    )
     assert "don't look like" not in _text(render(_report())).replace("&#39;", "'")
 
 
 def test_render_when_names_hold_markup_then_it_is_only_text():
     """File names and kinds come from folders and are never markup."""
-    page = render(_report(pictures=(_picture("caught", name=_HOSTILE, kind=_HOSTILE),)))
+    page = render(_report(_line(pictures=(_picture("caught", name=_HOSTILE, kind=_HOSTILE),))))
 
     assert _HOSTILE not in page
     assert "&lt;script&gt;" in page

@@ -1,0 +1,199 @@
+"""The lines of a run: read, checked and compared before the first hour is spent on fitting.
+
+Comes first of all steps. Whatever would end the run later, or have the service refuse its bundle, ends it here. What
+several lines must agree on is little: each keeps its own frames, held-out parts, region of interest and thresholds, and
+the network's input is the only thing they share. So frames of other sizes are allowed and told, and lines whose aspect
+ratios differ by more than a factor of two are refused: resized to one input, frames of one line would be squeezed to
+less than half the width that frames of another keep.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from service.contract.bundle import newest_bundles, promised_lines
+from service.contract.frames import FrameLimits
+from service.contract.geometry import InputSpec
+from service.contract.regions import Polygon
+from service.errors import CalibrationRefused, ParameterInvalid
+from training.calibrate import read_region_of_interest, refuse_unsupported_rates
+from training.config import RunConfig
+from training.data.check import CheckedDataset, check_dataset
+from training.data.detect import read_dataset
+from training.data.samples import UNKNOWN, Dataset, DatasetFault, Sample
+from training.data.split import split_good
+from training.progress import Reporter
+from training.run_directory import LineRequest, RunRequest
+
+_LARGEST_RATIO_OF_ASPECTS = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class GatheredLine:
+    """The frames of one line, each of them looked at.
+
+    Attributes:
+        name: of the line.
+        data: its data set.
+        fitted_on: good frames that fitting sees.
+        held_out: good frames that thresholds rest on.
+        tested: labelled test frames; may be empty.
+        region_of_interest: polygons in fractions of the frame, or None for everything.
+    """
+
+    name: str
+    data: CheckedDataset
+    fitted_on: list[Sample]
+    held_out: list[Sample]
+    tested: list[Sample]
+    region_of_interest: tuple[Polygon, ...] | None
+
+
+@dataclass(frozen=True, eq=False)
+class GatheredLines:
+    """All lines of a run.
+
+    Attributes:
+        lines: in the order of the request, which is that of their indices.
+        warnings: what is allowed but worth knowing of the lines together, one sentence each.
+    """
+
+    lines: tuple[GatheredLine, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hex over names and data sets, in order: another order would be another network."""
+        lines = [[line.name, line.data.digest] for line in self.lines]
+        return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+
+    @property
+    def fitted_on(self) -> list[Path]:
+        """The files to fit on, line by line."""
+        return [sample.path for line in self.lines for sample in line.fitted_on]
+
+    @property
+    def fitted_on_lines(self) -> list[int]:
+        """Which line each of these files shows."""
+        return [index for index, line in enumerate(self.lines) for _ in line.fitted_on]
+
+
+def gather_lines(request: RunRequest, reporter: Reporter) -> GatheredLines:
+    """Read and check the frames of every line, the quick questions of all lines before the first slow one.
+
+    Raises:
+        ParameterInvalid: if two lines have one name, or another bundle of the store serves one of them.
+        DatasetFault: if two lines have the same frames, a file can't be used, or frames are of too different a shape.
+        CalibrationRefused: if a line holds out too few good parts for the wanted rates.
+        UnreadableFrame: if a region of interest can't be read.
+    """
+    _refuse_repetitions(request.lines)
+    _refuse_taken_lines(request)
+    opened = [_open(line, request.config, is_one_of_many=len(request.lines) > 1) for line in request.lines]
+    lines = tuple(_check(line, reporter) for line in opened)
+    _refuse_copies(lines)
+    warnings = (*_lines_given_up(request), *compare_frame_sizes(lines, request.config.input))
+    for warning in warnings:
+        reporter.note(warning)
+    return GatheredLines(lines, warnings)
+
+
+def compare_frame_sizes(lines: Sequence[GatheredLine], spec: InputSpec) -> tuple[str, ...]:
+    """Say what it means that lines have frames of other sizes; one sentence, or none where all are alike.
+
+    Raises:
+        DatasetFault: if the aspect ratios differ by more than a factor of two.
+    """
+    sizes = {line.name: line.data.frame_size for line in lines}
+    if len(set(sizes.values())) == 1:
+        return ()
+    aspects = {name: width / height for name, (height, width) in sizes.items()}
+    told = ", ".join(
+        f"{name} {height}x{width} (aspect ratio {aspects[name]:.2f})" for name, (height, width) in sizes.items()
+    )
+    if max(aspects.values()) > _LARGEST_RATIO_OF_ASPECTS * min(aspects.values()):
+        raise DatasetFault(
+            f"The lines' frames are of too different a shape for one network, height x width: {told}. Crop them to a "
+            "like shape, or train these lines in runs of their own."
+        )
+    resized = f"{spec.resize_height}x{spec.resize_width}"
+    return (f"The lines' frames differ in size, height x width: {told}; the network takes all resized to {resized}.",)
+
+
+class _Opened(NamedTuple):
+    request: LineRequest
+    dataset: Dataset
+    fitted_on: list[Sample]
+    held_out: list[Sample]
+    region_of_interest: tuple[Polygon, ...] | None
+
+
+def _open(line: LineRequest, config: RunConfig, *, is_one_of_many: bool) -> _Opened:
+    region = None if line.region_of_interest is None else read_region_of_interest(line.region_of_interest)
+    dataset = read_dataset(line.folder)
+    fitted_on, held_out = split_good(dataset, config.hold_out)
+    try:
+        refuse_unsupported_rates(len(held_out), config.review_rate, config.fail_rate)
+    except CalibrationRefused as error:
+        raise CalibrationRefused(f"{line.name}: {error.sentence}" if is_one_of_many else error.sentence) from error
+    return _Opened(line, dataset, fitted_on, held_out, region)
+
+
+def _check(line: _Opened, reporter: Reporter) -> GatheredLine:
+    return GatheredLine(
+        name=line.request.name,
+        data=check_dataset(line.dataset, FrameLimits(), reporter),
+        fitted_on=line.fitted_on,
+        held_out=line.held_out,
+        tested=[sample for sample in line.dataset.test if sample.label != UNKNOWN],
+        region_of_interest=line.region_of_interest,
+    )
+
+
+def _refuse_repetitions(lines: Sequence[LineRequest]) -> None:
+    folders: dict[Path, str] = {}
+    for place, line in enumerate(lines):
+        if line.name in {other.name for other in lines[:place]}:
+            raise ParameterInvalid(f"The line {line.name} is named twice; each line has a name of its own.")
+        folder = line.folder.resolve()
+        if folder in folders:
+            raise DatasetFault(f"{folders[folder]} and {line.name} are the same folder, {folder}; name it once.")
+        folders[folder] = line.name
+
+
+def _refuse_copies(lines: Sequence[GatheredLine]) -> None:
+    names: dict[str, str] = {}
+    for line in lines:
+        if line.data.digest in names:
+            raise DatasetFault(
+                f"{names[line.data.digest]} and {line.name} hold the very same frames; name one of them."
+            )
+        names[line.data.digest] = line.name
+
+
+def _refuse_taken_lines(request: RunRequest) -> None:
+    wanted = {line.name for line in request.lines}
+    for name, served in _served_lines(request.store).items():
+        taken = sorted(wanted.intersection(served))
+        if name != request.name and taken:
+            raise ParameterInvalid(
+                f"The bundle {name} in {request.store} serves the line {taken[0]} already, and the service would "
+                f"refuse a second one; give the line another name, or take {request.store / name} away."
+            )
+
+
+def _lines_given_up(request: RunRequest) -> tuple[str, ...]:
+    """Say which lines a new version of the bundle would no longer serve."""
+    before = _served_lines(request.store).get(request.name, ())
+    lost = [line for line in before if line not in {line.name for line in request.lines}]
+    if not lost:
+        return ()
+    return (f"The newest version of {request.name} serves {', '.join(lost)} as well, and this one will not.",)
+
+
+def _served_lines(store: Path) -> dict[str, tuple[str, ...]]:
+    """Return which lines the newest bundle of each name means to serve."""
+    return {name: promised_lines(path, name) for name, path in newest_bundles(store).items()}
