@@ -4,6 +4,7 @@
     ├── CallerError                     the request's fault: sending it again does not help
     │   ├── UnreadableFrame             not an image we accept, truncated, animated, wrong byte count
     │   ├── FrameTooLarge               bytes or pixels over the limit, decided before decoding
+    │   ├── FrameNotComparable          a flat frame, on a line whose frames are measured by themselves
     │   ├── MediaTypeNotAllowed
     │   ├── ParameterInvalid
     │   ├── NotAuthenticated            no key, or a key we do not know
@@ -17,6 +18,7 @@
     ├── MomentError                     the moment's fault: the same request may succeed later
     │   ├── Overloaded                  queue full, or the deadline can't be met
     │   ├── LineNotReady                loading, unhealthy or draining
+    │   │   └── LineNotCalibrated       loaded, but without good parts nobody knows what is anomalous
     │   └── DeadlinePassed              accepted, but the answer would come too late
     └── OwnError                        our fault
         ├── EngineFailed                the runtime raised, or returned something unusable
@@ -60,6 +62,12 @@ class FrameTooLarge(CallerError):
     """The body or the image is over a limit."""
 
     code = "frame_too_large"
+
+
+class FrameNotComparable(CallerError):
+    """The frame's map is flat, so a policy that measures the frame by itself has nothing to compare."""
+
+    code = "frame_not_comparable"
 
 
 class MediaTypeNotAllowed(CallerError):
@@ -138,6 +146,12 @@ class LineNotReady(MomentError):
     """The line is loading, unhealthy or draining."""
 
     code = "line_not_ready"
+
+
+class LineNotCalibrated(LineNotReady):
+    """The line has no calibration, and its policy does not allow a verdict without one."""
+
+    code = "line_not_calibrated"
 
 
 class DeadlinePassed(MomentError):

@@ -85,11 +85,12 @@ class Inspection:
         detector: method of the bundle.
         device: where the engine ran.
         judgement: verdict, score and regions.
-        p_value: share of calibration good parts at least this anomalous, in (0, 1].
+        p_value: share of calibration good parts at least this anomalous, in (0, 1]; None where the frame was measured
+            by itself.
         review_threshold: of the policy.
         fail_threshold: of the policy.
         frame: its size, and pixels that may be smaller; without a heatmap to draw, just what the network took.
-        anomaly_map: `(h, w)` float32.
+        anomaly_map: `(h, w)` float32, in the units of the thresholds.
         window: where the map lies on the original frame, `(top, left, height, width)` in its pixels.
         policy: that judged.
         batch_size: frames in the batch that this one ran in.
@@ -107,7 +108,7 @@ class Inspection:
     detector: str
     device: str
     judgement: Judgement
-    p_value: float
+    p_value: float | None
     review_threshold: float
     fail_threshold: float
     frame: Frame

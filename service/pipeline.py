@@ -93,11 +93,11 @@ class Pipeline:
             detector=bundle.manifest.detector,
             device=bundle.device,
             judgement=judgement,
-            p_value=found.line.calibration.p_value(judgement.score),
+            p_value=_p_value(judgement, found),
             review_threshold=found.policy.policy.review_threshold,
             fail_threshold=found.policy.policy.fail_threshold,
             frame=frame,
-            anomaly_map=result.anomaly_map,
+            anomaly_map=judgement.anomaly_map,
             window=window,
             policy=found.policy.policy,
             batch_size=result.batch_size,
@@ -139,7 +139,7 @@ class Pipeline:
         decide = partial(judge, result.score, result.anomaly_map, policy, rule, window, inspected)
         # A good part is judged in microseconds. Tracing regions takes up to tens of milliseconds, in which the event
         # loop could answer nobody else.
-        if not (result.anomaly_map >= policy.region_threshold).any():
+        if policy.calibration == "good_parts" and not (result.anomaly_map >= policy.region_threshold).any():
             return decide()
         async with self._until(deadline):
             return await asyncio.get_running_loop().run_in_executor(self._tracers, decide)
@@ -151,6 +151,13 @@ class Pipeline:
                 yield
         except TimeoutError as error:
             raise _deadline_passed() from error
+
+
+def _p_value(judgement: Judgement, found: Found) -> float | None:
+    """Return the score's p-value, where it is one of the raw scores that the line was calibrated on."""
+    if found.line.calibration is None or found.policy.policy.calibration == "self":
+        return None
+    return found.line.calibration.p_value(judgement.score)
 
 
 def _deadline_passed() -> DeadlinePassed:

@@ -35,15 +35,27 @@ from service.contract.bundle import (
 )
 from service.contract.calibration import Calibration
 from service.contract.golden import read_golden, replay
-from service.contract.policy import Policy, inspected_mask
+from service.contract.policy import Policy, inspected_mask, may_judge, refuse_unfit
 from service.engines.engine import Engine
-from service.errors import BundleRefused, FlawlineError, LineNotReady, UnknownLine, UnknownPolicy, UnknownVersion
+from service.errors import (
+    BundleRefused,
+    FlawlineError,
+    LineNotCalibrated,
+    LineNotReady,
+    UnknownLine,
+    UnknownPolicy,
+    UnknownVersion,
+)
 from service.schedule import RunTimes
 from service.telemetry import Telemetry
 
 POLICIES_DIRECTORY = "policies"
 
 _WHILE_LOADING_S = 5.0
+_NOT_CALIBRATED = (
+    "The line is not calibrated and the part has no verdict; calibrate it with good parts (flawline calibrate BUNDLE "
+    "GOOD_FOLDER), or ask for a policy that says calibration: self."
+)
 
 LineState = Literal["loading", "ready", "refused", "unhealthy"]
 OpenEngine = Callable[[Bundle], Engine]
@@ -101,7 +113,7 @@ class LiveLine:
         name: of the line.
         bundle: that serves it, with other lines where it was fitted on several.
         line_index: of the line among the bundle's.
-        calibration: good-part values of the line.
+        calibration: good-part values of the line, or None where it was not calibrated.
         policies: by version, the default one included.
         default_policy: version of the bundle's own policy for the line.
     """
@@ -109,7 +121,7 @@ class LiveLine:
     name: str
     bundle: LoadedBundle
     line_index: int
-    calibration: Calibration
+    calibration: Calibration | None
     policies: Mapping[str, LivePolicy]
     default_policy: str
 
@@ -128,7 +140,7 @@ class LineStatus:
     Attributes:
         line: its name.
         state: `ready` lines are served, others are not.
-        reason: why it is not ready, in a sentence.
+        reason: why it is not ready, or why it is and gives no verdict, in a sentence.
         live: what serves it, once it was loaded.
     """
 
@@ -195,6 +207,7 @@ class Registry:
             UnknownVersion: if another version than the live one is asked for.
             UnknownPolicy: if the line has no such policy.
             LineNotReady: if the line is loading, refused or unhealthy.
+            LineNotCalibrated: if the policy needs a calibration and the line has none.
         """
         live = self._live.get(line)
         if live is None:
@@ -206,6 +219,8 @@ class Registry:
         policy = live.policies.get(policy_version or live.default_policy)
         if policy is None:
             raise UnknownPolicy("The line has no policy of this version; leave it out to take the default one.")
+        if not may_judge(policy.policy, is_calibrated=live.calibration is not None):
+            raise LineNotCalibrated(_NOT_CALIBRATED)
         return Found(live, policy)
 
     def statuses(self) -> list[LineStatus]:
@@ -347,7 +362,7 @@ class Registry:
                 name=line,
                 bundle=loaded,
                 line_index=manifest.lines.index(line),
-                calibration=bundle.calibrations[line],
+                calibration=bundle.calibrations.get(line),
                 policies=policies[line],
                 default_policy=bundle.policies[line].version,
             )
@@ -408,7 +423,9 @@ def policy_digest(policy: Policy) -> str:
 
 def _status_of(live: LiveLine) -> LineStatus:
     if live.bundle.batcher.is_healthy:
-        return LineStatus(live.name, "ready", None, live)
+        default = live.policies[live.default_policy].policy
+        judges = may_judge(default, is_calibrated=live.calibration is not None)
+        return LineStatus(live.name, "ready", None if judges else _NOT_CALIBRATED, live)
     return LineStatus(live.name, "unhealthy", "The engine is lost; start the service again.", live)
 
 
@@ -427,8 +444,7 @@ def _warm(engine: Engine, manifest: Manifest, max_batch_size: int, clock: Callab
 
 def _fit_policy(policy: Policy, manifest: Manifest) -> LivePolicy:
     output = manifest.output
-    if policy.region_of_interest is not None and output.score_rule.kind == "graph":
-        raise BundleRefused("The policy has a region of interest, but this detector's score can't follow it.")
+    refuse_unfit(policy, output.score_rule)
     window = manifest.input.window(1, 1)
     inspected = inspected_mask(policy, output.map_height, output.map_width, window=window)
     return LivePolicy(policy, policy_digest(policy), inspected)

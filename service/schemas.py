@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.contract.policy import Policy, Verdict
+from service.contract.policy import CalibrationKind, Policy, Verdict
 from service.contract.raw_frames import PixelFormat
 from service.inspection import HeatmapKind
 
@@ -131,11 +131,17 @@ class Timings(_Wire):
 
 
 class InspectionAnswer(_Wire):
-    """One frame's complete answer."""
+    """One frame's complete answer.
+
+    With `calibration` `good_parts` the thresholds rest on good parts, and `p_value` is the share of these that are at
+    least this anomalous. With `self` the frame was measured by itself, because its line's policy says so: score and
+    thresholds are in units of the spread of the frame's own map, nothing is promised, and `p_value` is null.
+    """
 
     verdict: Verdict
     score: float
-    p_value: float
+    p_value: float | None
+    calibration: CalibrationKind
     thresholds: Thresholds
     regions: list[RegionAnswer]
     regions_total: int
@@ -199,7 +205,8 @@ class ThresholdAnswer(_Wire):
         value: `score >= value` is anomalous.
         false_reject_rate: on good parts, on average over calibration sets; null where calibration can't tell.
         false_reject_bound: with 95 % confidence the rate is at most this; null where calibration can't tell.
-        good_parts: calibration frames behind both.
+        good_parts: calibration frames behind both; 0 where the default policy measures frames by themselves, and where
+            the line is not calibrated.
     """
 
     value: float
@@ -234,7 +241,7 @@ class MetricAnswer(_Wire):
 
 
 class LiveAnswer(_Wire):
-    """What serves a line."""
+    """What serves a line; with `calibration` `none` the default policy gives no verdict."""
 
     bundle: Versioned
     detector: str
@@ -245,6 +252,7 @@ class LiveAnswer(_Wire):
     anomaly_map: FrameSize
     inspected: InspectedWindow
     default_policy: str
+    calibration: CalibrationKind | Literal["none"]
     policies: list[str]
     thresholds: LineThresholds
     metrics: dict[str, MetricAnswer]

@@ -39,7 +39,7 @@ from service.contract.calibration import Calibration
 from service.contract.frames import FrameLimits, decode_image, fit_to_input
 from service.contract.geometry import InputSpec
 from service.contract.golden import GoldenAnswer, Run, write_golden
-from service.contract.policy import Policy, ScoreRule, inspected_mask, judge
+from service.contract.policy import Policy, ScoreRule, Verdict, inspected_mask, judge, may_judge
 
 HEIGHT, WIDTH = 32, 48  # not square, so that a swapped height and width shows
 FRAME_HEIGHT, FRAME_WIDTH = 64, 80  # another shape than the input, so that a forgotten resize shows
@@ -175,6 +175,12 @@ def make_policy(**overrides: Any) -> Policy:
     return Policy(**fields | overrides)
 
 
+def make_self_policy(**overrides: Any) -> Policy:
+    """Return a policy that measures frames by themselves: defects of `make_frame` are far above 8, good ones below."""
+    fields = {"review_threshold": 6.0, "fail_threshold": 8.0, "region_threshold": 6.0, "map_floor": 0.0}
+    return make_policy(**{**fields, "calibration": "self", "least_spread": 1e-4, **overrides})
+
+
 def make_line_record(**overrides: Any) -> LineRecord:
     """Return what a bundle of the tiny graph says of one of its lines, with some fields replaced."""
     fields: dict[str, Any] = {
@@ -191,6 +197,14 @@ def make_line_record(**overrides: Any) -> LineRecord:
         "metrics": {"image_auroc": MetricRecord(value=1.0, low=0.9, high=1.0)},
     }
     return LineRecord(**fields | overrides)
+
+
+def make_uncalibrated_record() -> LineRecord:
+    """Return what a bundle says of a line that no good part stands behind."""
+    data = DataRecord(
+        name="none", digest="0" * 64, fitted_on=0, calibrated_on=0, tested_on_normal=0, tested_on_anomalous=0
+    )
+    return make_line_record(data=data, review_rate=None, fail_rate=None, metrics={})
 
 
 def make_manifest(**overrides: Any) -> Manifest:
@@ -234,6 +248,7 @@ def bundle_files(
     margin: int = 0,
     lines: tuple[str, ...] = (),
     conditional: bool = False,
+    calibrated: bool = True,
     policy: Mapping[str, Any] | None = None,
     policies: Mapping[str, Mapping[str, Any]] | None = None,
     reference: float = REFERENCE,
@@ -250,6 +265,7 @@ def bundle_files(
         margin: pixels that a centre crop cuts from each side of the resized frame.
         lines: the product lines; empty means one, called `name`.
         conditional: whether the graph takes a `line_index`.
+        calibrated: whether the lines have a calibration.
         policy: fields that differ from `make_policy`, in every line.
         policies: further fields that differ, by line.
         reference: what the graph takes for good.
@@ -264,6 +280,8 @@ def bundle_files(
         map_width=width // POOL,
         score_rule=ScoreRule(kind="top_fraction_mean", fraction=TOP_FRACTION),
     )
+    if not calibrated:
+        manifest.setdefault("by_line", dict.fromkeys(lines, make_uncalibrated_record()))
     record = make_manifest(name=name, version=version, lines=lines, **{"input": spec, "output": output} | manifest)
     model = make_graph(height, width, reference=reference, conditional_lines=len(lines) if conditional else 0)
     run = make_runner(model)
@@ -272,7 +290,8 @@ def bundle_files(
     for index, line in enumerate(lines):
         scores, maps = run(good, np.full(GOOD_PARTS, index, np.int64))
         calibration = Calibration.from_good_parts(scores, maps.max(axis=(1, 2)), float(np.median(maps)))
-        files[line_file(line, lines, CALIBRATION_FILE)] = calibration.to_bytes()
+        if calibrated:
+            files[line_file(line, lines, CALIBRATION_FILE)] = calibration.to_bytes()
         files[line_file(line, lines, POLICY_FILE)] = rules[line].model_dump_json(indent=2).encode() + b"\n"
     files |= {
         REPORT_FILE: b"<!doctype html><title>demo</title>\n",
@@ -315,14 +334,17 @@ def _golden_files(run: Run, record: Manifest, policies: Mapping[str, Policy]) ->
         line_index = np.array([record.lines.index(line)], np.int64)
         score, anomaly_map = run(fit_to_input(frame.pixels, record.input)[None], line_index)
         window = record.input.window(frame.height, frame.width)
-        judgement = judge(float(score[0]), anomaly_map[0], policy, record.output.score_rule, window, inspected)
+        verdict = Verdict.NO_VERDICT
+        if may_judge(policy, is_calibrated=record.by_line[line].is_calibrated):
+            rule = record.output.score_rule
+            verdict = judge(float(score[0]), anomaly_map[0], policy, rule, window, inspected).verdict
         answers.append(
             GoldenAnswer(
                 line=line,
                 file=f"golden/{index}.png",
                 description="a bright square" if defect else "a good part",
                 score=float(score[0]),
-                verdict=judgement.verdict,
+                verdict=verdict,
             )
         )
         pngs.append(png)

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from service.contract.calibration import Calibration
 from service.contract.geometry import InputSpec
 from service.contract.graph import verify_graph
-from service.contract.policy import Policy, ScoreRule
+from service.contract.policy import Policy, ScoreRule, refuse_unfit
 from service.errors import BundleRefused
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -81,7 +81,7 @@ class DataRecord(_Record):
         name: of the data set.
         digest: SHA-256 over the sorted relative paths and contents.
         fitted_on: good frames that the detector was fitted on.
-        calibrated_on: good frames held out for calibration.
+        calibrated_on: good frames held out for calibration; 0 where the line was not calibrated.
         tested_on_normal: normal test frames.
         tested_on_anomalous: anomalous test frames.
     """
@@ -89,7 +89,7 @@ class DataRecord(_Record):
     name: str
     digest: Digest
     fitted_on: int = Field(ge=0)
-    calibrated_on: int = Field(ge=1)
+    calibrated_on: int = Field(ge=0)
     tested_on_normal: int = Field(ge=0)
     tested_on_anomalous: int = Field(ge=0)
 
@@ -108,15 +108,27 @@ class LineRecord(_Record):
 
     Attributes:
         data: which frames.
-        review_rate: share of good parts that its policy's review threshold was calibrated for.
-        fail_rate: share of good parts that its policy's fail threshold was calibrated for.
+        review_rate: share of good parts that its policy's review threshold was calibrated for; None without a
+            calibration.
+        fail_rate: share of good parts that its policy's fail threshold was calibrated for; None without a calibration.
         metrics: evaluation on the line's test frames, by name.
     """
 
     data: DataRecord
-    review_rate: float = Field(gt=0, lt=1)
-    fail_rate: float = Field(gt=0, lt=1)
+    review_rate: float | None = Field(gt=0, lt=1)
+    fail_rate: float | None = Field(gt=0, lt=1)
     metrics: dict[str, MetricRecord]
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether good parts stand behind the line's thresholds."""
+        return self.data.calibrated_on > 0
+
+    @model_validator(mode="after")
+    def _rates_belong_to_a_calibration(self) -> Self:
+        if {self.review_rate is not None, self.fail_rate is not None} != {self.is_calibrated}:
+            raise ValueError("review_rate and fail_rate belong to a calibration, and only there")
+        return self
 
 
 class ParityRecord(_Record):
@@ -199,7 +211,7 @@ class Bundle:
         digest: SHA-256 of the manifest, hence of everything.
         manifest: parsed.
         policies: the default policy of each line.
-        calibrations: good-part values of each line.
+        calibrations: good-part values of each line that was calibrated.
         model: the graph's bytes.
         files: bytes of every small file the service needs, by relative path.
     """
@@ -238,7 +250,7 @@ def load_bundle(path: Path) -> Bundle:
         raise BundleRefused(f"{MANIFEST_FILE} does not match {MANIFEST_DIGEST_FILE}; export the bundle again.")
     _refuse_other_schema(manifest_bytes)
     manifest = _parse(Manifest, manifest_bytes, MANIFEST_FILE)
-    for required in _required_files(manifest.lines):
+    for required in _required_files(manifest):
         if required not in manifest.files:
             raise BundleRefused(f"{MANIFEST_FILE} names no {required}; export the bundle again.")
     _refuse_strangers(path, manifest)
@@ -252,6 +264,7 @@ def load_bundle(path: Path) -> Bundle:
     calibrations = {
         line: Calibration.from_bytes(files[line_file(line, manifest.lines, CALIBRATION_FILE)])
         for line in manifest.lines
+        if manifest.by_line[line].is_calibrated
     }
     verify_graph(files[MODEL_FILE])
     kept = {name: data for name, data in files.items() if name != MODEL_FILE}
@@ -326,18 +339,21 @@ def _refuse_other_schema(manifest: bytes) -> None:
         )
 
 
-def _required_files(lines: Sequence[str]) -> Iterator[str]:
+def _required_files(manifest: Manifest) -> Iterator[str]:
     yield from _REQUIRED_FILES
-    for line in lines:
-        yield line_file(line, lines, CALIBRATION_FILE)
-        yield line_file(line, lines, POLICY_FILE)
+    for line in manifest.lines:
+        if manifest.by_line[line].is_calibrated:
+            yield line_file(line, manifest.lines, CALIBRATION_FILE)
+        yield line_file(line, manifest.lines, POLICY_FILE)
 
 
 def _read_policy(files: Mapping[str, bytes], line: str, manifest: Manifest) -> Policy:
     name = line_file(line, manifest.lines, POLICY_FILE)
     policy = _parse(Policy, files[name], name)
-    if policy.region_of_interest is not None and manifest.output.score_rule.kind == "graph":
-        raise BundleRefused(f"{name} has a region of interest, but this detector's score can't follow it.")
+    try:
+        refuse_unfit(policy, manifest.output.score_rule)
+    except BundleRefused as error:
+        raise BundleRefused(f"{name}: {error.sentence}") from error
     return policy
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, Validation
 from service.contract.bundle import GOLDEN_FILE, GOLDEN_MAPS_FILE, Bundle, LineName, Manifest
 from service.contract.calibration import read_arrays
 from service.contract.frames import Frame, FrameLimits, decode_image, fit_to_input
-from service.contract.policy import Policy, Verdict, inspected_mask, judge
+from service.contract.policy import Policy, Verdict, inspected_mask, judge, may_judge
 from service.errors import BundleRefused, FlawlineError
 
 # Frames `(B, H, W, 3)` uint8 and `line_index` `(B,)` int64 to scores `(B,)` and maps `(B, h, w)`, both float32.
@@ -31,7 +31,7 @@ class GoldenAnswer(BaseModel):
         file: path of the PNG within the bundle.
         description: what the frame shows, in words.
         score: raw score of the graph.
-        verdict: under the line's default policy.
+        verdict: under the line's default policy; `NO_VERDICT` where that needs a calibration and there is none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -128,8 +128,11 @@ def replay(bundle: Bundle, golden: GoldenSet, run: Run) -> None:
         if not abs(float(scores[0]) - answer.score) <= manifest.golden.score_tolerance * magnitude:
             raise _differs(answer, "score")
         window = manifest.input.window(frame.height, frame.width)
-        judgement = judge(float(scores[0]), maps[0], policy, manifest.output.score_rule, window, inspected)
-        if judgement.verdict is not answer.verdict:
+        verdict = Verdict.NO_VERDICT
+        if may_judge(policy, is_calibrated=answer.line in bundle.calibrations):
+            rule = manifest.output.score_rule
+            verdict = judge(float(scores[0]), maps[0], policy, rule, window, inspected).verdict
+        if verdict is not answer.verdict:
             raise _differs(answer, "verdict")
 
 

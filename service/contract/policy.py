@@ -3,18 +3,40 @@
 The only function of the project that may say `PASS`, `judge`, says it of finite numbers below both thresholds, and of
 nothing else. Region filters decide what is shown, never the verdict: a region that is too small to report does not make
 a part good.
+
+Thresholds come from good parts (`calibration: "good_parts"`, the default), and a line without such a calibration gets
+no verdict. For lines that have no good parts yet, a policy file may say `calibration: "self"`: each frame is then
+measured by itself. Over the inspected values m of its map,
+
+    spread = 1.4826 * median(|m - median(m)|)        z = (m - median(m)) / spread
+
+z is what thresholds, regions and heatmaps of such a policy refer to, and the score is what the bundle's score rule
+makes of z: robust standard deviations above the frame's own middle (GRNR, arXiv:2406.07333, fails from 8 on). It means:
+
+- Nothing is promised: there is no p-value, no false-reject rate, and the answer says `calibration: "self"`.
+- What can't be measured never passes. A covered lens, an empty or a saturated frame gives a flat map whose noise would
+  be its own measure; a spread below `least_spread` is refused, as is any number that is not finite.
+- A frame that is odd in most places is its own measure and may pass. So it is for surfaces that look the same all over
+  and have small defects, until good parts are at hand: `flawline calibrate`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from service.contract.regions import Polygon, Region, Window, find_regions, rasterise
-from service.errors import BundleRefused, EngineFailed
+from service.errors import BundleRefused, EngineFailed, FrameNotComparable
+
+# Where thresholds come from; see above.
+CalibrationKind = Literal["good_parts", "self"]
+
+# Makes the median absolute deviation of normally distributed values their standard deviation.
+_DEVIATIONS_OF_MEDIAN = 1.4826
+_LARGEST = float(np.finfo(np.float32).max)
 
 VersionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
@@ -74,6 +96,9 @@ class Policy(BaseModel):
             count neither for the score nor for regions.
         min_region_area_px: smaller regions are not reported, in pixels of the original frame.
         max_regions: at most so many regions are described; the number of all is always told.
+        calibration: `good_parts`, whose raw scores the thresholds were chosen by; or `self`, thresholds in units of
+            each frame's own spread, as told at the head of this file.
+        least_spread: with `self`, frames whose map spreads less than this have no verdict; in units of the raw map.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,6 +111,8 @@ class Policy(BaseModel):
     region_of_interest: tuple[Polygon, ...] | None = None
     min_region_area_px: float = Field(default=0, ge=0)
     max_regions: int = Field(default=50, ge=0, le=1000)
+    calibration: CalibrationKind = "good_parts"
+    least_spread: FiniteFloat | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _thresholds_are_ordered(self) -> Self:
@@ -93,6 +120,8 @@ class Policy(BaseModel):
             raise ValueError("review_threshold must not be above fail_threshold")
         if self.map_floor >= self.region_threshold:
             raise ValueError("map_floor must be below region_threshold")
+        if (self.calibration == "self") != (self.least_spread is not None):
+            raise ValueError("least_spread belongs to the calibration self, and only there")
         for polygon in self.region_of_interest or ():
             if len(polygon) < 3 or not all(0 <= v <= 1 for point in polygon for v in point):
                 raise ValueError("a region of interest is polygons of at least three points in fractions of the frame")
@@ -108,12 +137,47 @@ class Judgement:
         score: the score that was compared, inside the region of interest where there is one.
         regions: at most `max_regions`, highest peak first, in pixels of the original frame.
         regions_total: how many there are.
+        anomaly_map: `(h, w)` float32, in the units of the policy's thresholds.
     """
 
     verdict: Verdict
     score: float
     regions: list[Region]
     regions_total: int
+    anomaly_map: NDArray[np.float32] = field(
+        compare=False
+    )  # arrays have no single truth, and the score follows from it
+
+
+class Compared(NamedTuple):
+    """What a policy's thresholds are compared with.
+
+    Attributes:
+        score: of the frame.
+        anomaly_map: `(h, w)` float32.
+    """
+
+    score: float
+    anomaly_map: NDArray[np.float32]
+
+
+def refuse_unfit(policy: Policy, rule: ScoreRule) -> None:
+    """Refuse a policy that needs scores to be reduced again, where only the network knows how.
+
+    Raises:
+        BundleRefused: if the two don't go together.
+    """
+    if rule.kind != "graph":
+        return
+    if policy.region_of_interest is not None:
+        raise BundleRefused("The policy has a region of interest, but this detector's score can't follow it.")
+    if policy.calibration == "self":
+        raise BundleRefused("The policy measures frames by themselves, but this detector's score can't follow it.")
+
+
+def may_judge(policy: Policy, *, is_calibrated: bool) -> bool:
+    """Tell whether a policy may give verdicts: its thresholds come from good parts, or it says that none are needed."""
+    return is_calibrated or policy.calibration == "self"
 
 
 def inspected_mask(
@@ -161,6 +225,48 @@ def image_score(
     return score if inspected is None else rule.reduce(anomaly_map[inspected])
 
 
+def bring_to_units(
+    score: float,
+    anomaly_map: NDArray[np.float32],
+    policy: Policy,
+    rule: ScoreRule,
+    inspected: NDArray[np.bool_] | None,
+) -> Compared:
+    """Bring a raw score and map to the units of a policy's thresholds: as they are, or measured by the frame itself.
+
+    Args:
+        score: raw score of the graph.
+        anomaly_map: `(h, w)` float32, raw.
+        policy: the line's rules.
+        rule: how scores are reduced from maps.
+        inspected: `inspected_mask(policy, h, w)`.
+
+    Raises:
+        EngineFailed: if a number is not finite.
+        FrameNotComparable: if the frame shall be measured by itself and its map is flat.
+        BundleRefused: if the score can't be reduced again, where that is needed.
+    """
+    raw = image_score(score, anomaly_map, inspected, rule)
+    if policy.calibration == "good_parts":
+        return Compared(raw, anomaly_map)
+    wide = anomaly_map.astype(np.float64)  # where no difference of two float32 values overflows
+    values = wide if inspected is None else wide[inspected]
+    middle, spread = float(np.median(values)), spread_of(values)
+    # Written so that a NaN is refused.
+    if policy.least_spread is None or not spread >= policy.least_spread:
+        raise FrameNotComparable(
+            "The frame is flat, as with a covered lens or without light, and frames of this line are measured by "
+            "themselves; look at the camera, or calibrate the line with good parts: flawline calibrate."
+        )
+    measured = np.clip((wide - middle) / spread, -_LARGEST, _LARGEST).astype(np.float32)
+    return Compared(rule.reduce(measured.ravel() if inspected is None else measured[inspected]), measured)
+
+
+def spread_of(anomaly_map: NDArray[np.floating]) -> float:
+    """Return the robust standard deviation of map values of any shape: 1.4826 times its median absolute deviation."""
+    return _DEVIATIONS_OF_MEDIAN * float(np.median(np.abs(anomaly_map - np.median(anomaly_map))))
+
+
 def verdict_of(score: float, policy: Policy) -> Verdict:
     """Compare a finite score with the two thresholds."""
     if score >= policy.fail_threshold:
@@ -190,10 +296,11 @@ def judge(
 
     Raises:
         EngineFailed: if a number is not finite.
+        FrameNotComparable: if the policy measures frames by themselves and this one is flat.
     """
-    score = image_score(score, anomaly_map, inspected, rule)
+    score, anomaly_map = bring_to_units(score, anomaly_map, policy, rule, inspected)
     visible = anomaly_map if inspected is None else np.where(inspected, anomaly_map, np.float32(-np.inf))
     regions, total = find_regions(
         visible, policy.region_threshold, window, policy.min_region_area_px, policy.max_regions
     )
-    return Judgement(verdict_of(score, policy), score, regions, total)
+    return Judgement(verdict_of(score, policy), score, regions, total, anomaly_map)

@@ -24,6 +24,7 @@ def describe(inspection: Inspection) -> dict[str, Any]:
         "verdict": judgement.verdict.value,
         "score": judgement.score,
         "p_value": inspection.p_value,
+        "calibration": inspection.policy.calibration,
         "thresholds": {"review": inspection.review_threshold, "fail": inspection.fail_threshold},
         "regions": [_describe_region(region) for region in judgement.regions],
         "regions_total": judgement.regions_total,
@@ -65,11 +66,13 @@ def identity_headers(inspection: Inspection) -> dict[str, str]:
         "Flawline-Inspection-Id": inspection.inspection_id,
         "Flawline-Verdict": judgement.verdict.value,
         "Flawline-Score": repr(judgement.score),
-        "Flawline-P-Value": repr(inspection.p_value),
+        "Flawline-Calibration": inspection.policy.calibration,
         "Flawline-Line": inspection.line,
         "Flawline-Bundle-Version": inspection.bundle_version,
         "Flawline-Policy-Version": inspection.policy_version,
     }
+    if inspection.p_value is not None:
+        headers["Flawline-P-Value"] = repr(inspection.p_value)
     if inspection.request.part_id is not None:
         headers["Flawline-Part-Id"] = inspection.request.part_id
     return headers

@@ -34,6 +34,7 @@ router = APIRouter(tags=["inspections"])
 
 _FAULTS = (
     "unreadable_frame",
+    "frame_not_comparable",
     "not_authenticated",
     "not_authorised",
     "unknown_line",
@@ -47,6 +48,7 @@ _FAULTS = (
     "engine_failed",
     "overloaded",
     "line_not_ready",
+    "line_not_calibrated",
     "deadline_passed",
 )
 _HEATMAP_FAULTS = ("not_authenticated", "not_authorised", "unknown_inspection", "parameter_invalid", "internal")

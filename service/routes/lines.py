@@ -97,6 +97,7 @@ def _summary(status: LineStatus) -> LineSummary:
 def _describe(live: LiveLine) -> LiveAnswer:
     bundle, manifest = live.bundle, live.bundle.manifest
     policy = live.policies[live.default_policy].policy
+    calibration = live.calibration if policy.calibration == "good_parts" else None
     top, left, height, width = manifest.input.window(1, 1)
     return LiveAnswer(
         bundle=Versioned(version=manifest.version, digest=bundle.digest),
@@ -108,10 +109,11 @@ def _describe(live: LiveLine) -> LiveAnswer:
         anomaly_map=FrameSize(height=manifest.output.map_height, width=manifest.output.map_width),
         inspected=InspectedWindow(top=top, left=left, height=height, width=width),
         default_policy=live.default_policy,
+        calibration="none" if calibration is None and policy.calibration == "good_parts" else policy.calibration,
         policies=sorted(live.policies),
         thresholds=LineThresholds(
-            review=_threshold(live.calibration, policy.review_threshold),
-            fail=_threshold(live.calibration, policy.fail_threshold),
+            review=_threshold(calibration, policy.review_threshold),
+            fail=_threshold(calibration, policy.fail_threshold),
         ),
         metrics={
             name: MetricAnswer(value=metric.value, reason=metric.reason, low=metric.low, high=metric.high)
@@ -122,8 +124,10 @@ def _describe(live: LiveLine) -> LiveAnswer:
 
 
 @lru_cache(maxsize=256)
-def _threshold(calibration: Calibration, value: float) -> ThresholdAnswer:
+def _threshold(calibration: Calibration | None, value: float) -> ThresholdAnswer:
     """Tell what calibration says of a threshold: the rate and bound of the conformal threshold of the same p-value."""
+    if calibration is None:
+        return ThresholdAnswer(value=value, false_reject_rate=None, false_reject_bound=None, good_parts=0)
     rate = calibration.p_value(value)
     try:
         bound = calibration.threshold(rate).bound

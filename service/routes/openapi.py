@@ -48,6 +48,7 @@ _EXAMPLE = {
     "verdict": "FAIL",
     "score": 0.5490196347236633,
     "p_value": 0.01639344262295082,
+    "calibration": "good_parts",
     "thresholds": {"review": 0.1, "fail": 0.2},
     "regions": [
         {

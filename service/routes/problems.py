@@ -55,6 +55,11 @@ PROBLEMS: dict[str, Problem] = {
         "The frame can't be read",
         "The JPEG image is damaged or truncated; send the complete file as the camera wrote it.",
     ),
+    "frame_not_comparable": Problem(
+        400,
+        "The frame has nothing to compare",
+        "The frame is flat; look at camera and light, or calibrate the line with good parts.",
+    ),
     "not_authenticated": Problem(
         401, "No known key", "Send your key in the header `Authorization: Bearer <key>` or `X-API-Key`."
     ),
@@ -96,6 +101,9 @@ PROBLEMS: dict[str, Problem] = {
         503, "Overloaded", "The queue is full; slow down or try again after as long as Retry-After says."
     ),
     "line_not_ready": Problem(503, "The line is not ready", "The line is loading; try again in a moment."),
+    "line_not_calibrated": Problem(
+        503, "The line is not calibrated", "Calibrate the line with good parts: flawline calibrate BUNDLE GOOD_FOLDER."
+    ),
     "deadline_passed": Problem(
         504, "The deadline has passed", "The answer would come after the deadline; the part has no verdict."
     ),

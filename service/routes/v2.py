@@ -303,11 +303,13 @@ def _print(asked: InferRequest, inspections: list[Inspection], coding: Coding | 
         "score": np.array([judgement.score for judgement in judgements], np.float32),
         "anomaly_map": np.array(maps, np.float32),
         "verdict": [judgement.verdict.value for judgement in judgements],
+        # NaN, null in JSON, where a frame was measured by itself.
         "p_value": np.array([inspection.p_value for inspection in inspections], np.float32),
     }
     parameters = {
         "inspection_ids": ",".join(inspection.inspection_id for inspection in inspections),
         "policy": inspections[0].policy_version,
+        "calibration": inspections[0].policy.calibration,
     }
     answer = open_inference.print_answer(asked, inspections[0].line, inspections[0].bundle_version, values, parameters)
     if coding is None:

@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 
 from service.engines.ort import OrtEngine
-from service.errors import EngineFailed, LineNotReady, UnknownLine, UnknownPolicy, UnknownVersion
+from service.errors import (
+    EngineFailed,
+    LineNotCalibrated,
+    LineNotReady,
+    UnknownLine,
+    UnknownPolicy,
+    UnknownVersion,
+)
 from service.registry import BatcherOptions, Registry, policy_digest
 from service.schedule import RunTimes
 from service.telemetry import Telemetry
-from tests.factories import REFERENCE, make_bundle, make_graph, make_policy, reseal
+from tests.factories import REFERENCE, make_bundle, make_graph, make_policy, make_self_policy, reseal
 from tests.fakes import FakeEngine, in_loop
 
 OPTIONS = BatcherOptions(runners=1, max_batch_size=3, max_queue_size=4, stuck_after_s=20)
@@ -473,3 +480,29 @@ async def test_drain_when_lines_share_an_engine_then_all_stop_admitting(tmp_path
         with pytest.raises(LineNotReady), batcher.place(time.monotonic() + 20):
             pass
     registry.close()
+
+
+def test_find_when_the_line_is_not_calibrated_then_says_how_to_calibrate_it_and_that_it_stands_there(shelf):
+    """A line without good parts is proved and ready, gives no verdict, and both places say why."""
+    make_bundle(shelf.path, calibrated=False)
+
+    registry = shelf.load()
+
+    with pytest.raises(LineNotCalibrated, match="flawline calibrate") as refused:
+        registry.find("demo_line", None, None)
+    assert refused.value.code == "line_not_calibrated"
+    assert states(registry) == {"demo_line": "ready"}
+    assert registry.status("demo_line").reason == refused.value.sentence
+
+
+def test_find_when_a_policy_file_says_self_then_the_uncalibrated_line_answers_by_it_alone(shelf):
+    """Where the policy file says it, a verdict without good parts is allowed; the default policy still gives none."""
+    make_bundle(shelf.path, calibrated=False)
+    own = make_self_policy(version="by_itself")
+    shelf.add_policy("demo_line", "by_itself", **own.model_dump(exclude={"version"}))
+
+    registry = shelf.load()
+
+    assert registry.find("demo_line", None, "by_itself").policy.policy == own
+    with pytest.raises(LineNotCalibrated):
+        registry.find("demo_line", None, None)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from service.contract.bundle import Manifest, MetricRecord, line_file, load_bundle, load_policy, seal, versions_of
-from service.contract.policy import ScoreRule
+from service.contract.golden import read_golden
+from service.contract.policy import ScoreRule, Verdict
 from service.errors import BundleRefused
 from tests.factories import (
     bundle_files,
@@ -322,7 +324,7 @@ def test_line_file_when_there_is_one_line_lies_at_the_root_and_else_in_the_folde
         (("parity", "verdicts_differ"), 1),
         (("parity", "map_difference"), "NaN"),
         (("golden", "map_tolerance"), 0),
-        (("by_line", "demo_line", "data", "calibrated_on"), 0),
+        (("by_line", "demo_line", "data", "calibrated_on"), -1),
         (("by_line", "demo_line", "data", "digest"), "short"),
         (("by_line", "demo_line", "fail_rate"), 0),
         (("files", "report.html"), "0" * 63),
@@ -413,3 +415,29 @@ def test_versions_when_a_store_holds_more_than_bundles_are_whole_numbers_oldest_
 
     assert versions_of(tmp_path) == ["1", "9", "10"]
     assert versions_of(tmp_path / "nowhere") == []
+
+
+def test_loading_when_a_line_is_not_calibrated_then_its_calibration_is_absent(tmp_path):
+    """A bundle without good parts is whole: it has a policy, golden frames without verdicts and no calibration."""
+    path = make_bundle(tmp_path, calibrated=False)
+
+    bundle = load_bundle(path)
+
+    assert dict(bundle.calibrations) == {}
+    assert set(bundle.policies) == {"demo_line"}
+    assert {answer.verdict for answer in read_golden(bundle).answers} == {Verdict.NO_VERDICT}
+
+
+def test_loading_when_the_manifest_promises_a_calibration_that_is_missing_then_refused(tmp_path):
+    """A calibration can't get lost on the way and leave an uncalibrated line behind."""
+    path = make_bundle(tmp_path, calibrated=False)
+    reseal(path, by_line={"demo_line": make_line_record()})
+
+    with pytest.raises(BundleRefused, match=r"names no calibration\.npz"):
+        load_bundle(path)
+
+
+def test_manifest_when_rates_are_named_without_good_parts_then_refused():
+    """A false-reject rate that nobody measured is not promised."""
+    with pytest.raises(ValidationError, match="belong to a calibration"):
+        make_line_record(data=make_line_record().data.model_copy(update={"calibrated_on": 0}))

@@ -8,9 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from service.contract.policy import Policy, ScoreRule, Verdict, image_score, inspected_mask, judge, verdict_of
-from service.errors import BundleRefused, EngineFailed
-from tests.factories import make_input, make_policy
+from service.contract.policy import (
+    Policy,
+    ScoreRule,
+    Verdict,
+    image_score,
+    inspected_mask,
+    judge,
+    may_judge,
+    refuse_unfit,
+    spread_of,
+    verdict_of,
+)
+from service.errors import BundleRefused, EngineFailed, FrameNotComparable
+from tests.factories import make_input, make_policy, make_self_policy
 from tests.strategies import anomaly_maps, finite_float32, policies
 
 MAXIMUM = ScoreRule(kind="maximum")
@@ -209,3 +220,113 @@ def test_policy_when_a_rule_makes_no_sense_is_refused(fields, reason):
     """Whatever could judge in a way nobody meant is refused at reading, with the field's name."""
     with pytest.raises(ValidationError, match=reason):
         make_policy(**fields)
+
+
+def _self_map(peak: float = 0.0) -> np.ndarray:
+    """Return an ordinary map whose values lie evenly round 10, with one of so many spreads above the middle."""
+    anomaly_map = np.linspace(9, 11, 64 * 64, dtype=np.float32)
+    anomaly_map = np.random.default_rng(0).permutation(anomaly_map).reshape(64, 64)
+    anomaly_map[20, 30] = np.median(anomaly_map) + peak * spread_of(anomaly_map)
+    return anomaly_map
+
+
+@pytest.mark.parametrize(
+    ("peak", "verdict"), [(0.0, Verdict.PASS), (5.9, Verdict.PASS), (6.1, Verdict.REVIEW), (8.1, Verdict.FAIL)]
+)
+@pytest.mark.parametrize(("factor", "shift"), [(1.0, 0.0), (1000.0, 5.0), (0.01, -3.0)])
+def test_self_calibration_when_a_map_is_scaled_and_moved_then_the_verdict_stays(peak, verdict, factor, shift):
+    """A frame is measured by itself: its score is the peak in spreads above the middle, whatever the map's size."""
+    anomaly_map = (factor * _self_map(peak) + shift).astype(np.float32)
+
+    judgement = judge(float(anomaly_map.max()), anomaly_map, make_self_policy(), MAXIMUM, WINDOW, None)
+
+    assert judgement.verdict is verdict
+    assert judgement.score == pytest.approx(max(peak, 1.35), rel=0.01)
+    assert judgement.regions_total == (verdict is not Verdict.PASS)
+
+
+def test_self_calibration_when_written_out_then_is_the_robust_z_of_the_inspected_values():
+    """Middle and spread are medians over the region of interest, and the score is reduced from z by the same rule."""
+    policy = make_self_policy(region_of_interest=LEFT_HALF)
+    inspected = inspected_mask(policy, 64, 64)
+    anomaly_map = _self_map(7.0).T.copy()
+    rule = ScoreRule(kind="top_fraction_mean", fraction=0.01)
+
+    judgement = judge(float(anomaly_map.max()), anomaly_map, policy, rule, WINDOW, inspected)
+
+    values = anomaly_map[inspected].astype(np.float64)
+    z = (values - np.median(values)) / (1.4826 * np.median(np.abs(values - np.median(values))))
+    assert judgement.score == pytest.approx(np.sort(z)[-int(0.01 * len(z)) :].mean(), rel=1e-4)
+    assert judgement.anomaly_map[inspected] == pytest.approx(z, rel=1e-3, abs=1e-4)
+
+
+@given(
+    st.sampled_from([0.0, 1.0, -3.0, 1e-30, 1e30]),
+    st.floats(0, 5e-5),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+)
+def test_self_calibration_when_a_map_is_flat_then_there_is_no_verdict(level, noise, seed, with_region):
+    """A map that is nothing but its own noise is refused, however quiet its largest value is."""
+    policy = make_self_policy(**({"region_of_interest": LEFT_HALF} if with_region else {}))
+    grain = np.random.default_rng(seed).uniform(-noise, noise, (8, 8))
+    anomaly_map = (level + grain).astype(np.float32)
+
+    with pytest.raises(FrameNotComparable):
+        judge(level, anomaly_map, policy, MAXIMUM, WINDOW, inspected_mask(policy, 8, 8))
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
+def test_self_calibration_when_values_are_not_finite_then_there_is_no_verdict(broken, share):
+    """Medians pass over a few broken values, so every value is looked at before."""
+    anomaly_map = _self_map()
+    anomaly_map.ravel()[: int(share * anomaly_map.size)] = broken
+
+    with pytest.raises(EngineFailed):
+        judge(1.0, anomaly_map, make_self_policy(), MAXIMUM, WINDOW, None)
+
+
+@given(st.floats(1e30, 3e38), st.booleans())
+def test_self_calibration_when_a_value_is_huge_then_it_never_passes(value, flip):
+    """What overflows on its way to units is above every threshold or refused."""
+    anomaly_map = _self_map()
+    anomaly_map[3, 3] = value
+
+    judgement = judge(0.0 if flip else value, anomaly_map, make_self_policy(), MAXIMUM, WINDOW, None)
+
+    assert judgement.verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"calibration": "self"},
+        {"least_spread": 0.1},
+        {"calibration": "self", "least_spread": 0.0},
+        {"calibration": "self", "least_spread": math.nan},
+        {"calibration": "none"},
+    ],
+)
+def test_policy_when_self_calibration_is_not_complete_then_it_is_refused(fields):
+    """A policy that measures frames by themselves says from which spread on, and no other one does."""
+    with pytest.raises(ValidationError):
+        make_policy(**fields)
+
+
+def test_policy_when_only_the_graph_knows_the_score_then_self_calibration_is_refused():
+    """Where scores can't be reduced again, a policy can't change their unit."""
+    with pytest.raises(BundleRefused, match="measures frames by themselves"):
+        refuse_unfit(make_self_policy(), GRAPH)
+
+
+@pytest.mark.parametrize(
+    ("policy", "is_calibrated", "may"),
+    [(make_policy(), True, True), (make_policy(), False, False), (make_self_policy(), False, True)],
+    ids=["calibrated", "not calibrated", "self"],
+)
+def test_verdicts_when_a_line_is_not_calibrated_then_only_a_policy_that_says_self_gives_them(
+    policy, is_calibrated, may
+):
+    """Thresholds that nobody measured decide nothing, unless somebody said so in the policy file."""
+    assert may_judge(policy, is_calibrated=is_calibrated) is may
