@@ -1,0 +1,259 @@
+"""What we promise of every manifest: it is valid, it runs with nothing that it does not need, and it tells the truth.
+
+Rendered by `kubectl kustomize`, checked against the schemas of several Kubernetes versions, and then against our own
+rules, resource by resource. Nothing here needs a cluster, and nothing here was run on one.
+"""
+
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from service.settings import Settings
+
+K8S = Path(__file__).resolve().parents[3] / "k8s"
+OVERLAYS = sorted(path.parent.name for path in (K8S / "overlays").glob("*/kustomization.yaml"))
+VERSIONS = ("1.30", "1.33", "1.36")
+SERVING = ("cpu", "gpu", "gpu-mig", "keda")
+# Resources that Kubernetes itself does not know; their shapes are those of their own projects.
+FOREIGN = {"ScaledObject", "ServingRuntime", "InferenceService", "ServiceMonitor", "PrometheusRule"}
+
+pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+
+
+@cache
+def render(overlay):
+    """Return every resource of an overlay."""
+    told = subprocess.run(
+        ["kubectl", "kustomize", K8S / "overlays" / overlay], capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 0, told.stderr
+    assert "Warning" not in told.stderr, told.stderr
+    return [resource for resource in yaml.safe_load_all(told.stdout) if resource]
+
+
+def pods(overlay):
+    """Yield every pod that an overlay starts, with the name of what starts it."""
+    for resource in render(overlay):
+        spec = resource.get("spec") or {}
+        if resource["kind"] in ("Deployment", "Job"):
+            yield resource["metadata"]["name"], spec["template"]["spec"]
+        elif resource["kind"] == "ServingRuntime":
+            yield resource["metadata"]["name"], spec
+
+
+def containers(overlay):
+    """Yield every container of an overlay with its pod."""
+    for _, pod in pods(overlay):
+        for container in (*pod.get("initContainers", ()), *pod["containers"]):
+            yield pod, container
+
+
+def only(overlay, kind):
+    """Return an overlay's one resource of a kind."""
+    [resource] = [resource for resource in render(overlay) if resource["kind"] == kind]
+    return resource
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlay_when_rendered_then_is_valid_for_kubernetes(overlay, version):
+    """Every field of every built-in resource exists, and has the right type, in old and new clusters."""
+    known = [resource for resource in render(overlay) if resource["kind"] not in FOREIGN]
+
+    for resource in known:
+        kubernetes_validate.validate(resource, version, strict=True)
+
+    assert known or overlay == "kserve"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlay_when_applied_then_every_namespaced_resource_has_a_namespace(overlay):
+    """Nothing lands in the default namespace, where no policy guards it."""
+    for resource in render(overlay):
+        if resource["kind"] != "Namespace":
+            assert resource["metadata"].get("namespace"), resource["metadata"]["name"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_container_when_started_then_may_do_nothing_that_it_does_not_need(overlay):
+    """An ordinary user, a read-only root, no capability, no escalation, the runtime's own system-call filter."""
+    for pod, container in containers(overlay):
+        own, shared = container["securityContext"], pod.get("securityContext", {})
+        both = shared | own
+        assert both["runAsNonRoot"] is True
+        assert both["runAsUser"] >= 10000
+        assert both["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert own["allowPrivilegeEscalation"] is False
+        assert own["readOnlyRootFilesystem"] is True
+        assert own["capabilities"] == {"drop": ["ALL"]}
+        assert not own.get("privileged")
+        assert not any(pod.get(name) for name in ("hostNetwork", "hostPID", "hostIPC"))
+        assert not any("hostPath" in volume for volume in pod.get("volumes", ()))
+
+
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != "kserve"])
+def test_pod_when_started_then_gets_no_token_and_no_variables_of_neighbours(overlay):
+    """The service asks the cluster for nothing; and a Service named flawline would otherwise set FLAWLINE_PORT."""
+    for _, pod in pods(overlay):
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["enableServiceLinks"] is False
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_container_when_it_runs_then_its_share_is_bounded_and_its_image_fixed(overlay):
+    """CPU and memory have requests and limits, and an image has a version that is not `latest`."""
+    for _, container in containers(overlay):
+        for bound in ("requests", "limits"):
+            assert {"cpu", "memory"} <= container["resources"][bound].keys()
+        assert re.fullmatch(r"[a-z0-9./-]+:[0-9][\w.-]*", container["image"])
+
+
+@pytest.mark.parametrize("overlay", [*SERVING, "kserve"])
+def test_service_when_it_starts_loads_or_hangs_then_the_right_probe_sees_it(overlay):
+    """Readiness asks whether lines are proven; liveness only whether the process answers: loading is no reason to kill."""
+    for _, container in containers(overlay):
+        paths = {kind: container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
+        assert paths["readiness"].endswith("/ready")
+        assert paths["startup"].endswith("/live")
+        assert paths["liveness"].endswith("/live")
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        for kind in ("startup", "readiness", "liveness"):
+            port = container[f"{kind}Probe"]["httpGet"]["port"]
+            assert port in ports or port in ports.values()
+
+
+@pytest.mark.parametrize("overlay", SERVING)
+def test_pod_when_told_to_stop_then_has_time_to_answer_what_it_accepted(overlay):
+    """The grace period covers the pause before, the drain, and the longest deadline that a caller may name."""
+    settings = _settings(overlay)
+    [(_, pod)] = pods(overlay)
+    [pause_s] = re.findall(r"sleep\((\d+)\)", pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1])
+
+    drain_s, longest_s = float(settings["FLAWLINE_DRAIN_TIMEOUT_S"]), float(settings["FLAWLINE_MAX_DEADLINE_S"])
+    assert drain_s >= longest_s
+    assert pod["terminationGracePeriodSeconds"] >= int(pause_s) + drain_s + 5
+
+
+@pytest.mark.parametrize("overlay", SERVING)
+def test_settings_when_mounted_then_the_service_understands_all_of_them(overlay, monkeypatch):
+    """Every variable is a setting of the service, with a value that it accepts, and its files lie where volumes do."""
+    given = _settings(overlay)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+
+    settings = Settings()
+
+    assert {name.removeprefix("FLAWLINE_").lower() for name in given} <= set(Settings.model_fields)
+    [(_, pod)] = pods(overlay)
+    container = pod["containers"][0]
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    assert mounts[str(settings.store_directory)]["readOnly"] is True
+    assert settings.keys_file is not None
+    assert mounts[str(settings.keys_file.parent)]["readOnly"] is True
+    assert settings.port == container["ports"][0]["containerPort"]
+
+
+@pytest.mark.parametrize("overlay", SERVING)
+def test_traffic_when_sent_to_the_service_then_reaches_its_pods_and_goes_nowhere_else(overlay):
+    """Selectors and ports match; the namespace denies everything, and the service is let to be asked and not to ask."""
+    service, deployment = only(overlay, "Service"), only(overlay, "Deployment")
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    names = {port["name"] for port in deployment["spec"]["template"]["spec"]["containers"][0]["ports"]}
+    policies = {r["metadata"]["name"]: r["spec"] for r in render(overlay) if r["kind"] == "NetworkPolicy"}
+
+    for selector in (
+        service["spec"]["selector"],
+        deployment["spec"]["selector"]["matchLabels"],
+        only(overlay, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"],
+        policies["flawline-inspections"]["podSelector"]["matchLabels"],
+    ):
+        assert selector.items() <= labels.items()
+    assert {port["targetPort"] for port in service["spec"]["ports"]} <= names
+    assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    assert not any(policy.get("egress") for policy in policies.values())
+
+
+def test_namespace_when_made_then_refuses_pods_that_ask_for_more():
+    """The cluster itself enforces the restricted standard."""
+    labels = only("cpu", "Namespace")["metadata"]["labels"]
+
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+@pytest.mark.parametrize(("overlay", "resource"), [("gpu", "nvidia.com/gpu"), ("gpu-mig", "nvidia.com/mig-1g.10gb")])
+def test_gpu_when_asked_for_then_exactly_one_is_held_and_no_second_is_needed_to_roll(overlay, resource):
+    """Request and limit agree, nothing else of the device is taken, and a rollout fits on full nodes."""
+    deployment = only(overlay, "Deployment")
+    resources = deployment["spec"]["template"]["spec"]["containers"][0]["resources"]
+
+    devices = {kind: {name: n for name, n in resources[kind].items() if "/" in name} for kind in ("requests", "limits")}
+    assert devices == {"requests": {resource: "1"}, "limits": {resource: "1"}}
+    assert deployment["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == 0
+    assert _settings(overlay)["FLAWLINE_DEVICE"] == "cuda"
+
+
+def test_keda_when_it_scales_then_nobody_else_sets_the_number_of_pods():
+    """A number in the Deployment would fight with the scaler at every deploy."""
+    scaled = only("keda", "ScaledObject")["spec"]
+
+    assert "replicas" not in only("keda", "Deployment")["spec"]
+    assert scaled["scaleTargetRef"]["name"] == only("keda", "Deployment")["metadata"]["name"]
+    assert scaled["minReplicaCount"] >= 2
+
+
+def test_training_when_indexed_then_each_line_has_its_index():
+    """As many completions as lines; a refused run (exit code 2) is not tried again, a stopped one is."""
+    [lines] = [r["data"]["LINES"] for r in render("training") if r["kind"] == "ConfigMap"]
+    jobs = {r["metadata"]["name"]: r["spec"] for r in render("training") if r["kind"] == "Job"}
+
+    assert jobs["flawline-train-lines"]["completions"] == len(lines.split())
+    for job in jobs.values():
+        [rule] = job["podFailurePolicy"]["rules"]
+        assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2])
+
+
+@pytest.mark.parametrize(("index", "line"), [("0", "cap"), ("2", "screw")])
+def test_training_when_a_pod_begins_then_trains_its_own_line_or_goes_on_where_it_stood(tmp_path, index, line):
+    """The script itself, run by a real shell: its line by index, and the last unfinished run where there is one."""
+    [script] = next(
+        container["args"]
+        for name, pod in pods("training")
+        for container in pod["containers"]
+        if name == "flawline-train-lines"
+    )
+    script = script.replace("/store", str(tmp_path))
+    begin, resume, anew = (_shell(script, tmp_path, index, state) for state in ("none", "unfinished", "finished"))
+
+    places = f"--store {tmp_path} --runs {tmp_path}/.runs/{line}"
+    assert begin == f"train /frames/{line} --detector inp_former --config small {places}"
+    assert resume == f"train --resume {tmp_path}/.runs/{line}/{line}/20260101-000000"
+    assert anew == begin
+
+
+def _shell(script, folder, index, state):
+    line = ["cap", "hazelnut", "screw"][int(index)]
+    run = folder / ".runs" / line / line / "20260101-000000"
+    if state != "none":
+        run.mkdir(parents=True, exist_ok=True)
+    if state == "finished":
+        (run / "report.html").touch()
+    (folder / "flawline").write_text('#!/bin/sh\necho "$@"\n')
+    (folder / "flawline").chmod(0o755)
+    environment = {"PATH": f"{folder}:/usr/bin:/bin", "LINES": "cap hazelnut screw", "JOB_COMPLETION_INDEX": index}
+    environment |= {"DETECTOR": "inp_former", "CONFIG": "small"}
+    told = subprocess.run(["sh", "-euc", script], env=environment, capture_output=True, text=True, check=True)
+    return told.stdout.strip()
+
+
+def _settings(overlay):
+    names = {
+        reference["configMapRef"]["name"] for _, container in containers(overlay) for reference in container["envFrom"]
+    }
+    [data] = [r["data"] for r in render(overlay) if r["kind"] == "ConfigMap" and r["metadata"]["name"] in names]
+    return data
