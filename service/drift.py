@@ -41,9 +41,8 @@ class Fading:
         self._weight = self._weight * keep + 1
         self._sum = self._sum * keep + value
 
-    @property
-    def value(self) -> float:
-        """The mean; NaN before the first value."""
+    def mean(self) -> float:
+        """Return the mean; NaN before the first value."""
         return self._sum / self._weight if self._weight else math.nan
 
 
@@ -75,9 +74,8 @@ class ScoreDrift:
         self._counts[int(np.searchsorted(self._edges, np.float32(score), side="right"))] += 1
         self._frames += 1
 
-    @property
     def index(self) -> float:
-        """The index, at least 0; NaN before fifty frames."""
+        """Return the index, at least 0; NaN before fifty frames."""
         if self._frames < _FEWEST_FRAMES:
             return math.nan
         seen = (self._counts + 0.5) / (self._counts + 0.5).sum()

@@ -370,7 +370,9 @@ class Registry:
         }
         for line, serving in lines.items():
             self._telemetry.declare_line(line)
-            self._telemetry.line_serves(line, version, bundle.digest, serving.default_policy, engine.device)
+            self._telemetry.line_serves(
+                line, version, bundle.digest, serving.default_policy, engine.device, serving.calibration
+            )
         self._telemetry.engine_loaded(name, self._clock() - started_at)
         self._live = {**self._live, **lines}
         self._not_live = {line: status for line, status in self._not_live.items() if line not in lines}

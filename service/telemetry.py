@@ -7,10 +7,11 @@ counted as `unknown`.
 
 import json
 import logging
+import math
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
@@ -24,8 +25,11 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.openmetrics import exposition as openmetrics
 
+from service.contract.calibration import Calibration
 from service.contract.policy import Policy, Verdict
+from service.drift import LineDrift, ScoreDrift, measure_quality
 from service.inspection import Inspection
 from service.tallies import Tally
 
@@ -40,6 +44,12 @@ _SLACK_BUCKETS_S = (0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _SCORE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5)
 _SMALLEST_THRESHOLD = 1e-6
+# A picture is measured in a millisecond, so only some are: each line at most once a second, and so many in all.
+_MEASURED_EVERY_S = 1.0
+_MEASURED_A_SECOND = 4
+# Of the middle of a picture, to bound that millisecond.
+_MEASURED_SIDE = 256
+_SMALLEST_SIDE = 3
 
 _log = logging.getLogger("flawline.inspections")
 
@@ -66,9 +76,14 @@ class EngineMeter:
 
 
 class Telemetry:
-    """Every metric of the process, on a registry of its own."""
+    """Every metric of the process, on a registry of its own.
 
-    def __init__(self) -> None:
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         # A `_created` series beside every counter and histogram doubles what is scraped, and no dashboard reads it.
         disable_created_metrics()  # type: ignore[no-untyped-call]  # the library ships this function without types
         self._collectors = CollectorRegistry()
@@ -85,6 +100,13 @@ class Telemetry:
         self._score = self._histogram(
             "score", "Scores in units of the fail threshold: 1 is at the threshold.", _SCORE_BUCKETS, "line", "version"
         )
+        self._score_psi = self._gauge(
+            "score_psi", "Stability index of the last scores against calibration; above 0.25 is another line.", "line"
+        )
+        self._review_ratio = self._gauge("review_ratio", "Share of the last frames that were not PASS.", "line")
+        self._image_quality = self._gauge(
+            "image_quality", "Mean of the last measured pictures, by statistic.", "line", "stat"
+        )
         self._engine_load = self._gauge(
             "engine_load_seconds", "From reading the bundle to its golden frames passed.", "engine"
         )
@@ -97,6 +119,8 @@ class Telemetry:
         self._lines: set[str] = {UNKNOWN_LINE}
         self._model_labels: dict[str, tuple[str, ...]] = {}
         self._tallies: dict[tuple[str, str], Tally] = {}
+        self._drifts: dict[str, LineDrift] = {}
+        self._measured_at: dict[str, float] = {}
 
     def declare_line(self, line: str) -> None:
         """Let a line of the registry be a label."""
@@ -114,13 +138,31 @@ class Telemetry:
         """Record how long an engine took from its bundle's bytes to its golden frames passed."""
         self._engine_load.labels(engine).set(seconds)
 
-    def line_serves(self, line: str, version: str, digest: str, policy: str, device: str) -> None:
-        """Record what serves a line from now on, and forget what served it before."""
+    def line_serves(
+        self, line: str, version: str, digest: str, policy: str, device: str, calibration: Calibration | None
+    ) -> None:
+        """Record what serves a line from now on, and forget what served it before.
+
+        Args:
+            line: its name.
+            version: of the bundle.
+            digest: of the bundle.
+            policy: version of the default one.
+            device: of the engine.
+            calibration: what drift is measured against; None where the line has none.
+        """
         before = self._model_labels.get(line)
         if before is not None:
             self._model_info.remove(*before)
         self._model_labels[line] = (line, version, digest, policy, device)
         self._model_info.labels(*self._model_labels[line]).set(1)
+        drift = LineDrift(None if calibration is None else ScoreDrift(calibration))
+        self._drifts[line] = drift
+        self._review_ratio.labels(line).set_function(drift.review.mean)
+        if drift.scores is None:
+            self._score_psi.labels(line).set(math.nan)
+        else:
+            self._score_psi.labels(line).set_function(drift.scores.index)
 
     def golden_failed(self) -> None:
         """Count a bundle whose golden frames came out differently on this device."""
@@ -141,11 +183,14 @@ class Telemetry:
         request, judgement, line = inspection.request, inspection.judgement, inspection.line
         self._inspections.labels(line, inspection.bundle_version, judgement.verdict.value).inc()
         seconds = {**inspection.timings_s, "encode": encode_s, "total": total_s}
+        exemplar = {"inspection_id": inspection.inspection_id}
         for stage, spent in seconds.items():
-            self._stage.labels(line, stage).observe(spent)
+            self._stage.labels(line, stage).observe(spent, exemplar if stage == "total" else None)
         self._tally(line, inspection.bundle_version).answered(inspection.batch_size, seconds, _now_ms())
         self._slack.labels(line).observe(inspection.deadline_s - total_s)
-        self._score.labels(line, inspection.bundle_version).observe(in_units(judgement.score, inspection.policy))
+        units = in_units(judgement.score, inspection.policy)
+        self._score.labels(line, inspection.bundle_version).observe(units, exemplar)
+        self._watch(inspection)
         fields: dict[str, Any] = {
             "inspection_id": inspection.inspection_id,
             "request_id": request.request_id,
@@ -186,9 +231,36 @@ class Telemetry:
         """Return what a bundle has done for a line, as the Open Inference Protocol's statistics describe it."""
         return {"name": line, "version": version, **self._tally(line, version).describe()}
 
-    def exposition(self) -> tuple[bytes, str]:
-        """Return what a scraper reads, and its content type."""
+    def exposition(self, accepted: str = "") -> tuple[bytes, str]:
+        """Return what a scraper reads, and its content type.
+
+        Args:
+            accepted: the scraper's `Accept` header; only OpenMetrics carries exemplars.
+        """
+        # Not the library's own negotiation: it takes the version from the caller, and fails on one that is none.
+        if "application/openmetrics-text" in accepted:
+            body: bytes = openmetrics.generate_latest(self._collectors)  # type: ignore[no-untyped-call]  # has no types
+            return body, openmetrics.CONTENT_TYPE_LATEST
         return generate_latest(self._collectors), CONTENT_TYPE_LATEST
+
+    def _watch(self, inspection: Inspection) -> None:
+        """Count a frame towards drift, unless it was judged by another policy or bundle than the line's own."""
+        line = inspection.line
+        served, drift = self._model_labels.get(line), self._drifts.get(line)
+        if served is None or drift is None or served[1:4:2] != (inspection.bundle_version, inspection.policy_version):
+            return
+        drift.judged(inspection.judgement.score, passed=inspection.judgement.verdict is Verdict.PASS)
+        now, pause_s = self._clock(), max(_MEASURED_EVERY_S, len(self._drifts) / _MEASURED_A_SECOND)
+        if now - self._measured_at.get(line, -math.inf) < pause_s:
+            return
+        self._measured_at[line] = now
+        height, width = inspection.frame.pixels.shape[:2]
+        if min(height, width) < _SMALLEST_SIDE:
+            return
+        top, left = max(0, height - _MEASURED_SIDE) // 2, max(0, width - _MEASURED_SIDE) // 2
+        drift.seen(measure_quality(inspection.frame.pixels[top : top + _MEASURED_SIDE, left : left + _MEASURED_SIDE]))
+        for name, mean in drift.quality.items():
+            self._image_quality.labels(line, name).set(mean.mean())
 
     def _tally(self, line: str, version: str) -> Tally:
         return self._tallies.setdefault((line, version), Tally())

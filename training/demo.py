@@ -135,7 +135,9 @@ def _write_overlays(url: str, name: str, shooting: Shooting, folder: Path) -> in
 
 def _show(shooting: Shooting, finished: FinishedRun, reporter: Reporter) -> None:
     kinds = sorted({(sample.label, sample.kind) for sample in shooting.samples})
-    counts = Counter((sample.kind, shot.verdict) for sample, shot in zip(shooting.samples, shooting.shots, strict=True))
+    counts = Counter(
+        (sample.kind, shot.verdict.value) for sample, shot in zip(shooting.samples, shooting.shots, strict=True)
+    )
     reporter.table(
         "Verdicts over HTTP",
         ("frames", *_VERDICTS),

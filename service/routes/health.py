@@ -30,7 +30,7 @@ async def ready(request: Request) -> Response:
 
 @router.get("/metrics", response_class=Response, responses=responses("not_authenticated", "not_authorised"))
 async def metrics(request: Request) -> Response:
-    """Return all metrics in the format of Prometheus."""
+    """Return all metrics in the format of Prometheus, or of OpenMetrics where that is asked for."""
     caller_of(request).demand("metrics")
-    body, content_type = context_of(request).telemetry.exposition()
+    body, content_type = context_of(request).telemetry.exposition(request.headers.get("accept", ""))
     return Response(body, media_type=content_type)

@@ -116,7 +116,7 @@ def test_container_when_it_runs_then_its_share_is_bounded_and_its_image_fixed(ov
 
 @pytest.mark.parametrize("overlay", [*SERVING, "kserve"])
 def test_service_when_it_starts_loads_or_hangs_then_the_right_probe_sees_it(overlay):
-    """Readiness asks whether lines are proven; liveness only whether the process answers: loading is no reason to kill."""
+    """Readiness asks whether lines are proven; liveness only whether the process answers, since loading is no fault."""
     for _, container in containers(overlay):
         paths = {kind: container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
         assert paths["readiness"].endswith("/ready")

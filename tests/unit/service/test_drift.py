@@ -20,7 +20,7 @@ def _calibration(count=400, seed=0):
 def _feed(drift, scores):
     for score in scores:
         drift.add(float(score))
-    return drift.index
+    return drift.index()
 
 
 def _part(seed=0, shape=(96, 128)):
@@ -116,8 +116,8 @@ def test_share_when_values_fade_then_is_their_weighted_mean():
         fading.add(value)
 
     weights = np.exp(-np.array([2, 1, 0]) / 2)
-    assert fading.value == pytest.approx(float((weights * [1, 0, 1]).sum() / weights.sum()))
-    assert math.isnan(Fading(2.0).value)
+    assert fading.mean() == pytest.approx(float((weights * [1, 0, 1]).sum() / weights.sum()))
+    assert math.isnan(Fading(2.0).mean())
 
 
 @pytest.mark.parametrize(
@@ -156,9 +156,9 @@ def test_line_when_judged_and_seen_then_keeps_its_signals_apart():
     for number in range(100):
         line.judged(1.0, passed=number % 4 != 0)
         line.seen(measure_quality(_frame(_part(number))))
-    bright = line.quality["brightness"].value
+    bright = line.quality["brightness"].mean()
     for number in range(200):
         line.seen(measure_quality(_frame(_part(number) * 0.6)))
 
-    assert line.review.value == pytest.approx(0.25, abs=0.02)
-    assert line.quality["brightness"].value == pytest.approx(0.6 * bright, rel=0.05)
+    assert line.review.mean() == pytest.approx(0.25, abs=0.02)
+    assert line.quality["brightness"].mean() == pytest.approx(0.6 * bright, rel=0.05)

@@ -3,11 +3,17 @@
 import io
 import json
 import logging
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from service.contract.calibration import Calibration
+from service.contract.frames import Frame
+from service.contract.policy import Verdict
 from service.telemetry import CALLER_LEFT, JsonLines, Telemetry, in_units, log_json_lines
 from tests.factories import make_policy
+from tests.fakes import FakeClock
 from tests.inspections import STAGES_S, make_inspection
 
 
@@ -82,11 +88,63 @@ def test_not_inspected_when_line_is_anything_then_label_is_bounded(telemetry, ca
 
 def test_line_serves_when_version_changes_then_only_the_new_one_is_left(telemetry):
     """`model_info` names what serves now, once a line."""
-    telemetry.line_serves("demo_line", "1", "a", "p", "cpu")
-    telemetry.line_serves("demo_line", "2", "b", "p", "cpu")
+    telemetry.line_serves("demo_line", "1", "a", "p", "cpu", None)
+    telemetry.line_serves("demo_line", "2", "b", "p", "cpu", None)
 
     names = [name for name in metrics(telemetry) if name.startswith("flawline_model_info")]
     assert names == ['flawline_model_info{device="cpu",digest="b",line="demo_line",policy="p",version="2"}']
+
+
+def test_drift_when_scores_leave_their_calibration_then_the_gauges_tell(telemetry):
+    """Frames under the line's own policy count; those that another policy or version judged do not."""
+    calibrated = np.linspace(0, 0.1, 100, dtype=np.float32)
+    telemetry.line_serves("demo_line", "4", "d", "1", "cpu", Calibration.from_good_parts(calibrated, calibrated, 0.0))
+
+    for number in range(60):
+        verdict = Verdict.FAIL if number % 2 else Verdict.PASS
+        own = replace(make_inspection().judgement, verdict=verdict, score=0.5)
+        telemetry.inspected(make_inspection(judgement=own), encode_s=0.0, total_s=0.1)
+        strange = replace(own, verdict=Verdict.FAIL, score=9.0)
+        telemetry.inspected(make_inspection(judgement=strange, policy_version="trial"), encode_s=0.0, total_s=0.1)
+
+    samples = metrics(telemetry)
+    assert samples['flawline_score_psi{line="demo_line"}'] > 1
+    assert samples['flawline_review_ratio{line="demo_line"}'] == pytest.approx(0.5, abs=0.01)
+
+
+def test_image_quality_when_frames_come_fast_then_one_a_second_is_measured():
+    """Watching the pictures costs the same whether a line is slow or fast."""
+    clock = FakeClock()
+    telemetry = Telemetry(clock)
+    telemetry.declare_line("demo_line")
+    telemetry.line_serves("demo_line", "4", "d", "1", "cpu", None)
+    seen = []
+    for grey in (40, 80, 120, 160):
+        frame = Frame(np.full((300, 400, 3), grey, np.uint8), 300, 400)
+        telemetry.inspected(make_inspection(frame=frame), encode_s=0.0, total_s=0.1)
+        seen.append(metrics(telemetry)['flawline_image_quality{line="demo_line",stat="brightness"}'])
+        clock.advance(0.6)
+
+    assert seen[0] == pytest.approx(40 / 255, abs=1e-6)
+    assert seen[1] == seen[0]
+    assert seen[2] > seen[1]
+    assert seen[3] == seen[2]
+    names = {name for name in metrics(telemetry) if name.startswith("flawline_image_quality")}
+    assert len(names) == 4
+
+
+@pytest.mark.parametrize(
+    "accepted", ["application/openmetrics-text; version=1.0.0", "application/openmetrics-text;version=x"]
+)
+def test_exposition_when_openmetrics_is_asked_for_then_latencies_lead_to_their_inspection(telemetry, accepted):
+    """Exemplars name the inspection, so that a slow one is found in the log."""
+    telemetry.inspected(make_inspection(), encode_s=0.0, total_s=0.5)
+
+    body, content_type = telemetry.exposition(accepted)
+
+    assert content_type.startswith("application/openmetrics-text")
+    assert b'# {inspection_id="' + b"0" * 32 in body
+    assert b"inspection_id" not in telemetry.exposition()[0]
 
 
 def test_engine_when_batches_run_then_gauges_move(telemetry):
