@@ -1,15 +1,19 @@
 """The graph that leaves training says what PyTorch says, from camera bytes to verdict, or it does not leave."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
+from models.backbones import untrained_weights
 from models.detector import AnomalyOutput, PassStage
+from models.pnpt import Pnpt
 from service.contract.graph import opset_of, verify_graph
 from service.contract.policy import Policy, ScoreRule
 from tests.factories import make_frame, make_policy
@@ -105,6 +109,64 @@ def test_export_graph_when_read_then_has_the_names_and_shapes_of_the_contract():
     assert isinstance(batch, str)
     assert dims == {"frames": [batch, 32, 48, 3], "score": [batch], "anomaly_map": [batch, 8, 12]}
     assert values["frames"].elem_type == onnx.TensorProto.UINT8
+
+
+def _line_conditioned() -> Pnpt:
+    """Build a tiny detector of three lines that have seen their good frames; its weights don't matter here."""
+    detector = Pnpt(replace(TINY["pnpt"], lines=3))
+    detector.load_backbone_weights(untrained_weights("test_resnet"))
+    images = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for stage in detector.stages():
+        if isinstance(stage, PassStage):
+            stage.show(images, torch.arange(6) % 3)
+            stage.finish()
+    return detector.eval()
+
+
+def test_export_graph_when_pnpt_was_fitted_on_several_lines_then_its_graph_mixes_them_as_pytorch_does():
+    """The graph chooses each frame's prompt by its line, in batches of any size, and holds no average of features."""
+    detector = _line_conditioned()
+    frames = np.stack([make_frame(64, 64, seed=seed) for seed in range(5)])
+    line_index = np.array([2, 0, 1, 1, 2], np.int64)
+
+    model = export_graph(detector)
+
+    graph, run = GraphRun(model), DetectorRun(detector, _CPU)
+    for count in (1, 2, 5):
+        for found, expected in zip(
+            graph(frames[:count], line_index[:count]), run(frames[:count], line_index[:count]), strict=True
+        ):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)  # float32 in another order
+    assert not any(detector.pool.shape == tuple(one.dims) for one in onnx.load_from_string(model).graph.initializer)
+
+
+def test_export_when_prompts_are_an_input_then_the_graph_judges_by_those():
+    """A prompt may come from outside, so that a line can be added without another graph; 1e-4 as above."""
+
+    class Prompted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.detector = _line_conditioned()
+
+        def forward(self, images, prompts):
+            return tuple(self.detector.judge(images, prompts))
+
+    module, generator = Prompted(), torch.Generator().manual_seed(1)
+    images, prompts = torch.rand(5, 3, 64, 64, generator=generator), torch.randn(5, 16, 32, generator=generator)
+    batch = torch.export.Dim("B", min=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations are not this project's
+        program = torch.onnx.export(
+            module, (images[:2], prompts[:2]), dynamo=True, dynamic_shapes=({0: batch}, {0: batch}), verbose=False
+        )
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+
+    for count in (1, 2, 5):
+        feed = {"images": images[:count].numpy(), "prompts": prompts[:count].numpy()}
+        with torch.no_grad():
+            expected = module(images[:count], prompts[:count])
+        for found, wanted in zip(session.run(None, feed), expected, strict=True):
+            np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-4)
 
 
 class _Offsets(_Brightness):
