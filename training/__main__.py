@@ -71,6 +71,8 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
     product: Product = None,
     name: Annotated[str | None, typer.Option(help="of the bundle, and of the line of a folder given by itself")] = None,
     seed: Annotated[int | None, typer.Option(help="of everything that is drawn")] = None,
+    shots: Annotated[int | None, typer.Option(min=1, help="fit on so many good frames of each line")] = None,
+    shot_seed: Annotated[int | None, typer.Option(min=0, help="chooses these frames")] = None,
     review_rate: ReviewRate = None,
     fail_rate: FailRate = None,
     roi: Annotated[
@@ -88,6 +90,7 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
         raise typer.Exit(_CALLERS_FAULT)
     jobs = _jobs()
     named = {"backbone": backbone, "product": product, "seed": seed, "review_rate": review_rate, "fail_rate": fail_rate}
+    named |= {"shots": shots, "shot_seed": shot_seed}
     with jobs.faults_as_sentences():
         if resume is not None:
             jobs.resume_run(resume, threads)

@@ -153,6 +153,11 @@ def tell_facts(run: RunRecord) -> RunFacts:
     )
 
 
+def _names_of(line: GatheredLine) -> tuple[str, ...]:
+    root = line.data.dataset.root
+    return tuple(sample.path.relative_to(root).as_posix() for sample in line.fitted_on)
+
+
 def tell_line_facts(line: MeasuredLine) -> tuple[Fact, ...]:
     """Return what the report says of one line's frames."""
     counts = ", ".join(f"{count} {name}" for name, count in line.gathered.data.counts.items())
@@ -211,6 +216,7 @@ def _line_record(line: MeasuredLine, config: RunConfig) -> LineRecord:
             calibrated_on=len(line.held_out.samples),
             tested_on_normal=labels.count(NORMAL),
             tested_on_anomalous=labels.count(ANOMALOUS),
+            shots=() if config.shots is None else _names_of(line.gathered),
         ),
         review_rate=config.review_rate,
         fail_rate=config.fail_rate,

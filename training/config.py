@@ -52,6 +52,10 @@ class RunConfig(BaseModel):
         seed: of initial values, order of frames, bootstrap and planted defects.
         hold_out: which good frames fitting never sees; has a seed of its own, so that runs with several seeds are
             calibrated on the same frames.
+        shots: number of good frames of each line to fit on, or None for all that are not held out; then every other
+            good frame may calibrate, and `hold_out` is not used.
+        shot_seed: chooses these frames.
+        shot_views: what else is made of them: "none", or the 22 views of INP-Former's few-shot setting.
         review_rate: wanted share of good parts that are at least `REVIEW`.
         fail_rate: wanted share of good parts that are `FAIL`.
         golden: how closely a device must reproduce the golden set.
@@ -69,6 +73,9 @@ class RunConfig(BaseModel):
     input: InputSpec
     seed: int = Field(default=1, ge=0, lt=2**31)
     hold_out: HoldOut = HoldOut()
+    shots: int | None = Field(default=None, ge=1)
+    shot_seed: int = Field(default=1, ge=0, lt=2**31)
+    shot_views: Literal["none", "inp_former"] = "none"
     review_rate: float = Field(default=0.10, gt=0, lt=1)
     fail_rate: float = Field(default=0.05, gt=0, lt=1)
     golden: GoldenRule = GoldenRule(map_tolerance=0.01, score_tolerance=0.01)
@@ -80,6 +87,11 @@ class RunConfig(BaseModel):
     @classmethod
     def _resolve_alias(cls, name: str | None) -> str | None:
         return None if name is None else backbone_name(name)
+
+    @property
+    def makes_views(self) -> bool:
+        """Whether fitting sees further views of its few frames."""
+        return self.shots is not None and self.shot_views != "none"
 
     def detector_config(self, lines: int = 1) -> Any:
         """Return the detector's own frozen configuration, filled from this run.

@@ -24,6 +24,7 @@ from training.config import RunConfig
 from training.data.check import CheckedDataset, check_dataset
 from training.data.detect import read_dataset
 from training.data.samples import UNKNOWN, Dataset, DatasetFault, Sample
+from training.data.shots import choose_shots
 from training.data.split import split_good
 from training.progress import Reporter
 from training.run_directory import LineRequest, RunRequest
@@ -134,7 +135,10 @@ class _Opened(NamedTuple):
 def _open(line: LineRequest, config: RunConfig, *, is_one_of_many: bool) -> _Opened:
     region = None if line.region_of_interest is None else read_region_of_interest(line.region_of_interest)
     dataset = read_dataset(line.folder)
-    fitted_on, held_out = split_good(dataset, config.hold_out)
+    if config.shots is None:
+        fitted_on, held_out = split_good(dataset, config.hold_out)
+    else:
+        fitted_on, held_out = choose_shots(dataset, config.shots, config.shot_seed)
     try:
         refuse_unsupported_rates(len(held_out), config.review_rate, config.fail_rate)
     except CalibrationRefused as error:

@@ -36,6 +36,7 @@ from training.checkpoint import load_checkpoint
 from training.config import RunConfig
 from training.data.loader import FileFrames, load_frame
 from training.data.samples import Sample
+from training.data.shots import ShotViews
 from training.detectors import PreparedDetector, choose_device, prepare_detector
 from training.evaluate import ask, evaluate, spread
 from training.export import DetectorRun, GraphRun, check_parity, export_graph
@@ -54,6 +55,7 @@ _PARITY_FRAMES = 18
 _FEWEST_PARITY_FRAMES = 4
 # What decides how a detector is fitted; other keys may change between a run and its export.
 _FITTING_KEYS = {"detector", "backbone", "hyperparameters", "input", "seed", "hold_out"}
+_SHOT_KEYS = {"shots", "shot_seed", "shot_views"}
 
 Beginning = Literal["new", "resume", "export"]
 
@@ -159,7 +161,9 @@ def _fit(
     reporter: Reporter,
     beginning: Beginning,
 ) -> FitReport:
-    fitting = json.dumps(config.model_dump(mode="json", include=_FITTING_KEYS), sort_keys=True)
+    # A run on all frames keeps the identity that it had before there were shots.
+    deciding = _FITTING_KEYS if config.shots is None else _FITTING_KEYS | _SHOT_KEYS
+    fitting = json.dumps(config.model_dump(mode="json", include=deciding), sort_keys=True)
     identity = {
         "configuration": hashlib.sha256(fitting.encode()).hexdigest(),
         "data": gathered.digest,
@@ -168,11 +172,12 @@ def _fit(
     if beginning == "export":
         _refuse_unfitted(directory, identity, prepared)
     plan = CheckpointPlan(directory, identity, resume=beginning != "new")
-    source = FileFrames(gathered.fitted_on, config.input, FrameLimits(), gathered.fitted_on_lines)
+    frames = FileFrames(gathered.fitted_on, config.input, FrameLimits(), gathered.fitted_on_lines)
+    source = ShotViews(frames) if config.makes_views else frames
     try:
         return fit(prepared.module, source, FitSettings(seed=config.seed), reporter, plan)
     finally:
-        source.close()
+        frames.close()
 
 
 def _refuse_unfitted(directory: Path, identity: dict[str, str], prepared: PreparedDetector) -> None:

@@ -84,6 +84,7 @@ class DataRecord(_Record):
         calibrated_on: good frames held out for calibration; 0 where the line was not calibrated.
         tested_on_normal: normal test frames.
         tested_on_anomalous: anomalous test frames.
+        shots: names of the good frames that the detector was fitted on, where it was given a few and not all.
     """
 
     name: str
@@ -92,6 +93,7 @@ class DataRecord(_Record):
     calibrated_on: int = Field(ge=0)
     tested_on_normal: int = Field(ge=0)
     tested_on_anomalous: int = Field(ge=0)
+    shots: tuple[str, ...] = ()
 
 
 class MetricRecord(_Record):
