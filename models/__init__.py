@@ -12,6 +12,7 @@ from models.grnr import Grnr, GrnrConfig
 from models.inp_former import InpFormer, InpFormerConfig
 from models.inp_former_pp import InpFormerPp, InpFormerPpConfig
 from models.pnpt import Pnpt, PnptConfig
+from models.rb_ae import RbAe, RbAeConfig
 from models.st_mae import StMae, StMaeConfig
 
 
@@ -31,6 +32,7 @@ DETECTORS: Mapping[str, DetectorEntry] = MappingProxyType(
         "inp_former": DetectorEntry(InpFormerConfig, InpFormer),
         "inp_former_pp": DetectorEntry(InpFormerPpConfig, InpFormerPp),
         "pnpt": DetectorEntry(PnptConfig, Pnpt),
+        "rb_ae": DetectorEntry(RbAeConfig, RbAe),
         "st_mae": DetectorEntry(StMaeConfig, StMae),
     }
 )

@@ -108,7 +108,7 @@ class RbAeConfig:
         defect_opacity: range of the share that a foreign picture has in its area; 1 covers the frame.
         map_source: what the map shows: distances of features, or what a head learnt to make of their differences.
         blur_sigma: standard deviation of the map's Gaussian in pixels; 0 for none. A head's map is not blurred.
-        score: maximum of the map, or its standard deviation, which the same authors' TFA-Net takes.
+        score_reduction: maximum of the map, or its standard deviation, which the same authors' TFA-Net takes.
         seed: seeds the initial values, and with the step all artificial defects and flips.
         recipe: the descent on good frames.
         defect_recipe: the descent that adds artificial defects.
@@ -129,7 +129,7 @@ class RbAeConfig:
     defect_opacity: tuple[float, float] = (1.0, 1.0)
     map_source: Literal["features", "head"] = "features"
     blur_sigma: float = 4.0
-    score: Literal["maximum", "deviation"] = "maximum"
+    score_reduction: Literal["maximum", "deviation"] = "maximum"
     seed: int = 1
     recipe: Recipe = _PAPER_RECIPE
     defect_recipe: Recipe = _PAPER_DEFECT_RECIPE
@@ -410,7 +410,7 @@ class RbAe(nn.Module):
             distances = [1 - _cosine(one, other) for one, other in zip(before, after, strict=True)]
             mean = torch.stack([resize_map(one, self.image_size) for one in distances]).mean(dim=0)
             anomaly_map = self.blur_rows @ mean @ self.blur_columns.T
-        if self.config.score == "deviation":
+        if self.config.score_reduction == "deviation":
             return AnomalyOutput(anomaly_map, map_deviation(anomaly_map))
         return AnomalyOutput(anomaly_map, anomaly_map.amax(dim=(1, 2)))
 

@@ -20,6 +20,7 @@ from models.grnr import GrnrConfig
 from models.inp_former import InpFormerConfig
 from models.inp_former_pp import InpFormerPpConfig
 from models.pnpt import PnptConfig
+from models.rb_ae import RbAeConfig
 from models.st_mae import StMaeConfig
 
 _BRIEF = Recipe(
@@ -158,6 +159,12 @@ TINY: Mapping[str, Any] = {
         heads=2,
         mlp_ratio=2,
         recipe=replace(_BRIEF_ADAMW, learning_rate=5e-3, final_learning_rate=5e-4),
+    ),
+    "rb_ae": RbAeConfig(
+        image_size=(64, 64),
+        channels=(8, 16, 16, 16),
+        recipe=replace(_BRIEF_ADAMW, learning_rate=5e-3, final_learning_rate=5e-4, iterations=20),
+        defect_recipe=replace(_BRIEF_ADAMW, learning_rate=5e-3, final_learning_rate=5e-4, iterations=20),
     ),
     "st_mae": StMaeConfig(
         backbone="test_resnet",

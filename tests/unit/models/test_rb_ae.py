@@ -494,7 +494,7 @@ def test_map_when_blurred_then_is_the_plain_one_under_a_gaussian():
 @torch.no_grad()
 def test_score_when_deviation_is_asked_for_then_is_the_deviation_of_the_map():
     """The other score of the same authors, over the same map."""
-    detector = _build(score="deviation")
+    detector = _build(score_reduction="deviation")
 
     output = detector(_images())
 
@@ -590,7 +590,7 @@ def test_config_when_left_alone_then_holds_the_values_of_the_reconstruction():
     assert (config.image_size, config.channels) == ((256, 256), (64, 128, 256, 512))
     assert (config.structure_weight, config.edge_weight) == (1, 1)
     assert (config.discrimination_weight, config.repair_weight, config.margin) == (1, 0.1, 0)
-    assert (config.map_source, config.blur_sigma, config.score) == ("features", 4, "maximum")
+    assert (config.map_source, config.blur_sigma, config.score_reduction) == ("features", 4, "maximum")
     assert (config.defect_area, config.defect_opacity) == ((0.001, 0.4), (1, 1))
     assert (config.recipe.epochs, config.defect_recipe.epochs) == (100, 300)
     assert (config.recipe.learning_rate, config.recipe.batch_size, config.recipe.weight_decay) == (1e-4, 8, 1e-5)
