@@ -21,9 +21,10 @@ Symbols: E, D = `tokens`, `rebuilt` (B, G, N, C), one entry a group of layers ·
 · L_sm = reconstruction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from types import MappingProxyType
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -63,6 +64,10 @@ class InpFormerConfig(InpBranchConfig):
         blur_sigma: its standard deviation (4).
         recipe: the descent.
     """
+
+    # How a detector that was fitted on other lines judges a new one: the decoder knows their features, the INPs are
+    # drawn from each image itself.
+    zero_shot_settings: ClassVar[Mapping[str, str]] = MappingProxyType({"map_source": "prototypes"})
 
     map_source: Literal["reconstruction", "prototypes"] = "reconstruction"
     map_size: tuple[int, int] = (256, 256)

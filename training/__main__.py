@@ -152,18 +152,61 @@ def calibrate(
         jobs.recalibrate_bundle(bundle, line, good_folder, line_folder, rates, roi, threads or 1)
 
 
-@commands.command(epilog="Example:\n\nflawline export runs/bottle/20261122-101500 --fail-rate 0.02")
-def export(
-    run: Annotated[Path, typer.Argument(help="directory of a run whose fitting is complete")],
-    store: Annotated[Path | None, typer.Option(help="another store than the run's")] = None,
+@commands.command(
+    epilog="""
+Examples:
+
+flawline export runs/bottle/20261122-101500 --fail-rate 0.02
+
+flawline export grnr --name leather --product texture
+
+flawline export grnr --name leather --product texture --calibration self
+
+flawline export runs/all_screws/20261122-101500 --zero-shot --name new_screw
+"""
+)
+def export(  # noqa: PLR0917 - typer reads options from a signature; nobody calls this by position
+    source: Annotated[str, typer.Argument(help="directory of a fitted run, or a detector that needs no fitting: grnr")],
+    store: Annotated[Path | None, typer.Option(help="folder of all bundles; default: the run's, or store")] = None,
     review_rate: ReviewRate = None,
     fail_rate: FailRate = None,
     threads: Threads = None,
 ) -> None:
-    """Evaluate, calibrate and export a fitted run again, as a new version."""
+    """Export a fitted run again as a new version; or, zero-shot, make a bundle without any frame of its line."""
     jobs = _jobs()
     with jobs.faults_as_sentences():
-        jobs.export_run(run, store, {"review_rate": review_rate, "fail_rate": fail_rate}, threads)
+    zero_shot: Annotated[
+        bool, typer.Option("--zero-shot", help="for a line that the run was not fitted on, without any of its frames")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="zero-shot: of bundle and line")] = None,
+    calibration: Annotated[
+        Literal["none", "self"] | None,
+        typer.Option(help="zero-shot: no verdicts before flawline calibrate, or each frame measured by itself"),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="of a detector's name: small (default), paper, or a YAML file")
+    ] = None,
+    product: Product = None,
+    weights: Weights = None,
+    settings: Settings = None,
+        if not jobs.is_zero_shot(
+            source,
+            asked=zero_shot,
+            rates=(review_rate, fail_rate),
+            others={"--name": name, "--calibration": calibration, "--config": config, "--product": product},
+        ):
+            jobs.export_run(Path(source), store, {"review_rate": review_rate, "fail_rate": fail_rate}, threads)
+            return
+        chosen = [] if product is None else [f"product={product}"]
+        wishes = jobs.ZeroShotWishes(
+            name=name,
+            store=store,
+            config=config,
+            weights=weights,
+            calibration=calibration or "none",
+            settings=[*(settings or []), *chosen],
+        )
+        jobs.export_zero_shot(source, wishes, threads)
 
 
 @commands.command(epilog="Example:\n\nflawline report store/bottle/3 --output bottle.html")

@@ -104,8 +104,13 @@ def has_checkpoint(directory: Path) -> bool:
     return (directory / _STATE_FILE).is_file()
 
 
-def load_checkpoint(directory: Path, identity: Mapping[str, str]) -> TrainingState:
+def load_checkpoint(directory: Path, identity: Mapping[str, str], *, only_named: bool = False) -> TrainingState:
     """Read a checkpoint of the same run.
+
+    Args:
+        directory: of the run.
+        identity: as it was saved with.
+        only_named: compare what `identity` names and nothing else; for who uses a fitted detector elsewhere.
 
     Raises:
         CheckpointRefused: if there is none, its identity is another one, or its files are damaged.
@@ -118,7 +123,8 @@ def load_checkpoint(directory: Path, identity: Mapping[str, str]) -> TrainingSta
         raise _damaged(directory) from error
     if not isinstance(record, dict) or record.get("schema_version") != _SCHEMA_VERSION:
         raise CheckpointRefused(f"{directory} was written by another version; start without resuming.")
-    _refuse_stranger(directory, record["identity"], identity)
+    found = record["identity"]
+    _refuse_stranger(directory, {name: found.get(name) for name in identity} if only_named else found, identity)
     try:
         data = (directory / record["tensors"]).read_bytes()
     except FileNotFoundError as error:
@@ -195,7 +201,7 @@ def restore_optimiser(optimiser: Optimizer, state: TrainingState) -> None:
     optimiser.load_state_dict({"state": values, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
-def _refuse_stranger(directory: Path, found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+def _refuse_stranger(directory: Path, found: Mapping[str, str | None], wanted: Mapping[str, str]) -> None:
     differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
     if differing:
         raise CheckpointRefused(

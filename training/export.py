@@ -24,7 +24,7 @@ from models.detector import AnomalyOutput, Detector, LineConditioned
 from service.contract.bundle import ParityRecord
 from service.contract.golden import Run
 from service.contract.graph import verify_graph
-from service.contract.policy import Policy, ScoreRule, image_score, inspected_mask, verdict_of
+from service.contract.policy import Policy, ScoreRule, bring_to_units, inspected_mask, verdict_of
 from service.contract.regions import Window
 from service.errors import BundleRefused, FlawlineError
 
@@ -234,7 +234,8 @@ def _compare_line(
     span = max(float(expected.maps.max() - expected.maps.min()), float(np.finfo(np.float32).tiny))
     map_difference = float(np.abs(found.maps - expected.maps).max()) / span
     score_difference = float(np.abs(found.scores - expected.scores).max())
-    allowed = SCORE_TOLERANCE * max(abs(policy.fail_threshold), span)
+    # Thresholds in a frame's own units say nothing of raw scores.
+    allowed = SCORE_TOLERANCE * (span if policy.calibration == "self" else max(abs(policy.fail_threshold), span))
     # Each condition is written so that a NaN fails it.
     if not map_difference <= MAP_TOLERANCE:
         raise _differs("anomaly maps", f"{map_difference:.2g} of their range", f"{MAP_TOLERANCE:g}")
@@ -321,10 +322,10 @@ def _verdicts_that_differ(
     near = SCORE_TOLERANCE * abs(policy.fail_threshold)
     differ = 0
     for score, anomaly_map, other_score, other_map in zip(*expected, *found, strict=True):
-        compared = image_score(float(score), anomaly_map, inspected, rule)
+        compared = bring_to_units(float(score), anomaly_map, policy, rule, inspected).score
         if min(abs(compared - policy.review_threshold), abs(compared - policy.fail_threshold)) <= near:
             continue
-        other = image_score(float(other_score), other_map, inspected, rule)
+        other = bring_to_units(float(other_score), other_map, policy, rule, inspected).score
         differ += verdict_of(compared, policy) is not verdict_of(other, policy)
     return differ
 

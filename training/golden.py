@@ -5,6 +5,7 @@ has none, so that a device is also asked for a verdict that is not `PASS`. Frame
 another device either verdict would be right for them.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,8 @@ from service.contract.bundle import Bundle, GoldenRule
 from service.contract.frames import FrameLimits, decode_image, encode_png, fit_to_input, resize_pixels
 from service.contract.geometry import InputSpec
 from service.contract.golden import GoldenAnswer, GoldenSet, Run, write_golden
-from service.contract.policy import Policy, ScoreRule, Verdict, inspected_mask, judge
-from service.errors import FlawlineError
+from service.contract.policy import Policy, ScoreRule, Verdict, inspected_mask, judge, may_judge
+from service.errors import FlawlineError, FrameNotComparable
 from training.data.samples import ANOMALOUS, Sample
 from training.evaluate import Answers, spread
 
@@ -99,6 +100,25 @@ class GoldenChooser:
             found = [*found[: count - len(chosen) - 1], *_first(self._planted(spread(good)), 1)]
         return self._at_least_one([*chosen, *found])
 
+    def take(self, frames: Sequence[tuple[NDArray[np.uint8], str]], *, is_calibrated: bool) -> list[GoldenFrame]:
+        """Return frames as golden ones, without a verdict where the line may not have one.
+
+        Args:
+            frames: pixels `(h, w, 3)` uint8 RGB, and what they show.
+            is_calibrated: whether the line has a calibration.
+
+        Raises:
+            GoldenFailed: if every frame lies too near to a threshold, or is flat on a line that measures frames by
+                themselves.
+        """
+        if not may_judge(self.policy, is_calibrated=is_calibrated):
+            return [self._without_verdict(pixels, description) for pixels, description in frames]
+        judged = []
+        for pixels, description in frames:
+            with contextlib.suppress(FrameNotComparable):
+                judged.append(self._judge(pixels, description))
+        return self._at_least_one([golden for golden in judged if golden is not None])
+
     def choose_again(self, golden: GoldenSet) -> list[GoldenFrame]:
         """Return the line's frames of a bundle's golden set, with the verdicts of a new policy.
 
@@ -148,8 +168,7 @@ class GoldenChooser:
     def _judge(self, pixels: NDArray[np.uint8], description: str) -> GoldenFrame | None:
         """Judge one candidate as a device will, alone in its batch; None if it is too near to a threshold."""
         height, width = pixels.shape[:2]
-        line_index = np.array([self.line_index], np.int64)
-        scores, maps = self.run(fit_to_input(pixels, self.spec)[None], line_index)
+        scores, maps = self._ask(pixels)
         inspected = inspected_mask(self.policy, *maps.shape[1:], window=self.spec.window(1, 1))
         window = self.spec.window(height, width)
         judgement = judge(float(scores[0]), maps[0], self.policy, self.rule, window, inspected)
@@ -158,6 +177,13 @@ class GoldenChooser:
         if min(abs(judgement.score - threshold) for threshold in thresholds) <= near:
             return None
         return GoldenFrame(self.line, encode_png(pixels), description, float(scores[0]), maps[0], judgement.verdict)
+
+    def _without_verdict(self, pixels: NDArray[np.uint8], description: str) -> GoldenFrame:
+        scores, maps = self._ask(pixels)
+        return GoldenFrame(self.line, encode_png(pixels), description, float(scores[0]), maps[0], Verdict.NO_VERDICT)
+
+    def _ask(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        return self.run(fit_to_input(pixels, self.spec)[None], np.array([self.line_index], np.int64))
 
 
 def carry_golden_over(bundle: Bundle, golden: GoldenSet, without: str) -> list[GoldenFrame]:

@@ -16,9 +16,11 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
+from models import DETECTORS
 from models.backbones import BackboneUnavailable
 from service.contract.bundle import MANIFEST_FILE, REPORT_FILE, Bundle, LineName, MetricRecord, load_bundle
 from service.contract.frames import FrameLimits
+from service.contract.policy import may_judge
 from service.errors import EngineFailed, FlawlineError, ParameterInvalid
 from training.calibrate import read_region_of_interest
 from training.checkpoint import CheckpointRefused, has_checkpoint
@@ -39,6 +41,7 @@ from training.run import Beginning, RunNotFitted, train
 from training.run_directory import LineRequest, RunDirectoryFault, RunRequest, new_directory, read_report, read_request
 from training.weight_lock import WeightsRefused
 from training.weights import UNTRAINED, WeightsUnavailable
+from training.zero_shot import Calibration, ZeroShotRequest, make_zero_shot, zero_shot_config
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -90,6 +93,27 @@ class Wishes:
 
 @contextlib.contextmanager
 def faults_as_sentences() -> Iterator[None]:
+@dataclass(frozen=True)
+class ZeroShotWishes:
+    """What the options of a zero-shot export say; None where nothing was said.
+
+    Attributes:
+        name: of the bundle and its line.
+        store: where the bundle goes.
+        config: `small`, `paper` or a file.
+        weights: a file, a folder, or "untrained".
+        calibration: what verdicts rest on.
+        settings: `key=value`, in order.
+    """
+
+    name: str | None
+    store: Path | None
+    config: str | None
+    weights: str | None
+    calibration: Calibration
+    settings: Sequence[str]
+
+
     """Turn every expected fault into one sentence on stderr and an exit code: 1 ours, 2 the caller's.
 
     Raises:
@@ -145,6 +169,60 @@ def export_run(directory: Path, store: Path | None, rates: Mapping[str, float | 
 def evaluate_bundle(path: Path, line: str | None, line_folder: Path, output: Path | None, threads: int) -> None:
     """Measure a bundle on a line's test frames and tell the figures."""
     bundle, reporter = load_bundle(path), _reporter()
+def is_zero_shot(
+    source: str, *, asked: bool, rates: Sequence[float | None], others: Mapping[str, object | None]
+) -> bool:
+    """Tell which of its two exports is meant, and refuse options of the other one.
+
+    Raises:
+        ConfigFault: naming the options that do not belong here.
+    """
+    wanted = asked or source in DETECTORS
+    if wanted and any(rate is not None for rate in rates):
+        raise ConfigFault(
+            "Without frames there is nothing to choose rates by; leave --review-rate and --fail-rate out, and give "
+            "them to flawline calibrate."
+        )
+    strange = [option for option, value in others.items() if value is not None]
+    if not wanted and strange:
+        raise ConfigFault(f"{' and '.join(strange)} belong to a zero-shot export; add --zero-shot, or leave them out.")
+    return wanted
+
+
+def export_zero_shot(source: str, wishes: ZeroShotWishes, threads: int | None) -> None:
+    """Publish a bundle that no frame of its line has made, from a detector's name or a run on other lines."""
+    _use_threads(threads)
+    if wishes.name is None:
+        raise ConfigFault("Nothing names the new line; add --name, for example --name leather.")
+    directory = fitted_for = None
+    if source in DETECTORS:
+        config = load_config(wishes.config or "small", source, wishes.settings)
+    elif wishes.config is not None or wishes.settings:
+        raise ConfigFault("A run knows its configuration; leave --config, --set and --product out.")
+    else:
+        directory = Path(source)
+        fitted_for = read_request(directory)
+        config = zero_shot_config(fitted_for.config)
+    reporter = _reporter()
+    bundle = make_zero_shot(
+        ZeroShotRequest(
+            name=_line_name(wishes.name),
+            store=(wishes.store or (Path("store") if fitted_for is None else fitted_for.store)).resolve(),
+            config=config,
+            calibration=wishes.calibration,
+            weights=_weights_of(wishes.weights, fitted_for),
+            weight_folders=_weight_folders(wishes.weights) + (() if fitted_for is None else fitted_for.weight_folders),
+            fitted_in=directory,
+            fitted_for=fitted_for,
+        ),
+        reporter,
+    )
+    reporter.note(f"bundle: {bundle}")
+    reporter.note(f"report: {bundle / REPORT_FILE}")
+    if wishes.calibration == "none":
+        reporter.note(f"no verdicts yet: calibrate it with good parts, flawline calibrate {bundle} GOOD_FOLDER")
+
+
     manifest = bundle.manifest
     name = _line_of(bundle, line)
     samples = _test_samples(line_folder, reporter)
@@ -152,8 +230,11 @@ def evaluate_bundle(path: Path, line: str | None, line_folder: Path, output: Pat
     answers = ask(graph, samples, manifest.input, reporter, title="test frames", line_index=index)
     policy = bundle.policies[name]
     found = evaluate(answers, policy, manifest.output.score_rule, manifest.input, manifest.evaluation_resolution)
-    rows = [(kind, *(str(count) for count in counts.values())) for kind, counts in found.verdict_counts().items()]
-    reporter.table("Verdicts", ("frames", "PASS", "REVIEW", "FAIL"), rows)
+    if may_judge(policy, is_calibrated=name in bundle.calibrations):
+        rows = [(kind, *(str(count) for count in counts.values())) for kind, counts in found.verdict_counts().items()]
+        reporter.table("Verdicts", ("frames", "PASS", "REVIEW", "FAIL"), rows)
+    else:
+        reporter.note("The line is not calibrated, so there are no verdicts, only how well frames are ranked.")
     by_kind = {f"i_auroc of {kind}": record for kind, record in to_records(found.by_kind).items()}
     figures = to_records(found.metrics) | by_kind
     reporter.table("Figures", ("figure", "value", "95 % interval"), _figure_rows(figures))
@@ -283,6 +364,10 @@ def _weights_file(given: str | None) -> Path | Literal["untrained"] | None:
 def _weight_folders(given: str | None) -> tuple[Path, ...]:
     named = (Path(given).resolve(),) if given is not None and Path(given).is_dir() else ()
     return (*named, _WEIGHTS_FOLDER.resolve())
+def _weights_of(given: str | None, fitted_for: RunRequest | None) -> Path | Literal["untrained"] | None:
+    return fitted_for.weights if given is None and fitted_for is not None else _weights_file(given)
+
+
 
 
 def _only_line(folder: Path, wishes: Wishes) -> LineRequest:

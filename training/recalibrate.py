@@ -90,7 +90,7 @@ def recalibrate(
         window=spec.window(1, 1),
     )
     calibrated = _with_filters_of(old, calibrated)
-    evaluation = None
+    evaluation = answers = None
     if tested:
         answers = ask(graph, tested, spec, reporter, title="test frames", line_index=index)
         evaluation = evaluate(
@@ -98,7 +98,11 @@ def recalibrate(
         )
     chooser = GoldenChooser(graph, line, index, calibrated.policy, rule, spec, manifest.golden, manifest.seed)
     old_golden = read_golden(bundle)
-    golden = golden_files([*chooser.choose_again(old_golden), *carry_golden_over(bundle, old_golden, without=line)])
+    if record.is_calibrated:
+        chosen = chooser.choose_again(old_golden)
+    else:  # generated frames were all there was
+        chosen = chooser.choose(held_out, answers, len(old_golden.answers))
+    golden = golden_files([*chosen, *carry_golden_over(bundle, old_golden, without=line)])
 
     created_at = datetime.now(UTC).isoformat(timespec="seconds")
     again = manifest.model_copy(

@@ -21,13 +21,14 @@ from service.contract.calibration import Calibration, Threshold
 from service.contract.frames import FrameLimits, decode_image, encode_jpeg, resize_mask, resize_pixels
 from service.contract.geometry import InputSpec
 from service.contract.heatmaps import overlay
-from service.contract.policy import Judgement, Policy, ScoreRule, Verdict, verdict_of
+from service.contract.policy import Judgement, Policy, ScoreRule, Verdict, inspected_mask, judge, verdict_of
 from service.contract.regions import draw_outlines, outline_mask
 from training.calibrate import Calibrated
 from training.data.loader import load_mask
 from training.data.samples import ANOMALOUS, NORMAL, Sample
 from training.drawings import draw_histogram, draw_loss, draw_precision_recall, draw_roc
 from training.evaluate import Answers, Evaluation, judge_all, to_records, without_test_frames
+from training.golden import GoldenFrame
 from training.metrics import Curve
 
 _THUMBNAIL_PX = 480
@@ -281,6 +282,57 @@ def carry_over(line: str, version: str, policy: Policy, calibration: Calibration
 
 def render(data: ReportData) -> str:
     """Return the page as one self-contained HTML file."""
+    return _template("report.html").render(
+        data=data,
+        lines=[_words_and_drawings(line, place) for place, line in enumerate(data.lines, start=1)],
+        loss=draw_loss(data.run.losses),
+        metric_names=_METRIC_NAMES,
+        groups=_GROUPS,
+        glossary=_GLOSSARY,
+    )
+
+
+class GeneratedPicture(NamedTuple):
+    """A generated frame with its map and what is said of it, as base64 JPEGs."""
+
+    description: str
+    verdict: Verdict
+    score: float
+    frame: str
+    overlay: str
+
+
+def render_zero_shot(
+    run: RunFacts, policy: Policy, golden: Sequence[GoldenFrame], rule: ScoreRule, spec: InputSpec
+) -> str:
+    """Return the page of a bundle that no frame of its line has made, as one self-contained HTML file.
+
+    Args:
+        run: what the bundle says of itself.
+        policy: of the line.
+        golden: generated frames with their answers.
+        rule: how scores are reduced from maps.
+        spec: the network's input.
+    """
+    pictures = [_generated_picture(frame, policy, rule, spec) for frame in golden]
+    return _template("zero_shot.html").render(run=run, policy=policy, pictures=pictures)
+
+
+def _generated_picture(golden: GoldenFrame, policy: Policy, rule: ScoreRule, spec: InputSpec) -> GeneratedPicture:
+    pixels = decode_image(golden.png, FrameLimits()).pixels
+    size = pixels.shape[0], pixels.shape[1]
+    inspected = inspected_mask(policy, *golden.anomaly_map.shape, window=spec.window(1, 1))
+    window = spec.window(*size)
+    judgement = judge(golden.score, golden.anomaly_map, policy, rule, window, inspected)
+    # Only where a verdict may be given are regions of one shown.
+    regions = [] if golden.verdict is Verdict.NO_VERDICT else judgement.regions
+    painted = overlay(pixels, judgement.anomaly_map, policy, regions, window, size)
+    return GeneratedPicture(
+        golden.description, golden.verdict, judgement.score, _base64_jpeg(pixels), _base64_jpeg(painted)
+    )
+
+
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("training"),
         autoescape=True,
@@ -291,14 +343,7 @@ def render(data: ReportData) -> str:
     environment.filters["percent"] = _percent
     environment.filters["figure"] = _figure
     environment.filters["day"] = _day
-    return environment.get_template("report.html").render(
-        data=data,
-        lines=[_words_and_drawings(line, place) for place, line in enumerate(data.lines, start=1)],
-        loss=draw_loss(data.run.losses),
-        metric_names=_METRIC_NAMES,
-        groups=_GROUPS,
-        glossary=_GLOSSARY,
-    )
+    return environment.get_template(name)
 
 
 class _Section(NamedTuple):

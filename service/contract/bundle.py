@@ -156,7 +156,7 @@ class GoldenRule(_Record):
         map_tolerance: largest allowed difference of a map value, as a fraction of the range of the line's expected
             maps.
         score_tolerance: largest allowed difference of a score, as a fraction of the magnitude of the line's fail
-            threshold.
+            threshold, or of its largest expected score where thresholds are in units of each frame's own spread.
     """
 
     map_tolerance: float = Field(gt=0, lt=1)

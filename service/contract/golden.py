@@ -148,13 +148,17 @@ class _Judge(NamedTuple):
 
 def _judge_of(line: str, policy: Policy, manifest: Manifest, golden: GoldenSet) -> _Judge:
     size = manifest.output.map_height, manifest.output.map_width
-    maps = golden.anomaly_maps[[answer.line == line for answer in golden.answers]]
+    shown = [answer.line == line for answer in golden.answers]
+    maps = golden.anomaly_maps[shown]
+    magnitude = abs(policy.fail_threshold)
+    if policy.calibration == "self":  # whose thresholds are in other units than raw scores
+        magnitude = max(abs(answer.score) for answer, is_shown in zip(golden.answers, shown, strict=True) if is_shown)
     return _Judge(
         line_index=manifest.lines.index(line),
         policy=policy,
         inspected=inspected_mask(policy, *size, window=manifest.input.window(1, 1)),
         span=float(maps.max() - maps.min()),
-        magnitude=max(abs(policy.fail_threshold), float(np.finfo(np.float32).tiny)),
+        magnitude=max(magnitude, float(np.finfo(np.float32).tiny)),
     )
 
 
