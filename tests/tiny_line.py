@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tests.factories import encode, make_frame
 from training.config import RunConfig
@@ -11,6 +12,7 @@ from training.run_directory import LineRequest, RunRequest
 
 GOOD, TEST_GOOD, DEFECTS = 48, 6, 5
 _HEIGHT, _WIDTH = 72, 80
+_CELL = 6  # pixels along each side of one cell of texture
 
 TINY_RUN: dict[str, Any] = {
     "detector": "inp_former",
@@ -41,17 +43,35 @@ TINY_RUN: dict[str, Any] = {
 }
 
 
-def write_line(folder: Path, *, good: int = GOOD, tested: bool = True, masks: bool = True) -> Path:
-    """Write a line in the MVTec layout and return its folder."""
+def write_line(
+    folder: Path,
+    *,
+    good: int = GOOD,
+    tested: bool = True,
+    masks: bool = True,
+    size: tuple[int, int] = (_HEIGHT, _WIDTH),
+    roughness: float = 0,
+) -> Path:
+    """Write a line in the MVTec layout and return its folder.
+
+    Args:
+        folder: receives the frames.
+        good: training frames.
+        tested: whether there are test frames.
+        masks: whether defects have masks.
+        size: `(height, width)` of the frames.
+        roughness: standard deviation of a coarse texture, in grey levels; another one is another product.
+    """
     for index in range(good):
-        _write(folder / "train/good" / f"{index:03d}.png", encode(make_frame(_HEIGHT, _WIDTH, seed=index)))
+        _write(folder / "train/good" / f"{index:03d}.png", encode(_roughen(make_frame(*size, seed=index), roughness)))
     if not tested:
         return folder
     for index in range(TEST_GOOD):
-        _write(folder / "test/good" / f"{index:03d}.png", encode(make_frame(_HEIGHT, _WIDTH, seed=100 + index)))
+        pixels = _roughen(make_frame(*size, seed=100 + index), roughness)
+        _write(folder / "test/good" / f"{index:03d}.png", encode(pixels))
     for index in range(DEFECTS):
-        pixels = make_frame(_HEIGHT, _WIDTH, seed=200 + index, defect=True)
-        _write(folder / "test/square" / f"{index:03d}.png", encode(pixels))
+        pixels = make_frame(*size, seed=200 + index, defect=True)
+        _write(folder / "test/square" / f"{index:03d}.png", encode(_roughen(pixels, roughness)))
         if masks:
             mask = np.where((pixels == 250).all(axis=2), 255, 0).astype(np.uint8)
             _write(folder / "ground_truth/square" / f"{index:03d}_mask.png", encode(mask))
@@ -75,6 +95,15 @@ def make_request(line_folder: Path, store: Path, *more_folders: Path, **override
         "device": "cpu",
     }
     return RunRequest(**fields | overrides)
+
+
+def _roughen(pixels: NDArray[np.uint8], roughness: float) -> NDArray[np.uint8]:
+    if not roughness:
+        return pixels
+    cells = tuple(-(-side // _CELL) for side in pixels.shape[:2])
+    noise = np.random.default_rng(int(pixels.sum())).normal(0, roughness, cells)
+    texture = np.kron(noise, np.ones((_CELL, _CELL)))[: pixels.shape[0], : pixels.shape[1], None]
+    return np.clip(pixels + texture, 0, 255).astype(np.uint8)
 
 
 def _write(path: Path, data: bytes) -> None:

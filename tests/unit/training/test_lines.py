@@ -1,0 +1,151 @@
+"""Promises of the lines of a run: what would end it later, or have its bundle refused, ends it in its first minute."""
+
+import shutil
+
+import pytest
+
+from service.errors import CalibrationRefused, ParameterInvalid
+from tests.factories import encode, make_bundle, make_frame
+from tests.tiny_line import make_config, make_request, write_line
+from training.data.samples import DatasetFault
+from training.lines import gather_lines
+from training.progress import SilentReporter
+from training.run_directory import LineRequest
+
+FEW = 40  # of which half are held out: enough for one part in twenty
+
+
+@pytest.fixture
+def bottle(tmp_path):
+    """A line."""
+    return write_line(tmp_path / "bottle", good=FEW, tested=False)
+
+
+@pytest.fixture
+def cap(tmp_path):
+    """A line of another product."""
+    return write_line(tmp_path / "cap", good=FEW + 8, roughness=30)
+
+
+def _gather(tmp_path, *folders, **overrides):
+    return gather_lines(make_request(folders[0], tmp_path / "store", *folders[1:], **overrides), SilentReporter())
+
+
+def test_gather_when_lines_are_fit_then_each_is_split_on_its_own(tmp_path, bottle, cap):
+    """Every line holds out good parts of its own, and every file to fit on knows its line."""
+    gathered = _gather(tmp_path, bottle, cap)
+
+    assert [line.name for line in gathered.lines] == ["bottle", "cap"]
+    assert [(len(line.fitted_on), len(line.held_out)) for line in gathered.lines] == [(20, 20), (24, 24)]
+    assert [len(line.tested) for line in gathered.lines] == [0, 11]
+    assert gathered.fitted_on_lines == [0] * 20 + [1] * 24
+    assert [path.parts[-4] for path in gathered.fitted_on] == ["bottle"] * 20 + ["cap"] * 24
+    assert gathered.warnings == ()
+
+
+def test_gather_when_lines_change_places_then_has_another_digest(tmp_path, bottle, cap):
+    """A line's place is its index in the network, so another order is another run; a repetition is the same."""
+    digests = [_gather(tmp_path, *folders).digest for folders in ((bottle, cap), (cap, bottle), (bottle, cap))]
+
+    assert digests[0] != digests[1]
+    assert digests[0] == digests[2]
+
+
+def test_gather_when_a_name_comes_twice_then_refuses(tmp_path, bottle, cap):
+    """Two lines of one name could not be told apart by any caller."""
+    lines = (LineRequest(name="cap", folder=bottle), LineRequest(name="cap", folder=cap))
+
+    with pytest.raises(ParameterInvalid, match="The line cap is named twice"):
+        _gather(tmp_path, bottle, lines=lines)
+
+
+@pytest.mark.parametrize("way", ["the folder itself", "a link", "a copy"])
+def test_gather_when_two_lines_have_the_same_frames_then_refuses(tmp_path, bottle, way):
+    """One product under two names would be fitted on twice, however the second folder came about."""
+    other = tmp_path / "other"
+    if way == "a link":
+        other.symlink_to(bottle)
+    elif way == "a copy":
+        shutil.copytree(bottle, other)
+    folder = bottle if way == "the folder itself" else other
+    lines = (LineRequest(name="bottle", folder=bottle), LineRequest(name="flask", folder=folder))
+
+    with pytest.raises(DatasetFault, match=r"bottle and flask (are the same folder|hold the very same frames)"):
+        _gather(tmp_path, bottle, lines=lines)
+
+
+def test_gather_when_one_line_holds_out_too_few_then_names_it(tmp_path, bottle):
+    """A rate must hold for every line, and the refusal says for which one it can't."""
+    scarce = write_line(tmp_path / "scarce", good=FEW - 4, tested=False, roughness=30)
+
+    with pytest.raises(CalibrationRefused, match=r"^scarce: A false-reject rate of 0.05 needs at least 19 good parts"):
+        _gather(tmp_path, bottle, scarce)
+
+
+@pytest.mark.parametrize(
+    ("size", "warned"), [((72, 80), False), ((144, 160), True), ((72, 120), True)], ids=["same", "larger", "wider"]
+)
+def test_gather_when_frames_differ_in_size_then_tells_the_sizes(tmp_path, bottle, size, warned):
+    """All frames are resized to the one input of the network, and whoever fits on other sizes should know."""
+    other = write_line(tmp_path / "other", good=FEW, tested=False, size=size, roughness=30)
+
+    warnings = _gather(tmp_path, bottle, other).warnings
+
+    assert bool(warnings) is warned
+    if warned:
+        assert f"other {size[0]}x{size[1]} (aspect ratio {size[1] / size[0]:.2f})" in warnings[0]
+        assert "resized to 64x64" in warnings[0]
+
+
+def test_gather_when_frames_are_of_quite_another_shape_then_refuses_and_says_what_to_do(tmp_path, bottle):
+    """A long web and a square part resized to one input would leave one of them squeezed."""
+    web = write_line(tmp_path / "web", good=FEW, tested=False, size=(40, 120), roughness=30)
+
+    with pytest.raises(DatasetFault, match=r"web 40x120 \(aspect ratio 3\.00\)\. Crop them .* runs of their own"):
+        _gather(tmp_path, bottle, web)
+
+
+def test_gather_when_another_bundle_serves_a_line_then_refuses(tmp_path, bottle, cap):
+    """What the service would refuse after the run is refused before it, with the name of the other bundle."""
+    make_bundle(tmp_path / "store", "pair", lines=("cap", "lid"))
+
+    with pytest.raises(ParameterInvalid, match=r"The bundle pair in .* serves the line cap already"):
+        _gather(tmp_path, bottle, cap)
+
+
+def test_gather_when_an_older_version_served_a_line_then_the_newest_one_counts(tmp_path, bottle, cap):
+    """The service looks at the newest version of each name, and so does the run."""
+    make_bundle(tmp_path / "store", "pair", "1", lines=("cap", "lid"))
+    make_bundle(tmp_path / "store", "pair", "2", lines=("lid",))
+
+    assert len(_gather(tmp_path, bottle, cap).lines) == 2
+
+
+def test_gather_when_a_new_version_leaves_a_line_out_then_says_so(tmp_path, bottle):
+    """A line that would no longer be served is named before the run."""
+    make_bundle(tmp_path / "store", "bottle", lines=("bottle", "lid"))
+
+    assert _gather(tmp_path, bottle).warnings == (
+        "The newest version of bottle serves lid as well, and this one will not.",
+    )
+
+
+def test_gather_when_each_line_has_a_region_of_interest_then_keeps_it_to_itself(tmp_path, bottle, cap):
+    """A mask belongs to one line's camera pose."""
+    mask = tmp_path / "mask.png"
+    mask.write_bytes(encode((make_frame(72, 80, defect=True)[..., 0] == 250).astype("uint8") * 255))
+    lines = (
+        LineRequest(name="bottle", folder=bottle, region_of_interest=mask),
+        LineRequest(name="cap", folder=cap),
+    )
+
+    gathered = _gather(tmp_path, bottle, lines=lines)
+
+    assert gathered.lines[0].region_of_interest
+    assert gathered.lines[1].region_of_interest is None
+
+
+def test_gather_when_there_is_one_line_then_its_refusal_names_no_other(tmp_path, bottle):
+    """A run of one line speaks of parts, not of lines."""
+    with pytest.raises(CalibrationRefused, match=r"^A false-reject rate of 0.01 needs"):
+        _gather(tmp_path, bottle, config=make_config(fail_rate=0.01))
