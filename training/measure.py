@@ -1,9 +1,9 @@
 """Fits a detector as publications do and measures it: on all good training frames, without thresholds or a bundle.
 
 A run for a plant (`run.py`) holds good frames back to calibrate on, and publishes what it fitted. A published figure
-rests on neither, so this way is shorter: lines → check → fit on every good training frame → figures of each line's test
-frames. Frames that a data set keeps for validation are not fitted on. Frames are decoded, resized and measured by the
-same functions as in a run.
+rests on neither, so this way is shorter: lines → check → fit on every good training frame, or a few → figures of each
+line's test frames. Frames that a data set keeps for validation are not fitted on. Frames are decoded, resized and
+measured by the same functions as in a run.
 """
 
 import time
@@ -20,7 +20,8 @@ from training.config import RunConfig
 from training.data.check import CheckedDataset, check_dataset
 from training.data.detect import Category, read_dataset
 from training.data.loader import FileFrames
-from training.data.samples import NORMAL, UNKNOWN, DatasetFault
+from training.data.samples import NORMAL, UNKNOWN, DatasetFault, Sample
+from training.data.shots import ShotViews, choose_shots
 from training.detectors import PreparedDetector, choose_device, prepare_detector
 from training.evaluate import ask, evaluate, to_records
 from training.export import DetectorRun
@@ -54,6 +55,7 @@ class Measured:
     Attributes:
         figures: of each line, by name; an undefined one has a reason.
         frames: of each line: fitted on, tested normal, tested anomalous.
+        shots: of each line, names of the few frames fitted on; empty where all were.
         backbone: its weights, or None.
         device: where the detector was fitted.
         fit_s: seconds of fitting, in this process.
@@ -62,6 +64,7 @@ class Measured:
 
     figures: dict[str, dict[str, MetricRecord]]
     frames: dict[str, tuple[int, int, int]]
+    shots: dict[str, tuple[str, ...]]
     backbone: BackboneRecord | None
     device: str
     fit_s: float
@@ -75,7 +78,7 @@ def measure(
 
     Args:
         lines: one, or several in a multi-class run.
-        config: of the run; rates, hold-out and golden set are not used.
+        config: of the run; rates, hold-out and golden set are not used, its shots are.
         equipment: weights and device.
         directory: keeps the checkpoint while fitting; what lies there under the same digest is gone on with.
         digest: of everything that the result depends on.
@@ -89,8 +92,9 @@ def measure(
     checked = [check_dataset(read_dataset(line.folder, line.layout), FrameLimits(), reporter) for line in lines]
     _refuse_untested(lines, checked)
     prepared = prepare_detector(config, equipment.weights, equipment.weight_folders, device, len(lines))
+    chosen = [_to_fit_on(data, config) for data in checked]
     begun = time.monotonic()
-    _fit(prepared, checked, config, CheckpointPlan(directory, {"cell": digest}, has_checkpoint(directory)), reporter)
+    _fit(prepared, chosen, config, CheckpointPlan(directory, {"cell": digest}, has_checkpoint(directory)), reporter)
     fit_s = time.monotonic() - begun
 
     run = DetectorRun(prepared.module, device)
@@ -103,9 +107,10 @@ def measure(
         found = evaluate(answers, _NO_VERDICTS, rule, config.input, size, seed=config.seed)
         figures[line.name] = to_records(found.metrics)
         good = sum(sample.label == NORMAL for sample in tested)
-        frames[line.name] = (len(data.dataset.train_good), good, len(tested) - good)
+        frames[line.name] = (len(chosen[index]), good, len(tested) - good)
     warnings = tuple(warning for data in checked for warning in data.warnings)
-    return Measured(figures, frames, prepared.backbone, str(device), fit_s, warnings)
+    shots = {} if config.shots is None else dict(zip(figures, map(_names, checked, chosen), strict=True))
+    return Measured(figures, frames, shots, prepared.backbone, str(device), fit_s, warnings)
 
 
 def _refuse_untested(lines: Sequence[Category], checked: Sequence[CheckedDataset]) -> None:
@@ -118,16 +123,27 @@ def _refuse_untested(lines: Sequence[Category], checked: Sequence[CheckedDataset
         raise DatasetFault(*faults)
 
 
+def _to_fit_on(data: CheckedDataset, config: RunConfig) -> list[Sample]:
+    if config.shots is None:
+        return list(data.dataset.train_good)
+    return choose_shots(data.dataset, config.shots, config.shot_seed)[0]
+
+
+def _names(data: CheckedDataset, samples: Sequence[Sample]) -> tuple[str, ...]:
+    return tuple(sample.path.relative_to(data.dataset.root).as_posix() for sample in samples)
+
+
 def _fit(
     prepared: PreparedDetector,
-    checked: Sequence[CheckedDataset],
+    chosen: Sequence[Sequence[Sample]],
     config: RunConfig,
     plan: CheckpointPlan,
     reporter: Reporter,
 ) -> None:
-    samples = [(sample.path, index) for index, data in enumerate(checked) for sample in data.dataset.train_good]
-    source = FileFrames([path for path, _ in samples], config.input, FrameLimits(), [index for _, index in samples])
+    files = [(sample.path, index) for index, samples in enumerate(chosen) for sample in samples]
+    frames = FileFrames([path for path, _ in files], config.input, FrameLimits(), [index for _, index in files])
+    source = ShotViews(frames) if config.makes_views else frames
     try:
         fit(prepared.module, source, FitSettings(seed=config.seed), reporter, plan)
     finally:
-        source.close()
+        frames.close()

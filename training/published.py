@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-Setting = Literal["single-class", "multi-class"]
+Setting = Literal["single-class", "multi-class", "1-shot", "2-shot", "4-shot"]
+SHOTS: Mapping[Setting, int] = {"1-shot": 1, "2-shot": 2, "4-shot": 4}
 
 
 class _Record(BaseModel):
@@ -24,7 +25,7 @@ class PublishedFigures(_Record):
 
     Attributes:
         data: key of `training.data.benchmarks.BENCHMARKS`.
-        setting: one model for each category, or one for all.
+        setting: one model for each category, one for all, or so many good frames of each category.
         categories: that the values are the mean over; empty for all of the data set's. With one name, its own values.
         values: percent, by the names of our figures.
         source: where it stands: paper with arXiv id and table, or the page that tells it.
@@ -45,6 +46,7 @@ class PublishedDetector(_Record):
     Attributes:
         title: as its authors call it.
         setting: that its paper is about first of all.
+        shots_share_a_model: whether its few-shot setting fits one model for all categories.
         paper: arXiv id.
         remark: what a reader must know of the figures, or why there are none.
         figures: rows.
@@ -52,6 +54,7 @@ class PublishedDetector(_Record):
 
     title: str
     setting: Setting
+    shots_share_a_model: bool = False
     paper: str
     remark: str = ""
     figures: tuple[PublishedFigures, ...] = ()

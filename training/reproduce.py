@@ -26,15 +26,24 @@ from training.data.samples import DatasetFault
 from training.faults import CALLERS, OURS
 from training.measure import Equipment, measure
 from training.progress import PartReporter, Reporter
-from training.published import Setting
+from training.published import SHOTS, Setting, read_published
 from training.weights import resolve_weights
 
-_SCHEMA = 1
+_SCHEMA = 2
 _CELLS, _UNFINISHED = "cells", "unfinished"
 _ALL = "all"
 _EXPECTED: tuple[type[Exception], ...] = (*OURS, *CALLERS, torch.OutOfMemoryError)
 # What of a run's configuration a figure depends on; thresholds and golden sets are none of its business.
-_DECIDING = {"detector", "backbone", "hyperparameters", "input", "evaluation_resolution"}
+_DECIDING = {
+    "detector",
+    "backbone",
+    "hyperparameters",
+    "input",
+    "evaluation_resolution",
+    "shots",
+    "shot_seed",
+    "shot_views",
+}
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,9 @@ class Plan:
         lines: categories to run.
         data: key of the published data set that the folder holds, or None.
         is_whole: whether these are all lines of the folder.
-        setting: one model for each category, or one for all.
-        config: of every model, but for its seed.
-        seeds: one model or set of models each.
+        setting: one model for each category, one for all, or few frames.
+        config: of every model, but for its seed and shots.
+        seeds: one model or set of models each; in a few-shot setting each draws its own frames.
     """
 
     lines: tuple[Category, ...]
@@ -56,6 +65,20 @@ class Plan:
     setting: Setting
     config: RunConfig
     seeds: tuple[int, ...]
+
+    @property
+    def is_one_model(self) -> bool:
+        """Whether all categories share a model."""
+        told = read_published().get(self.config.detector)
+        shared = told is not None and told.shots_share_a_model
+        return shared if self.setting in SHOTS else self.setting == "multi-class"
+
+    def config_of(self, seed: int) -> RunConfig:
+        """Return the configuration of a seed's models."""
+        update: dict[str, int] = {"seed": seed}
+        if self.setting in SHOTS:
+            update |= {"shots": SHOTS[self.setting], "shot_seed": seed}
+        return self.config.model_copy(update=update)
 
 
 class Cell(BaseModel):
@@ -67,6 +90,7 @@ class Cell(BaseModel):
         seed: of the model.
         figures: of each category, by name; shares of 1, not percent.
         frames: of each category: fitted on, tested normal, tested anomalous.
+        shots: of each category, names of the few frames fitted on; empty where all were.
         backbone: SHA-256 of its weights, or None.
         device: where it was fitted.
         fit_s: seconds of fitting, in the process that ended it.
@@ -81,6 +105,7 @@ class Cell(BaseModel):
     seed: int
     figures: dict[str, dict[str, MetricRecord]]
     frames: dict[str, tuple[int, int, int]]
+    shots: dict[str, tuple[str, ...]]
     backbone: str | None
     device: str
     fit_s: float
@@ -141,14 +166,14 @@ def reproduce(plan: Plan, equipment: Equipment, folder: Path, reporter: Reporter
     Raises:
         FitStopped: after Ctrl-C or a termination signal; the same call goes on with the model that was at work.
     """
-    groups = [plan.lines] if plan.setting == "multi-class" else [(line,) for line in plan.lines]
+    groups = [plan.lines] if plan.is_one_model else [(line,) for line in plan.lines]
     results: list[Cell | CellFailed] = []
     with reporter.bar("categories", len(plan.lines) * len(plan.seeds)) as bar:
         for seed in plan.seeds:
-            config = plan.config.model_copy(update={"seed": seed})
+            config = plan.config_of(seed)
             for lines in groups:
                 names = tuple(line.name for line in lines)
-                name = f"{_ALL if plan.setting == 'multi-class' else names[0]}, seed {seed}"
+                name = f"{_ALL if plan.is_one_model else names[0]}, seed {seed}"
                 try:
                     result = _complete(lines, plan, config, equipment, folder, PartReporter(reporter, bar, name))
                     results.append(result)
@@ -159,10 +184,10 @@ def reproduce(plan: Plan, equipment: Equipment, folder: Path, reporter: Reporter
     return results
 
 
-def cell_path(folder: Path, setting: Setting, lines: Sequence[Category], seed: int) -> Path:
+def cell_path(folder: Path, plan: Plan, lines: Sequence[Category], seed: int) -> Path:
     """Return where a cell is kept."""
-    name = _ALL if setting == "multi-class" else lines[0].name
-    return folder / _CELLS / setting / f"seed-{seed}" / f"{name}.json"
+    name = _ALL if plan.is_one_model else lines[0].name
+    return folder / _CELLS / plan.setting / f"seed-{seed}" / f"{name}.json"
 
 
 def read_cell(path: Path) -> Cell | None:
@@ -177,7 +202,7 @@ def _complete(
     lines: Sequence[Category], plan: Plan, config: RunConfig, equipment: Equipment, folder: Path, reporter: PartReporter
 ) -> Cell:
     digest = _digest(lines, plan.setting, config, equipment)
-    path = cell_path(folder, plan.setting, lines, config.seed)
+    path = cell_path(folder, plan, lines, config.seed)
     kept = read_cell(path)
     if kept is not None and kept.digest == digest:
         reporter.note("is already measured")
@@ -191,6 +216,7 @@ def _complete(
         seed=config.seed,
         figures=measured.figures,
         frames=measured.frames,
+        shots=measured.shots,
         backbone=None if measured.backbone is None else measured.backbone.digest,
         device=measured.device,
         fit_s=measured.fit_s,

@@ -12,8 +12,8 @@ def reproduce(  # noqa: PLR0917 - typer reads options from a signature; nobody c
     categories: Annotated[str | None, typer.Option(help="names with commas between; default: all")] = None,
     config: Annotated[str, typer.Option(help="paper, small (for a CPU), or a YAML file")] = "paper",
     setting: Annotated[
-        Literal["paper", "single-class", "multi-class"],
-        typer.Option(help="the paper's own, a model for each category, or one model for all"),
+        Literal["paper", "single-class", "multi-class", "1-shot", "2-shot", "4-shot"],
+        typer.Option(help="the paper's own, a model for each category, one model for all, or few good frames"),
     ] = "paper",
     seeds: Annotated[str, typer.Option(help="whole numbers with commas between")] = "1",
     output: Annotated[Path, typer.Option(help="receives results, tables and checkpoints")] = Path("reproduction"),

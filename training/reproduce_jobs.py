@@ -50,7 +50,7 @@ class ReproductionWishes:
 
     categories: Sequence[str]
     config: str
-    setting: Literal["paper", "single-class", "multi-class"]
+    setting: Literal["paper"] | Setting
     seeds: tuple[int, ...]
     output: Path
     layout: str | None

@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from pydantic import BaseModel, ConfigDict
 
 from training.data.benchmarks import BENCHMARKS
-from training.published import PublishedFigures, Setting, read_published
+from training.published import SHOTS, PublishedFigures, Setting, read_published
 from training.reproduce import Cell, CellFailed, Plan
 
 _TITLES = {
@@ -223,7 +223,7 @@ def _means(
     names = tuple(line.name for line in plan.lines)
     whole = () if plan.data is None else BENCHMARKS[plan.data].categories
     wanted = whole or names
-    label = "the only line" if len(wanted) == 1 else f"mean over all {len(wanted)} categories"
+    label = f"mean over all {len(wanted)} categories" if whole or plan.is_whole else "mean over the folder's categories"
     missing = [name for name in wanted if name not in names]
     for metric in metrics:
         published = next((row for row in rows if not row.categories and metric in row.values), None)
@@ -276,7 +276,7 @@ def _metrics_of(cells: Sequence[Cell], rows: Sequence[PublishedFigures]) -> list
 
 def _differences_of(plan: Plan) -> Iterator[str]:
     told = read_published().get(plan.config.detector)
-    if told is not None and plan.setting != told.setting:
+    if told is not None and plan.setting != told.setting and plan.setting not in SHOTS:
         yield f"The setting is {plan.setting}; the paper's first setting is {told.setting}."
     spec = plan.config.input
     if (spec.height, spec.width) != (spec.resize_height, spec.resize_width):
@@ -288,6 +288,9 @@ def _differences_of(plan: Plan) -> Iterator[str]:
         yield "Our pixel figures are measured at the frames' own size."
     else:
         yield "Our pixel figures are measured at the size of the anomaly map."
+    if plan.setting in SHOTS:
+        model = "one model for all categories" if plan.is_one_model else "a model for each category"
+        yield f"Each seed draws frames of its own, {SHOTS[plan.setting]} of each category, for {model}."
     if len(plan.seeds) == 1:
         yield "One seed was run, so nothing is known of the spread."
 

@@ -159,9 +159,31 @@ def test_reproduce_in_the_multi_class_setting_fits_one_model_for_all(dataset, tm
     (cell,) = reproduce(plan, _UNTRAINED, tmp_path, watcher)
 
     assert cell.frames == dict.fromkeys(("bottle", "grid"), (_GOOD, TEST_GOOD, DEFECTS))
-    assert read_cell(cell_path(tmp_path, "multi-class", plan.lines, 1)) == cell
+    assert read_cell(cell_path(tmp_path, plan, plan.lines, 1)) == cell
     assert "categories: 2" in watcher.notes
     assert any(name.startswith("all, seed 1, test frames of grid") for name in watcher.figures)
+
+
+@pytest.mark.parametrize(("detector", "models"), [("inp_former", 1), ("dadf", 2)])
+def test_plan_of_few_shots_has_as_many_models_as_the_paper(dataset, detector, models):
+    """INP-Former's few-shot setting fits one model for all categories; other papers fit one for each."""
+    config = _brief().model_copy(update={"detector": detector})
+
+    plan = _plan(dataset, "2-shot", config=config)
+
+    assert plan.is_one_model == (models == 1)
+    assert (plan.config_of(7).shots, plan.config_of(7).shot_seed, plan.config_of(7).seed) == (2, 7, 7)
+
+
+def test_reproduce_in_a_few_shot_setting_fits_on_named_frames(dataset, tmp_path):
+    """The cell names the frames; each is fitted on in its further views where the configuration asks for them."""
+    config = _brief().model_copy(update={"shot_views": "inp_former"})
+
+    (cell,) = reproduce(_plan(dataset, "1-shot", config=config), _UNTRAINED, tmp_path, SilentReporter())
+
+    assert cell.frames == dict.fromkeys(("bottle", "grid"), (1, TEST_GOOD, DEFECTS))
+    assert [len(names) for names in cell.shots.values()] == [1, 1]
+    assert all(name.startswith("train/good/") for names in cell.shots.values() for name in names)
 
 
 def test_plan_lines_with_a_wrong_category_names_those_there_are(dataset):
@@ -178,6 +200,7 @@ def _cell(name, seed, **values):
         seed=seed,
         figures={name: figures},
         frames={name: (1, 1, 1)},
+        shots={},
         backbone=None,
         device="cpu",
         fit_s=1.0,
