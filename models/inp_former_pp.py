@@ -144,8 +144,12 @@ class InpFormerPp(InpBranch):
             masks: `(n, H, W)` of 0 and 1, where its defect is.
 
         Raises:
-            ValueError: if the sizes do not fit, or a mask is empty.
+            ValueError: if there is no head to learn from them, the sizes do not fit, or a mask is empty.
         """
+        if self.seg_head is None:
+            raise ValueError(
+                f"a map of {self.config.map_source!r} needs no head, and only the head learns from defects"
+            )
         require_image_size(images, self.image_size)
         if masks.shape != (len(images), *self.image_size):
             raise ValueError(f"expected masks of shape {(len(images), *self.image_size)}, got {tuple(masks.shape)}")

@@ -79,6 +79,10 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
         list[str] | None,
         typer.Option(metavar="[NAME=]MASK", help="mask image, white where parts are inspected; of a --line: NAME=MASK"),
     ] = None,
+    labelled_defects: Annotated[
+        Path | None,
+        typer.Option(help="a few marked defects to learn from: test/<kind> and ground_truth/<kind>, no test frames"),
+    ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where to fit")] = "auto",
     threads: Threads = None,
     settings: Settings = None,
@@ -104,6 +108,7 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
             name=name,
             lines=lines or [],
             regions_of_interest=roi or [],
+            labelled_defects=labelled_defects,
             device=device,
             settings=[*(settings or []), *(f"{key}={value}" for key, value in named.items() if value is not None)],
         )
@@ -170,11 +175,6 @@ def export(  # noqa: PLR0917 - typer reads options from a signature; nobody call
     store: Annotated[Path | None, typer.Option(help="folder of all bundles; default: the run's, or store")] = None,
     review_rate: ReviewRate = None,
     fail_rate: FailRate = None,
-    threads: Threads = None,
-) -> None:
-    """Export a fitted run again as a new version; or, zero-shot, make a bundle without any frame of its line."""
-    jobs = _jobs()
-    with jobs.faults_as_sentences():
     zero_shot: Annotated[
         bool, typer.Option("--zero-shot", help="for a line that the run was not fitted on, without any of its frames")
     ] = False,
@@ -189,6 +189,11 @@ def export(  # noqa: PLR0917 - typer reads options from a signature; nobody call
     product: Product = None,
     weights: Weights = None,
     settings: Settings = None,
+    threads: Threads = None,
+) -> None:
+    """Export a fitted run again as a new version; or, zero-shot, make a bundle without any frame of its line."""
+    jobs = _jobs()
+    with jobs.faults_as_sentences():
         if not jobs.is_zero_shot(
             source,
             asked=zero_shot,

@@ -16,6 +16,7 @@ from service.contract.bundle import (
     BackboneRecord,
     Bundle,
     DataRecord,
+    LabelledDefectsRecord,
     LineRecord,
     Manifest,
     OutputSpec,
@@ -29,6 +30,7 @@ from service.contract.graph import opset_of
 from service.contract.policy import Policy, ScoreRule
 from training.calibrate import Calibrated
 from training.config import RunConfig
+from training.data.labelled_defects import LabelledDefects
 from training.data.samples import ANOMALOUS, NORMAL
 from training.evaluate import Answers, Evaluation, to_records, without_test_frames
 from training.fit import FitReport
@@ -78,6 +80,7 @@ class RunRecord:
         lines: in the order of their indices.
         warnings: what is worth knowing of the lines together.
         backbone: its weights, or None.
+        labelled_defects: what the detector learnt from beside good frames, or None.
         score_rule: how scores are reduced from maps.
         fitting: what happened.
         model: bytes of the graph.
@@ -91,6 +94,7 @@ class RunRecord:
     lines: Sequence[MeasuredLine]
     warnings: tuple[str, ...]
     backbone: BackboneRecord | None
+    labelled_defects: LabelledDefects | None
     score_rule: ScoreRule
     fitting: FitReport
     model: bytes
@@ -114,6 +118,7 @@ def make_manifest(run: RunRecord) -> Manifest:
         opset=opset_of(run.model),
         precision="fp32",
         by_line={line.name: _line_record(line, run.config) for line in run.lines},
+        labelled_defects=_labelled_record(run.labelled_defects),
         evaluation_resolution=run.config.evaluation_resolution,
         parity=run.parity,
         golden=run.config.golden,
@@ -125,6 +130,14 @@ def make_manifest(run: RunRecord) -> Manifest:
     )
 
 
+def _labelled_record(defects: LabelledDefects | None) -> LabelledDefectsRecord | None:
+    return None if defects is None else LabelledDefectsRecord(digest=defects.digest, frames=len(defects.frames))
+
+
+def _tell_labelled(defects: LabelledDefects | None) -> dict[str, str]:
+    return {} if defects is None else {"Labelled defects": f"{len(defects.frames)} frames, {defects.digest}"}
+
+
 def tell_facts(run: RunRecord) -> RunFacts:
     """Return what the report says of a run."""
     spec = run.config.input
@@ -134,6 +147,7 @@ def tell_facts(run: RunRecord) -> RunFacts:
     facts = {
         "Input": f"{spec.height}x{spec.width} pixels (height x width){cropped}",
         "Backbone weights": "none" if run.backbone is None else f"{run.backbone.source}, {run.backbone.digest}",
+        **_tell_labelled(run.labelled_defects),
         "Network digest": hashlib.sha256(run.model).hexdigest(),
         "Fitting": f"on {run.device}{': ' + seconds if seconds else ''}",
         "Seed": str(run.provenance.seed),

@@ -11,11 +11,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from models import build_detector
+from models import DETECTORS, build_detector
 from models.detector import Detector
 from service.contract.bundle import BackboneRecord
 from service.contract.policy import ScoreRule
 from training.config import ConfigFault, RunConfig
+from training.data.labelled_defects import LabelledDefects
 from training.weights import ResolvedWeights, resolve_weights
 
 
@@ -80,6 +81,34 @@ def prepare_detector(
         backbone = BackboneRecord(name=name, digest=resolved.digest, source=resolved.source)
     module: nn.Module = built
     return PreparedDetector(module.to(device), backbone, score_rule_of(own), device)
+
+
+def refuse_labelled_defects(config: RunConfig) -> None:
+    """Refuse marked defects for a detector that learns from good frames alone, before anything is read.
+
+    Raises:
+        ConfigFault: if the detector takes none.
+    """
+    if not hasattr(DETECTORS[config.detector].detector, "keep_labelled_defects"):
+        takers = [name for name, entry in DETECTORS.items() if hasattr(entry.detector, "keep_labelled_defects")]
+        raise ConfigFault(
+            f"The detector {config.detector} learns from good frames alone; leave --labelled-defects out, or take "
+            f"{' or '.join(takers)}."
+        )
+
+
+def give_labelled_defects(prepared: PreparedDetector, defects: LabelledDefects) -> None:
+    """Hand marked defects to a detector that takes them, before it is fitted.
+
+    Raises:
+        ConfigFault: if this configuration of it has nothing that learns from them.
+    """
+    module: Any = prepared.module
+    images = torch.from_numpy(defects.frames).permute(0, 3, 1, 2).to(torch.float32).contiguous() / 255
+    try:
+        module.keep_labelled_defects(images, torch.from_numpy(defects.masks))
+    except ValueError as error:
+        raise ConfigFault(f"The labelled defects are of no use to this detector: {error}.") from error
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:

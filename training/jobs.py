@@ -75,6 +75,7 @@ class Wishes:
         name: of the bundle, or None for the folder's or the only line's.
         lines: `NAME=FOLDER` each, in the order of their indices; none where one folder is given by itself.
         regions_of_interest: a mask image, or `NAME=MASK` each where lines are named.
+        labelled_defects: folder of marked defects to learn from beside good frames, or None.
         device: where to fit.
         settings: `key=value`, in order.
     """
@@ -87,12 +88,11 @@ class Wishes:
     name: str | None
     lines: Sequence[str]
     regions_of_interest: Sequence[str]
+    labelled_defects: Path | None
     device: Device
     settings: Sequence[str]
 
 
-@contextlib.contextmanager
-def faults_as_sentences() -> Iterator[None]:
 @dataclass(frozen=True)
 class ZeroShotWishes:
     """What the options of a zero-shot export say; None where nothing was said.
@@ -114,6 +114,8 @@ class ZeroShotWishes:
     settings: Sequence[str]
 
 
+@contextlib.contextmanager
+def faults_as_sentences() -> Iterator[None]:
     """Turn every expected fault into one sentence on stderr and an exit code: 1 ours, 2 the caller's.
 
     Raises:
@@ -144,6 +146,7 @@ def train_lines(line_folder: Path | None, wishes: Wishes, threads: int | None) -
         config=load_config(wishes.config, wishes.detector, wishes.settings),
         weights=_weights_file(wishes.weights),
         weight_folders=_weight_folders(wishes.weights),
+        labelled_defects=None if wishes.labelled_defects is None else wishes.labelled_defects.resolve(),
         device=wishes.device,
     )
     _run(request, new_directory(wishes.runs, request.name, datetime.now(UTC)), "new", threads)
@@ -166,9 +169,6 @@ def export_run(directory: Path, store: Path | None, rates: Mapping[str, float | 
     _run(request.model_copy(update=update), directory, "export", threads)
 
 
-def evaluate_bundle(path: Path, line: str | None, line_folder: Path, output: Path | None, threads: int) -> None:
-    """Measure a bundle on a line's test frames and tell the figures."""
-    bundle, reporter = load_bundle(path), _reporter()
 def is_zero_shot(
     source: str, *, asked: bool, rates: Sequence[float | None], others: Mapping[str, object | None]
 ) -> bool:
@@ -223,6 +223,9 @@ def export_zero_shot(source: str, wishes: ZeroShotWishes, threads: int | None) -
         reporter.note(f"no verdicts yet: calibrate it with good parts, flawline calibrate {bundle} GOOD_FOLDER")
 
 
+def evaluate_bundle(path: Path, line: str | None, line_folder: Path, output: Path | None, threads: int) -> None:
+    """Measure a bundle on a line's test frames and tell the figures."""
+    bundle, reporter = load_bundle(path), _reporter()
     manifest = bundle.manifest
     name = _line_of(bundle, line)
     samples = _test_samples(line_folder, reporter)
@@ -361,13 +364,13 @@ def _weights_file(given: str | None) -> Path | Literal["untrained"] | None:
     return Path(given).resolve()
 
 
-def _weight_folders(given: str | None) -> tuple[Path, ...]:
-    named = (Path(given).resolve(),) if given is not None and Path(given).is_dir() else ()
-    return (*named, _WEIGHTS_FOLDER.resolve())
 def _weights_of(given: str | None, fitted_for: RunRequest | None) -> Path | Literal["untrained"] | None:
     return fitted_for.weights if given is None and fitted_for is not None else _weights_file(given)
 
 
+def _weight_folders(given: str | None) -> tuple[Path, ...]:
+    named = (Path(given).resolve(),) if given is not None and Path(given).is_dir() else ()
+    return (*named, _WEIGHTS_FOLDER.resolve())
 
 
 def _only_line(folder: Path, wishes: Wishes) -> LineRequest:

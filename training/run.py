@@ -34,10 +34,17 @@ from training.bundles import (
 from training.calibrate import calibrate
 from training.checkpoint import load_checkpoint
 from training.config import RunConfig
+from training.data.labelled_defects import LabelledDefects, read_labelled_defects
 from training.data.loader import FileFrames, load_frame
 from training.data.samples import Sample
 from training.data.shots import ShotViews
-from training.detectors import PreparedDetector, choose_device, prepare_detector
+from training.detectors import (
+    PreparedDetector,
+    choose_device,
+    give_labelled_defects,
+    prepare_detector,
+    refuse_labelled_defects,
+)
 from training.evaluate import ask, evaluate, spread
 from training.export import DetectorRun, GraphRun, check_parity, export_graph
 from training.fit import CheckpointPlan, FitReport, FitSettings, fit
@@ -104,12 +111,17 @@ def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: B
     config, spec = request.config, request.config.input
     device = choose_device(request.device)
     make_deterministic(config.seed)
+    if request.labelled_defects is not None:
+        refuse_labelled_defects(config)
 
     gathered = gather_lines(request, reporter)
     lines = gathered.lines
     prepared = prepare_detector(config, request.weights, request.weight_folders, device, len(lines))
+    defects = _read_defects(request.labelled_defects, gathered, spec)
+    if defects is not None:
+        give_labelled_defects(prepared, defects)
     keep_request(directory, request)
-    fitting = _fit(prepared, gathered, config, directory, reporter, beginning)
+    fitting = _fit(prepared, gathered, defects, config, directory, reporter, beginning)
     rule = prepared.score_rule
 
     run = DetectorRun(prepared.module, device)
@@ -132,6 +144,7 @@ def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: B
         lines=measured,
         warnings=gathered.warnings,
         backbone=prepared.backbone,
+        labelled_defects=defects,
         score_rule=rule,
         fitting=fitting,
         model=model,
@@ -153,9 +166,17 @@ def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: B
     return FinishedRun(bundle, directory, manifest, report, fitting)
 
 
+def _read_defects(folder: Path | None, gathered: GatheredLines, spec: InputSpec) -> LabelledDefects | None:
+    if folder is None:
+        return None
+    known = [sample for line in gathered.lines for sample in line.data.dataset.samples]
+    return read_labelled_defects(folder, spec, FrameLimits(), known)
+
+
 def _fit(
     prepared: PreparedDetector,
     gathered: GatheredLines,
+    defects: LabelledDefects | None,
     config: RunConfig,
     directory: Path,
     reporter: Reporter,
@@ -169,6 +190,8 @@ def _fit(
         "data": gathered.digest,
         "backbone": "none" if prepared.backbone is None else prepared.backbone.digest,
     }
+    if defects is not None:
+        identity["labelled defects"] = defects.digest
     if beginning == "export":
         _refuse_unfitted(directory, identity, prepared)
     plan = CheckpointPlan(directory, identity, resume=beginning != "new")

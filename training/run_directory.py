@@ -58,6 +58,7 @@ class RunRequest(BaseModel):
         store: where the bundle goes.
         config: of the run.
         weights: a safetensors file, "untrained", or None to search by the backbone's name.
+        labelled_defects: folder of marked defects that the detector learns from beside good frames, or None.
         weight_folders: folders that may hold the file.
         device: where to fit.
     """
@@ -70,6 +71,7 @@ class RunRequest(BaseModel):
     config: RunConfig
     weights: Literal["untrained"] | Path | None = None
     weight_folders: tuple[Path, ...] = ()
+    labelled_defects: Path | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

@@ -96,6 +96,18 @@ class DataRecord(_Record):
     shots: tuple[str, ...] = ()
 
 
+class LabelledDefectsRecord(_Record):
+    """Which marked defects the detector learnt from, beside good frames.
+
+    Attributes:
+        digest: SHA-256 over the sorted relative paths and contents of frames and masks.
+        frames: how many.
+    """
+
+    digest: Digest
+    frames: int = Field(ge=1)
+
+
 class MetricRecord(_Record):
     """One figure of the evaluation; undefined ones are null and say why."""
 
@@ -171,6 +183,7 @@ class Manifest(_Record):
         version: of the bundle within its name; a positive whole number.
         hyperparameters: the run's configuration, every value.
         by_line: what differs from line to line.
+        labelled_defects: what a semi-supervised run learnt from beside good frames, or None.
         files: SHA-256 of every other file, by path relative to the bundle.
     """
 
@@ -186,6 +199,7 @@ class Manifest(_Record):
     opset: int = Field(ge=18)
     precision: Literal["fp32", "fp16", "int8"]
     by_line: dict[LineName, LineRecord]
+    labelled_defects: LabelledDefectsRecord | None = None
     evaluation_resolution: Literal["original", "model"]
     parity: ParityRecord
     golden: GoldenRule

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from service.contract.bundle import load_bundle, versions_of
 from service.contract.golden import read_golden, replay
 from service.errors import CalibrationRefused
-from tests.factories import make_runner
+from tests.factories import encode, make_frame, make_runner
 from tests.tiny_line import DEFECTS, GOOD, TEST_GOOD, TINY_RUN, make_config, make_request, write_line
 from training.__main__ import commands
 from training.checkpoint import has_checkpoint
@@ -103,6 +103,66 @@ def test_train_when_good_parts_cannot_carry_the_rate_then_refuses_before_fitting
         train(request, tmp_path / "run", SilentReporter())
 
     assert list(tmp_path.iterdir()) == []
+
+
+def _learning_from_defects(folder):
+    """Write a line and three marked frames of its defect that are not among its test frames."""
+    line = write_line(folder / "cup")
+    marked = folder / "marked"
+    for index in range(3):
+        pixels = make_frame(72, 80, seed=300 + index, defect=True)
+        mask = np.where((pixels == 250).all(axis=2), 255, 0).astype(np.uint8)
+        for place, data in ((f"test/square/{index}.png", pixels), (f"ground_truth/square/{index}_mask.png", mask)):
+            (marked / place).parent.mkdir(parents=True, exist_ok=True)
+            (marked / place).write_bytes(encode(data))
+    recipe = TINY_RUN["hyperparameters"]["recipe"]
+    hyperparameters = {key: value for key, value in TINY_RUN["hyperparameters"].items() if key != "map_size"} | {
+        "head_channels": [8, 4],
+        "head_recipe": recipe | {"iterations": 4},
+    }
+    (folder / "run.yaml").write_text(
+        json.dumps(TINY_RUN | {"detector": "inp_former_pp", "hyperparameters": hyperparameters})
+    )
+    return line, marked
+
+
+def test_train_command_when_defects_are_labelled_then_the_run_and_its_bundle_know_which(tmp_path):
+    """They reach the detector, are part of manifest and checkpoint, and another set of them is another run."""
+    line, marked = _learning_from_defects(tmp_path)
+    arguments = ("--config", tmp_path / "run.yaml", "--weights", "untrained", "--threads", "1")
+    places = ("--store", tmp_path / "store", "--runs", tmp_path / "runs")
+
+    with_defects = _invoke("train", line, *arguments, *places, "--labelled-defects", marked)
+    without = _invoke("train", line, *arguments, *places)
+    (marked / "test/square/0.png").unlink()
+    (marked / "ground_truth/square/0_mask.png").unlink()
+    (directory,) = {path.parent for path in (tmp_path / "runs").rglob("run.json") if str(marked) in path.read_text()}
+    resumed = _invoke("train", "--resume", directory, "--threads", "1")
+
+    assert (with_defects.exit_code, without.exit_code) == (0, 0), with_defects.output + without.output
+    learnt, plain = _published(with_defects.output), _published(without.output)
+    assert learnt.manifest.labelled_defects.frames == 3
+    assert plain.manifest.labelled_defects is None
+    assert learnt.model != plain.model
+    assert resumed.exit_code == 2
+    assert "another labelled defects" in resumed.output
+
+
+@pytest.mark.parametrize(
+    ("detector", "words"),
+    [("inp_former", "learns from good frames alone"), ("inp_former_pp", "measured on what was learnt")],
+    ids=["a detector that takes none", "test frames"],
+)
+def test_train_command_when_labelled_defects_cannot_be_used_then_refuses_before_fitting(
+    line, tmp_path, detector, words
+):
+    """Other detectors refuse them, and no detector learns from the frames that it is measured on."""
+    wanted = ("--detector", detector, "--labelled-defects", line, "--set", "hold_out.fraction=0.5")
+
+    result = _invoke("train", line, *wanted, "--runs", tmp_path, "--threads", "1")
+
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.split())
 
 
 def test_export_when_a_run_is_fitted_then_publishes_the_same_network_with_other_rates(finished):

@@ -349,6 +349,14 @@ def test_labelled_defects_when_they_do_not_fit_then_are_refused(images, masks, m
         _build().keep_labelled_defects(images, masks)
 
 
+def test_labelled_defects_when_no_head_learns_from_them_then_are_refused():
+    """Nobody marks defects for a map that can't profit from them."""
+    detector = InpFormerPp(replace(_STAGED, map_source="reconstruction"))
+
+    with pytest.raises(ValueError, match="needs no head"):
+        detector.keep_labelled_defects(_images(1), torch.ones(1, 64, 64))
+
+
 def test_branch_has_the_names_of_inp_former():
     """A checkpoint of INP-Former fits the branch as it is; only the head is new."""
     own = {key for key in make_detector("inp_former_pp-vit").state_dict() if not key.startswith("seg_head.")}

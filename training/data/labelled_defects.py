@@ -1,0 +1,108 @@
+"""A few real defects that people marked, for detectors that learn from them beside good frames.
+
+They lie in the MVTec layout: `test/<kind>/` holds frames and `ground_truth/<kind>/` a mask of each. They are never
+frames that the run is measured on, nor good ones: either is found by content and ends the run before fitting.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.contract.frames import FrameLimits, decode_image, decode_mask, fit_to_input
+from service.contract.geometry import InputSpec
+from service.errors import FlawlineError
+from training.data.folders import GOOD, anomalous_samples, subfolders
+from training.data.samples import DatasetFault, Sample
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledDefects:
+    """Marked frames at the size of the network's input.
+
+    Attributes:
+        digest: SHA-256 in hex over sorted relative paths and contents, masks included.
+        frames: `(n, H, W, 3)` uint8 RGB.
+        masks: `(n, H, W)` bool, none of them empty.
+    """
+
+    digest: str
+    frames: NDArray[np.uint8]
+    masks: NDArray[np.bool_]
+
+
+def read_labelled_defects(root: Path, spec: InputSpec, limits: FrameLimits, known: Iterable[Sample]) -> LabelledDefects:
+    """Read marked frames and refuse those that the run knows already.
+
+    Args:
+        root: folder with `test/<kind>/` and `ground_truth/<kind>/`.
+        spec: the network's input.
+        limits: what the decoder accepts.
+        known: frames of the run's lines, good ones and test frames.
+
+    Raises:
+        DatasetFault: if there is no frame, a frame has no mask or one that does not fit or marks nothing, a file can't
+            be read, or a frame has the content of a known one.
+    """
+    kinds = [folder for folder in subfolders(root / "test") if folder.name != GOOD]
+    samples = [one for kind in kinds for one in anomalous_samples(kind, root / "ground_truth" / kind.name)]
+    if not samples:
+        raise DatasetFault(
+            f"{root} holds no labelled defect; expected frames in {root / 'test' / '<kind>'} and their masks in "
+            f"{root / 'ground_truth' / '<kind>'}."
+        )
+    bare = [sample.path for sample in samples if sample.mask_path is None]
+    if bare:
+        raise DatasetFault(*(f"{path} is a labelled defect without a mask; add one or take it away." for path in bare))
+    _refuse_known(samples, known)
+    pairs = [(sample.path, sample.mask_path) for sample in samples if sample.mask_path is not None]
+    frames, masks = zip(*(_load(image, mask, spec, limits) for image, mask in pairs), strict=True)
+    files = [path for pair in pairs for path in pair]
+    lines = sorted(f"{path.relative_to(root).as_posix()} {_digest(path)}" for path in files)
+    return LabelledDefects(hashlib.sha256("\n".join(lines).encode()).hexdigest(), np.stack(frames), np.stack(masks))
+
+
+def _refuse_known(samples: Iterable[Sample], known: Iterable[Sample]) -> None:
+    seen = {_digest(sample.path): sample for sample in known}
+    copies = [(sample, seen[digest]) for sample in samples if (digest := _digest(sample.path)) in seen]
+    if copies:
+        raise DatasetFault(
+            *(
+                f"{sample.path} has the same content as {other.path} ({other.split}/{other.kind}); take one away, or "
+                "the figures would be measured on what was learnt."
+                if other.split == "test"
+                else f"{sample.path} is marked as defective and has the same content as the good frame {other.path}; "
+                "take one away."
+                for sample, other in copies
+            )
+        )
+
+
+def _load(image: Path, mask: Path, spec: InputSpec, limits: FrameLimits) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Return frame `(H, W, 3)` and mask `(H, W)`, both resized and cropped alike."""
+    path = image
+    try:
+        frame = decode_image(image.read_bytes(), limits, spec.resize_target)
+        path = mask
+        marked = decode_mask(mask.read_bytes())
+    except FlawlineError as error:
+        raise DatasetFault(f"{path}: {error.sentence} Replace the file or take it away.") from error
+    if marked.shape != (frame.height, frame.width):
+        sizes = f"{marked.shape[1]}x{marked.shape[0]} pixels and its image {frame.width}x{frame.height}"
+        raise DatasetFault(f"{mask} has {sizes}; draw the mask at the size of {image}.")
+    grey = np.repeat(marked[..., None].astype(np.uint8) * 255, 3, axis=2)
+    # Every pixel that a defect touches: a thin scratch must not vanish when the mask shrinks.
+    seen = fit_to_input(grey, spec)[..., 0] > 0
+    if not seen.any():
+        raise DatasetFault(f"{mask} marks nothing that the network would see; draw the defect, or take both away.")
+    return fit_to_input(frame.pixels, spec), seen
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DatasetFault(f"{path} can't be read ({error.strerror}); check the file and its permissions.") from error
