@@ -139,12 +139,14 @@ class LineStatus:
 
     Attributes:
         line: its name.
+        bundle: name of the bundle that serves it, or means to.
         state: `ready` lines are served, others are not.
         reason: why it is not ready, or why it is and gives no verdict, in a sentence.
         live: what serves it, once it was loaded.
     """
 
     line: str
+    bundle: str
     state: LineState
     reason: str | None
     live: LiveLine | None
@@ -248,8 +250,7 @@ class Registry:
             UnknownLine: if there is no such line.
             LineNotReady: if that can't be told before everything is loaded.
         """
-        live = self.status(line).live
-        return versions_of(self._store / (line if live is None else live.bundle.manifest.name))
+        return versions_of(self._store / self.status(line).bundle)
 
     @property
     def why_empty(self) -> str:
@@ -287,14 +288,14 @@ class Registry:
                 versions = versions_of(self._store / name)
             except OSError as error:
                 _log.exception("a folder of the store can't be read", extra={"bundle": name})
-                self._note(self._wanted_of((name,)), "refused", f"Its folder can't be read: {error.strerror}.")
+                self._note(name, self._wanted_of((name,)), "refused", f"Its folder can't be read: {error.strerror}.")
                 continue
             lines = self._wanted_of(promised_lines(self._store / name / versions[-1], name)) if versions else ()
             if lines:
                 candidates.append((name, versions[-1]))
-                self._note(lines, "loading", "The line is loading; try again in a moment.")
-        missing = (self._wanted or frozenset()) - self._not_live.keys()
-        self._note(tuple(missing), "refused", "There is no bundle of this line in the store.")
+                self._note(name, lines, "loading", "The line is loading; try again in a moment.")
+        for missing in (self._wanted or frozenset()) - self._not_live.keys():
+            self._note(missing, (missing,), "refused", "There is no bundle of this line in the store.")
         return candidates
 
     def _names(self) -> list[str]:
@@ -309,10 +310,10 @@ class Registry:
     def _wanted_of(self, lines: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(line for line in lines if self._wanted is None or line in self._wanted)
 
-    def _note(self, lines: tuple[str, ...], state: LineState, reason: str) -> None:
+    def _note(self, bundle: str, lines: tuple[str, ...], state: LineState, reason: str) -> None:
         for line in lines:
             self._telemetry.declare_line(line)
-        self._not_live = {**self._not_live, **{line: LineStatus(line, state, reason, None) for line in lines}}
+        self._not_live = {**self._not_live, **{line: LineStatus(line, bundle, state, reason, None) for line in lines}}
 
     def _load_or_refuse(self, name: str, version: str) -> None:
         path = self._store / name / version
@@ -327,9 +328,8 @@ class Registry:
             return
         _log.error("bundle refused", extra={"bundle": name, "version": version, "reason": reason})
         promised = self._wanted_of(promised_lines(path, name))
-        self._note(
-            tuple(line for line in promised if line not in self._live), "refused", f"Version {version}: {reason}"
-        )
+        not_served = tuple(line for line in promised if line not in self._live)
+        self._note(name, not_served, "refused", f"Version {version}: {reason}")
 
     def _load_one(self, name: str, version: str) -> None:
         """Verify, bring to the device, warm, prove, and only then make live."""
@@ -427,8 +427,10 @@ def _status_of(live: LiveLine) -> LineStatus:
     if live.bundle.batcher.is_healthy:
         default = live.policies[live.default_policy].policy
         judges = may_judge(default, is_calibrated=live.calibration is not None)
-        return LineStatus(live.name, "ready", None if judges else _NOT_CALIBRATED, live)
-    return LineStatus(live.name, "unhealthy", "The engine is lost; start the service again.", live)
+        return LineStatus(live.name, live.bundle.manifest.name, "ready", None if judges else _NOT_CALIBRATED, live)
+    return LineStatus(
+        live.name, live.bundle.manifest.name, "unhealthy", "The engine is lost; start the service again.", live
+    )
 
 
 def _warm(engine: Engine, manifest: Manifest, max_batch_size: int, clock: Callable[[], float]) -> RunTimes:

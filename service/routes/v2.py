@@ -1,5 +1,8 @@
 """The Open Inference Protocol under `/v2`: HTTP in, pipeline, HTTP out; a bundle is a model, with the name of its line.
 
+A bundle of several lines is as many models: the model's name chooses the line, and so its thresholds and the index that
+the network is told. The bundle's own name is no model, because nobody could say whose thresholds it would have.
+
 KServe, `tritonclient` and any other client of the protocol work unchanged. What its bodies hold is the business of
 `service/open_inference.py`; faults take the protocol's form in `service/routes/problems.py`. These operations are left
 out of our OpenAPI document, because the protocol has one of its own.

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from service.contract.bundle import load_bundle
 from service.engines.ort import OrtEngine
 from service.errors import (
     EngineFailed,
@@ -170,6 +171,51 @@ def test_load_when_bundle_serves_several_lines_then_they_share_one_engine(shelf)
     assert left.bundle is right.bundle
     assert (left.line_index, right.line_index) == (0, 1)
     assert states(registry) == {"left": "ready", "right": "ready"}
+
+
+def test_load_when_bundle_serves_several_lines_then_each_has_its_own_policy_and_calibration(shelf):
+    """A shared network shares nothing of what turns its maps into verdicts and p-values."""
+    folder = make_bundle(
+        shelf.path, "pair", lines=("left", "right"), conditional=True, policies={"right": {"fail_threshold": 0.3}}
+    )
+    shelf.add_policy("left", "strict", fail_threshold=0.15)
+
+    registry = shelf.load()
+
+    bundle = load_bundle(folder)
+    found = {line: registry.find(line, None, None) for line in ("left", "right")}
+    assert {line: policy.policy.fail_threshold for line, (_, policy) in found.items()} == {"left": 0.2, "right": 0.3}
+    assert {line: sorted(live.policies) for line, (live, _) in found.items()} == {
+        "left": ["1", "strict"],
+        "right": ["1"],
+    }
+    for line, (live, _) in found.items():
+        np.testing.assert_array_equal(live.calibration.scores, bundle.calibrations[line].scores)
+    assert not np.array_equal(found["left"].line.calibration.scores, found["right"].line.calibration.scores)
+
+
+def test_load_when_bundle_serves_several_lines_then_the_proof_tells_the_network_which_line_it_sees(shelf):
+    """Each golden frame runs with the index of its own line, or another line's network would be proved."""
+    folder = make_bundle(shelf.path, "pair", lines=("left", "right"), conditional=True)
+    network = OrtEngine(load_bundle(folder))
+    engine = FakeEngine(device="cpu")
+    engine.on_run = lambda frames: network.run(frames, np.array(engine.line_indices[-1], np.int64))
+
+    registry = shelf.load(open_engine=lambda _: engine)
+
+    assert states(registry) == {"left": "ready", "right": "ready"}
+    assert engine.line_indices[-6:] == [[0]] * 3 + [[1]] * 3
+
+
+def test_versions_when_the_bundle_of_several_lines_is_refused_then_are_those_of_the_bundle(shelf):
+    """Whoever asks why a line is not served sees what lies in the store for it, whatever the bundle is called."""
+    make_bundle(shelf.path, "pair", "3", lines=("left", "right"))
+    damage_model(make_bundle(shelf.path, "pair", "4", lines=("left", "right")))
+
+    registry = shelf.load()
+
+    assert states(registry) == {"left": "refused", "right": "refused"}
+    assert registry.versions("right") == ["3", "4"]
 
 
 def damage_model(folder):
