@@ -37,6 +37,7 @@ from torch.nn import functional
 from models.backbones import CnnBackbone
 from models.blocks.draws import generator_of_step
 from models.blocks.initial_values import draw_defaults, draw_xavier
+from models.blocks.jitter import jitter_tokens
 from models.blocks.maps import map_deviation, require_image_size
 from models.blocks.on_backbone import OnBackbone
 from models.blocks.packing import map_shapes, pack, unpack
@@ -223,14 +224,14 @@ class AmiNet(OnBackbone):
     def _weigh_terms(self, features: Tensor, masked: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Return the weighted terms for features `(B, C, h, w)` whose tokens are masked as `(B, N)` says."""
         centre_tokens = _embed(self.centre_embedding, features)
-        centres = self._gather_centres(self._jitter(centre_tokens, generator))
+        centres = self._gather_centres(jitter_tokens(centre_tokens, self.config.jitter, generator))
         # Only the centres are made from jittered tokens; it is the clean ones that shall lie near them.
         scores = _distances(centre_tokens + self.positions, centres).amin(dim=2)
         count = self.config.centres
         spread = _distances(centres, centres).sum(dim=(1, 2)) / (count * max(count - 1, 1))
 
         tokens = self._hide(_embed(self.patch_embedding, features), masked)
-        predicted = self._inpaint(self._jitter(tokens, generator))
+        predicted = self._inpaint(jitter_tokens(tokens, self.config.jitter, generator))
         targets = patchify(features, self.config.patch_size)
         directions = 1 - functional.cosine_similarity(predicted, targets, dim=2)
         return {
@@ -239,13 +240,6 @@ class AmiNet(OnBackbone):
             "compactness": scores.mean(),
             "diversity": -self.config.diversity_weight * spread.mean(),
         }
-
-    def _jitter(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
-        """Add Gaussian noise in proportion to the norm of each token `(B, N, D)`."""
-        noise = torch.randn(tokens.shape, generator=generator).to(tokens.device)
-        norms = torch.linalg.vector_norm(tokens, dim=2, keepdim=True)
-        jittered: Tensor = tokens + noise * norms * (self.config.jitter / tokens.shape[2])
-        return jittered
 
     def _draw_mask(self, batch: int, generator: torch.Generator) -> Tensor:
         """Choose for each image a uniform share of its tokens, and that many of them at random: `(B, N)`, 0 or 1."""

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.backbones import CnnBackbone
+from models.blocks.dual_attention import DualBlock
 from models.blocks.initial_values import draw_defaults, draw_xavier
 from models.blocks.maps import require_image_size, resize_map
-from models.blocks.mlp import Mlp
 from models.blocks.on_backbone import OnBackbone
 from models.blocks.packing import MapShape, map_shapes, pack, unpack
 from models.blocks.patches import unpatchify
@@ -94,46 +94,6 @@ class DadfConfig:
     flow_recipe: Recipe = _PAPER_FLOW_RECIPE
 
 
-class _DualAttention(nn.Module):
-    """Both streams look at the image's keys; each mixes its own values."""
-
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
-
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        queries, keys, values = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        return queries, keys, values  # each (B, heads, N, D / heads)
-
-    def _read(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        read = functional.scaled_dot_product_attention(queries, keys, values)
-        result: Tensor = self.proj(read.transpose(1, 2).flatten(2))
-        return result
-
-    def forward(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        queries, keys, values = self._split(x)
-        memory_queries, _, memory_values = self._split(m)
-        return self._read(queries, keys, values), self._read(memory_queries, keys, memory_values)
-
-
-class _DualBlock(nn.Module):
-    """A transformer block whose weights serve the image's stream and the memory's."""
-
-    def __init__(self, channels: int, heads: int, mlp_ratio: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
-        self.attn = _DualAttention(channels, heads)
-        self.norm2 = nn.LayerNorm(channels)
-        self.mlp = Mlp(channels, mlp_ratio)
-
-    def forward(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        read, remembered = self.attn(self.norm1(x), self.norm1(m))
-        x, m = x + read, m + remembered
-        return x + self.mlp(self.norm2(x)), m + self.mlp(self.norm2(m))
-
-
 class _DualTransformer(nn.Module):
     """Rebuild the maps of a pyramid `(B, C, h, w)` twice: from themselves and from learnt memory."""
 
@@ -150,7 +110,7 @@ class _DualTransformer(nn.Module):
         )
         self.memory = nn.Parameter(torch.empty(1, math.prod(self.grid), channels))
         self.register_buffer("positions", sincos_positions(self.grid, channels), persistent=False)
-        self.blocks = nn.ModuleList(_DualBlock(channels, config.heads, config.mlp_ratio) for _ in range(config.blocks))
+        self.blocks = nn.ModuleList(DualBlock(channels, config.heads, config.mlp_ratio) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(channels)
         self.predictions = nn.ModuleList(
             nn.Linear(channels, patch * patch * shape[0]) for shape, patch in zip(shapes, self.patches, strict=True)

@@ -31,7 +31,7 @@ Symbols: F_i = `features`, one map `(B, C, h, w)` a scale · P_i^c = `pool`, a r
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -40,12 +40,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.backbones import CnnBackbone
+from models.blocks.draws import generator_of_step
 from models.blocks.dual_attention import DualBlock
 from models.blocks.initial_values import draw_xavier
 from models.blocks.jitter import jitter_tokens
-from models.blocks.maps import map_deviation, require_image_size
+from models.blocks.maps import reduce_map, require_image_size
 from models.blocks.mlp import Mlp
-from models.blocks.packing import MapShape, pack, unpack
+from models.blocks.on_backbone import OnBackbone
+from models.blocks.packing import MapShape, map_shapes, pack, unpack
 from models.blocks.patches import unpatchify
 from models.blocks.smoothing import SmoothUpsampling
 from models.blocks.transformer import SelfAttention, TransformerBlock, sincos_positions
@@ -280,7 +282,7 @@ class _PromptTransformer(nn.Module):
         ]
 
 
-class Pnpt(nn.Module):
+class Pnpt(OnBackbone):
     """Prior normality prompt transformer over a frozen CNN pyramid, for one line or several.
 
     Raises:
@@ -300,11 +302,7 @@ class Pnpt(nn.Module):
         self.lines = config.lines
         self.backbone = CnnBackbone(config.backbone, config.layers)
         _refuse_misfits(config, self.backbone.strides)
-        height, width = config.image_size
-        self.shapes: list[MapShape] = [
-            (channels, height // stride, width // stride)
-            for channels, stride in zip(self.backbone.channels, self.backbone.strides, strict=True)
-        ]
+        self.shapes = map_shapes(self.backbone.channels, self.backbone.strides, config.image_size)
         self.transformer = _PromptTransformer(self.shapes, config, torch.Generator().manual_seed(config.seed))
         self.smoothings = nn.ModuleList(
             SmoothUpsampling(shape[1:], config.image_size, config.blur_sigma, align_corners=False)
@@ -328,14 +326,6 @@ class Pnpt(nn.Module):
     def _forget(self) -> None:
         self._sums = torch.zeros(0, dtype=torch.float64)
         self._counts = torch.zeros(self.lines, dtype=torch.int64)
-
-    def load_backbone_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take the backbone's weights in timm's naming.
-
-        Raises:
-            ValueError: if a key is missing, unknown or has another shape.
-        """
-        self.backbone.load_weights(state_dict)
 
     def stages(self) -> Sequence[Stage]:
         """Return the pass that averages the lines' features, the descent, and the pass that embeds the averages."""
@@ -428,8 +418,7 @@ class Pnpt(nn.Module):
         return terms
 
     def _jitter(self, step: int) -> Callable[[Tensor], Tensor]:
-        seed = self.config.seed * 1_000_003 + step
-        return lambda tokens: jitter_tokens(tokens, self.config.jitter, torch.Generator().manual_seed(seed))
+        return lambda tokens: jitter_tokens(tokens, self.config.jitter, generator_of_step(self.config.seed, step))
 
     @torch.no_grad()
     def retrieve_line(self, images: Tensor) -> Retrieval:
@@ -460,9 +449,7 @@ class Pnpt(nn.Module):
         """Judge images by prompts `(B, N, D)` that may come from elsewhere; see `choose_prompts` and `forward`."""
         prior, sample = self.maps_by_stream(images, prompts)
         anomaly_map = self.config.prior_share * prior + (1 - self.config.prior_share) * sample
-        if self.config.score_reduction == "deviation":
-            return AnomalyOutput(anomaly_map, map_deviation(anomaly_map))
-        return AnomalyOutput(anomaly_map, anomaly_map.amax(dim=(1, 2)))
+        return AnomalyOutput(anomaly_map, reduce_map(anomaly_map, self.config.score_reduction))
 
     def maps_by_stream(self, images: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
         """Return A^P and A^S of images `(B, 3, H, W)`, both `(B, H, W)`: summed over scales, resized and smoothed.

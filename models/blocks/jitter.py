@@ -17,4 +17,5 @@ def jitter_tokens(tokens: Tensor, amount: float, generator: torch.Generator) -> 
     """
     noise = torch.randn(tokens.shape, generator=generator).to(tokens.device)
     norms = torch.linalg.vector_norm(tokens, dim=2, keepdim=True)
-    return tokens + noise * norms * (amount / tokens.shape[2])
+    jittered: Tensor = tokens + noise * norms * (amount / tokens.shape[2])
+    return jittered

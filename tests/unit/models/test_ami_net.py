@@ -168,32 +168,6 @@ def test_mask_when_recomputed_in_numpy_then_distances_agree_and_the_same_tokens_
     assert 0 < masked.mean() < 1
 
 
-def test_jitter_when_recomputed_in_numpy_then_agrees():
-    """The same draws, scaled token by token in float64, give the same noise, to 1e-5."""
-    tokens = _draw(2, 5, _CONFIG.token_channels)
-
-    jittered = _detector()._jitter(tokens, torch.Generator().manual_seed(3))
-
-    drawn = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(3)).double().numpy()
-    for image, token in np.ndindex(2, 5):
-        clean = tokens[image, token].double().numpy()
-        length = np.sqrt((clean**2).sum())
-        expected = clean + _CONFIG.jitter / _CONFIG.token_channels * length * drawn[image, token]
-        np.testing.assert_allclose(jittered[image, token].numpy(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_jitter_when_added_then_is_in_proportion_to_each_tokens_norm():
-    """The noise of an entry has the deviation norm x jitter / D; a token of zeros stays."""
-    detector = _detector()
-    channels = _CONFIG.token_channels
-    tokens = torch.stack([torch.zeros(500, channels), torch.ones(500, channels), 3 * torch.ones(500, channels)])
-
-    noise = detector._jitter(tokens, torch.Generator().manual_seed(0)) - tokens
-
-    expected = torch.tensor([0.0, 1.0, 3.0]) * channels**0.5 * _CONFIG.jitter / channels
-    torch.testing.assert_close(noise.std(dim=(1, 2)), expected, rtol=0.02, atol=0.0)
-
-
 def test_loss_when_steps_differ_then_masks_and_noise_differ():
     """A new mask for every step; the same step draws the same one again."""
     detector = _detector()
