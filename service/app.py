@@ -119,7 +119,11 @@ def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[
         clock=clock,
     )
     records = Records(settings.max_heatmaps_kept, settings.max_heatmap_bytes_kept, telemetry)
-    return Context(settings, keyring, registry, pipeline, records, telemetry, clock)
+    context = Context(settings, keyring, registry, pipeline, records, telemetry, clock)
+    telemetry.watch_readiness(lambda: not context.reasons_not_ready())
+    if settings.keys_file is not None:
+        telemetry.watch_keys(settings.keys_file)
+    return context
 
 
 def _open_with(settings: Settings) -> OpenEngine:

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from prometheus_client import (
@@ -113,6 +114,7 @@ class Telemetry:
         self._model_info = self._gauge(
             "model_info", "What serves a line; always 1.", "line", "version", "digest", "policy", "device"
         )
+        self._ready = self._gauge("ready", "1 while frames are answered here, else 0; what /healthz/ready says.")
         self._golden_failures = self._counter("golden_failures", "Bundles whose golden frames came out differently.")
         self._dropped = self._counter("records_dropped", "Records that made room for newer ones.", "sink")
         self._dropped.labels("heatmaps")
@@ -121,6 +123,15 @@ class Telemetry:
         self._tallies: dict[tuple[str, str], Tally] = {}
         self._drifts: dict[str, LineDrift] = {}
         self._measured_at: dict[str, float] = {}
+
+    def watch_readiness(self, is_ready: Callable[[], bool]) -> None:
+        """Have readiness asked for at every scrape."""
+        self._ready.set_function(lambda: float(is_ready()))
+
+    def watch_keys(self, file: Path) -> None:
+        """Have the age of the callers' keys told at every scrape; a service without keys has no such series."""
+        modified = self._gauge("keys_modified_timestamp_seconds", "When the keys file was last changed.")
+        modified.set_function(lambda: _modified_at(file))
 
     def declare_line(self, line: str) -> None:
         """Let a line of the registry be a label."""
@@ -273,6 +284,13 @@ class Telemetry:
 
     def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, meaning, labels, namespace="flawline", registry=self._collectors, buckets=buckets)
+
+
+def _modified_at(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # taken away; a scrape must not fail for it
+        return math.nan
 
 
 def _now_ms() -> int:

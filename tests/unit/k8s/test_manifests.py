@@ -19,7 +19,7 @@ from service.settings import Settings
 K8S = Path(__file__).resolve().parents[3] / "k8s"
 OVERLAYS = sorted(path.parent.name for path in (K8S / "overlays").glob("*/kustomization.yaml"))
 VERSIONS = ("1.30", "1.33", "1.36")
-SERVING = ("cpu", "gpu", "gpu-mig", "keda")
+SERVING = ("cpu", "gpu", "gpu-mig", "keda", "monitoring")
 # Resources that Kubernetes itself does not know; their shapes are those of their own projects.
 FOREIGN = {"ScaledObject", "ServingRuntime", "InferenceService", "ServiceMonitor", "PrometheusRule"}
 
@@ -177,6 +177,16 @@ def test_traffic_when_sent_to_the_service_then_reaches_its_pods_and_goes_nowhere
     assert {port["targetPort"] for port in service["spec"]["ports"]} <= names
     assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     assert not any(policy.get("egress") for policy in policies.values())
+
+
+def test_monitor_when_it_scrapes_then_finds_the_service_and_its_port():
+    """The ServiceMonitor selects our Service by labels that it has, and a port by a name that it has."""
+    monitor, service = only("monitoring", "ServiceMonitor")["spec"], only("monitoring", "Service")
+    [endpoint] = monitor["endpoints"]
+
+    assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+    assert endpoint["path"] == "/metrics"
 
 
 def test_namespace_when_made_then_refuses_pods_that_ask_for_more():

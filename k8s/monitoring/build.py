@@ -1,0 +1,436 @@
+"""Builds what is committed beside it: Grafana's dashboards, and the cluster's PrometheusRule out of `rules.yaml`.
+
+    python k8s/monitoring/build.py
+
+Every query reads metrics that the service emits; a test runs each one against a Prometheus that scrapes a real server,
+and another one builds the files anew and compares. The panels are told as data below, so that the test, the dashboards
+and whoever reads this see the same queries.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from grafana_foundation_sdk.builders import dashboard, heatmap, prometheus, stat, table, timeseries
+from grafana_foundation_sdk.builders.common import VizLegendOptions
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.common import LegendDisplayMode, LegendPlacement
+from grafana_foundation_sdk.models.dashboard import (
+    DashboardCursorSync,
+    DashboardLinkType,
+    DataSourceRef,
+    Threshold,
+    ThresholdsMode,
+    VariableRefresh,
+)
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+
+HERE = Path(__file__).resolve().parent
+RULES, DASHBOARDS = HERE / "rules.yaml", HERE / "dashboards"
+RULE_RESOURCE = HERE / "prometheusrule.yaml"
+
+_SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
+_LINE = 'namespace=~"$namespace",line=~"$line"'
+_FLEET = 'namespace=~"$namespace"'
+_ON_GPU = 'exported_namespace=~"$namespace"'
+_RATE = "[$__rate_interval]"
+
+Kind = Literal["timeseries", "stat", "heatmap", "table"]
+
+
+@dataclass(frozen=True)
+class Query:
+    """One query of a panel.
+
+    Attributes:
+        expression: PromQL, with the dashboard's variables.
+        legend: how a series is named, with `{{label}}`.
+        may_be_empty: why it is empty on an ordinary day, or None where that would be a fault.
+    """
+
+    expression: str
+    legend: str
+    may_be_empty: str | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel.
+
+    Attributes:
+        title: of the panel.
+        meaning: shown when the mouse is over it.
+        unit: Grafana's name of it.
+        queries: drawn together.
+        kind: how they are drawn.
+        width: of 24 columns.
+        warning: from here on a value is drawn yellow.
+        critical: from here on a value is drawn red.
+    """
+
+    title: str
+    meaning: str
+    unit: str
+    queries: Sequence[Query]
+    kind: Kind = "timeseries"
+    width: int = 12
+    warning: float | None = None
+    critical: float | None = None
+
+
+def _quantiles(metric: str, labels: str, by: str) -> list[Query]:
+    return [
+        Query(
+            f"histogram_quantile({quantile}, sum by ({by}, le) (rate({metric}_bucket{{{labels}}}{_RATE})))",
+            f"p{int(100 * quantile)} {{{{{by}}}}}",
+        )
+        for quantile in (0.5, 0.99)
+    ]
+
+
+_LINES_PANELS = (
+    Panel(
+        "Frames a second",
+        "Frames that came, by line, with and without a verdict.",
+        "reqps",
+        [Query(f"line:flawline_frames:rate5m{{{_LINE}}}", "{{line}}")],
+    ),
+    Panel(
+        "Verdicts",
+        "What was said of the frames, all chosen lines together.",
+        "reqps",
+        [
+            Query(f"sum by (verdict) (rate(flawline_inspections_total{{{_LINE}}}{_RATE}))", "{{verdict}}"),
+            Query(
+                f"sum(rate(flawline_no_verdict_total{{{_LINE}}}{_RATE}))",
+                "NO_VERDICT",
+                "no frame was without a verdict",
+            ),
+        ],
+    ),
+    Panel(
+        "Share of stopped parts",
+        "Of the last few hundred frames, how many were not PASS.",
+        "percentunit",
+        [Query(f"flawline_review_ratio{{{_LINE}}}", "{{line}}")],
+        warning=0.2,
+    ),
+    Panel(
+        "Drift of scores",
+        "Stability index of the last scores against the line's calibration: above 0.25 the parts are other ones.",
+        "none",
+        [Query(f"flawline_score_psi{{{_LINE}}}", "{{line}}")],
+        warning=0.1,
+        critical=0.25,
+    ),
+    Panel(
+        "Brightness",
+        "Mean of the pictures, from 0 to 1. A lamp that dies shows here before the scores move.",
+        "percentunit",
+        [Query(f'flawline_image_quality{{{_LINE},stat="brightness"}}', "{{line}}")],
+    ),
+    Panel(
+        "Focus",
+        "Sharpness of the pictures; falls with dirt on the lens and a camera that moved.",
+        "none",
+        [Query(f'flawline_image_quality{{{_LINE},stat="focus"}}', "{{line}}")],
+    ),
+    Panel(
+        "Why frames had no verdict",
+        "By the code that the caller was told.",
+        "reqps",
+        [
+            Query(
+                f"sum by (line, reason) (rate(flawline_no_verdict_total{{{_LINE}}}{_RATE}))",
+                "{{line}} {{reason}}",
+                "no frame was without a verdict",
+            )
+        ],
+        width=24,
+    ),
+)
+
+_LATENCY_PANELS = (
+    Panel(
+        "Time in the service",
+        "From the first byte of a request to the last byte of its answer.",
+        "s",
+        _quantiles("flawline_stage_duration_seconds", f'{_LINE},stage="total"', "line"),
+    ),
+    Panel(
+        "Mean time by stage",
+        "Where a frame's time goes: receive, decode, queue, infer, postprocess, encode.",
+        "s",
+        [
+            Query(
+                f'sum by (stage) (rate(flawline_stage_duration_seconds_sum{{{_LINE},stage!="total"}}{_RATE})) / '
+                f'sum by (stage) (rate(flawline_stage_duration_seconds_count{{{_LINE},stage!="total"}}{_RATE}))',
+                "{{stage}}",
+            )
+        ],
+    ),
+    Panel(
+        "Total time, every frame",
+        "How many frames took how long.",
+        "s",
+        [
+            Query(
+                f'sum by (le) (increase(flawline_stage_duration_seconds_bucket{{{_LINE},stage="total"}}{_RATE}))',
+                "{{le}}",
+            )
+        ],
+        kind="heatmap",
+        width=24,
+    ),
+    Panel(
+        "Time left to the deadline",
+        "Of answered frames, in the slowest twentieth. At zero frames begin to be lost.",
+        "s",
+        [
+            Query(
+                "histogram_quantile(0.05, sum by (line, le) "
+                f"(rate(flawline_deadline_slack_seconds_bucket{{{_LINE}}}{_RATE})))",
+                "{{line}}",
+            )
+        ],
+    ),
+    Panel(
+        "Frames in one run",
+        "Mean size of the batches of each engine.",
+        "none",
+        [
+            Query(
+                f"sum by (engine) (rate(flawline_batch_size_sum{{{_FLEET}}}{_RATE})) / "
+                f"sum by (engine) (rate(flawline_batch_size_count{{{_FLEET}}}{_RATE}))",
+                "{{engine}}",
+            )
+        ],
+    ),
+    Panel(
+        "Frames accepted and not answered",
+        "Waiting or running, by engine.",
+        "none",
+        [Query(f"sum by (engine) (flawline_queue_depth{{{_FLEET}}})", "{{engine}}")],
+    ),
+    Panel(
+        "Missed for want of time or room",
+        "Share of frames that the service itself is to blame for.",
+        "percentunit",
+        [
+            Query(
+                f"line:flawline_missed:ratio5m{{{_LINE}}}",
+                "{{line}}",
+            )
+        ],
+        warning=0.001,
+        critical=0.01,
+    ),
+)
+
+_FLEET_PANELS = (
+    Panel(
+        "Ready",
+        "How many pods answer frames, of those that are scraped.",
+        "none",
+        [Query(f"sum(flawline_ready{{{_FLEET}}})", "ready"), Query(f"count(flawline_ready{{{_FLEET}}})", "scraped")],
+        kind="stat",
+        width=6,
+    ),
+    Panel(
+        "Golden failures",
+        "Bundles whose golden frames came out differently on a device, since the pods started.",
+        "none",
+        [Query(f"sum(flawline_golden_failures_total{{{_FLEET}}})", "failures")],
+        kind="stat",
+        width=6,
+        critical=1,
+    ),
+    Panel(
+        "Memory",
+        "Resident, by pod.",
+        "bytes",
+        [Query(f"process_resident_memory_bytes{{{_FLEET}}}", "{{instance}}")],
+    ),
+    Panel(
+        "CPU",
+        "Cores in use, by pod.",
+        "none",
+        [Query(f"rate(process_cpu_seconds_total{{{_FLEET}}}{_RATE})", "{{instance}}")],
+    ),
+    Panel(
+        "Loading an engine",
+        "From reading the bundle to its golden frames passed.",
+        "s",
+        [Query(f"max by (engine) (flawline_engine_load_seconds{{{_FLEET}}})", "{{engine}}")],
+    ),
+    Panel(
+        "What serves each line",
+        "Version, digest, policy and device of every line.",
+        "none",
+        [Query(f"sum by (line, version, digest, policy, device) (flawline_model_info{{{_FLEET}}})", "{{line}}")],
+        kind="table",
+        width=24,
+    ),
+    Panel(
+        "GPU busy",
+        "As the DCGM exporter tells it.",
+        "percent",
+        [Query(f"DCGM_FI_DEV_GPU_UTIL{{{_ON_GPU}}}", "{{gpu}} {{exported_pod}}", "there is no GPU")],
+    ),
+    Panel(
+        "GPU memory",
+        "In use, as the DCGM exporter tells it.",
+        "decmbytes",
+        [Query(f"DCGM_FI_DEV_FB_USED{{{_ON_GPU}}}", "{{gpu}} {{exported_pod}}", "there is no GPU")],
+    ),
+)
+
+_DETAIL_PANELS = (
+    Panel(
+        "Scores",
+        "How many frames had which score, in units of the fail threshold: 1 is at it.",
+        "none",
+        [Query(f"sum by (le) (increase(flawline_score_bucket{{{_LINE}}}{_RATE}))", "{{le}}")],
+        kind="heatmap",
+        width=24,
+    ),
+    Panel(
+        "Median and highest scores",
+        "In units of the fail threshold.",
+        "none",
+        _quantiles("flawline_score", _LINE, "line"),
+        critical=1,
+    ),
+    Panel(
+        "Verdicts by version",
+        "What each version of the bundle said.",
+        "reqps",
+        [
+            Query(
+                f"sum by (version, verdict) (rate(flawline_inspections_total{{{_LINE}}}{_RATE}))",
+                "{{version}} {{verdict}}",
+            )
+        ],
+    ),
+    Panel(
+        "Picture",
+        "Brightness, share near white, focus and noise.",
+        "none",
+        [Query(f"flawline_image_quality{{{_LINE}}}", "{{stat}}")],
+    ),
+    Panel(
+        "Time by stage, slowest in a hundred",
+        "Each stage by itself.",
+        "s",
+        [
+            Query(
+                "histogram_quantile(0.99, sum by (stage, le) "
+                f"(rate(flawline_stage_duration_seconds_bucket{{{_LINE}}}{_RATE})))",
+                "{{stage}}",
+            )
+        ],
+    ),
+)
+
+DASHBOARD_PANELS = {
+    "lines": ("Flawline: lines", _LINES_PANELS),
+    "latency": ("Flawline: latency", _LATENCY_PANELS),
+    "fleet": ("Flawline: fleet", _FLEET_PANELS),
+    "line-detail": ("Flawline: line detail", _DETAIL_PANELS),
+}
+
+
+def build_dashboard(name: str) -> str:
+    """Return one dashboard as the JSON that Grafana reads."""
+    title, panels = DASHBOARD_PANELS[name]
+    lines = 'label_values(flawline_model_info{namespace=~"$namespace"}, line)'
+    built = (
+        dashboard.Dashboard(title)
+        .uid(f"flawline-{name}")
+        .tags(["flawline"])
+        .time("now-1h", "now")
+        .refresh("10s")
+        .timezone("browser")
+        .tooltip(DashboardCursorSync.CROSSHAIR)
+        .readonly()
+        .link(
+            dashboard.DashboardLink("Flawline")
+            .type(DashboardLinkType.DASHBOARDS)
+            .tags(["flawline"])
+            .include_vars(True)
+            .keep_time(True)
+        )
+        .with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
+        .with_variable(_variable("namespace", "label_values(flawline_ready, namespace)"))
+        .with_variable(_variable("line", lines, many=name != "line-detail"))
+    )
+    for panel in panels:
+        built.with_panel(_draw(panel))
+    return json.dumps(built.build(), cls=JSONEncoder, indent=2, sort_keys=True) + "\n"
+
+
+def build_rule_resource() -> str:
+    """Return the rules as the resource that the Prometheus operator reads."""
+    resource = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "flawline", "namespace": "flawline"},
+        "spec": yaml.safe_load(RULES.read_text("utf-8")),
+    }
+    origin = "# Made by k8s/monitoring/build.py from k8s/monitoring/rules.yaml.\n"
+    return origin + yaml.safe_dump(resource, sort_keys=False)
+
+
+def outputs() -> dict[Path, str]:
+    """Return every file that is made here, with its contents."""
+    files = {DASHBOARDS / f"flawline-{name}.json": build_dashboard(name) for name in DASHBOARD_PANELS}
+    return {**files, RULE_RESOURCE: build_rule_resource()}
+
+
+def _variable(name: str, query: str, *, many: bool = True) -> dashboard.QueryVariable:
+    return (
+        dashboard.QueryVariable(name)
+        .query(query)
+        .datasource(_SOURCE)
+        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .multi(many)
+        .include_all(many)
+    )
+
+
+def _draw(panel: Panel) -> Any:
+    drawn: Any = {
+        "timeseries": timeseries.Panel,
+        "stat": stat.Panel,
+        "heatmap": heatmap.Panel,
+        "table": table.Panel,
+    }[panel.kind]()
+    drawn.title(panel.title).description(panel.meaning).datasource(_SOURCE).unit(panel.unit).span(panel.width).height(8)
+    for query, letter in zip(panel.queries, "ABCDEF", strict=False):
+        target = prometheus.Dataquery().expr(query.expression).legend_format(query.legend).ref_id(letter)
+        if panel.kind == "heatmap":
+            target.format(PromQueryFormat.HEATMAP)
+        if panel.kind == "table":
+            target.format(PromQueryFormat.TABLE).instant()
+        drawn.with_target(target)
+    if panel.kind == "timeseries":
+        legend = VizLegendOptions().show_legend(True).display_mode(LegendDisplayMode.LIST)
+        drawn.legend(legend.placement(LegendPlacement.BOTTOM)).fill_opacity(8).line_width(2)
+    if panel.warning is not None or panel.critical is not None:
+        steps = [Threshold(value=None, color="green")]
+        steps += [
+            Threshold(value=value, color=colour)
+            for value, colour in ((panel.warning, "yellow"), (panel.critical, "red"))
+            if value is not None
+        ]
+        drawn.thresholds(dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps))
+    return drawn
+
+
+if __name__ == "__main__":
+    for path, text in outputs().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
