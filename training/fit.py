@@ -49,7 +49,7 @@ class FitStopped(Exception):
 
 
 class FitFailed(Exception):
-    """The descent can't go on; the sentence names the stage and the step."""
+    """A stage can't go on; the sentence names it, and the step of a descent."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def fit(
         TypeError: if the module is no detector.
         ValueError: if there are no frames, or their lines are not those that the detector is conditioned on.
         FitStopped: after Ctrl-C or a termination signal, once the state is kept.
-        FitFailed: if the loss is not finite.
+        FitFailed: if the loss is not finite, or a pass refuses the frames that it saw.
         CheckpointRefused: if the run shall be resumed from a checkpoint that does not fit.
     """
     if not isinstance(detector, Detector):
@@ -210,7 +210,10 @@ class _Run:
                 self._end_if_asked()
                 stage.show(self._images(pixels), self._lines(order))
                 bar.advance(len(pixels))
-            stage.finish()
+            try:
+                stage.finish()
+            except ValueError as error:
+                raise FitFailed(f"The frames do not serve for '{stage.name}': {error}.") from error
 
     def descend(self, index: int, stage: GradientStage) -> None:
         """Follow the gradient of the stage's loss to the end of its recipe."""

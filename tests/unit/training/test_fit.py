@@ -361,6 +361,17 @@ def test_fit_with_a_loss_that_is_not_finite_names_the_step():
         _fit(detector)
 
 
+def test_fit_when_a_pass_refuses_the_frames_then_names_it_and_its_reason():
+    """What only a look at the frames can tell is told in a sentence, before any descent."""
+
+    class Choosy(_TinyDetector):
+        def _finish(self):
+            raise ValueError("ten frames are too few")
+
+    with pytest.raises(FitFailed, match=r"'mean': ten frames are too few\."):
+        _fit(Choosy())
+
+
 def test_fit_whose_last_step_breaks_the_parameters_fails():
     """The last update has no loss after it and is looked at by itself."""
     recipe = Recipe("sgd", 1e38, 1e38, 0.0, batch_size=4, betas=(0.0, 0.0), iterations=1)
