@@ -89,7 +89,10 @@ def measure(
     """
     device = choose_device(equipment.device)
     make_deterministic(config.seed)
-    checked = [check_dataset(read_dataset(line.folder, line.layout), FrameLimits(), reporter) for line in lines]
+    checked = [
+        check_dataset(read_dataset(line.folder, line.layout), FrameLimits(), reporter, as_published=True)
+        for line in lines
+    ]
     _refuse_untested(lines, checked)
     prepared = prepare_detector(config, equipment.weights, equipment.weight_folders, device, len(lines))
     chosen = [_to_fit_on(data, config) for data in checked]

@@ -55,7 +55,9 @@ class _Finding:
     warning: str | None = None
 
 
-def check_dataset(dataset: Dataset, limits: FrameLimits, reporter: Reporter, threads: int = 2) -> CheckedDataset:
+def check_dataset(
+    dataset: Dataset, limits: FrameLimits, reporter: Reporter, threads: int = 2, *, as_published: bool = False
+) -> CheckedDataset:
     """Decode every image and mask once and compare their content.
 
     Args:
@@ -63,10 +65,12 @@ def check_dataset(dataset: Dataset, limits: FrameLimits, reporter: Reporter, thr
         limits: what the service will accept; training on more would make no sense.
         reporter: shows how far the check is.
         threads: decoders at work.
+        as_published: tell rather than refuse the same content in two splits or under two labels: others measured on
+            these very frames, so a figure to set beside theirs must, too.
 
     Raises:
-        DatasetFault: if a file can't be read, is over a limit, has a mask of another size, or lies in two splits or
-            under two labels with the same content.
+        DatasetFault: if a file can't be read, is over a limit, has a mask of another size, or, unless the set is taken
+            as published, lies in two splits or under two labels with the same content.
     """
     with (
         ThreadPoolExecutor(threads) as pool,
@@ -76,16 +80,20 @@ def check_dataset(dataset: Dataset, limits: FrameLimits, reporter: Reporter, thr
         for finding in pool.map(lambda sample: _look_at(sample, limits), dataset.samples):
             findings.append(finding)
             bar.advance()
-    faults = [finding.fault for finding in findings if finding.fault is not None] or list(_contradictions(findings))
-    if faults:
-        raise DatasetFault(*faults)
+    contradictions = tuple(_contradictions(findings))
+    faults = [finding.fault for finding in findings if finding.fault is not None]
+    if faults or (contradictions and not as_published):
+        raise DatasetFault(*(faults or contradictions))
     counts = Counter(f"{s.split}/{s.kind}" for s in dataset.samples)
     return CheckedDataset(
         dataset=dataset,
         digest=_digest(dataset.root, findings),
         counts=dict(sorted(counts.items())),
         frame_size=Counter(finding.frame_size for finding in findings).most_common(1)[0][0],
-        warnings=tuple(finding.warning for finding in findings if finding.warning) + tuple(_repetitions(findings)),
+        warnings=(
+            *(finding.warning for finding in findings if finding.warning),
+            *(contradictions or _repetitions(findings)),
+        ),
     )
 
 

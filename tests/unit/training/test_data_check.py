@@ -104,6 +104,16 @@ def test_check_with_the_same_content_under_two_labels_names_both(root):
         _check(root)
 
 
+def test_check_of_a_set_as_published_tells_what_a_plant_would_be_refused(root):
+    """Frames that a publisher has in two splits stay, because others measured on them, and both are named."""
+    shutil.copyfile(root / "train/good/0.png", root / "test/good/9.png")
+
+    checked = check_dataset(read_dataset(root), FrameLimits(), SilentReporter(), as_published=True)
+
+    assert checked.counts["test/good"] == 2
+    assert [("9.png" in text, "have the same content" in text) for text in checked.warnings] == [(True, True)]
+
+
 def test_check_with_a_repeated_frame_in_one_split_warns(root):
     """Copies inside a split are allowed and told."""
     shutil.copy(root / "train/good/0.png", root / "train/good/9.png")
