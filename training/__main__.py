@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from training.backbone_commands import distill, weights
+from training.compare_commands import compare
 from training.reproduce_commands import reproduce
 
 commands = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
@@ -244,6 +245,9 @@ def demo(
 commands.add_typer(weights, name="weights")
 commands.command(epilog="Example:\n\nflawline distill --teacher mobilenetv1_100=weights/mobilenetv1_100.safetensors")(
     distill
+)
+commands.command(epilog="Example:\n\nflawline compare --line lines/bottle --detectors inp_former,glcf --control")(
+    compare
 )
 commands.command(epilog="Example:\n\nflawline reproduce inp_former data/mvtec_ad --output reproduced")(reproduce)
 

@@ -8,10 +8,8 @@ URIs, curves are inline SVG, and a content security policy forbids everything th
 import base64
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from typing import Literal, NamedTuple
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
@@ -30,6 +28,7 @@ from training.drawings import draw_histogram, draw_loss, draw_precision_recall, 
 from training.evaluate import Answers, Evaluation, judge_all, to_records, without_test_frames
 from training.golden import GoldenFrame
 from training.metrics import Curve
+from training.pages import render_page
 
 _THUMBNAIL_PX = 480
 _JPEG_QUALITY = 80
@@ -282,14 +281,15 @@ def carry_over(line: str, version: str, policy: Policy, calibration: Calibration
 
 def render(data: ReportData) -> str:
     """Return the page as one self-contained HTML file."""
-    return _template("report.html").render(
-        data=data,
-        lines=[_words_and_drawings(line, place) for place, line in enumerate(data.lines, start=1)],
-        loss=draw_loss(data.run.losses),
-        metric_names=_METRIC_NAMES,
-        groups=_GROUPS,
-        glossary=_GLOSSARY,
-    )
+    values = {
+        "data": data,
+        "lines": [_words_and_drawings(line, place) for place, line in enumerate(data.lines, start=1)],
+        "loss": draw_loss(data.run.losses),
+        "metric_names": _METRIC_NAMES,
+        "groups": _GROUPS,
+        "glossary": _GLOSSARY,
+    }
+    return render_page("report.html", values)
 
 
 class GeneratedPicture(NamedTuple):
@@ -315,7 +315,7 @@ def render_zero_shot(
         spec: the network's input.
     """
     pictures = [_generated_picture(frame, policy, rule, spec) for frame in golden]
-    return _template("zero_shot.html").render(run=run, policy=policy, pictures=pictures)
+    return render_page("zero_shot.html", {"run": run, "policy": policy, "pictures": pictures})
 
 
 def _generated_picture(golden: GoldenFrame, policy: Policy, rule: ScoreRule, spec: InputSpec) -> GeneratedPicture:
@@ -330,20 +330,6 @@ def _generated_picture(golden: GoldenFrame, policy: Policy, rule: ScoreRule, spe
     return GeneratedPicture(
         golden.description, golden.verdict, judgement.score, _base64_jpeg(pixels), _base64_jpeg(painted)
     )
-
-
-def _template(name: str) -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("training"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = _percent
-    environment.filters["figure"] = _figure
-    environment.filters["day"] = _day
-    return environment.get_template(name)
 
 
 class _Section(NamedTuple):
@@ -487,18 +473,6 @@ def _base64_jpeg(pixels: NDArray[np.uint8]) -> str:
 
 
 # ---- words
-
-
-def _percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def _figure(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _day(created_at: str) -> str:
-    return datetime.fromisoformat(created_at).strftime("%d %B %Y, %H:%M UTC")
 
 
 _METRIC_NAMES = {

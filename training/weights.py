@@ -82,6 +82,21 @@ def resolve_weights(
         ) from error
 
 
+def read_weights_option(given: str | None) -> tuple[Path | Literal["untrained"] | None, tuple[Path, ...]]:
+    """Read what a person says of weights: a safetensors file, a folder of such, "untrained", or nothing.
+
+    Returns:
+        `weights` and `search` of `resolve_weights`; the folder `weights` of the working directory is always searched.
+    """
+    usual = (Path("weights").resolve(),)
+    if given is None:
+        return None, usual
+    if given == UNTRAINED:
+        return UNTRAINED, usual
+    path = Path(given).resolve()
+    return (None, (path, *usual)) if path.is_dir() else (path, usual)
+
+
 def _from_file(path: Path) -> ResolvedWeights:
     try:
         content = path.read_bytes()

@@ -32,7 +32,7 @@ DOORS = {
     "tenacity": ("service/client.py",),
     "pydantic_settings": ("service/settings.py",),
     "matplotlib": ("training/drawings.py",),
-    "jinja2": ("training/report.py",),
+    "jinja2": ("training/pages.py",),
 }
 
 # Where asyncio may be known; everything else is plain functions, and so testable without a loop.

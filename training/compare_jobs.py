@@ -1,0 +1,126 @@
+"""What `flawline compare` does: values from the command line in, cells measured, a table and a page out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import typer
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+
+from models import DETECTORS
+from service.contract.bundle import LineName
+from service.errors import ParameterInvalid
+from training.compare import Cell, CellPlan, Means, complete, control_of
+from training.compare_page import TABLE_COLUMNS, pair_controls, render_comparison, table_rows
+from training.config import ConfigFault, load_config
+from training.data.detect import read_dataset
+from training.data.samples import ANOMALOUS, NORMAL, DatasetFault
+from training.fit import FitStopped
+from training.progress import Reporter, choose_reporter
+from training.weights import read_weights_option
+
+PAGE = "comparison.html"
+_CELLS = "cells"
+_STOPPED, _SOME_FAILED = 130, 1
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the options say.
+
+    Attributes:
+        lines: `FOLDER` or `NAME=FOLDER` each.
+        detectors: names with commas between, or None for all.
+        config: of every detector.
+        folder: keeps everything.
+        weights: a file, a folder, "untrained", or None.
+        control: whether each detector's control is measured too.
+        device: where to fit.
+        settings: `key=value`, in order.
+    """
+
+    lines: Sequence[str]
+    detectors: str | None
+    config: Literal["small", "paper"]
+    folder: Path
+    weights: str | None
+    control: bool
+    device: Literal["auto", "cpu", "cuda"]
+    settings: Sequence[str]
+
+
+def compare_detectors(wishes: Wishes, threads: int | None) -> None:
+    """Measure what is missing, print one table a line and write the page.
+
+    Raises:
+        typer.Exit: with 1 if a detector could not be measured, and 130 after a stop.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    reporter = choose_reporter(Console())
+    plans = list(_plans(wishes, reporter))
+    weights, weight_folders = read_weights_option(wishes.weights)
+    cells = wishes.folder.resolve() / _CELLS
+    means = Means(cells, weights, weight_folders, wishes.device)
+    try:
+        outcomes = list(complete(plans, means, reporter))
+    except (FitStopped, KeyboardInterrupt) as stop:
+        reporter.note("Stopped. The same command goes on with what is missing.")
+        raise typer.Exit(_STOPPED) from stop
+    results = pair_controls(outcomes, plans)
+    for line in dict.fromkeys(plan.line for plan in plans):
+        rows = table_rows([result for result in results if result.plan.line == line])
+        reporter.table(line, TABLE_COLUMNS, rows)
+    page = wishes.folder / PAGE
+    page.write_text(render_comparison(results, cells), encoding="utf-8")
+    reporter.note(f"{page} is written; open it in a browser.")
+    if not all(isinstance(outcome, Cell) for outcome in outcomes):
+        raise typer.Exit(_SOME_FAILED)
+
+
+def _plans(wishes: Wishes, reporter: Reporter) -> Iterator[CellPlan]:
+    lines = dict(_name_and_folder(given) for given in wishes.lines)
+    if len(lines) < len(wishes.lines):
+        raise ParameterInvalid("Two lines have the same name; give --line NAME=FOLDER to tell them apart.")
+    for folder in lines.values():
+        _refuse_unmeasurable(folder)
+    every = wishes.detectors is None
+    names = sorted(DETECTORS) if wishes.detectors is None else [name.strip() for name in wishes.detectors.split(",")]
+    for name in dict.fromkeys(names):
+        try:
+            config = load_config(wishes.config, name, wishes.settings)
+        except ConfigFault as fault:
+            if not every:
+                raise
+            reporter.note(f"{name} is left out: {fault}")
+            continue
+        for line, folder in lines.items():
+            plan = CellPlan(line, folder, config)
+            yield plan
+            if wishes.control:
+                yield control_of(plan)
+
+
+def _name_and_folder(given: str) -> tuple[str, Path]:
+    name, equals, path = given.rpartition("=")
+    folder = Path(path).resolve()
+    try:
+        return TypeAdapter(LineName).validate_python(name if equals else folder.name), folder
+    except ValidationError as error:
+        raise ParameterInvalid(
+            f"{name if equals else folder.name!r} can't name a line; give --line NAME=FOLDER with a name of letters, "
+            "digits, dots, dashes and underscores."
+        ) from error
+
+
+def _refuse_unmeasurable(folder: Path) -> None:
+    """Refuse a line on which detectors can't be told apart, before hours are spent on it."""
+    labels = {sample.label for sample in read_dataset(folder).test}
+    if not {NORMAL, ANOMALOUS} <= labels:
+        raise DatasetFault(
+            f"{folder} has no good or no defective test frames, so detectors can't be compared; put some into "
+            "test/good and test/<kind>."
+        )
