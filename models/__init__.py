@@ -11,6 +11,7 @@ from models.glcf import Glcf, GlcfConfig
 from models.grnr import Grnr, GrnrConfig
 from models.inp_former import InpFormer, InpFormerConfig
 from models.inp_former_pp import InpFormerPp, InpFormerPpConfig
+from models.jigsaw_svdd import JigsawSvdd, JigsawSvddConfig
 from models.pnpt import Pnpt, PnptConfig
 from models.rb_ae import RbAe, RbAeConfig
 from models.st_mae import StMae, StMaeConfig
@@ -31,6 +32,7 @@ DETECTORS: Mapping[str, DetectorEntry] = MappingProxyType(
         "grnr": DetectorEntry(GrnrConfig, Grnr),
         "inp_former": DetectorEntry(InpFormerConfig, InpFormer),
         "inp_former_pp": DetectorEntry(InpFormerPpConfig, InpFormerPp),
+        "jigsaw_svdd": DetectorEntry(JigsawSvddConfig, JigsawSvdd),
         "pnpt": DetectorEntry(PnptConfig, Pnpt),
         "rb_ae": DetectorEntry(RbAeConfig, RbAe),
         "st_mae": DetectorEntry(StMaeConfig, StMae),

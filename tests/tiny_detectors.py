@@ -19,6 +19,7 @@ from models.glcf import GlcfConfig
 from models.grnr import GrnrConfig
 from models.inp_former import InpFormerConfig
 from models.inp_former_pp import InpFormerPpConfig
+from models.jigsaw_svdd import JigsawSvddConfig
 from models.pnpt import PnptConfig
 from models.rb_ae import RbAeConfig
 from models.st_mae import StMaeConfig
@@ -149,6 +150,17 @@ TINY: Mapping[str, Any] = {
         blur_sigma=1.0,
         recipe=_BRIEF,
         head_recipe=_BRIEF,
+    ),
+    "jigsaw_svdd": JigsawSvddConfig(
+        image_size=(192, 192),
+        encoder_channels=(8, 8, 8, 8, 8, 8),
+        embedding_channels=8,
+        hidden_channels=16,
+        small_stride=16,
+        large_stride=32,
+        neighbours=3,
+        bank_rows=100,
+        recipe=replace(_BRIEF_ADAMW, iterations=20),
     ),
     "pnpt": PnptConfig(
         backbone="test_resnet",
