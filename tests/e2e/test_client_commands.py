@@ -14,9 +14,10 @@ from tests.servers import serve_in_thread, wait_until_ready
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """A store of one line."""
+    """A store of one line, and two more that share a bundle."""
     place = tmp_path_factory.mktemp("store")
     make_bundle(place)
+    make_bundle(place, "pair", lines=("left", "right"))
     return place
 
 
@@ -96,6 +97,19 @@ def test_camera_when_it_runs_then_every_frame_gets_a_verdict(url, store, frame_f
     assert summary["sent"] == sum(summary["verdicts"].values()) == 8
     assert summary["problems"] == {}
     assert set(summary["verdicts"]) <= {"PASS", "REVIEW", "FAIL"}
+
+
+def test_camera_when_the_line_shares_a_bundle_then_finds_it_under_another_name(url, store):
+    """The bundle of several lines has a name of its own, and its golden frames belong to one line each."""
+    result = _flawline(
+        *("camera", "--line", "right", "--url", url, "--store", store, "--json", "--rate", "20", "--duration", "0.1")
+    )
+    nobody = _flawline("camera", "--line", "pair", "--url", url, "--store", store)
+
+    [summary] = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert summary["sent"] == sum(summary["verdicts"].values()) > 0
+    assert "no bundle of the line pair" in nobody.output
 
 
 def test_camera_when_nobody_watches_then_prints_its_table_once(url, frames):

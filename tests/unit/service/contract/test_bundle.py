@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from service.contract.bundle import Manifest, MetricRecord, line_file, load_bundle, load_policy, seal, versions_of
+from service.contract.bundle import (
+    Manifest,
+    MetricRecord,
+    line_file,
+    load_bundle,
+    load_policy,
+    newest_bundles,
+    promised_lines,
+    seal,
+    versions_of,
+)
 from service.contract.golden import read_golden
 from service.contract.policy import ScoreRule, Verdict
 from service.errors import BundleRefused
@@ -305,6 +315,30 @@ def test_loading_when_one_of_several_lines_lacks_its_own_file_is_refused_by_name
 
     with pytest.raises(BundleRefused, match=f"names no {name}"):
         load_bundle(folder)
+
+
+def test_newest_bundles_when_names_have_versions_then_gives_the_newest_and_the_lines_it_promises(tmp_path):
+    """Who asks what a store serves looks at the versions that the service would load."""
+    make_bundle(tmp_path, "pair", "9", lines=("left",))
+    make_bundle(tmp_path, "pair", "10", lines=("left", "right"))
+    make_bundle(tmp_path, "single")
+    (tmp_path / "left/policies").mkdir(parents=True)  # a line's own policies, and no bundle
+
+    newest = newest_bundles(tmp_path)
+
+    assert {name: promised_lines(path, name) for name, path in newest.items()} == {
+        "pair": ("left", "right"),
+        "single": ("single",),
+    }
+    assert newest["pair"].name == "10"
+    assert newest_bundles(tmp_path / "nowhere") == {}
+
+
+def test_promised_lines_when_the_manifest_can_not_be_read_then_is_the_name_alone(bundle):
+    """A broken bundle still says under which name it is missed."""
+    (bundle / MANIFEST).write_bytes(b"{")
+
+    assert promised_lines(bundle, "demo_line") == ("demo_line",)
 
 
 def test_line_file_when_there_is_one_line_lies_at_the_root_and_else_in_the_folder_of_its_line():
