@@ -482,4 +482,6 @@ def _to_numbers(value: Values) -> bytes:
     if not isinstance(value, np.ndarray):
         return to_json(list(value))
     # Frame by frame, because printing a map takes milliseconds in which no other thread of the process runs.
-    return b"[" + b",".join(to_json(frame.ravel().tolist())[1:-1] for frame in value) + b"]"
+    # NaN is no JSON: a p-value that does not exist is null.
+    printed = (to_json(frame.ravel().tolist(), inf_nan_mode="null")[1:-1] for frame in value)
+    return b"[" + b",".join(printed) + b"]"

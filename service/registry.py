@@ -211,6 +211,26 @@ class Registry:
             LineNotReady: if the line is loading, refused or unhealthy.
             LineNotCalibrated: if the policy needs a calibration and the line has none.
         """
+        live = self.serving(line, bundle_version)
+        policy = live.policies.get(policy_version or live.default_policy)
+        if policy is None:
+            raise UnknownPolicy("The line has no policy of this version; leave it out to take the default one.")
+        if not may_judge(policy.policy, is_calibrated=live.calibration is not None):
+            raise LineNotCalibrated(_NOT_CALIBRATED)
+        return Found(live, policy)
+
+    def serving(self, line: str, bundle_version: str | None) -> LiveLine:
+        """Return what serves a line, whatever policy it is asked by.
+
+        Args:
+            line: name of the line.
+            bundle_version: None takes the live one.
+
+        Raises:
+            UnknownLine: if there is no such line.
+            UnknownVersion: if another version than the live one is asked for.
+            LineNotReady: if the line is loading, refused or unhealthy.
+        """
         live = self._live.get(line)
         if live is None:
             raise self._why_not(line)
@@ -218,12 +238,7 @@ class Registry:
             raise LineNotReady("The line is unhealthy and waits for a restart; the part has no verdict.")
         if bundle_version not in (None, live.bundle.manifest.version):
             raise UnknownVersion(f"The line is served by version {live.bundle.manifest.version}; ask for that or none.")
-        policy = live.policies.get(policy_version or live.default_policy)
-        if policy is None:
-            raise UnknownPolicy("The line has no policy of this version; leave it out to take the default one.")
-        if not may_judge(policy.policy, is_calibrated=live.calibration is not None):
-            raise LineNotCalibrated(_NOT_CALIBRATED)
-        return Found(live, policy)
+        return live
 
     def statuses(self) -> list[LineStatus]:
         """Return how every line stands, by name."""

@@ -165,7 +165,7 @@ async def infer(request: Request, model: str) -> Response:
     async with counting(request, model) as counted:
         caller = caller_of(request)
         caller.demand("inspect", model)
-        line = context.registry.find(model, bundle_version, None).line
+        line = context.registry.serving(model, bundle_version)
         caller.spend_frame()
         asked = await _receive(request, _spec(line, context.settings))
         counted.frames = len(asked.frames)
@@ -201,7 +201,7 @@ def _readable(request: Request, model: str) -> LiveLine:
         FlawlineError: if the caller may not know of it, or it is not there, or not ready.
     """
     caller_of(request).demand("read", model)
-    return context_of(request).registry.find(model, _version(request, model), None).line
+    return context_of(request).registry.serving(model, _version(request, model))
 
 
 def _spec(line: LiveLine, settings: Settings) -> ModelSpec:

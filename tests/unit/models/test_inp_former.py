@@ -1,11 +1,13 @@
 """What is INP-Former's own: soft mining, sampling, and its configuration's limits."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from models.blocks.soft_mining import mined_direction_loss
 from models.detector import PassStage
@@ -160,6 +162,60 @@ def test_map_source_when_prototypes_then_the_decoder_is_not_asked():
 
     assert output.anomaly_map.shape == reconstruction.anomaly_map.shape
     assert not torch.allclose(output.anomaly_map, reconstruction.anomaly_map)
+
+
+def _norm_slowly(rows: np.ndarray, norm: nn.LayerNorm) -> np.ndarray:
+    spread = np.sqrt(rows.var(axis=-1, keepdims=True) + norm.eps)
+    return (rows - rows.mean(axis=-1, keepdims=True)) / spread * _array(norm.weight) + _array(norm.bias)
+
+
+def _linear_slowly(rows: np.ndarray, linear: nn.Linear) -> np.ndarray:
+    return rows @ _array(linear.weight).T + _array(linear.bias)
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+def _draw_prototypes_slowly(detector: InpFormer, fused: np.ndarray) -> np.ndarray:
+    """Return P of one image's F_Q `(N, C)`, head by head: T + attention over tokens, then the hidden layers."""
+    block, heads = detector.extractor, detector.extractor.attn.heads
+    drawn = _array(detector.prototype_tokens)
+    queries = _linear_slowly(_norm_slowly(drawn, block.norm1), block.attn.q)
+    keys, values = np.split(_linear_slowly(_norm_slowly(fused, block.norm1), block.attn.kv), 2, axis=1)
+    read = []
+    for q, k, v in zip(*(np.split(x, heads, axis=1) for x in (queries, keys, values)), strict=True):
+        weights = np.exp(q @ k.T / np.sqrt(q.shape[1]))
+        read.append(weights / weights.sum(axis=1, keepdims=True) @ v)
+    drawn = drawn + _linear_slowly(np.concatenate(read, axis=1), block.attn.proj)
+    hidden = _linear_slowly(_norm_slowly(drawn, block.norm2), block.mlp.fc1)
+    gelu = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
+    return drawn + _linear_slowly(gelu, block.mlp.fc2)
+
+
+def test_zero_shot_map_when_recomputed_in_numpy_then_agrees():
+    """From F_Q to the score: nearest of the drawn prototypes, two resizes, blur with zeros behind it, top 1 %."""
+    config = replace(TINY["inp_former-vit"], map_source="prototypes", map_size=(48, 48))
+    detector = InpFormer(config).eval()
+    detector.load_backbone_weights(make_detector("inp_former-vit").backbone.network.state_dict())
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    with torch.no_grad():
+        output = detector(images)
+        taps = detector.backbone(images)
+
+    fused = np.mean([_array(tap)[0] for tap in taps], axis=0)
+    prototypes = _draw_prototypes_slowly(detector, fused)
+    distance = np.array([min(1 - _cosine(token, prototype) for prototype in prototypes) for token in fused])
+    grid = torch.from_numpy(distance.reshape(1, 1, *detector.grid))
+    large = functional.interpolate(grid, size=(64, 64), mode="bilinear", align_corners=True)
+    resized = functional.interpolate(large, size=(48, 48), mode="bilinear", align_corners=False)[0, 0].numpy()
+    offsets = np.arange(-2, 3)
+    kernel = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 4.0**2))
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(resized, 2), (5, 5))
+    expected = (windows * kernel / kernel.sum()).sum(axis=(2, 3))
+    np.testing.assert_allclose(output.anomaly_map[0].numpy(), expected, rtol=0, atol=1e-5)
+    assert float(output.score) == pytest.approx(np.sort(expected.ravel())[-int(0.01 * 48 * 48) :].mean(), abs=1e-5)
 
 
 @pytest.mark.parametrize(

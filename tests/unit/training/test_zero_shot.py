@@ -1,0 +1,188 @@
+"""Promises of bundles that no frame of their line has made: what they say of themselves, and what they refuse."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from service.contract.bundle import load_bundle
+from service.contract.golden import read_golden, replay
+from service.contract.policy import Verdict, judge
+from service.errors import FrameNotComparable
+from tests.factories import make_input, make_runner
+from tests.tiny_line import make_config, make_request, write_line
+from training.checkpoint import CheckpointRefused
+from training.config import ConfigFault, RunConfig
+from training.data.folders import good_samples
+from training.progress import SilentReporter
+from training.recalibrate import recalibrate
+from training.run import train
+from training.run_directory import read_request
+from training.zero_shot import ZeroShotRequest, generate_frames, make_zero_shot, zero_shot_config
+
+_TINY_GRNR = RunConfig.model_validate(
+    {
+        "detector": "grnr",
+        "backbone": "test_resnet",
+        "product": "texture",
+        "input": {"height": 64, "width": 64, "resize_height": 64, "resize_width": 64},
+        "hyperparameters": {"layers": [1, 2], "margin": 16, "support": 10},
+        "golden_frames": 4,
+    }
+)
+
+
+def _request(store, **changes):
+    request = ZeroShotRequest(name="leather", store=store, config=_TINY_GRNR, weights="untrained")
+    return replace(request, **changes)
+
+
+@pytest.fixture(scope="module")
+def uncalibrated(tmp_path_factory):
+    """A bundle of GRNR that waits for good parts."""
+    return make_zero_shot(_request(tmp_path_factory.mktemp("none")), SilentReporter())
+
+
+@pytest.fixture(scope="module")
+def measured_by_itself(tmp_path_factory):
+    """A bundle of GRNR whose frames are measured by themselves."""
+    return make_zero_shot(_request(tmp_path_factory.mktemp("self"), calibration="self"), SilentReporter())
+
+
+def test_export_when_nothing_is_known_of_the_line_then_the_bundle_promises_nothing(uncalibrated):
+    """There is no calibration, no rate, no figure and no golden verdict, and the service's own reader accepts it."""
+    bundle = load_bundle(uncalibrated)
+    golden = read_golden(bundle)
+
+    replay(bundle, golden, make_runner(bundle.model))
+
+    record = bundle.manifest.by_line["leather"]
+    assert (record.data.fitted_on, record.data.calibrated_on) == (0, 0)
+    assert (record.review_rate, record.fail_rate, dict(bundle.calibrations)) == (None, None, {})
+    assert all(metric.value is None for metric in record.metrics.values())
+    assert {answer.verdict for answer in golden.answers} == {Verdict.NO_VERDICT}
+    assert bundle.policies["leather"].calibration == "good_parts"
+
+
+def test_export_when_frames_measure_themselves_then_the_policy_says_so_with_the_published_threshold(measured_by_itself):
+    """FAIL begins at eight robust deviations, golden frames have verdicts, and some of them are not PASS."""
+    bundle = load_bundle(measured_by_itself)
+    policy, golden = bundle.policies["leather"], read_golden(bundle)
+
+    replay(bundle, golden, make_runner(bundle.model))
+
+    assert (policy.calibration, policy.review_threshold, policy.fail_threshold) == ("self", 6.0, 8.0)
+    assert dict(bundle.calibrations) == {}
+    assert Verdict.NO_VERDICT not in {answer.verdict for answer in golden.answers}
+
+
+@pytest.mark.parametrize("level", [0, 100, 255])
+def test_policy_when_a_frame_is_flat_then_it_has_no_verdict(measured_by_itself, level):
+    """A covered lens, any grey and a saturated frame stay below the least spread that was measured at export."""
+    bundle = load_bundle(measured_by_itself)
+    _, maps = make_runner(bundle.model)(np.full((1, 64, 64, 3), level, np.uint8))
+
+    rule, window = bundle.manifest.output.score_rule, (0.0, 0.0, 64.0, 64.0)
+    with pytest.raises(FrameNotComparable):
+        judge(float(maps.max()), maps[0], bundle.policies["leather"], rule, window, None)
+
+
+@pytest.mark.parametrize("kind", ["uncalibrated", "measured_by_itself"])
+def test_report_when_no_frame_made_the_bundle_then_says_so_and_what_to_do(kind, request):
+    """The page says what the bundle is, what it does not promise, and the command that makes it an ordinary one."""
+    page = load_bundle(request.getfixturevalue(kind)).files["report.html"].decode()
+
+    assert "No frame of this line has made this bundle" in page
+    assert "flawline calibrate" in page
+    assert ("There are no verdicts yet" in page) == (kind == "uncalibrated")
+    assert ("Each frame is measured by itself" in page) == (kind == "measured_by_itself")
+    assert page.count("data:image/jpeg") >= 4
+
+
+def test_calibrate_when_the_bundle_has_none_then_it_becomes_an_ordinary_one(uncalibrated, tmp_path):
+    """Good parts give thresholds, rates, p-values, and golden frames of the line itself, with verdicts."""
+    good = good_samples(write_line(tmp_path / "leather", good=24, tested=False) / "train/good", "validation")
+
+    path, report = recalibrate(
+        load_bundle(uncalibrated), "leather", good, [], SilentReporter(), review_rate=0.1, fail_rate=0.05
+    )
+
+    bundle = load_bundle(path)
+    golden = read_golden(bundle)
+    replay(bundle, golden, make_runner(bundle.model))
+    record = bundle.manifest.by_line["leather"]
+    assert (path.name, record.data.calibrated_on, record.fail_rate) == ("2", 24, 0.05)
+    assert bundle.calibrations["leather"].scores.size == 24
+    assert bundle.policies["leather"].calibration == "good_parts"
+    assert Verdict.NO_VERDICT not in {answer.verdict for answer in golden.answers}
+    assert not any("generated" in answer.description for answer in golden.answers)
+    assert [line.line for line in report.lines] == ["leather"]
+
+
+def test_frames_when_generated_then_every_second_has_a_defect_and_the_seed_decides_all():
+    """Golden frames are the same on every machine, have the input's size before the crop, and are not flat."""
+    spec = make_input(64, 96, margin=8)
+
+    frames, again = generate_frames(spec, 4, seed=1), generate_frames(spec, 4, seed=1)
+
+    assert all(np.array_equal(one, other) for (one, _), (other, _) in zip(frames, again, strict=True))
+    assert {pixels.shape for pixels, _ in frames} == {(80, 112, 3)}
+    assert ["defect" in description for _, description in frames] == [False, True, False, True]
+    assert all(pixels.std() > 5 for pixels, _ in frames)
+
+
+def test_export_when_the_detector_must_be_fitted_then_says_how(tmp_path):
+    """A detector that learns can't be had by its name alone."""
+    request = _request(tmp_path, config=make_config())
+
+    with pytest.raises(ConfigFault, match="has to be fitted: flawline train"):
+        make_zero_shot(request, SilentReporter())
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_zero_shot_when_the_method_knows_no_other_lines_then_is_refused_by_name():
+    """Most detectors judge only what they were fitted on."""
+    fitted = make_config(detector="dadf", hyperparameters={})
+
+    with pytest.raises(ConfigFault, match=r"dadf judges only lines that it was fitted on.*inp_former"):
+        zero_shot_config(fitted)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The directory of INP-Former's run on another line, whose frames are gone."""
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("run")
+    line = write_line(place / "lines/screws")
+    directory = train(make_request(line, place / "store"), place / "run", SilentReporter()).directory
+    line.rename(place / "gone")
+    return directory
+
+
+def _from_run(run, store, **changes):
+    fitted = read_request(run)
+    request = _request(store, config=zero_shot_config(fitted.config), fitted_in=run, fitted_for=fitted)
+    return replace(request, **changes)
+
+
+def test_export_when_a_run_on_other_lines_is_taken_over_then_maps_show_the_nearest_prototype(run, tmp_path):
+    """The network of the other lines judges by its prototypes, says so, and names these lines."""
+    path = make_zero_shot(_from_run(run, tmp_path), SilentReporter())
+
+    bundle = load_bundle(path)
+    replay(bundle, read_golden(bundle), make_runner(bundle.model))
+    assert (bundle.manifest.name, bundle.manifest.lines) == ("leather", ("leather",))
+    assert bundle.manifest.hyperparameters["hyperparameters"]["map_source"] == "prototypes"
+    assert bundle.manifest.by_line["leather"].data.name == "frames of screws"
+    assert "other lines: screws" in bundle.files["report.html"].decode()
+
+
+def test_export_when_the_backbone_is_not_the_runs_then_is_refused(run, tmp_path):
+    """Prototypes of one backbone mean nothing to another."""
+    request = _from_run(run, tmp_path)
+    other = request.config.model_copy(update={"seed": 5})  # seeds the untrained backbone
+
+    with pytest.raises(CheckpointRefused, match="backbone"):
+        make_zero_shot(replace(request, config=other), SilentReporter())
