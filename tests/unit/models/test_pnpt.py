@@ -18,7 +18,7 @@ from tests.tiny_detectors import TINY
 from training.optimisers import build_optimiser, learning_rate_at
 
 _SIZE = TINY["pnpt"].image_size
-_BRIEF = replace(TINY["pnpt"].recipe, iterations=180)
+_BRIEF = replace(TINY["pnpt"].recipe, iterations=150)
 
 
 def _generator(seed: int = 0) -> torch.Generator:
