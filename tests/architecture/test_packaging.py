@@ -57,8 +57,8 @@ def test_dependencies_when_declared_are_pinned():
 
 
 def test_pins_when_written_are_exact():
-    """A pin is one version, not a range."""
-    assert [name for name, version in pins().items() if not re.fullmatch(r"[0-9][0-9A-Za-z.+]*", version)] == []
+    """A pin is one version, not a range; an epoch may stand before it."""
+    assert [name for name, version in pins().items() if not re.fullmatch(r"(\d+!)?[0-9][0-9A-Za-z.+]*", version)] == []
 
 
 def test_torch_when_pinned_is_pinned_together_with_torchvision():
