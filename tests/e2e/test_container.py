@@ -4,6 +4,7 @@ Needs buildah, podman, and a base image under the name that the Dockerfile asks 
 where no registry is reachable. The pod of the rendered Deployment is played as well, by podman instead of a cluster.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -47,15 +48,17 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def image():
-    """The image of this checkout."""
+def image(tmp_path_factory):
+    """The image of this checkout; of several test processes the first one builds, and the others find its layers."""
     # Where wheels come from is this machine's matter: its configuration of pip is lent to the build, not copied.
     lent = [Path("/etc/pip.conf"), Path("/etc/ssl/certs"), *map(Path, os.environ.get("PIP_FIND_LINKS", "").split())]
     mounts = [part for path in lent if path.exists() for part in ("-v", f"{path}:{path}:ro")]
-    _run(
-        *("buildah", "bud", "--isolation", "chroot", "--format", "docker", "--layers", *mounts),
-        *("-f", "docker/Dockerfile", "--build-arg", "REVISION=abc", "-t", IMAGE, "."),
-    )
+    with (tmp_path_factory.getbasetemp().parent / "image.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _run(
+            *("buildah", "bud", "--isolation", "chroot", "--format", "docker", "--layers", *mounts),
+            *("-f", "docker/Dockerfile", "--build-arg", "REVISION=abc", "-t", IMAGE, "."),
+        )
     return json.loads(_run("podman", "image", "inspect", IMAGE).stdout)[0]
 
 
