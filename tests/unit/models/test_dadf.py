@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.backbones import untrained_weights
-from models.blocks.packing import unpack
-from models.dadf import Dadf, DadfConfig, _Flow, _FlowStep
+from models.backbones import CnnBackbone, untrained_weights
+from models.blocks.packing import map_shapes, unpack
+from models.dadf import Dadf, DadfConfig, _DualTransformer, _Flow, _FlowStep
 from tests.tiny_detectors import TINY, make_detector
 
 
@@ -273,6 +273,74 @@ def test_map_is_one_plus_the_published_one_over_e():
     torch.testing.assert_close(output.score, output.anomaly_map.flatten(1).amax(dim=1))
     assert output.anomaly_map.min() >= 0
     assert output.anomaly_map.max() < 1
+
+
+def test_map_when_a_flow_answers_larger_values_then_never_falls():
+    """Less likely is never less anomalous, at any place."""
+    detector = _build()
+    maps = []
+    for scale in (0.5, 1.0, 2.0):
+        for flow in detector.flows:
+            nn.init.constant_(flow.norm.weight, scale)
+            for step in flow.steps:
+                for parameter in step.subnet.parameters():
+                    nn.init.zeros_(parameter)  # what is left is linear, so a larger norm is a larger z
+        with torch.no_grad():
+            maps.append(detector(_images(1)).anomaly_map)
+
+    assert (maps[1] >= maps[0]).all()
+    assert (maps[2] >= maps[1]).all()
+    assert maps[2].mean() > maps[0].mean()
+
+
+def test_permutation_by_index_equals_the_matrix_that_it_stands_for():
+    """The published form multiplies by a matrix of zeros and ones; the index moves the same channels."""
+    step = _stir(_FlowStep(6, 3, _generator()))
+    u = torch.randn(2, 6, 4, 4, generator=_generator(1))
+    matrix = torch.eye(6)[step.permutation]
+
+    with torch.no_grad():
+        out, _ = step(u)
+        step.permutation.copy_(torch.arange(6))
+        unmoved, _ = step(u)
+
+    torch.testing.assert_close(out, torch.einsum("ij,bjhw->bihw", matrix, unmoved))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "channels", "parameters"),
+    [("wide_resnet50_2.tv_in1k", (256, 512, 1024), 213.36e6), ("resnet18.tv_in1k", (64, 128, 256), 203.03e6)],
+)
+def test_transformer_at_published_sizes_has_the_published_shapes_and_parameters(backbone, channels, parameters):
+    """Maps of 64, 32 and 16 places a side become 256 tokens of 1440 channels, for either backbone."""
+    with torch.device("meta"):
+        pyramid = CnnBackbone(backbone, (1, 2, 3))
+        shapes = map_shapes(pyramid.channels, pyramid.strides, (256, 256))
+        transformer = _DualTransformer(shapes, DadfConfig(), None)
+        rebuilt, remembered = transformer([torch.empty(2, *shape) for shape in shapes])
+
+    assert shapes == [(count, side, side) for count, side in zip(channels, (64, 32, 16), strict=True)]
+    assert transformer.memory.shape == (1, 256, 1440)
+    assert [tuple(one.shape[1:]) for one in rebuilt] == [tuple(one.shape[1:]) for one in remembered] == shapes
+    assert sum(value.numel() for value in transformer.parameters()) == pytest.approx(parameters, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1], ids=["reconstruction", "flow"])
+def test_stage_when_followed_then_its_loss_falls(stage):
+    """A few steps down the gradient make the good frames likelier, in either stage."""
+    descent = _build().stages()[stage]
+    encoded = descent.encode(_images(4))
+    optimiser = torch.optim.Adam(descent.parameters, lr=1e-3)
+
+    losses = []
+    for step in range(8):
+        optimiser.zero_grad()
+        loss = sum(descent.loss(encoded, step).values())
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+
+    assert losses[-1] < losses[0]
 
 
 def test_map_when_energy_is_asked_for_then_strong_defects_do_not_saturate():

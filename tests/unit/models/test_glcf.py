@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.blocks.packing import unpack
-from models.glcf import Glcf, GlcfConfig, _Blocks, _distance_of_images, _FeatureDecoder
+from models.backbones import CnnBackbone
+from models.blocks.packing import map_shapes, unpack
+from models.glcf import Glcf, GlcfConfig, _Blocks, _distance_of_images, _FeatureDecoder, _SemanticBottleneck
 from tests.tiny_detectors import TINY, make_detector
 
 
@@ -93,6 +94,35 @@ def test_feature_decoder_at_published_sizes_has_the_published_parameters():
         decoder = _FeatureDecoder(2048, (256, 512, 1024), (3, 4, 6))
 
     assert sum(parameter.numel() for parameter in decoder.parameters()) == 24_917_504
+
+
+def test_bottleneck_at_published_sizes_has_the_published_shapes_and_parameters():
+    """Three levels become 49 local tokens and one of 480 channels, and either of them a map of 2048 x 7 x 7."""
+    with torch.device("meta"):
+        backbone = CnnBackbone("wide_resnet50_2.tv_in1k", (1, 2, 3, 4))
+        shapes = map_shapes(backbone.channels, backbone.strides, (224, 224))
+        bottleneck = _SemanticBottleneck(GlcfConfig(), backbone.channels[1:], (4, 2, 1), (7, 7), 2048)
+        local, semantic = bottleneck.encode([torch.empty(2, *shape) for shape in shapes[1:]])
+        maps = bottleneck.decode_semantic(semantic), bottleneck.decode_local(local)
+
+    assert shapes == [(256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]
+    assert (local.shape, semantic.shape) == ((2, 49, 480), (2, 1, 480))
+    assert [one.shape for one in maps] == [(2, 2048, 7, 7)] * 2
+    assert sum(value.numel() for value in bottleneck.parameters()) == pytest.approx(58.03e6, rel=1e-3)
+
+
+def test_score_when_a_constant_is_added_to_the_map_then_stays():
+    """A shift of all statistics alike moves no score: it is the map's deviation."""
+    images = _images(2)
+    detector = _calibrated(_images(4, seed=1))
+
+    with torch.no_grad():
+        before = detector(images)
+        detector.means.sub_(detector.deviations)
+        after = detector(images)
+
+    torch.testing.assert_close(after.anomaly_map, before.anomaly_map + 2 * sum(detector.config.level_weights))
+    torch.testing.assert_close(after.score, before.score, rtol=1e-4, atol=1e-5)
 
 
 def test_detector_has_three_decoders_of_their_own():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.backbones import CnnBackbone
 from models.blocks.patches import patchify
 from models.st_mae import StMae, StMaeConfig, _reconstruction_errors, deal_tokens
 from tests.tiny_detectors import TINY, make_detector
@@ -36,6 +37,14 @@ def test_encode_when_layers_differ_in_size_then_they_are_joined_on_one_grid():
     expected = [functional.interpolate(x, size=(16, 16), mode="bilinear", align_corners=False) for x in layers]
     torch.testing.assert_close(features, torch.cat(expected, dim=1))
     assert {tuple(layer.shape[2:]) for layer in layers} == {(16, 16), (8, 8), (4, 4)}
+
+
+def test_features_at_published_sizes_have_960_channels():
+    """Four levels of VGG19, strides 1 to 8, make 64 + 128 + 256 + 512."""
+    with torch.device("meta"):
+        backbone = CnnBackbone("vgg19.tv_in1k", (0, 1, 2, 3))
+
+    assert (backbone.channels, backbone.strides) == ((64, 128, 256, 512), (1, 2, 4, 8))
 
 
 def test_deal_when_tokens_are_dealt_then_halves_are_equal_disjoint_and_ascending():
