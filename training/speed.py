@@ -73,7 +73,8 @@ def measure_speed(model: bytes, frame: NDArray[np.uint8], least_s: float = 3.0) 
     frames = frame[None]
     graph = GraphRun(model)
     graph(frames)  # the first run allocates
-    walls, own = [], []
+    walls: list[float] = []
+    own: list[float] = []
     begun = time.perf_counter()
     while len(walls) < _LARGEST_REPEATS and (len(walls) < _LEAST_REPEATS or time.perf_counter() - begun < least_s):
         # With one thread the runtime works on the caller's, so the caller's CPU time is the frame's.
@@ -95,14 +96,13 @@ def name_cpu() -> str:
     cores = f"{os.cpu_count()} cores"
     if not _CPU_INFORMATION.is_file():
         return f"{platform.processor() or platform.machine()}, {cores}"
-    facts = dict(
-        (part.strip() for part in line.split(":", 1))
-        for line in _CPU_INFORMATION.read_text("utf-8").splitlines()
-        if ":" in line
-    )
-    name = facts.get("model name", platform.machine())
+    facts: dict[str, str] = {}
+    for line in _CPU_INFORMATION.read_text("utf-8").splitlines():
+        name, _, value = line.partition(":")
+        facts[name.strip()] = value.strip()
+    model = facts.get("model name", platform.machine())
     numbers = f" (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else ""
-    return f"{name}{numbers}, {cores}"
+    return f"{model}{numbers}, {cores}"
 
 
 def _profile(model: bytes, frames: NDArray[np.uint8]) -> tuple[OperatorShare, ...]:

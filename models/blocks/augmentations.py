@@ -75,7 +75,7 @@ def solarise(image: Tensor, generator: torch.Generator) -> Tensor:
 
 def posterise(image: Tensor, generator: torch.Generator) -> Tensor:
     """Keep 2, 4, 8 or 16 evenly spaced values."""
-    steps = 2 ** int(torch.randint(1, 5, (), generator=generator)) - 1
+    steps: int = 2 ** int(torch.randint(1, 5, (), generator=generator)) - 1
     return (image * steps).round() / steps
 
 
