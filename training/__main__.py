@@ -12,6 +12,7 @@ import typer
 
 from training.backbone_commands import distill, weights
 from training.compare_commands import compare
+from training.import_commands import import_checkpoint
 from training.reproduce_commands import reproduce
 
 commands = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
@@ -248,6 +249,9 @@ commands.command(epilog="Example:\n\nflawline distill --teacher mobilenetv1_100=
 )
 commands.command(epilog="Example:\n\nflawline compare --line lines/bottle --detectors inp_former,glcf --control")(
     compare
+)
+commands.command(epilog="Example:\n\nflawline import-checkpoint inp_former model.pth --line lines/bottle")(
+    import_checkpoint
 )
 commands.command(epilog="Example:\n\nflawline reproduce inp_former data/mvtec_ad --output reproduced")(reproduce)
 

@@ -127,8 +127,6 @@ def fit(
     """
     if not isinstance(detector, Detector):
         raise TypeError(f"{type(detector).__name__} is no detector: it has no stages")
-    if len(frames) == 0:
-        raise ValueError("there is no frame to fit on")
     if isinstance(detector, LineConditioned):
         _refuse_other_lines(detector.lines, frames.line_index)
     with _deferred_signals() as stop:
@@ -138,6 +136,8 @@ def fit(
         for index, stage in enumerate(detector.stages()):
             if index < first:
                 continue
+            if len(frames) == 0:
+                raise ValueError("there is no frame to fit on")
             begun = clock()
             if isinstance(stage, PassStage):
                 run.observe(stage)

@@ -1,10 +1,14 @@
 """Detectors from the checkpoints that the methods' authors released.
 
 A released checkpoint is a flat dictionary of tensors in the authors' names. Its sizes are read off the shapes, its
-names are translated, and everything that does not fit is named rather than skipped.
+names are translated, and everything that does not fit is named rather than skipped. As a run sees it, a released
+checkpoint is a fitting that is complete: `read_released` reads it, `keep_released` puts it into the run's directory,
+and `adopt_released` turns it into the run's own checkpoint.
 """
 
+import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -12,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from models.ami_net import AmiNet, AmiNetConfig
+from models.detector import Detector
 from models.inp_former import InpFormer, InpFormerConfig
+from training.checkpoint import CheckpointRefused, TrainingState, detector_tensors, save_checkpoint
 
 _VIT_BY_CHANNELS = {
     384: "vit_small_patch14_reg4_dinov2",
@@ -48,6 +54,73 @@ _AMI_NET_BACKBONE_PREFIXES = {
     "block4.": "layer3.",
 }
 _AMI_NET_POSITIONS = "Roncon_model.pos_embed"
+
+# What was released, and at which side of the image it was trained.
+RELEASED_SIDES: Mapping[str, int] = {"inp_former": 392, "ami_net": 256}
+_RELEASED_FILE = "released.safetensors"
+_BACKBONE_FILE = "backbone.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Released:
+    """What an authors' checkpoint holds, in the names that are used here.
+
+    Attributes:
+        settings: what it decides of a run's configuration, `key=value`.
+        tensors: of the detector without its backbone.
+        backbone: weights in timm's names, or None where the file has none.
+        told: file name and SHA-256.
+    """
+
+    settings: tuple[str, ...]
+    tensors: Mapping[str, Tensor]
+    backbone: Mapping[str, Tensor] | None
+    told: str
+
+
+def read_released(detector: str, path: Path, side: int | None = None) -> Released:
+    """Read a released checkpoint of any published size.
+
+    Args:
+        detector: a name of `RELEASED_SIDES`.
+        path: the authors' file.
+        side: of the square image to run at; None for the one it was trained at.
+
+    Raises:
+        OSError: if the file can't be opened.
+        CheckpointRefused: if the detector has no released checkpoints, or the file is none of its; the sentence names
+            the key that does not fit.
+    """
+    if detector not in RELEASED_SIDES:
+        raise CheckpointRefused(
+            f"There are no released checkpoints of {detector!r} to import; known are {', '.join(RELEASED_SIDES)}."
+        )
+    side = RELEASED_SIDES[detector] if side is None else side
+    told = f"{path.name}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    try:
+        if detector == "inp_former":
+            return _read_inp_former(_read(path), side, told)
+        return _read_ami_net(_read(path, "state_dict"), side, told)
+    except ValueError as error:
+        raise CheckpointRefused(
+            f"{path.name} can't become a detector {detector}: {error}; give the authors' own file, as they released it."
+        ) from error
+
+
+def keep_released(released: Released, directory: Path) -> Path | None:
+    """Put a released checkpoint into a run's directory; return the file of its backbone's weights, if it has any."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / _RELEASED_FILE).write_bytes(safetensors.torch.save(_copied(released.tensors)))
+    if released.backbone is None:
+        return None
+    (directory / _BACKBONE_FILE).write_bytes(safetensors.torch.save(_copied(released.backbone)))
+    return directory / _BACKBONE_FILE
+
+
+def adopt_released(detector: Detector, directory: Path, identity: Mapping[str, str]) -> None:
+    """Turn what `keep_released` wrote into the checkpoint of a run whose fitting is complete."""
+    tensors = safetensors.torch.load((directory / _RELEASED_FILE).read_bytes())
+    save_checkpoint(directory, TrainingState(len(detector.stages()), 0, tensors), identity)
 
 
 def import_inp_former(checkpoint: Mapping[str, Tensor] | Path, image_size: tuple[int, int] = (392, 392)) -> InpFormer:
@@ -96,11 +169,7 @@ def import_ami_net(checkpoint: Mapping[str, Tensor] | Path, image_size: tuple[in
     """
     state = dict(_read(checkpoint, "state_dict") if isinstance(checkpoint, Path) else checkpoint)
     positions = state.pop(_AMI_NET_POSITIONS, None)
-    backbone = {
-        _translate(key.removeprefix(_AMI_NET_BACKBONE), _AMI_NET_BACKBONE_PREFIXES): value
-        for key, value in state.items()
-        if key.startswith(_AMI_NET_BACKBONE)
-    }
+    backbone = _ami_net_backbone(state)
     head = {
         _translate(key, _AMI_NET_PREFIXES): value
         for key, value in state.items()
@@ -136,6 +205,50 @@ def dinov2_to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed["reg_token"] = state["register_tokens"]
     renamed["pos_embed"] = positions[:, 1:]
     return renamed
+
+
+def _read_inp_former(state: Mapping[str, Tensor], side: int, told: str) -> Released:
+    imported = import_inp_former(state, (side, side))
+    encoder = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
+    # The authors cut 392 pixels out of 448; other sides keep that share.
+    resized = round(side * 8 / 7)
+    settings = (
+        f"backbone={imported.config.backbone}",
+        f"hyperparameters.prototypes={imported.config.prototypes}",
+        *_input_settings(side, resized),
+    )
+    return Released(settings, detector_tensors(imported), dinov2_to_timm(encoder) if encoder else None, told)
+
+
+def _read_ami_net(state: Mapping[str, Tensor], side: int, told: str) -> Released:
+    imported = import_ami_net(state, (side, side))
+    sizes = ("patch_size", "token_channels", "heads", "blocks", "centre_blocks", "centres")
+    settings = (
+        f"backbone={imported.config.backbone}",
+        *(f"hyperparameters.{name}={getattr(imported.config, name)}" for name in sizes),
+        *_input_settings(side, side),
+    )
+    return Released(settings, detector_tensors(imported), _ami_net_backbone(state) or None, told)
+
+
+def _input_settings(side: int, resized: int) -> tuple[str, ...]:
+    return (
+        *(f"input.{name}={side}" for name in ("height", "width")),
+        *(f"input.resize_{name}={resized}" for name in ("height", "width")),
+    )
+
+
+def _ami_net_backbone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        _translate(key.removeprefix(_AMI_NET_BACKBONE), _AMI_NET_BACKBONE_PREFIXES): value
+        for key, value in state.items()
+        if key.startswith(_AMI_NET_BACKBONE)
+    }
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors, because safetensors refuses those that share memory."""
+    return {name: value.detach().clone().contiguous() for name, value in tensors.items()}
 
 
 def _read(path: Path, inside: str | None = None) -> Mapping[str, Tensor]:

@@ -33,6 +33,7 @@ from training.evaluate import ask, evaluate, to_records
 from training.export import ExportFailed, GraphRun
 from training.fit import FitFailed, FitStopped
 from training.golden import GoldenFailed
+from training.import_checkpoint import keep_released, read_released
 from training.progress import Reporter, choose_reporter
 from training.ranking import ScoreNotFinite
 from training.recalibrate import read_good_folder, recalibrate
@@ -150,6 +151,45 @@ def train_lines(line_folder: Path | None, wishes: Wishes, threads: int | None) -
         device=wishes.device,
     )
     _run(request, new_directory(wishes.runs, request.name, datetime.now(UTC)), "new", threads)
+
+
+def import_released(
+    detector: str, checkpoint: Path, line_folders: Sequence[str], side: int | None, wishes: Wishes, threads: int | None
+) -> None:
+    """Take over what the method's authors fitted: calibrate, evaluate, export and publish it, and tell the result.
+
+    Args:
+        detector: method.
+        checkpoint: the authors' file.
+        line_folders: `FOLDER` or `NAME=FOLDER` each.
+        side: of the image to run at, or None for the one that the authors used.
+        wishes: of the run; the checkpoint decides the sizes of the network.
+        threads: of one computation, or None for torch's choice.
+    """
+    lines = tuple(_named_or_not(given) for given in line_folders)
+    if wishes.name is None and len(lines) > 1:
+        raise ParameterInvalid("Several lines make one bundle; give its name with --name.")
+    name = _line_name(wishes.name or lines[0].name)
+    released = read_released(detector, checkpoint, side)
+    config = load_config("paper", detector, [*released.settings, *wishes.settings])
+    directory = new_directory(wishes.runs, name, datetime.now(UTC)).resolve()
+    request = RunRequest(
+        name=name,
+        lines=lines,
+        store=wishes.store.resolve(),
+        config=config,
+        weights=keep_released(released, directory) or _weights_file(wishes.weights),
+        weight_folders=_weight_folders(wishes.weights),
+        released=released.told,
+        device=wishes.device,
+    )
+    _run(request, directory, "import", threads)
+
+
+def _named_or_not(given: str) -> LineRequest:
+    name, equals, folder = given.rpartition("=")
+    path = Path(folder).resolve()
+    return LineRequest(name=_line_name(name if equals else path.name), folder=path)
 
 
 def resume_run(directory: Path, threads: int | None) -> None:

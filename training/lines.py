@@ -93,10 +93,15 @@ def gather_lines(request: RunRequest, reporter: Reporter) -> GatheredLines:
     """
     _refuse_repetitions(request.lines)
     _refuse_taken_lines(request)
-    opened = [_open(line, request.config, is_one_of_many=len(request.lines) > 1) for line in request.lines]
+    many, released = len(request.lines) > 1, request.released is not None
+    opened = [_open(line, request.config, is_one_of_many=many, is_released=released) for line in request.lines]
     lines = tuple(_check(line, reporter) for line in opened)
     _refuse_copies(lines)
-    warnings = (*_lines_given_up(request), *compare_frame_sizes(lines, request.config.input))
+    warnings = (
+        *_told_of_release(request),
+        *_lines_given_up(request),
+        *compare_frame_sizes(lines, request.config.input),
+    )
     for warning in warnings:
         reporter.note(warning)
     return GatheredLines(lines, warnings)
@@ -132,10 +137,12 @@ class _Opened(NamedTuple):
     region_of_interest: tuple[Polygon, ...] | None
 
 
-def _open(line: LineRequest, config: RunConfig, *, is_one_of_many: bool) -> _Opened:
+def _open(line: LineRequest, config: RunConfig, *, is_one_of_many: bool, is_released: bool) -> _Opened:
     region = None if line.region_of_interest is None else read_region_of_interest(line.region_of_interest)
     dataset = read_dataset(line.folder)
-    if config.shots is None:
+    if is_released:
+        fitted_on, held_out = [], [*dataset.train_good, *dataset.validation_good]
+    elif config.shots is None:
         fitted_on, held_out = split_good(dataset, config.hold_out)
     else:
         fitted_on, held_out = choose_shots(dataset, config.shots, config.shot_seed)
@@ -187,6 +194,17 @@ def _refuse_taken_lines(request: RunRequest) -> None:
                 f"The bundle {name} in {request.store} serves the line {taken[0]} already, and the service would "
                 f"refuse a second one; give the line another name, or take {request.store / name} away."
             )
+
+
+def _told_of_release(request: RunRequest) -> tuple[str, ...]:
+    if request.released is None:
+        return ()
+    sentence = (
+        f"Nothing was fitted here: the detector comes from {request.released}, and all good frames calibrate it. If "
+        "its authors fitted it on these very frames, new good parts will be stopped more often than promised; then "
+        "calibrate on frames that they never had."
+    )
+    return (sentence,)
 
 
 def _lines_given_up(request: RunRequest) -> tuple[str, ...]:

@@ -49,6 +49,7 @@ from training.evaluate import ask, evaluate, spread
 from training.export import DetectorRun, GraphRun, check_parity, export_graph
 from training.fit import CheckpointPlan, FitReport, FitSettings, fit
 from training.golden import GoldenChooser, GoldenFrame, golden_files
+from training.import_checkpoint import adopt_released
 from training.lines import GatheredLine, GatheredLines, gather_lines
 from training.progress import Reporter
 from training.report import LineReport, ReportData, collect, render
@@ -64,7 +65,7 @@ _FEWEST_PARITY_FRAMES = 4
 _FITTING_KEYS = {"detector", "backbone", "hyperparameters", "input", "seed", "hold_out"}
 _SHOT_KEYS = {"shots", "shot_seed", "shot_views"}
 
-Beginning = Literal["new", "resume", "export"]
+Beginning = Literal["new", "resume", "export", "import"]
 
 
 class RunNotFitted(Exception):
@@ -102,7 +103,8 @@ def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: B
         request: what is wanted.
         directory: of the run; made where it is missing.
         reporter: shows how far the run is.
-        beginning: fit anew, go on from the checkpoint, or only export what is completely fitted.
+        beginning: fit anew, go on from the checkpoint, only export what is completely fitted, or take over what the
+            method's authors fitted (`import_checkpoint.py` has then put it into the directory).
 
     Raises:
         Exception: a fault of any step, each a type of its own with a sentence that tells what to do; they are listed
@@ -192,6 +194,8 @@ def _fit(
     }
     if defects is not None:
         identity["labelled defects"] = defects.digest
+    if beginning == "import":
+        adopt_released(prepared.detector, directory, identity)
     if beginning == "export":
         _refuse_unfitted(directory, identity, prepared)
     plan = CheckpointPlan(directory, identity, resume=beginning != "new")

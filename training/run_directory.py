@@ -59,6 +59,8 @@ class RunRequest(BaseModel):
         config: of the run.
         weights: a safetensors file, "untrained", or None to search by the backbone's name.
         labelled_defects: folder of marked defects that the detector learns from beside good frames, or None.
+        released: name and SHA-256 of the authors' checkpoint that takes the place of fitting, or None. Good frames are
+            then all held out.
         weight_folders: folders that may hold the file.
         device: where to fit.
     """
@@ -72,6 +74,7 @@ class RunRequest(BaseModel):
     weights: Literal["untrained"] | Path | None = None
     weight_folders: tuple[Path, ...] = ()
     labelled_defects: Path | None = None
+    released: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
