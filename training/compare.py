@@ -49,6 +49,7 @@ _EXPECTED: tuple[type[Exception], ...] = (*OURS, *CALLERS, torch.OutOfMemoryErro
 # Of the cell's file; a file of another schema is measured again.
 _SCHEMA = 1
 _SHARED_SHAPE = "models.detector"
+_CONTROL_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,8 @@ def control_of(plan: CellPlan) -> CellPlan:
     }
     values = plan.config.model_dump(mode="json")
     values["hyperparameters"] |= json.loads(json.dumps(still))  # lists in place of tuples, as YAML would give
+    # Scores that nothing was learnt for may all be nearly the same; a control is measured and never served.
+    values["golden"]["score_tolerance"] = _CONTROL_TOLERANCE
     return dataclasses.replace(plan, config=RunConfig.model_validate(values), kind="control")
 
 

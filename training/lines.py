@@ -140,6 +140,7 @@ class _Opened(NamedTuple):
 def _open(line: LineRequest, config: RunConfig, *, is_one_of_many: bool, is_released: bool) -> _Opened:
     region = None if line.region_of_interest is None else read_region_of_interest(line.region_of_interest)
     dataset = read_dataset(line.folder)
+    fitted_on: list[Sample]
     if is_released:
         fitted_on, held_out = [], [*dataset.train_good, *dataset.validation_good]
     elif config.shots is None:
