@@ -135,8 +135,8 @@ class _ResponseNorm(nn.Module):
 class _PatchEncoder(nn.Module):
     """The network from 32 x 32 pixels to an embedding.
 
-    The last norm sees groups of eight values: it gives each of them mean 0 and variance 1, and thereby keeps the
-    embeddings from collapsing to one point.
+    The last norm sees groups of eight values and gives each group mean 0 and variance 1, so no embedding can shrink to
+    zero. It does not keep different patches apart: that is left to the jigsaw, and early in a descent they lie close.
     """
 
     def __init__(self, channels: Sequence[int], embedding: int) -> None:

@@ -210,7 +210,7 @@ def test_patch_encoder_when_run_then_maps_have_the_published_sides():
 
 
 def test_patch_encoder_when_new_then_each_octet_of_the_embedding_has_mean_zero_and_variance_one():
-    """The last norm keeps patches from collapsing to one point, whatever the SVDD term wants."""
+    """The last norm keeps an embedding from shrinking to zero, whatever the SVDD term wants."""
     encoder = JigsawSvdd(TINY["jigsaw_svdd"]).encoder.patches
 
     with torch.no_grad():
