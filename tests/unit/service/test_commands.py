@@ -126,7 +126,7 @@ def test_installed_command_when_asked_for_help_then_both_packages_are_there():
         [sys.executable, "-m", "service", "--help"], capture_output=True, text=True, timeout=120, check=False
     )
 
-    assert names == {"service", "training"}
+    assert names == {"client", "service", "training"}
     assert ended.returncode == 0
     assert "serve" in ended.stdout
     assert "train" in ended.stdout
