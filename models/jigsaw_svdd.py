@@ -476,9 +476,12 @@ def nearest_distances(queries: Tensor, bank: Tensor, count: int) -> Tensor:
     """Return the distances of queries `(n, D)` to their nearest rows of a bank `(M, D)`: `(n, count)`, ascending.
 
     A matrix product finds the rows. Their distances are then measured from differences, because the product loses the
-    digits of small ones, and another runtime would lose others.
+    digits of small ones, and another runtime would lose others. For the same reason it works on values around the
+    bank's middle: patches that lie close together far from zero would be ranked by rounding.
     """
-    ranking = bank.square().sum(dim=1) - 2 * queries @ bank.T  # the square of the query changes no order
+    middle = bank.mean(dim=0)
+    centred = bank - middle
+    ranking = centred.square().sum(dim=1) - 2 * (queries - middle) @ centred.T  # the query's own square orders nothing
     nearest = ranking.topk(count, dim=1, largest=False).indices
     return (queries[:, None] - bank[nearest]).square().sum(dim=2).sqrt()
 

@@ -1,15 +1,14 @@
 """Makes the contact sheet of models/README.md: one generated defect, and what each detector's overlay shows of it.
 
 A woven cloth is generated from a seed, so the picture is free to use. Every detector is fitted on good cloth only, with
-a third of the steps of its small configuration, which is plenty for cloth, and exported; the overlay is the service's
-own. Runs are kept in the output folder, so the work can be stopped and split over processes.
+its small configuration, and exported; the overlay is the service's own. Runs are kept in the output folder, so the work
+can be stopped and split over processes.
 
     .venv/bin/python tests/benchmarks/contact_sheet.py fit --output ../sheet --detectors inp_former,dadf
-    .venv/bin/python tests/benchmarks/contact_sheet.py draw --output ../sheet models/contact_sheet.png
+    .venv/bin/python tests/benchmarks/contact_sheet.py draw models/contact_sheet.png --output ../sheet
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from matplotlib import pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models import DETECTORS
-from models.detector import Recipe
 from service.contract.bundle import load_bundle
 from service.contract.frames import encode_png, fit_to_input
 from service.contract.heatmaps import overlay
@@ -41,7 +39,6 @@ _GOOD, _TESTED, _DEFECTIVE = 100, 10, 6
 _LINE = "woven_cloth"
 _SHOWN_SEED = 70
 _COLUMNS = 4
-_SHARE = 3
 
 
 def weave(rng: Generator, *, torn: bool) -> NDArray[np.uint8]:
@@ -78,15 +75,7 @@ def write_line(folder: Path) -> Path:
 
 def plan(folder: Path, detector: str) -> CellPlan:
     """Return the run of one detector on the cloth; it is a texture, which one detector wants to be told."""
-    config = load_config("small", detector, ["product=texture"])
-    own = config.detector_config()
-    shorter = {
-        f"hyperparameters.{field.name}.iterations={max(1, recipe.iterations // _SHARE)}"
-        for field in dataclasses.fields(own)
-        if isinstance(recipe := getattr(own, field.name), Recipe) and recipe.iterations is not None
-    }
-    config = load_config("small", detector, ["product=texture", *sorted(shorter)])
-    return CellPlan(_LINE, folder / "lines" / _LINE, config)
+    return CellPlan(_LINE, folder / "lines" / _LINE, load_config("small", detector, ["product=texture"]))
 
 
 def fit(folder: Path, detectors: list[str]) -> None:
