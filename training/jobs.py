@@ -17,48 +17,36 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from models import DETECTORS
-from models.backbones import BackboneUnavailable
+from service.client import ClientFault
 from service.contract.bundle import MANIFEST_FILE, REPORT_FILE, Bundle, LineName, MetricRecord, load_bundle
 from service.contract.frames import FrameLimits
 from service.contract.policy import may_judge
-from service.errors import EngineFailed, FlawlineError, ParameterInvalid
+from service.errors import ParameterInvalid
 from training.calibrate import read_region_of_interest
-from training.checkpoint import CheckpointRefused, has_checkpoint
+from training.checkpoint import has_checkpoint
 from training.config import ConfigFault, RunConfig, load_config
 from training.data.check import check_dataset
 from training.data.detect import read_dataset
 from training.data.samples import UNKNOWN, DatasetFault, Sample
 from training.demo import DemoFailed, run_demo
 from training.evaluate import ask, evaluate, to_records
-from training.export import ExportFailed, GraphRun
-from training.fit import FitFailed, FitStopped
-from training.golden import GoldenFailed
+from training.export import GraphRun
+from training.faults import CALLERS, OURS
+from training.fit import FitStopped
 from training.import_checkpoint import keep_released, read_released
 from training.progress import Reporter, choose_reporter
-from training.ranking import ScoreNotFinite
 from training.recalibrate import read_good_folder, recalibrate
 from training.report import LineReport, ReportData, render
-from training.run import Beginning, RunNotFitted, train
-from training.run_directory import LineRequest, RunDirectoryFault, RunRequest, new_directory, read_report, read_request
-from training.weight_lock import WeightsRefused
-from training.weights import UNTRAINED, WeightsUnavailable
+from training.run import Beginning, train
+from training.run_directory import LineRequest, RunRequest, new_directory, read_report, read_request
+from training.weights import UNTRAINED
 from training.zero_shot import Calibration, ZeroShotRequest, make_zero_shot, zero_shot_config
 
 Device = Literal["auto", "cpu", "cuda"]
 
 _OURS, _CALLERS, _STOPPED = 1, 2, 130
-_FAULTS_OF_OURS = (DemoFailed, EngineFailed, ExportFailed, FitFailed, GoldenFailed, ScoreNotFinite)
-_FAULTS_OF_CALLERS = (
-    BackboneUnavailable,
-    CheckpointRefused,
-    ConfigFault,
-    DatasetFault,
-    FlawlineError,
-    RunDirectoryFault,
-    RunNotFitted,
-    WeightsRefused,
-    WeightsUnavailable,
-)
+# The demo's own, beside those of every run.
+_FAULTS_OF_OURS: tuple[type[Exception], ...] = (ClientFault, DemoFailed, *OURS)
 # Looked at by default for `<backbone>.safetensors`.
 _WEIGHTS_FOLDER = Path("weights")
 
@@ -129,7 +117,7 @@ def faults_as_sentences() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         sentence = "The GPU's memory is full; lower batch_size and hyperparameters.recipe.batch_size with --set."
         raise _leave(sentence, _OURS) from error
-    except _FAULTS_OF_CALLERS as error:
+    except CALLERS as error:
         raise _leave(str(error), _CALLERS) from error
     except OSError as error:
         raise _leave(f"{error.filename or 'A file'}: {error.strerror or error}.", _CALLERS) from error
