@@ -140,9 +140,11 @@ def test_complete_when_one_cell_fails_then_the_others_are_measured_and_the_fault
     assert "good" in outcomes[2].sentence
 
 
-def test_complete_when_asked_again_then_a_cell_is_read_until_something_that_it_depends_on_changes(compared):
+def test_complete_when_asked_again_then_a_cell_is_read_until_something_that_it_depends_on_changes(compared, tmp_path):
     """Equal plans cost nothing; another configuration is measured anew, and here that fails."""
-    plans, means, before = compared
+    plans, shared, before = compared
+    # A folder of its own: what is measured anew takes the old cell's place, and other tests look at the old ones.
+    means = dataclasses.replace(shared, folder=shutil.copytree(shared.folder, tmp_path / "cells"))
     changed = dataclasses.replace(plans[0], config=plans[0].config.model_copy(update={"fail_rate": 1e-4}))
 
     *kept, again = complete([*plans[:2], changed], means, SilentReporter())
