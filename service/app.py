@@ -30,6 +30,7 @@ from service.routes.context import Context
 from service.routes.openapi import complete_openapi
 from service.routes.problems import REQUEST_ID_HEADER, install_problems
 from service.settings import Settings
+from service.stores.directory import DirectoryStore
 from service.telemetry import Telemetry
 
 _REQUEST_ID = re.compile(r"[!#-\[\]-~]{1,128}")  # printable ASCII without space, quote and backslash
@@ -109,7 +110,8 @@ def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[
         max_queue_size=settings.max_queue_size,
         stuck_after_s=settings.stuck_after_s,
     )
-    registry = Registry(settings.store_directory, settings.lines, open_engine, options, telemetry, clock)
+    store = DirectoryStore(settings.store_directory)
+    registry = Registry(store, settings.lines, open_engine, options, telemetry, clock)
     pipeline = Pipeline(
         registry,
         limits=settings.frame_limits,

@@ -23,6 +23,7 @@
     └── OwnError                        our fault
         ├── EngineFailed                the runtime raised, or returned something unusable
         ├── BundleRefused               digest, schema, graph or golden set does not hold
+        ├── StoreUnreachable            where bundles come from can't be asked
         └── CalibrationRefused          too few good parts for the wanted rate
 
 Each class has a stable `code`; each instance carries one sentence that says what to do. A sentence never repeats bytes
@@ -176,6 +177,12 @@ class BundleRefused(OwnError):
     """The bundle does not hold what its manifest promises."""
 
     code = "bundle_refused"
+
+
+class StoreUnreachable(OwnError):
+    """The store can't be asked for what is new; what was there before is still served."""
+
+    code = "store_unreachable"
 
 
 class CalibrationRefused(OwnError):

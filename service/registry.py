@@ -17,7 +17,6 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -42,11 +41,13 @@ from service.errors import (
     FlawlineError,
     LineNotCalibrated,
     LineNotReady,
+    StoreUnreachable,
     UnknownLine,
     UnknownPolicy,
     UnknownVersion,
 )
 from service.schedule import RunTimes
+from service.stores.store import Store
 from service.telemetry import Telemetry
 
 POLICIES_DIRECTORY = "policies"
@@ -156,7 +157,7 @@ class Registry:
     """The lines of one store.
 
     Args:
-        store: directory of bundles.
+        store: of bundles.
         wanted: lines that should be served; None means every one in the store.
         open_engine: brings a verified bundle to its device.
         options: how engines are driven.
@@ -166,14 +167,15 @@ class Registry:
 
     def __init__(
         self,
-        store: Path,
+        store: Store,
         wanted: frozenset[str] | None,
         open_engine: OpenEngine,
         options: BatcherOptions,
         telemetry: Telemetry,
         clock: Callable[[], float],
     ) -> None:
-        self._store = store
+        self._store = store.directory
+        self._refresh = store.refresh
         self._wanted = wanted
         self._open_engine = open_engine
         self._options = options
@@ -181,12 +183,14 @@ class Registry:
         self._clock = clock
         self._is_loading = True
         self._fault: str | None = None
+        self._why_stale: str | None = None
         self._live: dict[str, LiveLine] = {}
         self._not_live: dict[str, LineStatus] = {}
 
     def load(self) -> None:
         """Load every wanted line of the store; whatever is wrong with a bundle refuses its lines and no others."""
         try:
+            self._ask_store()
             candidates = self._scan()
             for name, version in candidates:
                 self._load_or_refuse(name, version)
@@ -270,7 +274,7 @@ class Registry:
     @property
     def why_empty(self) -> str:
         """Why no line is served, where none is even known."""
-        return self._fault or "No line is loaded; the store may be empty."
+        return self._why_stale or self._fault or "No line is loaded; the store may be empty."
 
     @property
     def is_ready(self) -> bool:
@@ -294,6 +298,16 @@ class Registry:
         """End every runner; to be called where the event loop runs."""
         for batcher in self._batchers():
             batcher.close()
+
+    def _ask_store(self) -> None:
+        """Have the store bring what is new; where it can't be asked, what it brought before is served."""
+        try:
+            self._refresh()
+        except StoreUnreachable as error:
+            self._why_stale = error.sentence
+            _log.exception("the store can't be asked")
+        else:
+            self._why_stale = None
 
     def _scan(self) -> list[tuple[str, str]]:
         """Find the newest version of each name, and say that its lines are loading."""

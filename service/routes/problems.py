@@ -95,6 +95,9 @@ PROBLEMS: dict[str, Problem] = {
         500, "The engine failed", "The engine failed on this batch; the part has no verdict, send it again."
     ),
     "bundle_refused": Problem(500, "The bundle is refused", "model.onnx is not the file that manifest.json names."),
+    "store_unreachable": Problem(
+        502, "The store can't be asked", "The bucket does not answer; what was there before is still served."
+    ),
     "calibration_refused": Problem(500, "The calibration is refused", "Hold out more good frames."),
     "unavailable": Problem(503, "Not now", "Try again."),
     "overloaded": Problem(

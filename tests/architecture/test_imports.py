@@ -54,7 +54,7 @@ ENVIRONMENT = ("service/settings.py", "service/__main__.py", "training/__main__.
 LAYERS = (
     ("service.errors",),
     ("service.contract",),
-    ("service.drift", "service.engines", "service.inspection", "service.schedule", "service.tallies"),
+    ("service.drift", "service.engines", "service.inspection", "service.schedule", "service.stores", "service.tallies"),
     ("service.settings", "service.telemetry"),
     ("service.batcher",),
     ("service.auth", "service.records", "service.registry"),

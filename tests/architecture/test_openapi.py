@@ -13,7 +13,7 @@ from service.schemas import InspectionAnswer, ProblemDocument
 from service.settings import Settings
 
 SNAPSHOT = Path(__file__).parent / "openapi_snapshot.json"
-ANSWERED_WITHOUT_A_FRAME = {"bundle_refused", "calibration_refused", "caller_error", "unavailable"}
+ANSWERED_WITHOUT_A_FRAME = {"bundle_refused", "calibration_refused", "caller_error", "store_unreachable", "unavailable"}
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from service.errors import (
 from service.inspection import RawLayout
 from service.pipeline import Pipeline
 from service.registry import BatcherOptions, Registry
+from service.stores.directory import DirectoryStore
 from service.telemetry import Telemetry
 from tests.factories import (
     FRAME_HEIGHT,
@@ -60,7 +61,7 @@ def store(tmp_path_factory):
 async def open_pipeline(store, open_engine=OrtEngine, **options):
     """Load a store and return a pipeline on it, with its registry."""
     driven = BatcherOptions(**{"runners": 2, "max_batch_size": 4, "max_queue_size": 8, "stuck_after_s": 20} | options)
-    registry = Registry(store, None, open_engine, driven, Telemetry(), time.monotonic)
+    registry = Registry(DirectoryStore(store), None, open_engine, driven, Telemetry(), time.monotonic)
     await asyncio.to_thread(registry.load)
     pipeline = Pipeline(registry, limits=LIMITS, default_deadline_s=20, max_deadline_s=30, decode_workers=2)
     try:

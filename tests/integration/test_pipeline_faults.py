@@ -14,6 +14,7 @@ from service.engines.engine import EngineOutput
 from service.errors import EngineFailed, FlawlineError
 from service.pipeline import Pipeline
 from service.registry import BatcherOptions, Registry
+from service.stores.directory import DirectoryStore
 from service.telemetry import Telemetry
 from tests.factories import encode, make_bundle, make_frame
 from tests.fakes import in_loop
@@ -38,7 +39,7 @@ class Service:
     def __init__(self, store, clock=time.monotonic, stuck_after_s=20):
         self.engine = GatedEngine()
         options = BatcherOptions(runners=2, max_batch_size=2, max_queue_size=8, stuck_after_s=stuck_after_s)
-        self.registry = Registry(store, None, self.engine.open, options, Telemetry(), clock)
+        self.registry = Registry(DirectoryStore(store), None, self.engine.open, options, Telemetry(), clock)
         self.registry.load()
         self.pipeline = Pipeline(
             self.registry,

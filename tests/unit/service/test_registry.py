@@ -13,12 +13,14 @@ from service.errors import (
     EngineFailed,
     LineNotCalibrated,
     LineNotReady,
+    StoreUnreachable,
     UnknownLine,
     UnknownPolicy,
     UnknownVersion,
 )
 from service.registry import BatcherOptions, Registry, policy_digest
 from service.schedule import RunTimes
+from service.stores.directory import DirectoryStore
 from service.telemetry import Telemetry
 from tests.factories import REFERENCE, make_bundle, make_graph, make_policy, make_self_policy, reseal
 from tests.fakes import FakeEngine, in_loop
@@ -31,12 +33,13 @@ class Shelf:
 
     def __init__(self, path):
         self.path = path
+        self.store = DirectoryStore(path)
         self.telemetry = Telemetry()
         self.registries = []
 
     def open(self, wanted=None, open_engine=OrtEngine):
         """Return a registry that has not loaded yet."""
-        registry = Registry(self.path, wanted, open_engine, OPTIONS, self.telemetry, time.monotonic)
+        registry = Registry(self.store, wanted, open_engine, OPTIONS, self.telemetry, time.monotonic)
         self.registries.append(registry)
         return registry
 
@@ -146,6 +149,22 @@ def test_load_when_a_manifest_is_a_pipe_then_refused_and_the_others_are_served(s
     registry = shelf.load()
 
     assert states(registry) == {"demo_line": "ready", "other_line": "refused"}
+
+
+def test_load_when_the_store_can_not_be_asked_then_what_it_brought_before_is_served(shelf):
+    """A bucket that is away takes no line down; where it never brought anything, that is the reason given."""
+
+    def refresh():
+        raise StoreUnreachable("The bucket does not answer.")
+
+    shelf.store.refresh = refresh
+    empty = shelf.load()
+    make_bundle(shelf.path)
+
+    registry = shelf.load()
+
+    assert registry.is_ready
+    assert (empty.is_ready, empty.why_empty) == (False, "The bucket does not answer.")
 
 
 def test_load_when_line_is_live_then_metrics_say_what_serves_it(shelf):
