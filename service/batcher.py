@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import accumulate, count, pairwise
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from service.engines.engine import Engine, EngineOutput
 from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded
-from service.schedule import RunTimes, WaitingFrame, admit, decide
+from service.schedule import Priority, Promised, RunTimes, WaitingFrame, admit, decide
 from service.telemetry import EngineMeter
 
 # The loop's timers may fire a little early; looking again just after the moment saves a second look.
@@ -44,15 +44,15 @@ class RunResult(NamedTuple):
     """What the engine said of one frame, and what it took.
 
     Attributes:
-        score: raw score of the graph.
-        anomaly_map: `(h, w)` float32.
-        batch_size: frames in the run.
+        scores: `(T,)` float32, raw scores of the graph, one for each network input of the frame.
+        anomaly_maps: `(T, h, w)` float32.
+        batch_size: frames that ran together.
         queue_s: seconds from the arrival until a runner took it.
-        infer_s: seconds in the run.
+        infer_s: seconds in the engine.
     """
 
-    score: float
-    anomaly_map: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    anomaly_maps: NDArray[np.float32]
     batch_size: int
     queue_s: float
     infer_s: float
@@ -64,11 +64,21 @@ class Place:
 
     Attributes:
         deadline: when the answer is due.
+        line: whose frame it is.
+        weight: network inputs of the frame.
+        priority: how much it matters beside others.
         is_ahead: whether it still has its run before it.
     """
 
     deadline: float
+    line: str
+    weight: int
+    priority: Priority
     is_ahead: bool = True
+
+    def promised(self) -> Promised:
+        """Return what the schedule needs to know."""
+        return Promised(self.deadline, self.weight, self.priority)
 
 
 @dataclass(eq=False, slots=True)
@@ -77,7 +87,7 @@ class _Entry:
 
     waiting: WaitingFrame
     place: Place
-    frame: NDArray[np.uint8]
+    frames: NDArray[np.uint8]
     line_index: int
     submitted_at: float
     answer: asyncio.Future[RunResult]
@@ -88,6 +98,7 @@ class _Batch:
     """Frames that run together; `alarm` sounds where they run too long."""
 
     entries: list[_Entry]
+    weight: int
     expected_end: float
     alarm: asyncio.TimerHandle
 
@@ -160,18 +171,23 @@ class Batcher:
         return self._fault is None
 
     @contextmanager
-    def place(self, deadline: float) -> Iterator[Place]:
+    def place(
+        self, deadline: float, *, line: str, weight: int = 1, priority: Priority = Priority.NORMAL
+    ) -> Iterator[Place]:
         """Take a place for one frame, and give it back in every outcome.
 
         Args:
             deadline: when the answer is due, by the clock.
+            line: whose frame it is.
+            weight: network inputs that the frame will be; its tiles, where it is cut into some.
+            priority: how much it matters beside others.
 
         Raises:
             LineNotReady: if the batcher is draining or unhealthy.
             Overloaded: if every place is taken, or the deadline can't be met behind those that are.
         """
-        self._admit(deadline)
-        place = Place(deadline)
+        place = Place(deadline, line, weight, priority)
+        self._admit(place)
         self._places.add(place)
         self._meter.depth(len(self._places))
         try:
@@ -182,12 +198,12 @@ class Batcher:
             if not self._places:
                 self._all_answered.set()
 
-    async def submit(self, place: Place, frame: NDArray[np.uint8], line_index: int) -> RunResult:
+    async def submit(self, place: Place, frames: NDArray[np.uint8], line_index: int) -> RunResult:
         """Run one frame, with others or alone.
 
         Args:
-            place: of this frame, still held.
-            frame: `(H, W, 3)` uint8 RGB, as the network takes it.
+            place: of this frame, still held; its weight becomes what the frame turned out to be.
+            frames: `(T, H, W, 3)` uint8 RGB, the frame's network inputs: its tiles, or itself alone.
             line_index: of its line within the bundle.
 
         Raises:
@@ -199,8 +215,9 @@ class Batcher:
             raise self._fault()
         self._loop = asyncio.get_running_loop()
         now = self._clock()
-        waiting = WaitingFrame(next(self._numbers), place.deadline)
-        entry = _Entry(waiting, place, frame, line_index, now, self._loop.create_future())
+        place.weight = len(frames)
+        waiting = WaitingFrame(next(self._numbers), place.deadline, place.weight, place.priority)
+        entry = _Entry(waiting, place, frames, line_index, now, self._loop.create_future())
         self._waiting[waiting.number] = entry
         timer = self._loop.call_later(max(0.0, place.deadline - now), self._expire, entry)
         self._step()
@@ -228,7 +245,7 @@ class Batcher:
         """End the runners; whatever still waits is told that the service stops."""
         self._end(partial(LineNotReady, "The service stops; send the frame to another instance."))
 
-    def _admit(self, deadline: float) -> None:
+    def _admit(self, new: Place) -> None:
         if self._fault is not None:
             raise LineNotReady("The line is unhealthy and waits for a restart; the part has no verdict.")
         if self._is_draining:
@@ -236,8 +253,8 @@ class Batcher:
         now = self._clock()
         free_in_s = [max(0.0, batch.expected_end - now) for batch in self._running]
         free_in_s += [0.0] * (self._runners - len(free_in_s))
-        ahead = [place.deadline for place in self._places if place.is_ahead]
-        admission = admit(ahead, deadline, free_in_s, now, self._run_times)
+        ahead = [place.promised() for place in self._places if place.is_ahead]
+        admission = admit(ahead, new.promised(), free_in_s, now, self._run_times)
         if len(self._places) >= self._max_queue_size:
             raise Overloaded("The queue is full; slow down or try again later.", retry_after_s=admission.wait_s)
         if not admission.is_possible:
@@ -265,7 +282,8 @@ class Batcher:
         for number in decision.expired:
             self._expire(self._waiting[number])
         for number in decision.refused:
-            _fail(self._waiting.pop(number), _too_late(self._run_times.of(1)))
+            entry = self._waiting.pop(number)
+            _fail(entry, _too_late(self._run_times.of(entry.place.weight)))
         if decision.look_again_at is not None:
             delay_s = max(0.0, decision.look_again_at - now) + _TIMER_SLACK_S
             self._next_look = self._here.call_later(delay_s, self._step)
@@ -274,16 +292,18 @@ class Batcher:
         for entry in entries:
             entry.place.is_ahead = False
         alarm = self._here.call_later(self._stuck_after_s, self._lose, "A run does not end")
-        batch = _Batch(entries, now + self._run_times.of(len(entries)), alarm)
+        weight = sum(entry.place.weight for entry in entries)
+        batch = _Batch(entries, weight, now + self._run_times.of(weight), alarm)
         self._running.add(batch)
-        self._meter.batch(len(entries))
+        for size in self._run_sizes(weight):
+            self._meter.batch(size)
         self._inbox.put(batch)
 
     def _finish(self, batch: _Batch, outcome: _Outcome) -> None:
         batch.alarm.cancel()
         self._running.discard(batch)
         if outcome.run_s is not None:
-            self._run_times = self._run_times.learn(len(batch.entries), outcome.run_s)
+            self._run_times = self._run_times.learn(batch.weight, outcome.run_s)
         if outcome.is_engine_lost:
             self._lose("The engine fails on frames whose answers are known")
         elif self._fault is None:
@@ -350,26 +370,38 @@ class Batcher:
             _log.exception("a run failed", extra={"batch_size": len(entries)})
             return self._run_alone(entries) if len(entries) > 1 else self._give_up(error)
         ended_at = self._clock()
+        first_of = list(accumulate((entry.place.weight for entry in entries), initial=0))
         answers: list[RunResult | FlawlineError] = [
             RunResult(
-                score=float(score),
-                anomaly_map=anomaly_map,
+                scores=output.scores[first:end],
+                anomaly_maps=output.anomaly_maps[first:end],
                 batch_size=len(entries),
                 queue_s=started_at - entry.submitted_at,
                 infer_s=ended_at - started_at,
             )
-            for entry, score, anomaly_map in zip(entries, output.scores, output.anomaly_maps, strict=True)
+            for entry, (first, end) in zip(entries, pairwise(first_of), strict=True)
         ]
         return _Outcome(answers, ended_at - started_at, is_engine_lost=False)
 
     def _run_together(self, entries: Sequence[_Entry]) -> EngineOutput:
         # A single frame is not copied.
-        frames = entries[0].frame[None] if len(entries) == 1 else np.stack([entry.frame for entry in entries])
-        line_index = np.array([entry.line_index for entry in entries], np.int64)
-        output = self._engine.run(frames, line_index)
-        if not len(output.scores) == len(output.anomaly_maps) == len(entries):
-            raise EngineFailed("The engine answered with another number of frames than it was given.")
-        return output
+        frames = entries[0].frames if len(entries) == 1 else np.concatenate([entry.frames for entry in entries])
+        line_index = np.repeat(
+            np.array([entry.line_index for entry in entries], np.int64), [entry.place.weight for entry in entries]
+        )
+        # Only a single frame can weigh more than a batch may.
+        runs, first = [], 0
+        for size in self._run_sizes(len(frames)):
+            runs.append(self._engine.run(frames[first : first + size], line_index[first : first + size]))
+            if not len(runs[-1].scores) == len(runs[-1].anomaly_maps) == size:
+                raise EngineFailed("The engine answered with another number of frames than it was given.")
+            first += size
+        return runs[0] if len(runs) == 1 else EngineOutput(*map(np.concatenate, zip(*runs, strict=True)))
+
+    def _run_sizes(self, weight: int) -> Iterator[int]:
+        """Cut what weighs more than the largest batch into runs."""
+        most = self._run_times.max_batch_size
+        return (min(most, weight - first) for first in range(0, weight, most))
 
     def _run_alone(self, entries: Sequence[_Entry]) -> _Outcome:
         outcomes = [self._run([entry]) for entry in entries]

@@ -71,11 +71,11 @@ class Pipeline:
         found = self._registry.find(request.line, request.bundle_version, request.policy_version)
         bundle, deadline_s = found.line.bundle, self._deadline_s(request)
         deadline = request.received_at + deadline_s
-        with bundle.batcher.place(deadline) as place:
+        with bundle.batcher.place(deadline, line=found.line.name) as place:
             started_at = self._clock()
             frame, pixels = await self._decode(request, bundle.manifest.input, deadline)
             decode_s = self._clock() - started_at
-            result = await bundle.batcher.submit(place, pixels, found.line.line_index)
+            result = await bundle.batcher.submit(place, pixels[None], found.line.line_index)
             ran_at = self._clock()
             window = _window(request, bundle.manifest.input, frame)
             judgement = await self._judge(result, found, window, deadline)
@@ -136,10 +136,10 @@ class Pipeline:
     async def _judge(self, result: RunResult, found: Found, window: Window, deadline: float) -> Judgement:
         policy, inspected = found.policy.policy, found.policy.inspected
         rule = found.line.bundle.manifest.output.score_rule
-        decide = partial(judge, result.score, result.anomaly_map, policy, rule, window, inspected)
+        decide = partial(judge, float(result.scores[0]), result.anomaly_maps[0], policy, rule, window, inspected)
         # A good part is judged in microseconds. Tracing regions takes up to tens of milliseconds, in which the event
         # loop could answer nobody else.
-        if policy.calibration == "good_parts" and not (result.anomaly_map >= policy.region_threshold).any():
+        if policy.calibration == "good_parts" and not (result.anomaly_maps[0] >= policy.region_threshold).any():
             return decide()
         async with self._until(deadline):
             return await asyncio.get_running_loop().run_in_executor(self._tracers, decide)

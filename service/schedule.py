@@ -5,11 +5,11 @@ an argument: seconds of any monotonic clock.
 
 Rules:
 
-1.  Earliest deadline first; arrival order among equals.
+1.  Higher priority first, then earliest deadline; arrival order among equals.
 2.  No frame waits while a runner is idle: nothing is ever collected.
 3.  Waiting frames are split evenly over the idle runners, rather than filling one batch. A batch never weighs more than
     `max_batch_size`, except that one frame that alone weighs more runs alone. No frame joins a batch that would then
-    end after the deadline of its most urgent frame.
+    end after the deadline of one of its frames.
 4.  A batch is never made larger than pays. On a CPU a batch of eight takes eight times as long as a frame, so frames
     run one by one; on a GPU it takes little longer, so they run together. The learned run times tell.
 5.  A frame whose deadline has passed is expired and not run.
@@ -24,14 +24,23 @@ what is ahead of it in mind.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
-from typing import Self
+from typing import NamedTuple, Self
 
 # Learned times follow a faster run quickly and a slower one slowly: a single stall must not refuse good frames.
 _FASTER_SHARE = 0.5
 _SLOWER_SHARE = 0.1
 # A larger batch must save at least this share of the time a frame takes, or it is not worth the longer wait.
 _WORTHWHILE_GAIN = 0.05
+
+
+class Priority(IntEnum):
+    """How much a frame matters beside others: none runs while one that matters more waits."""
+
+    NORMAL = 0
+    LOW = 1
+    SHADOW = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +51,27 @@ class WaitingFrame:
         number: in order of arrival; unique.
         deadline: when its answer is due.
         weight: how many network inputs it is; a tiled frame counts as its tiles.
+        priority: how much it matters beside others.
     """
 
     number: int
     deadline: float
     weight: int = 1
+    priority: Priority = Priority.NORMAL
+
+
+class Promised(NamedTuple):
+    """A frame that was accepted and does not run yet.
+
+    Attributes:
+        deadline: when its answer is due.
+        weight: how many network inputs it is.
+        priority: how much it matters beside others.
+    """
+
+    deadline: float
+    weight: int = 1
+    priority: Priority = Priority.NORMAL
 
 
 @dataclass(frozen=True)
@@ -80,9 +105,12 @@ class RunTimes:
         return RunTimes((*self.seconds[:index], seconds, *self.seconds[index + 1 :]))
 
     def of(self, weight: int) -> float:
-        """Estimate the seconds of a run, from the nearest known weight; 0 where nothing is known."""
-        heaviest = self.max_batch_size
-        return self._estimates[weight - 1] if weight <= heaviest else self._estimates[-1] * weight / heaviest
+        """Estimate the seconds of a batch, from the nearest known weights; 0 where nothing is known.
+
+        A frame that is heavier than the largest batch takes several runs, all of them full but the last.
+        """
+        runs, rest = divmod(weight, self.max_batch_size)
+        return runs * self._estimates[-1] + (self._estimates[rest - 1] if rest else 0.0)
 
     @cached_property
     def best_weight(self) -> int:
@@ -149,11 +177,11 @@ def decide(
     """
     in_order = sorted(waiting, key=_urgency)
     expired = tuple(frame.number for frame in in_order if frame.deadline <= now)
-    alive = in_order[len(expired) :]  # earliest deadline first, so the expired ones stand in front
+    alive = [frame for frame in in_order if frame.deadline > now]
     run_s = {weight: run_times.of(weight) for weight in {frame.weight for frame in alive}}
     ready = [frame for frame in alive if frame.deadline - run_s[frame.weight] > now]
     if alive and not ready and idle_runners > 0 and busy_runners == 0:
-        ready = [alive[-1]]
+        ready = [max(alive, key=lambda frame: (frame.deadline, frame.number))]
     batches = _split(ready, idle_runners, now, run_times)
     gone = {number for batch in batches for number in batch}
     waits_on = [frame for frame in ready if frame.number not in gone]
@@ -164,8 +192,8 @@ def decide(
 
 
 def admit(
-    ahead: Iterable[float],
-    deadline: float,
+    ahead: Iterable[Promised],
+    new: Promised,
     runners_free_in_s: Sequence[float],
     now: float,
     run_times: RunTimes,
@@ -173,23 +201,24 @@ def admit(
     """Say whether one more frame could be answered in time.
 
     Args:
-        ahead: deadlines of the frames that were accepted and do not run yet.
-        deadline: of the new frame.
+        ahead: the frames that were accepted and do not run yet.
+        new: the one that asks.
         runners_free_in_s: for each runner, when it is expected to be idle; 0 where it is.
         now: the time.
         run_times: learned so far.
     """
     best = run_times.best_weight
     frame_s = run_times.of(best) / best / len(runners_free_in_s)
-    frames_before = sum(1 for other in ahead if other <= deadline)
-    wait_s = min(runners_free_in_s) + frames_before * frame_s
-    nothing_runs = not any(runners_free_in_s) and frames_before == 0
-    is_possible = deadline > now and (nothing_runs or now + wait_s + run_times.of(1) < deadline)
+    before = (new.priority, new.deadline)
+    weight_before = sum(other.weight for other in ahead if (other.priority, other.deadline) <= before)
+    wait_s = min(runners_free_in_s) + weight_before * frame_s
+    nothing_runs = not any(runners_free_in_s) and weight_before == 0
+    is_possible = new.deadline > now and (nothing_runs or now + wait_s + run_times.of(new.weight) < new.deadline)
     return Admission(is_possible, wait_s)
 
 
-def _urgency(frame: WaitingFrame) -> tuple[float, int]:
-    return frame.deadline, frame.number
+def _urgency(frame: WaitingFrame) -> tuple[Priority, float, int]:
+    return frame.priority, frame.deadline, frame.number
 
 
 def _split(
@@ -205,13 +234,14 @@ def _split(
             break
         share = min(-(-left // runners_left), worthwhile)
         first, weight = at, ready[at].weight
-        spare_s = ready[first].deadline - now
+        due = ready[first].deadline
         at += 1
         while at < len(ready):
             heavier = weight + ready[at].weight
-            if heavier > share or run_times.of(heavier) >= spare_s:
+            earliest = min(due, ready[at].deadline)
+            if heavier > share or now + run_times.of(heavier) >= earliest:
                 break
-            weight, at = heavier, at + 1
+            weight, due, at = heavier, earliest, at + 1
         left -= weight
         batches.append(tuple(frame.number for frame in ready[first:at]))
     return tuple(batches)

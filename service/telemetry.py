@@ -64,7 +64,7 @@ class EngineMeter:
         self._discarded = discarded
 
     def batch(self, size: int) -> None:
-        """Count one run of so many frames."""
+        """Count one run of so many network inputs."""
         self._batch_size.observe(size)
 
     def depth(self, frames: int) -> None:
@@ -95,7 +95,9 @@ class Telemetry:
         self._slack = self._histogram(
             "deadline_slack_seconds", "Time left to the deadline at the answer.", _SLACK_BUCKETS_S, "line"
         )
-        self._batch_size = self._histogram("batch_size", "Frames in one run.", _BATCH_BUCKETS, "engine")
+        self._batch_size = self._histogram(
+            "batch_size", "Network inputs in one run; a tiled frame is its tiles.", _BATCH_BUCKETS, "engine"
+        )
         self._queue_depth = self._gauge("queue_depth", "Frames accepted and not answered yet.", "engine")
         self._discarded = self._counter("discarded", "Frames that nobody waited for any more.", "engine", "reason")
         self._score = self._histogram(

@@ -45,8 +45,13 @@ class Bench:
 
     async def inspect(self, grey=0, *, deadline_s=LONG_S, line_index=0):
         """Take a place and run a frame of one grey level."""
-        with self.batcher.place(time.monotonic() + deadline_s) as place:
-            return await self.batcher.submit(place, np.full((8, 12, 3), grey, np.uint8), line_index)
+        return await self.inspect_tiles([grey], deadline_s=deadline_s, line_index=line_index)
+
+    async def inspect_tiles(self, greys, *, deadline_s=LONG_S, line_index=0, line="line"):
+        """Take a place and run a frame of several tiles, each of one grey level."""
+        with self.batcher.place(time.monotonic() + deadline_s, line=line, weight=len(greys)) as place:
+            tiles = np.stack([np.full((8, 12, 3), grey, np.uint8) for grey in greys])
+            return await self.batcher.submit(place, tiles, line_index)
 
     def start(self, grey=0, **options):
         """Begin to inspect, and go on."""
@@ -97,8 +102,8 @@ async def test_submit_when_engine_answers_then_returns_this_frames_part(make_ben
     result = await bench.inspect(grey=51, line_index=3)
 
     expected = grey_level(np.full((1, 8, 12, 3), 51, np.uint8))
-    assert result.score == pytest.approx(0.2)
-    np.testing.assert_array_equal(result.anomaly_map, expected.anomaly_maps[0])
+    assert result.scores == pytest.approx([0.2])
+    np.testing.assert_array_equal(result.anomaly_maps, expected.anomaly_maps)
     assert result.batch_size == 1
     assert result.queue_s >= 0
     assert result.infer_s >= 0
@@ -112,9 +117,62 @@ async def test_submit_when_many_frames_share_batches_then_each_gets_its_own_answ
 
     results = await asyncio.gather(*(bench.inspect(grey) for grey in range(60)))
 
-    assert [round(result.score * 255) for result in results] == list(range(60))
+    assert [round(result.scores[0] * 255) for result in results] == list(range(60))
     assert max(bench.engine.batches) <= 4
     assert sum(bench.engine.batches) == 60
+
+
+@in_loop
+async def test_submit_when_tiled_frames_share_batches_then_each_gets_the_answers_of_its_tiles(make_bench):
+    """The tiles of a frame stay together and in order, each told the line of its frame, and weigh as many."""
+    bench = make_bench(run_times=BATCHES_PAY)
+    bench.engine.hold()
+    first = bench.start()
+    await bench.until_a_run_starts()
+    frames = [bench.inspect_tiles(greys, line_index=i) for i, greys in enumerate([[1, 2], [3], [4, 5, 6]])]
+    answers = asyncio.gather(first, *frames)
+    await asyncio.sleep(0)
+    bench.engine.release()
+
+    _, *results = await answers
+
+    assert [(r.scores * 255).round().tolist() for r in results] == [[1, 2], [3], [4, 5, 6]]
+    assert [(r.anomaly_maps[:, 0, 0] * 255).round().tolist() for r in results] == [[1, 2], [3], [4, 5, 6]]
+    assert bench.engine.line_indices == [[0], [0, 0, 1], [2, 2, 2]]
+    assert [result.batch_size for result in results] == [2, 2, 1]
+
+
+@in_loop
+async def test_submit_when_a_frame_is_heavier_than_a_batch_then_it_runs_alone_in_several_runs(make_bench):
+    """The engine never sees more than the largest batch, and the frame gets the answers of all its tiles."""
+    bench = make_bench(run_times=BATCHES_PAY)
+
+    heavy, light = await asyncio.gather(bench.inspect_tiles(list(range(10))), bench.inspect(99))
+
+    assert (heavy.scores * 255).round().tolist() == list(range(10))
+    assert heavy.anomaly_maps.shape == (10, 4, 6)
+    assert light.batch_size == 1
+    assert bench.engine.batches == [4, 4, 2, 1]
+    assert bench.metric('batch_size_sum{engine="bench"}') == 11
+    assert bench.metric('batch_size_count{engine="bench"}') == 4
+
+
+@in_loop
+async def test_place_when_tiled_frames_are_ahead_then_counts_their_tiles(make_bench):
+    """What is ahead weighs as many network inputs as it has, and so does the frame that asks."""
+    bench = make_bench(run_times=RunTimes((1.0,)))
+    bench.engine.hold()
+    first = bench.start()
+    await bench.until_a_run_starts()
+    ahead = asyncio.ensure_future(bench.inspect_tiles([1, 2, 3], deadline_s=8))
+    await asyncio.sleep(0)
+
+    with pytest.raises(Overloaded) as refusal:
+        await bench.inspect_tiles([4, 5, 6, 7, 8], deadline_s=8.5)
+    bench.engine.release()
+    await asyncio.gather(first, ahead)
+
+    assert refusal.value.retry_after_s == pytest.approx(4, abs=0.5)
 
 
 @in_loop
@@ -259,7 +317,7 @@ async def test_submit_when_one_frame_fails_its_batch_then_neighbours_are_answere
 
     assert bench.engine.batches == [1, 3, 1, 1, 1]
     assert isinstance(answers[2], EngineFailed)
-    assert [round(answers[i].score * 255) for i in (0, 1, 3)] == [0, 10, 20]
+    assert [round(answers[i].scores[0] * 255) for i in (0, 1, 3)] == [0, 10, 20]
     assert bench.probes == 1
     assert bench.batcher.is_healthy
 
@@ -351,12 +409,12 @@ async def test_batcher_when_the_batch_loop_itself_fails_then_is_unhealthy_and_an
         clock=time.monotonic,
     )
 
-    with pytest.raises(EngineFailed), batcher.place(time.monotonic() + LONG_S) as place:
-        await batcher.submit(place, np.zeros((8, 12, 3), np.uint8), 0)
+    with pytest.raises(EngineFailed), batcher.place(time.monotonic() + LONG_S, line="line") as place:
+        await batcher.submit(place, np.zeros((1, 8, 12, 3), np.uint8), 0)
 
     assert not batcher.is_healthy
     with pytest.raises(EngineFailed):
-        await batcher.submit(place, np.zeros((8, 12, 3), np.uint8), 0)
+        await batcher.submit(place, np.zeros((1, 8, 12, 3), np.uint8), 0)
 
 
 @in_loop

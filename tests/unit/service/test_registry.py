@@ -492,8 +492,8 @@ async def test_find_when_engine_is_lost_then_line_is_unhealthy_and_service_not_r
     batcher = registry.find("demo_line", None, None).line.bundle.batcher
     switch.is_lost = True
 
-    with pytest.raises(EngineFailed), batcher.place(time.monotonic() + 20) as place:
-        await batcher.submit(place, np.zeros((32, 48, 3), np.uint8), 0)
+    with pytest.raises(EngineFailed), batcher.place(time.monotonic() + 20, line="demo_line") as place:
+        await batcher.submit(place, np.zeros((1, 32, 48, 3), np.uint8), 0)
 
     assert states(registry) == {"demo_line": "unhealthy"}
     assert not registry.is_ready
@@ -542,7 +542,7 @@ async def test_drain_when_lines_share_an_engine_then_all_stop_admitting(tmp_path
 
     for name in ("one", "two"):
         batcher = registry.find(name, None, None).line.bundle.batcher
-        with pytest.raises(LineNotReady), batcher.place(time.monotonic() + 20):
+        with pytest.raises(LineNotReady), batcher.place(time.monotonic() + 20, line="demo_line"):
             pass
     registry.close()
 

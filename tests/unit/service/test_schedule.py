@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from service.schedule import Decision, RunTimes, WaitingFrame, admit, decide
+from service.schedule import Decision, Priority, Promised, RunTimes, WaitingFrame, admit, decide
 
 NOW = 100.0
 ROUNDING_S = 1e-9
@@ -36,6 +36,17 @@ def waiting(*deadlines: float) -> list[WaitingFrame]:
             CHEAP,
             ((0,),),
             id="a frame of many tiles runs alone",
+        ),
+        pytest.param(
+            [
+                WaitingFrame(0, NOW + 9, priority=Priority.SHADOW),
+                WaitingFrame(1, NOW + 60, priority=Priority.LOW),
+                WaitingFrame(2, NOW + 90),
+            ],
+            2,
+            FLAT,
+            ((2,), (1,)),
+            id="what matters more goes first, whatever the deadlines",
         ),
     ],
 )
@@ -82,7 +93,9 @@ def test_decision_when_nothing_runs_and_all_seem_hopeless_then_tries_the_one_wit
 )
 def test_admission_when_others_are_ahead_then_counts_what_comes_before(ahead, deadline, free_in_s, possible, wait_s):
     """A frame is admitted if it can end in time behind running frames and behind those with earlier deadlines."""
-    admission = admit([NOW + other for other in ahead], NOW + deadline, free_in_s, NOW, FLAT)
+    promised = [Promised(NOW + other) for other in ahead]
+
+    admission = admit(promised, Promised(NOW + deadline), free_in_s, NOW, FLAT)
 
     assert (admission.is_possible, admission.wait_s) == (possible, pytest.approx(wait_s))
 
@@ -105,7 +118,17 @@ def test_run_times_when_a_run_stalls_then_move_little_and_come_back_quickly():
     assert recovered.of(1) == pytest.approx(1.5)
 
 
-@pytest.mark.parametrize(("weight", "seconds"), [(1, 1.0), (2, 1.0), (3, 1.5), (4, 3.0), (8, 6.0)])
+def test_admission_when_what_is_ahead_matters_less_then_it_does_not_count():
+    """A frame waits for nothing that matters less, and for all that matters more or as much."""
+    ahead = [Promised(NOW + 1, weight=4, priority=Priority.LOW), Promised(NOW + 9, weight=2)]
+
+    normal = admit(ahead, Promised(NOW + 8), [1, 1], NOW, FLAT)
+    low = admit(ahead, Promised(NOW + 8, priority=Priority.LOW), [1, 1], NOW, FLAT)
+
+    assert (normal.wait_s, low.wait_s) == (1, 4)
+
+
+@pytest.mark.parametrize(("weight", "seconds"), [(1, 1.0), (2, 1.0), (3, 1.5), (4, 3.0), (6, 4.0), (8, 6.0)])
 def test_run_times_when_a_weight_never_ran_then_scale_the_nearest(weight, seconds):
     """An unknown weight takes as long as the nearest known one, and longer in proportion where it is heavier."""
     run_times = RunTimes((None, 1.0, None, 3.0))
@@ -138,10 +161,10 @@ class ScheduleMachine(RuleBasedStateMachine):
         self.left: list[int] = []
         self.look_again_at: float | None = None
 
-    @rule(in_s=st.integers(0, 80).map(lambda n: n / 8), weight=st.integers(1, 3))
-    def arrive(self, in_s, weight):
+    @rule(in_s=st.integers(0, 80).map(lambda n: n / 8), weight=st.integers(1, 12), priority=st.sampled_from(Priority))
+    def arrive(self, in_s, weight, priority):
         """Let a frame arrive."""
-        self.waiting[self.arrived] = WaitingFrame(self.arrived, self.now + in_s, weight)
+        self.waiting[self.arrived] = WaitingFrame(self.arrived, self.now + in_s, weight, priority)
         self.arrived += 1
         self._decide()
 
@@ -181,9 +204,9 @@ class ScheduleMachine(RuleBasedStateMachine):
         for batch, weight in zip(decision.batches, weights, strict=True):
             assert len(batch) == 1 or weight <= min(self.run_times.max_batch_size, self.run_times.best_weight)
         assert not others or len(decision.batches) == idle, "a frame waits while a runner is idle"
-        order = [(frame.deadline, frame.number) for frame in started]
+        order = [(frame.priority, frame.deadline, frame.number) for frame in started]
         assert order == sorted(order)
-        assert not order or all((frame.deadline, frame.number) > order[-1] for frame in others)
+        assert not order or all((frame.priority, frame.deadline, frame.number) > order[-1] for frame in others)
         assert set(decision.expired) == {n for n, frame in self.waiting.items() if frame.deadline <= self.now}
         for number in decision.refused:
             frame = self.waiting[number]
