@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 import yaml
 
 from tests.factories import encode, make_bundle, make_frame
+from tests.programs import answers, free_port
 from tests.servers import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,15 +72,9 @@ def store(tmp_path_factory):
     return place
 
 
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextmanager
 def _container(store, name):
-    port = _free_port()
+    port = free_port()
     rights = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--memory", "512m"]
     _run(
         *("podman", "run", "-d", "--name", name, *rights, "-p", f"127.0.0.1:{port}:8000"),
@@ -88,17 +82,10 @@ def _container(store, name):
     )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
-            wait_until(lambda: _is_ready(http), f"readiness of {name}")
+            wait_until(lambda: answers(http, "/healthz/ready"), f"readiness of {name}")
             yield http
     finally:
         _run("podman", "rm", "-f", name, check=False)
-
-
-def _is_ready(http):
-    try:
-        return http.get("/healthz/ready").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def test_image_when_built_then_is_small_labelled_and_not_root(image):
@@ -148,7 +135,7 @@ def test_deployment_when_its_pod_is_played_then_inspects(image, store, tmp_path)
     """The rendered Deployment itself, its settings and its rights, run by podman; only volumes are this machine's."""
     told = _run("kubectl", "kustomize", "k8s/overlays/cpu").stdout
     resources = {resource["kind"]: resource for resource in yaml.safe_load_all(told) if resource}
-    pod, port = resources["Deployment"]["spec"]["template"]["spec"], _free_port()
+    pod, port = resources["Deployment"]["spec"]["template"]["spec"], free_port()
     pod["containers"][0]["image"] = IMAGE
     pod["containers"][0]["ports"][0]["hostPort"] = port
     pod.pop("topologySpreadConstraints")
@@ -169,7 +156,7 @@ def test_deployment_when_its_pod_is_played_then_inspects(image, store, tmp_path)
     _run("podman", "play", "kube", str(file))
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
-            wait_until(lambda: _is_ready(http), "readiness of the pod")
+            wait_until(lambda: answers(http, "/healthz/ready"), "readiness of the pod")
             stranger = http.post("/v1/lines/demo_line/inspect", content=encode(make_frame()), headers=PNG)
             camera = http.post(
                 "/v1/lines/demo_line/inspect",

@@ -8,17 +8,15 @@ import importlib.util
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import pytest
 import yaml
 
 from tests.factories import encode, make_bundle, make_frame
+from tests.programs import prometheus as run_prometheus
 from tests.servers import ServerProcess, wait_until
 
 K8S = Path(__file__).resolve().parents[2] / "k8s"
@@ -59,7 +57,7 @@ def prometheus(tmp_path_factory):
     (folder / "keys.json").write_text(json.dumps({"keys": []}))
     with ServerProcess(folder / "store") as server:
         server.ready()
-        with _running_prometheus(folder, server.url) as api:
+        with run_prometheus(folder, _scraping(folder, server.url)) as api:
             _load(server)
             yield api
 
@@ -76,41 +74,15 @@ def _load(server):
             server.http.post(f"/v1/lines/{line}/inspect", content=b"x", headers={"Content-Type": "image/png"})
 
 
-@contextmanager
-def _running_prometheus(folder, url):
+def _scraping(folder, url):
     rules = re.sub(r"interval: 30s", "interval: 1s", BUILD.RULES.read_text("utf-8"))
     (folder / "rules.yaml").write_text(rules)
-    configuration = {
+    targets = {"targets": [url.removeprefix("http://")], "labels": {"namespace": "flawline"}}
+    return {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "rule_files": [str(folder / "rules.yaml")],
-        "scrape_configs": [
-            {
-                "job_name": "flawline",
-                "static_configs": [{"targets": [url.removeprefix("http://")], "labels": {"namespace": "flawline"}}],
-            }
-        ],
+        "scrape_configs": [{"job_name": "flawline", "static_configs": [targets]}],
     }
-    (folder / "prometheus.yaml").write_text(yaml.safe_dump(configuration))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = ["prometheus", f"--config.file={folder}/prometheus.yaml", f"--storage.tsdb.path={folder}/data"]
-    command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as api:
-            wait_until(lambda: _answers(api), "the start of Prometheus")
-            yield api
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _answers(api):
-    try:
-        return api.get("/-/ready").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def _ask(api, expression):
