@@ -6,7 +6,8 @@
 #       -p 8000:8000 -v "$PWD/store:/store:ro" flawline/service-gpu:0.1.0
 #   docker build -f docker/gpu.Dockerfile --target sbom -o . .    # writes sbom.cdx.json (CycloneDX)
 #
-# Linted by a test, and its Python packages resolved; never built or run: no registry with its base was at hand.
+# Linted by a test, and its packages resolved (not TensorRT's, whose libraries come from another index); never built or
+# run, because no registry that has its base was at hand.
 
 ARG CUDA=nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
 
