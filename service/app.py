@@ -22,9 +22,11 @@ from service.auth import Keyring
 from service.contract.bundle import Bundle
 from service.engines.engine import Engine
 from service.engines.ort import OrtEngine
+from service.errors import FlawlineError
+from service.loading import BatcherOptions, OpenEngine
 from service.pipeline import Pipeline
 from service.records import Records
-from service.registry import BatcherOptions, OpenEngine, Registry
+from service.registry import Registry
 from service.routes import documentation, health, inspections, lines, v2
 from service.routes.context import Context
 from service.routes.openapi import complete_openapi
@@ -32,6 +34,7 @@ from service.routes.problems import REQUEST_ID_HEADER, install_problems
 from service.settings import Settings
 from service.stores.directory import DirectoryStore
 from service.telemetry import Telemetry
+from service.versions import RegistryOptions
 
 _REQUEST_ID = re.compile(r"[!#-\[\]-~]{1,128}")  # printable ASCII without space, quote and backslash
 _WATCH_EVERY_S = 1.0
@@ -62,7 +65,7 @@ def create_app(
     @asynccontextmanager
     async def life(_app: FastAPI) -> AsyncIterator[None]:
         # A thread of its own, and a daemon: loading must not keep the process from ending.
-        threading.Thread(target=context.registry.load, name="flawline-load", daemon=True).start()
+        threading.Thread(target=_load_and_look, args=(context, settings), name="flawline-load", daemon=True).start()
         watching = asyncio.create_task(_watch(context, when_lost))
         yield
         watching.cancel()
@@ -111,7 +114,13 @@ def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[
         stuck_after_s=settings.stuck_after_s,
     )
     store = DirectoryStore(settings.store_directory)
-    registry = Registry(store, settings.lines, open_engine, options, telemetry, clock)
+    kept = RegistryOptions(
+        activates_newest=settings.activate_newest,
+        keeps_previous=settings.keep_previous,
+        budget_bytes=settings.memory_budget_bytes or None,
+        pinned=settings.pinned_lines,
+    )
+    registry = Registry(store, settings.lines, open_engine, options, telemetry, clock, kept)
     pipeline = Pipeline(
         registry,
         limits=settings.frame_limits,
@@ -135,10 +144,23 @@ def _open_with(settings: Settings) -> OpenEngine:
     return open_engine
 
 
+def _load_and_look(context: Context, settings: Settings) -> None:
+    """Load what lies in the store, then look for what is new as often as wanted: the body of a thread."""
+    context.registry.load()
+    while settings.store_poll_s and not context.lifecycle.stops_within(settings.store_poll_s):
+        try:
+            context.registry.rescan()
+        except FlawlineError:
+            pass  # logged and counted where it happened; what is live still is
+        except Exception:  # noqa: BLE001 - the edge of this thread: looking goes on
+            _log.exception("a look at the store ended early")
+
+
 async def _watch(context: Context, when_lost: Callable[[], None] | None) -> None:
-    """Look for a lost engine; its frames have their answers, and only a new process can open it again."""
+    """Close what was replaced, and look for a lost engine: only a new process can open that again."""
     # A slow look is enough here: readiness asks the registry itself and turns false at once.
-    while not any(status.state == "unhealthy" for status in context.registry.statuses()):  # noqa: ASYNC110 - see above
+    while not context.registry.is_lost:
+        context.registry.tend()
         await asyncio.sleep(_WATCH_EVERY_S)
     _log.error("an engine is lost; the process ends and wants to be started again")
     if when_lost is not None:

@@ -157,6 +157,8 @@ class Batcher:
         self._running: set[_Batch] = set()
         self._next_look: asyncio.TimerHandle | None = None
         self._fault: _Fault | None = None
+        self._why_unhealthy: str | None = None
+        self._is_lost = False
         self._is_draining = False
         self._all_answered = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -169,6 +171,21 @@ class Batcher:
     def is_healthy(self) -> bool:
         """Whether frames can still be answered here; once lost, for ever."""
         return self._fault is None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it is the engine's fault that no frame can be answered here, so that only a new process helps."""
+        return self._is_lost
+
+    @property
+    def why_unhealthy(self) -> str | None:
+        """Why frames can't be answered here any more, in a sentence."""
+        return self._why_unhealthy
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no frame has a place here and nothing runs."""
+        return not self._places and not self._running
 
     @contextmanager
     def place(
@@ -244,6 +261,12 @@ class Batcher:
     def close(self) -> None:
         """End the runners; whatever still waits is told that the service stops."""
         self._end(partial(LineNotReady, "The service stops; send the frame to another instance."))
+
+    def distrust(self, why: str) -> None:
+        """Answer nothing any more: the engine runs, and what it says is not what was validated."""
+        self._why_unhealthy = why
+        _log.error("a batcher is distrusted", extra={"why": why})
+        self._end(partial(LineNotReady, f"{why} The part has no verdict, and the line waits for a restart."))
 
     def _admit(self, new: Place) -> None:
         if self._fault is not None:
@@ -322,6 +345,7 @@ class Batcher:
 
     def _lose(self, what_happened: str) -> None:
         _log.error("a batcher is lost", extra={"why": what_happened})
+        self._why_unhealthy, self._is_lost = "The engine is lost; start the service again.", True
         self._end(partial(EngineFailed, f"{what_happened}; the part has no verdict, and the line waits for a restart."))
 
     def _end(self, fault: _Fault) -> None:

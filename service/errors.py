@@ -11,19 +11,22 @@
     │   ├── NotAuthorised               a known key without this line or action
     │   ├── NotFound
     │   │   ├── UnknownLine
+    │   │   ├── UnknownBundle
     │   │   ├── UnknownVersion
     │   │   ├── UnknownPolicy
     │   │   └── UnknownInspection
+    │   ├── VersionRefused              an administrator wants a version live that does not hold
     │   └── QuotaExceeded               the caller's own quota
     ├── MomentError                     the moment's fault: the same request may succeed later
     │   ├── Overloaded                  queue full, or the deadline can't be met
     │   ├── LineNotReady                loading, unhealthy or draining
+    │   │   ├── LineLoading             for the first time, or again after it made room for others
     │   │   └── LineNotCalibrated       loaded, but without good parts nobody knows what is anomalous
+    │   ├── StoreUnreachable            where bundles come from can't be asked for what is new
     │   └── DeadlinePassed              accepted, but the answer would come too late
     └── OwnError                        our fault
         ├── EngineFailed                the runtime raised, or returned something unusable
         ├── BundleRefused               digest, schema, graph or golden set does not hold
-        ├── StoreUnreachable            where bundles come from can't be asked
         └── CalibrationRefused          too few good parts for the wanted rate
 
 Each class has a stable `code`; each instance carries one sentence that says what to do. A sentence never repeats bytes
@@ -107,6 +110,12 @@ class UnknownLine(NotFound):
     code = "unknown_line"
 
 
+class UnknownBundle(NotFound):
+    """No such bundle."""
+
+    code = "unknown_bundle"
+
+
 class UnknownVersion(NotFound):
     """The line has no such bundle version."""
 
@@ -123,6 +132,12 @@ class UnknownInspection(NotFound):
     """The inspection never was, or is no longer kept."""
 
     code = "unknown_inspection"
+
+
+class VersionRefused(CallerError):
+    """The version that was to become live does not hold; what was live before still is."""
+
+    code = "version_refused"
 
 
 class QuotaExceeded(CallerError):
@@ -149,10 +164,22 @@ class LineNotReady(MomentError):
     code = "line_not_ready"
 
 
+class LineLoading(LineNotReady):
+    """The line's network is on its way into memory."""
+
+    code = "line_loading"
+
+
 class LineNotCalibrated(LineNotReady):
     """The line has no calibration, and its policy does not allow a verdict without one."""
 
     code = "line_not_calibrated"
+
+
+class StoreUnreachable(MomentError):
+    """The store can't be asked for what is new; what was there before is still served."""
+
+    code = "store_unreachable"
 
 
 class DeadlinePassed(MomentError):
@@ -177,12 +204,6 @@ class BundleRefused(OwnError):
     """The bundle does not hold what its manifest promises."""
 
     code = "bundle_refused"
-
-
-class StoreUnreachable(OwnError):
-    """The store can't be asked for what is new; what was there before is still served."""
-
-    code = "store_unreachable"
 
 
 class CalibrationRefused(OwnError):

@@ -24,7 +24,8 @@ from service.contract.raw_frames import decode_raw
 from service.contract.regions import Window
 from service.errors import DeadlinePassed, ParameterInvalid, UnreadableFrame
 from service.inspection import HeatmapKind, Inspection, InspectionRequest, RawLayout
-from service.registry import Found, Registry
+from service.live import Found
+from service.registry import Registry
 
 __all__ = ["HeatmapKind", "Inspection", "InspectionRequest", "Pipeline", "RawLayout"]
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.contract.policy import CalibrationKind, Policy, Verdict
 from service.contract.raw_frames import PixelFormat
 from service.inspection import HeatmapKind
+from service.live import LineState, VersionState
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 _VERSION = r"^[1-9][0-9]{0,8}$"
@@ -186,7 +187,7 @@ class LineSummary(_Wire):
     """How a line stands; what serves it is null until it was loaded."""
 
     line: str
-    state: Literal["loading", "ready", "refused", "unhealthy"]
+    state: LineState
     reason: str | None
     bundle: Versioned | None
     detector: str | None
@@ -263,16 +264,26 @@ class LineAnswer(_Wire):
     """How one line stands, why it is not ready, and what serves it."""
 
     line: str
-    state: Literal["loading", "ready", "refused", "unhealthy"]
+    state: LineState
     reason: str | None
     live: LiveAnswer | None
 
 
 class VersionAnswer(_Wire):
-    """One version in the store."""
+    """One version that is loaded or lies in the store.
+
+    Attributes:
+        version: its number.
+        live: whether it answers who names no version.
+        state: `live`; `kept` is loaded for rolling back and answers who names it; `shadow` looks on and answers nobody;
+            `loading`, `refused` and `stored` are not loaded.
+        reason: why it was refused.
+    """
 
     version: str
     live: bool
+    state: VersionState
+    reason: str | None
 
 
 class VersionsAnswer(_Wire):

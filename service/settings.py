@@ -49,6 +49,13 @@ class Settings(BaseSettings):
 
     Attributes:
         store_directory: where bundles lie, as `<name>/<version>/`.
+        store_poll_s: seconds between two looks for new versions and policies; 0 looks only when told to.
+        activate_newest: whether a new version in the store becomes live by itself once it is proved, or waits for an
+            administrator; at the start, the newest one is live in any case.
+        keep_previous: whether the version before the live one stays loaded, so that rolling back takes no time.
+        memory_budget_bytes: of all engines together; beyond it, lines that were not asked for lately are unloaded, and
+            loaded again when a frame comes. 0 is no limit.
+        pinned_lines: never unloaded, separated by commas.
         lines: to serve, separated by commas; absent means every line of the store.
         host: address to listen on.
         port: to listen on.
@@ -75,6 +82,11 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
     store_directory: Path = Path("store")
+    store_poll_s: float = Field(default=0, ge=0, le=86_400)
+    activate_newest: bool = True
+    keep_previous: bool = True
+    memory_budget_bytes: int = Field(default=0, ge=0)
+    pinned_lines: Annotated[frozenset[LineName], NoDecode] = frozenset()
     lines: Annotated[frozenset[LineName] | None, NoDecode] = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
@@ -97,7 +109,7 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(default=15, gt=0, le=3600)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
-    @field_validator("lines", "formats", mode="before")
+    @field_validator("lines", "pinned_lines", "formats", mode="before")
     @classmethod
     def _split_at_commas(cls, value: Any) -> Any:
         return {part.strip() for part in value.split(",") if part.strip()} if isinstance(value, str) else value

@@ -61,6 +61,7 @@ class EngineMeter:
     def __init__(self, batch_size: Histogram, queue_depth: Gauge, discarded: Mapping[Discarded, Counter]) -> None:
         self._batch_size = batch_size
         self._queue_depth = queue_depth
+        self._depth = 0
         self._discarded = discarded
 
     def batch(self, size: int) -> None:
@@ -69,7 +70,8 @@ class EngineMeter:
 
     def depth(self, frames: int) -> None:
         """Say how many frames are accepted and not answered yet."""
-        self._queue_depth.set(frames)
+        self._queue_depth.inc(frames - self._depth)  # versions of one bundle, one beside the other, add up
+        self._depth = frames
 
     def discard(self, why: Discarded) -> None:
         """Count a frame that nobody waits for any more: dropped before its run, or its result after it."""
@@ -117,6 +119,11 @@ class Telemetry:
             "model_info", "What serves a line; always 1.", "line", "version", "digest", "policy", "device"
         )
         self._ready = self._gauge("ready", "1 while frames are answered here, else 0; what /healthz/ready says.")
+        self._refused_versions = self._counter(
+            "versions_refused", "Versions of bundles that were not taken into use; a live one goes on.", "engine"
+        )
+        self._unloads = self._counter("engine_unloads", "Engines unloaded to make room for others.", "engine")
+        self._store_unreachable = self._counter("store_unreachable", "Times that the store could not be asked.")
         self._golden_failures = self._counter("golden_failures", "Bundles whose golden frames came out differently.")
         self._dropped = self._counter("records_dropped", "Records that made room for newer ones.", "sink")
         self._dropped.labels("heatmaps")
@@ -176,6 +183,18 @@ class Telemetry:
             self._score_psi.labels(line).set(math.nan)
         else:
             self._score_psi.labels(line).set_function(drift.scores.index)
+
+    def version_refused(self, engine: str) -> None:
+        """Count a version of a bundle that was not taken into use."""
+        self._refused_versions.labels(engine).inc()
+
+    def engine_unloaded(self, engine: str) -> None:
+        """Count an engine that made room for others."""
+        self._unloads.labels(engine).inc()
+
+    def store_unreachable(self) -> None:
+        """Count a time that the store could not be asked for what is new."""
+        self._store_unreachable.inc()
 
     def golden_failed(self) -> None:
         """Count a bundle whose golden frames came out differently on this device."""

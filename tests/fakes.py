@@ -40,11 +40,15 @@ class FakeEngine:
         on_run: called with the frames inside each run, before the answer; raise here to fail, or return an answer to
             replace the real one.
         started: released once for each run that began; acquire it in a thread to wait for one.
+        size_bytes: what it claims to take.
+        is_closed: whether it was told to give everything back.
         gate: runs wait here; open unless `hold` was called.
     """
 
     def __init__(self, map_size: tuple[int, int] = (4, 6), device: str = "fake") -> None:
         self.device = device
+        self.size_bytes = 0
+        self.is_closed = False
         self.batches: list[int] = []
         self.line_indices: list[list[int]] = []
         self.on_run: Callable[[NDArray[np.uint8]], EngineOutput | None] = lambda _: None
@@ -69,6 +73,10 @@ class FakeEngine:
         self.gate.wait()
         replaced = self.on_run(frames)
         return grey_level(frames, self._map_size) if replaced is None else replaced
+
+    def close(self) -> None:
+        """Note it."""
+        self.is_closed = True
 
 
 def grey_level(frames: NDArray[np.uint8], map_size: tuple[int, int] = (4, 6)) -> EngineOutput:

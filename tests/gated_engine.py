@@ -53,9 +53,14 @@ class GatedEngine:
 class _Gated:
     def __init__(self, gate: GatedEngine, engine: OrtEngine) -> None:
         self.device = engine.device
+        self.size_bytes = engine.size_bytes
         self._gate = gate
         self._engine = engine
 
     def run(self, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
         """Answer as `Engine.run` promises, unless spoilt."""
         return self._gate.pass_through(lambda: self._engine.run(frames, line_index))
+
+    def close(self) -> None:
+        """Close the real one."""
+        self._engine.close()

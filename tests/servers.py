@@ -25,8 +25,8 @@ import uvicorn
 from service.app import create_app
 from service.contract.bundle import Bundle
 from service.engines.ort import OrtEngine
+from service.loading import OpenEngine
 from service.protocol import BoundedProtocol
-from service.registry import OpenEngine
 from service.settings import Settings
 from tests.fakes import FakeEngine
 

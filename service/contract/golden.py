@@ -5,7 +5,7 @@ still gives the verdict that was validated.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ from service.errors import BundleRefused, FlawlineError
 
 # Frames `(B, H, W, 3)` uint8 and `line_index` `(B,)` int64 to scores `(B,)` and maps `(B, h, w)`, both float32.
 Run = Callable[[NDArray[np.uint8], NDArray[np.int64]], tuple[NDArray[np.float32], NDArray[np.float32]]]
+
+_UNREADABLE = "The golden set can't be read; export the bundle again."
 
 
 class GoldenAnswer(BaseModel):
@@ -86,21 +88,47 @@ def read_golden(bundle: Bundle) -> GoldenSet:
     Raises:
         BundleRefused: if it has no frame of a line, or its parts don't belong together.
     """
+    return merge_golden(list(read_golden_by_line(bundle)))
+
+
+def read_golden_by_line(bundle: Bundle) -> Iterator[GoldenSet]:
+    """Parse a verified bundle's golden set line by line, so that the frames of few lines are in memory at a time.
+
+    Raises:
+        BundleRefused: if it has no frame of a line, or its parts don't belong together.
+    """
     try:
         answers = _ANSWERS.validate_json(bundle.files[GOLDEN_FILE])
         maps = read_arrays(bundle.files[GOLDEN_MAPS_FILE], GOLDEN_MAPS_FILE)["anomaly_maps"]
-        frames = tuple(
-            decode_image(bundle.files[answer.file], FrameLimits(), bundle.manifest.input.resize_target)
-            for answer in answers
-        )
     except (ValidationError, KeyError, FlawlineError) as error:
-        raise BundleRefused("The golden set can't be read; export the bundle again.") from error
+        raise BundleRefused(_UNREADABLE) from error
     shape = (len(answers), bundle.manifest.output.map_height, bundle.manifest.output.map_width)
-    if {answer.line for answer in answers} != set(bundle.manifest.lines):
+    shown: dict[str, list[int]] = {}
+    for index, answer in enumerate(answers):
+        shown.setdefault(answer.line, []).append(index)
+    if shown.keys() != set(bundle.manifest.lines):
         raise BundleRefused("The golden set must have frames of every line, and of no other; export the bundle again.")
     if maps.shape != shape or maps.dtype != np.float32 or not np.isfinite(maps).all():
         raise BundleRefused("The golden set is incomplete; export the bundle again.")
-    return GoldenSet(answers, frames, maps)
+    for places in shown.values():
+        own = tuple(answers[place] for place in places)
+        yield GoldenSet(own, tuple(_read_frame(bundle, answer) for answer in own), maps[places])
+
+
+def merge_golden(sets: Sequence[GoldenSet]) -> GoldenSet:
+    """Put the golden sets of lines together; at least one."""
+    return GoldenSet(
+        tuple(answer for golden in sets for answer in golden.answers),
+        tuple(frame for golden in sets for frame in golden.frames),
+        np.concatenate([golden.anomaly_maps for golden in sets]),
+    )
+
+
+def _read_frame(bundle: Bundle, answer: GoldenAnswer) -> Frame:
+    try:
+        return decode_image(bundle.files[answer.file], FrameLimits(), bundle.manifest.input.resize_target)
+    except (KeyError, FlawlineError) as error:
+        raise BundleRefused(_UNREADABLE) from error
 
 
 def replay(bundle: Bundle, golden: GoldenSet, run: Run) -> None:
@@ -116,7 +144,9 @@ def replay(bundle: Bundle, golden: GoldenSet, run: Run) -> None:
         EngineFailed: whatever `run` raises is passed on.
     """
     manifest = bundle.manifest
-    judges = {line: _judge_of(line, bundle.policies[line], manifest, golden) for line in manifest.lines}
+    judges = {
+        line: _judge_of(line, bundle.policies[line], manifest, golden) for line in {a.line for a in golden.answers}
+    }
     for answer, frame, expected in zip(golden.answers, golden.frames, golden.anomaly_maps, strict=True):
         line_index, policy, inspected, span, magnitude = judges[answer.line]
         scores, maps = run(fit_to_input(frame.pixels, manifest.input)[None], np.array([line_index], np.int64))

@@ -23,9 +23,11 @@ class Engine(Protocol):
 
     Attributes:
         device: where it really runs, for example `cpu` or `cuda:0`.
+        size_bytes: memory that it takes on its device, as well as is known.
     """
 
     device: str
+    size_bytes: int
 
     def run(self, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
         """Judge frames; safe to call from several threads at once.
@@ -39,4 +41,8 @@ class Engine(Protocol):
             EngineFailed: if the runtime raises, or answers with other shapes or types than promised, or a line that a
                 class-conditional network was not fitted on is asked for.
         """
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds on its device; nothing is run after it, and closing twice is closing once."""
         ...

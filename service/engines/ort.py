@@ -50,6 +50,7 @@ class OrtEngine:
         self._is_conditional = "line_index" in inputs
         _check_signature(inputs, outputs, self._frame_shape, self._map_shape)
         self.device = "cpu" if device == "cpu" else "cuda:0"
+        self.size_bytes = len(bundle.model)
 
     def run(self, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
         """Judge frames; see `Engine.run`."""
@@ -65,6 +66,10 @@ class OrtEngine:
         if not (_is_float32(scores, (B,)) and _is_float32(anomaly_maps, (B, *self._map_shape))):
             raise EngineFailed("The runtime answered with another shape or type than the bundle promises.")
         return EngineOutput(scores, anomaly_maps)
+
+    def close(self) -> None:
+        """Let go of the session, which gives its memory back."""
+        self._session = None
 
     def _refuse_other_lines(self, line_index: NDArray[np.int64], count: int) -> None:
         """A graph counts a negative index from the end, and some runtimes read past the end: a wrong line, no error."""

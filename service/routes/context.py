@@ -1,6 +1,7 @@
 """What every route works with: the parts that `app.py` put together, and who is calling."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,11 +44,20 @@ class Lifecycle:
     """Whether the service still wants new frames."""
 
     def __init__(self) -> None:
-        self.is_draining = False
+        self._draining = threading.Event()
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it does not."""
+        return self._draining.is_set()
 
     def start_draining(self) -> None:
         """Be unready from now on; what was accepted is still answered."""
-        self.is_draining = True
+        self._draining.set()
+
+    def stops_within(self, seconds: float) -> bool:
+        """Wait so long, or until the service stops, and say whether it does; blocks."""
+        return self._draining.wait(seconds)
 
 
 @dataclass(frozen=True)

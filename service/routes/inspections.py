@@ -48,6 +48,7 @@ _FAULTS = (
     "engine_failed",
     "overloaded",
     "line_not_ready",
+    "line_loading",
     "line_not_calibrated",
     "deadline_passed",
 )

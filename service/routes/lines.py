@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 
 from service.contract.calibration import Calibration
 from service.errors import CalibrationRefused
-from service.registry import LineStatus, LiveLine
+from service.live import LineStatus, LiveLine
 from service.routes.context import caller_of, context_of
 from service.routes.problems import responses
 from service.schemas import (
@@ -27,7 +27,7 @@ from service.schemas import (
     VersionsAnswer,
 )
 
-_FAULTS = ("not_authenticated", "not_authorised", "unknown_line", "line_not_ready")
+_FAULTS = ("not_authenticated", "not_authorised", "unknown_line", "line_loading")
 
 router = APIRouter(prefix="/v1/lines", tags=["lines"])
 
@@ -52,11 +52,16 @@ async def line(request: Request, line: str) -> LineAnswer:
 
 @router.get("/{line}/versions", responses=responses(*_FAULTS))
 async def versions(request: Request, line: str) -> VersionsAnswer:
-    """List the versions of a line's bundle in the store, oldest first, and which one is live."""
-    status = _status(request, line)
-    stored = await asyncio.to_thread(context_of(request).registry.versions, line)
-    live = None if status.live is None else status.live.bundle.manifest.version
-    return VersionsAnswer(line=line, versions=[VersionAnswer(version=name, live=name == live) for name in stored])
+    """List the versions of a line's bundle, oldest first: which one is live, and why others were refused."""
+    _status(request, line)
+    known = await asyncio.to_thread(context_of(request).registry.versions, line)
+    return VersionsAnswer(
+        line=line,
+        versions=[
+            VersionAnswer(version=one.version, live=one.state == "live", state=one.state, reason=one.reason)
+            for one in known
+        ],
+    )
 
 
 @router.get("/{line}/policies", responses=responses(*_FAULTS))

@@ -68,6 +68,7 @@ PROBLEMS: dict[str, Problem] = {
     ),
     "not_found": Problem(404, "Nothing here", "There is nothing under this address; see /docs."),
     "unknown_line": Problem(404, "Unknown line", "There is no such line; GET /v1/lines lists them."),
+    "unknown_bundle": Problem(404, "Unknown bundle", "There is no such bundle; GET /v1/bundles lists them."),
     "unknown_version": Problem(
         404, "Unknown bundle version", "The line has no such version; GET /v1/lines/{line}/versions lists them."
     ),
@@ -78,6 +79,9 @@ PROBLEMS: dict[str, Problem] = {
         404, "Unknown inspection", "The inspection is unknown or no longer kept; fetch heatmaps soon after the answer."
     ),
     "method_not_allowed": Problem(405, "Method not allowed", "This address does not take that method; see /docs."),
+    "version_refused": Problem(
+        409, "The version is refused", "model.onnx is not the file that manifest.json names. What was live still is."
+    ),
     "frame_too_large": Problem(
         413, "The frame is too large", "The image has more than 50000000 pixels; crop it or bin the sensor."
     ),
@@ -96,14 +100,15 @@ PROBLEMS: dict[str, Problem] = {
     ),
     "bundle_refused": Problem(500, "The bundle is refused", "model.onnx is not the file that manifest.json names."),
     "store_unreachable": Problem(
-        502, "The store can't be asked", "The bucket does not answer; what was there before is still served."
+        503, "The store can't be asked", "The bucket does not answer; what was there before is still served."
     ),
     "calibration_refused": Problem(500, "The calibration is refused", "Hold out more good frames."),
     "unavailable": Problem(503, "Not now", "Try again."),
     "overloaded": Problem(
         503, "Overloaded", "The queue is full; slow down or try again after as long as Retry-After says."
     ),
-    "line_not_ready": Problem(503, "The line is not ready", "The line is loading; try again in a moment."),
+    "line_not_ready": Problem(503, "The line is not ready", "The line is unhealthy and waits for a restart."),
+    "line_loading": Problem(503, "The line is loading", "The line is loading; try again in a moment."),
     "line_not_calibrated": Problem(
         503, "The line is not calibrated", "Calibrate the line with good parts: flawline calibrate BUNDLE GOOD_FOLDER."
     ),

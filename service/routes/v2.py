@@ -22,8 +22,9 @@ from fastapi import APIRouter, Request, Response
 from service import open_inference
 from service.errors import LineNotReady, NotAuthorised, UnknownLine
 from service.inspection import Inspection, InspectionRequest
+from service.live import LineStatus, LiveLine
 from service.open_inference import JSON_LENGTH_HEADER, Coding, InferAnswer, InferRequest, ModelSpec, Values
-from service.registry import LineStatus, LiveLine, Registry
+from service.registry import Registry
 from service.routes.accounting import counting, record_later, unless_left
 from service.routes.bodies import receive_body
 from service.routes.context import Context, caller_of, context_of
@@ -36,7 +37,7 @@ PLATFORM = "onnxruntime_onnx"
 
 _NOT_A_MODEL = "stats"  # the protocol gives this address to the statistics of all models
 _SMALL_BODY_BYTES = 64 * 2**10
-_INDEX_STATES = {"ready": "READY", "loading": "LOADING", "refused": "UNAVAILABLE", "unhealthy": "UNAVAILABLE"}
+_INDEX_STATES = {"ready": "READY", "loading": "LOADING"}  # else UNAVAILABLE
 
 
 @router.get("/health/live")
@@ -218,17 +219,23 @@ def _statistics(context: Context, line: LiveLine) -> dict[str, Any]:
 
 
 def _index(registry: Registry, status: LineStatus) -> list[dict[str, str]]:
-    versions = registry.versions(status.line) or [""]
-    serving = versions[-1] if status.live is None else status.live.bundle.manifest.version
+    known = registry.versions(status.line)
+    if not known:
+        return [_entry(status.line, "", _INDEX_STATES.get(status.state, "UNAVAILABLE"), status.reason or "")]
+    newest = known[-1].version
+    serving = newest if status.live is None else status.live.bundle.manifest.version
     return [
-        {
-            "name": status.line,
-            "version": stored,
-            "state": _INDEX_STATES[status.state] if stored == serving else "UNAVAILABLE",
-            "reason": (status.reason or "") if stored == serving else "Another version serves the line.",
-        }
-        for stored in versions
+        _entry(status.line, one.version, _INDEX_STATES.get(status.state, "UNAVAILABLE"), status.reason or "")
+        if one.version == serving
+        else _entry(status.line, one.version, "READY", "It is kept, and answers who names it.")
+        if one.state == "kept" and status.line in one.lines
+        else _entry(status.line, one.version, "UNAVAILABLE", one.reason or "Another version serves the line.")
+        for one in known
     ]
+
+
+def _entry(name: str, version: str, state: str, reason: str) -> dict[str, str]:
+    return {"name": name, "version": version, "state": state, "reason": reason}
 
 
 async def _receive(request: Request, spec: ModelSpec) -> InferRequest:

@@ -82,7 +82,7 @@ def test_line_when_it_is_loading_then_503_with_the_wait_and_readiness_is_false_u
         wait_until_ready(http)
         late = _inspect(http)
 
-    assert (early.status_code, early.json()["code"]) == (503, "line_not_ready")
+    assert (early.status_code, early.json()["code"]) == (503, "line_loading")
     assert int(early.headers["retry-after"]) >= 1
     assert early.json()["verdict"] == "NO_VERDICT"
     assert not_ready.status_code == 503

@@ -22,8 +22,9 @@ from service.errors import (
     UnreadableFrame,
 )
 from service.inspection import RawLayout
+from service.loading import BatcherOptions
 from service.pipeline import Pipeline
-from service.registry import BatcherOptions, Registry
+from service.registry import Registry
 from service.stores.directory import DirectoryStore
 from service.telemetry import Telemetry
 from tests.factories import (

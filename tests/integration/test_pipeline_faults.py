@@ -12,8 +12,9 @@ from service.contract.frames import FrameLimits
 from service.contract.policy import Verdict
 from service.engines.engine import EngineOutput
 from service.errors import EngineFailed, FlawlineError
+from service.loading import BatcherOptions
 from service.pipeline import Pipeline
-from service.registry import BatcherOptions, Registry
+from service.registry import Registry
 from service.stores.directory import DirectoryStore
 from service.telemetry import Telemetry
 from tests.factories import encode, make_bundle, make_frame

@@ -18,7 +18,8 @@ from service.errors import (
     UnknownPolicy,
     UnknownVersion,
 )
-from service.registry import BatcherOptions, Registry, policy_digest
+from service.loading import BatcherOptions, policy_digest
+from service.registry import Registry
 from service.schedule import RunTimes
 from service.stores.directory import DirectoryStore
 from service.telemetry import Telemetry
@@ -89,7 +90,7 @@ def test_load_when_bundle_holds_then_line_is_ready_on_its_newest_version(shelf):
     assert line.bundle.manifest.version == "10"
     assert line.bundle.device == "cpu"
     assert policy.policy.fail_threshold == 0.3
-    assert registry.versions("demo_line") == ["9", "10"]
+    assert [(one.version, one.state) for one in registry.versions("demo_line")] == [("9", "stored"), ("10", "live")]
     assert newest.name == "10"
 
 
@@ -234,7 +235,7 @@ def test_versions_when_the_bundle_of_several_lines_is_refused_then_are_those_of_
     registry = shelf.load()
 
     assert states(registry) == {"left": "refused", "right": "refused"}
-    assert registry.versions("right") == ["3", "4"]
+    assert [(one.version, one.state) for one in registry.versions("right")] == [("3", "stored"), ("4", "refused")]
 
 
 def damage_model(folder):
@@ -411,6 +412,7 @@ class Counting:
 
     def __init__(self, engine):
         self.device = engine.device
+        self.size_bytes = engine.size_bytes
         self.sizes = []
         self._engine = engine
 
@@ -505,6 +507,7 @@ class Switched:
     """An engine that can be lost, as a GPU can."""
 
     device = "fake"
+    size_bytes = 0
 
     def __init__(self):
         self.is_lost = False

@@ -1,0 +1,164 @@
+"""What serves and how it stands: plain data that the registry keeps and routes read. Nothing here changes anything."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.batcher import Batcher
+from service.contract.bundle import Manifest
+from service.contract.calibration import Calibration
+from service.contract.policy import Policy, may_judge
+from service.engines.engine import Engine
+
+# `unloaded`: nothing is wrong with the line, but its network is not in memory.
+LineState = Literal["loading", "ready", "refused", "unhealthy", "unloaded"]
+# `kept`: loaded, and answers whoever asks for it by its version; `stored`: in the store, and no more is known.
+VersionState = Literal["live", "kept", "shadow", "loading", "refused", "stored"]
+
+NOT_CALIBRATED = (
+    "The line is not calibrated and the part has no verdict; calibrate it with good parts (flawline calibrate BUNDLE "
+    "GOOD_FOLDER), or ask for a policy that says calibration: self."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedBundle:
+    """A bundle that passed everything and is on its device.
+
+    Attributes:
+        manifest: as verified, without what only training and reports read.
+        digest: SHA-256 of the manifest.
+        device: where the engine really runs.
+        engine: the network; closed when nobody uses it any more.
+        batcher: of its engine.
+    """
+
+    manifest: Manifest
+    digest: str
+    device: str
+    engine: Engine
+    batcher: Batcher
+
+
+@dataclass(frozen=True, eq=False)
+class LivePolicy:
+    """A policy that fits its line.
+
+    Attributes:
+        policy: the rules.
+        digest: SHA-256 of its canonical JSON.
+        inspected: `(h, w)` bool, the region of interest on the map's grid; None where everything is inspected.
+    """
+
+    policy: Policy
+    digest: str
+    inspected: NDArray[np.bool_] | None
+
+
+@dataclass(frozen=True, eq=False)
+class LiveLine:
+    """A line that is served.
+
+    Attributes:
+        name: of the line.
+        bundle: that serves it, with other lines where it was fitted on several.
+        line_index: of the line among the bundle's.
+        calibration: good-part values of the line, or None where it was not calibrated.
+        policies: by version, the bundle's own one included.
+        default_policy: version of the one that judges where the caller names none.
+    """
+
+    name: str
+    bundle: LoadedBundle
+    line_index: int
+    calibration: Calibration | None
+    policies: Mapping[str, LivePolicy]
+    default_policy: str
+
+    @property
+    def key(self) -> "VersionKey":
+        """Name and version of its bundle."""
+        return VersionKey(self.bundle.manifest.name, self.bundle.manifest.version)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedVersion:
+    """One version of a bundle, on its device, with the lines that it can serve.
+
+    Attributes:
+        bundle: as loaded.
+        lines: by name; only those that are wanted here.
+    """
+
+    bundle: LoadedBundle
+    lines: Mapping[str, LiveLine]
+
+    @property
+    def key(self) -> "VersionKey":
+        """Name and version."""
+        return VersionKey(self.bundle.manifest.name, self.bundle.manifest.version)
+
+
+class VersionKey(NamedTuple):
+    """Which version of which bundle."""
+
+    name: str
+    version: str
+
+
+class Found(NamedTuple):
+    """What one request is served by."""
+
+    line: LiveLine
+    policy: LivePolicy
+
+
+@dataclass(frozen=True, eq=False)
+class LineStatus:
+    """How a line stands.
+
+    Attributes:
+        line: its name.
+        bundle: name of the bundle that serves it, or means to.
+        state: `ready` lines are served, others are not.
+        reason: why it is not ready, or why it is and gives no verdict, in a sentence.
+        live: what serves it, once it was loaded.
+    """
+
+    line: str
+    bundle: str
+    state: LineState
+    reason: str | None
+    live: LiveLine | None
+
+
+@dataclass(frozen=True)
+class VersionStatus:
+    """How one version of a bundle stands.
+
+    Attributes:
+        version: its number.
+        state: `live` answers, `kept` and `shadow` are loaded beside it, others are not loaded.
+        reason: why it was refused.
+        lines: that it serves, or could.
+        size_bytes: memory of its engine, where it is loaded.
+    """
+
+    version: str
+    state: VersionState
+    reason: str | None
+    lines: tuple[str, ...]
+    size_bytes: int | None
+
+
+def status_of(live: LiveLine) -> LineStatus:
+    """Return how a line stands that was loaded."""
+    name = live.bundle.manifest.name
+    if live.bundle.batcher.is_healthy:
+        default = live.policies[live.default_policy].policy
+        judges = may_judge(default, is_calibrated=live.calibration is not None)
+        return LineStatus(live.name, name, "ready", None if judges else NOT_CALIBRATED, live)
+    return LineStatus(live.name, name, "unhealthy", live.bundle.batcher.why_unhealthy, live)

@@ -1,0 +1,209 @@
+"""From a directory in the store to a version that may answer: verify, bring to the device, warm, prove.
+
+Whatever is wrong ends as one of `service.errors`, and what was opened on the way is closed again. Nothing here knows
+what is live; a version that comes out of here has answered its golden frames on this device.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Container
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from service.batcher import Batcher
+from service.contract.bundle import Bundle, Manifest, load_bundle, load_policy
+from service.contract.golden import GoldenSet, Run, merge_golden, read_golden_by_line, replay
+from service.contract.policy import Policy, inspected_mask, refuse_unfit
+from service.engines.engine import Engine
+from service.errors import BundleRefused, FlawlineError
+from service.live import LiveLine, LivePolicy, LoadedBundle, LoadedVersion
+from service.schedule import RunTimes
+from service.telemetry import Telemetry
+
+POLICIES_DIRECTORY = "policies"
+
+# Golden frames of so many are kept in memory, whole lines of them: a bundle may have thousands.
+_FRAMES_TO_ASK_AGAIN = 4
+
+OpenEngine = Callable[[Bundle], Engine]
+
+_log = logging.getLogger("flawline")
+
+
+@dataclass(frozen=True)
+class BatcherOptions:
+    """How each engine is driven; see `Settings`."""
+
+    runners: int
+    max_batch_size: int
+    max_queue_size: int
+    stuck_after_s: float
+
+
+class Loader:
+    """Loads versions of bundles; blocks, and belongs into a thread.
+
+    Args:
+        directory: of the store.
+        open_engine: brings a verified bundle to its device.
+        options: how engines are driven.
+        telemetry: counts.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        open_engine: OpenEngine,
+        options: BatcherOptions,
+        telemetry: Telemetry,
+        clock: Callable[[], float],
+    ) -> None:
+        self._directory = directory
+        self._open_engine = open_engine
+        self._options = options
+        self._telemetry = telemetry
+        self._clock = clock
+        self._told: set[tuple[str, str]] = set()
+
+    def load(self, name: str, version: str, wanted: Callable[[tuple[str, ...]], tuple[str, ...]]) -> LoadedVersion:
+        """Load one version.
+
+        Args:
+            name: of the bundle.
+            version: of the bundle.
+            wanted: says which of the bundle's lines are served here.
+
+        Raises:
+            BundleRefused: if anything about it does not hold.
+            EngineFailed: if the device does not take it.
+        """
+        started_at = self._clock()
+        bundle = load_bundle(self._directory / name / version)
+        manifest = bundle.manifest
+        if (manifest.name, manifest.version) != (name, version):
+            raise BundleRefused("The bundle lies under another name or version than its manifest says; move it.")
+        lines = wanted(manifest.lines)
+        engine = self._open_engine(bundle)
+        try:
+            run_times = _warm(engine, manifest, self._options.max_batch_size, self._clock)
+            known = self._prove(bundle, engine)
+            policies = {line: self._policies_of(line, bundle) for line in lines}
+        except BaseException:
+            engine.close()
+            raise
+        lean = replace(bundle, model=b"", files={})  # what is asked later must not keep the weights alive twice
+        batcher = Batcher(
+            engine,
+            lambda: self._replay(lean, known, engine.run),
+            runners=self._options.runners,
+            max_queue_size=self._options.max_queue_size,
+            run_times=run_times,
+            stuck_after_s=self._options.stuck_after_s,
+            meter=self._telemetry.engine(name),
+            clock=self._clock,
+        )
+        self._telemetry.engine_loaded(name, self._clock() - started_at)
+        loaded = LoadedBundle(manifest, bundle.digest, engine.device, engine, batcher)
+        index_of = {line: index for index, line in enumerate(manifest.lines)}
+        return LoadedVersion(
+            loaded,
+            {
+                line: LiveLine(
+                    name=line,
+                    bundle=loaded,
+                    line_index=index_of[line],
+                    calibration=bundle.calibrations.get(line),
+                    policies=policies[line],
+                    default_policy=bundle.policies[line].version,
+                )
+                for line in lines
+            },
+        )
+
+    def with_new_policies(self, live: LiveLine) -> LiveLine:
+        """Return a line with the policy files that lie in the store by now beside those it has.
+
+        What is offered stays as it is: a policy's version always means the same thresholds.
+        """
+        found = self._read_policies(live.name, live.bundle.manifest, live.policies)
+        return live if not found else replace(live, policies={**live.policies, **found})
+
+    def _prove(self, bundle: Bundle, engine: Engine) -> GoldenSet:
+        """Replay the golden frames of every line, and return a few to ask again later."""
+        kept: list[GoldenSet] = []
+        for golden in read_golden_by_line(bundle):
+            self._replay(bundle, golden, engine.run)
+            if sum(len(known.answers) for known in kept) < _FRAMES_TO_ASK_AGAIN:
+                kept.append(golden)
+        return merge_golden(kept)
+
+    def _replay(self, bundle: Bundle, golden: GoldenSet, run: Run) -> None:
+        try:
+            replay(bundle, golden, run)
+        except FlawlineError:
+            self._telemetry.golden_failed()
+            raise
+
+    def _policies_of(self, line: str, bundle: Bundle) -> dict[str, LivePolicy]:
+        default = fit_policy(bundle.policies[line], bundle.manifest)
+        if (self._directory / line / POLICIES_DIRECTORY / f"{default.policy.version}.json").exists():
+            sentence = "Its version is that of the bundle's own policy; rename it."
+            _log.error("policy refused", extra={"line": line, "policy": default.policy.version, "reason": sentence})
+        own = {default.policy.version: default}
+        return {**own, **self._read_policies(line, bundle.manifest, own)}
+
+    def _read_policies(self, line: str, manifest: Manifest, taken: Container[str]) -> dict[str, LivePolicy]:
+        """Read the policy files of a line that are not offered yet; one that does not hold is left out and logged."""
+        policies: dict[str, LivePolicy] = {}
+        for path in sorted((self._directory / line / POLICIES_DIRECTORY).glob("*.json")):
+            if path.stem in taken:
+                continue
+            try:
+                policy = load_policy(path)
+                if policy.version != path.stem:
+                    raise BundleRefused("A policy file is named as its version; rename it.")
+                policies[policy.version] = fit_policy(policy, manifest)
+            except FlawlineError as error:
+                fields = {"line": line, "policy": path.stem, "reason": error.sentence}
+                # Said once, however often the store is looked at.
+                _log.log(
+                    logging.DEBUG if (line, path.stem) in self._told else logging.ERROR, "policy refused", extra=fields
+                )
+                self._told.add((line, path.stem))
+        return policies
+
+
+def fit_policy(policy: Policy, manifest: Manifest) -> LivePolicy:
+    """Make a policy ready to judge maps of a bundle.
+
+    Raises:
+        BundleRefused: if it does not fit the bundle.
+    """
+    output = manifest.output
+    refuse_unfit(policy, output.score_rule)
+    window = manifest.input.window(1, 1)
+    inspected = inspected_mask(policy, output.map_height, output.map_width, window=window)
+    return LivePolicy(policy, policy_digest(policy), inspected)
+
+
+def policy_digest(policy: Policy) -> str:
+    """Return the SHA-256 of a policy's canonical JSON."""
+    text = json.dumps(policy.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _warm(engine: Engine, manifest: Manifest, max_batch_size: int, clock: Callable[[], float]) -> RunTimes:
+    """Run every batch size that may occur, and learn from the second run, since the first one also allocates."""
+    run_times = RunTimes.unknown(max_batch_size)
+    for size in range(1, max_batch_size + 1):
+        frames = np.zeros((size, manifest.input.height, manifest.input.width, 3), np.uint8)
+        line_index = np.zeros(size, np.int64)
+        engine.run(frames, line_index)
+        started_at = clock()
+        engine.run(frames, line_index)
+        run_times = run_times.learn(size, clock() - started_at)
+    return run_times

@@ -1,0 +1,165 @@
+"""What readers see of the registry: which line is served by what, as one snapshot that is replaced as a whole.
+
+Every frame asks here, so nothing here waits for anything or takes a lock.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from service.contract.policy import may_judge
+from service.errors import (
+    FlawlineError,
+    LineLoading,
+    LineNotCalibrated,
+    LineNotReady,
+    UnknownLine,
+    UnknownPolicy,
+    UnknownVersion,
+)
+from service.live import NOT_CALIBRATED, Found, LineStatus, LiveLine, LoadedVersion, VersionKey, status_of
+
+WHILE_LOADING_S = 5.0
+
+
+@dataclass(frozen=True)
+class State:
+    """All that readers see; replaced as a whole.
+
+    Attributes:
+        live: what serves each line.
+        not_live: why the others are not served.
+        loaded: every version that is in memory and may be asked for, the live ones among them.
+        shadows: by name of the bundle, the version that is tried beside the live one.
+    """
+
+    live: Mapping[str, LiveLine] = field(default_factory=dict)
+    not_live: Mapping[str, LineStatus] = field(default_factory=dict)
+    loaded: Mapping[VersionKey, LoadedVersion] = field(default_factory=dict)
+    shadows: Mapping[str, LoadedVersion] = field(default_factory=dict)
+
+
+class ServedLines(ABC):
+    """The lines that are served, and why others are not.
+
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._state = State()
+        self._is_loading = True
+        self._taken_out: set[str] = set()
+        self._used_at: dict[VersionKey, float] = {}
+
+    def find(self, line: str, bundle_version: str | None, policy_version: str | None) -> Found:
+        """Return what serves a request.
+
+        Args:
+            line: name of the line.
+            bundle_version: None takes the live one.
+            policy_version: None takes the default one.
+
+        Raises:
+            UnknownLine: if there is no such line.
+            UnknownVersion: if a version is asked for that is not loaded.
+            UnknownPolicy: if the line has no such policy.
+            LineNotReady: if the line is loading, refused, unloaded or unhealthy.
+            LineNotCalibrated: if the policy needs a calibration and the line has none.
+        """
+        live = self.serving(line, bundle_version)
+        policy = live.policies.get(policy_version or live.default_policy)
+        if policy is None:
+            raise UnknownPolicy("The line has no policy of this version; leave it out to take the default one.")
+        if not may_judge(policy.policy, is_calibrated=live.calibration is not None):
+            raise LineNotCalibrated(NOT_CALIBRATED)
+        return Found(live, policy)
+
+    def serving(self, line: str, bundle_version: str | None) -> LiveLine:
+        """Return what serves a line, whatever policy it is asked by; a line that was unloaded is loaded for it.
+
+        Args:
+            line: name of the line.
+            bundle_version: None takes the live one.
+
+        Raises:
+            UnknownLine: if there is no such line.
+            UnknownVersion: if a version is asked for that is not loaded.
+            LineNotReady: if the line is loading, refused, unloaded or unhealthy.
+        """
+        state = self._state
+        serving = state.live.get(line)
+        if serving is None:
+            raise self._why_not(line)
+        live_key = serving.key
+        key = live_key if bundle_version is None else VersionKey(live_key.name, bundle_version)
+        if key != live_key:
+            version = state.loaded.get(key)
+            if version is None or line not in version.lines:
+                sentence = f"The line is served by version {live_key.version}, and this one is not loaded."
+                raise UnknownVersion(f"{sentence} Ask for that or none.")
+            serving = version.lines[line]
+        if not serving.bundle.batcher.is_healthy:
+            raise LineNotReady("The line is unhealthy and waits for a restart; the part has no verdict.")
+        self._used_at[key] = self._clock()
+        return serving
+
+    def shadow_of(self, serving: LiveLine) -> LiveLine | None:
+        """Return what is tried beside a line, if anything is, and it is not the very version that serves it."""
+        shadow = self._state.shadows.get(serving.bundle.manifest.name)
+        if shadow is None or shadow.bundle is serving.bundle:
+            return None
+        return shadow.lines.get(serving.name)
+
+    def statuses(self) -> list[LineStatus]:
+        """Return how every line stands, by name."""
+        state = self._state
+        lines = {**state.not_live, **{name: status_of(live) for name, live in state.live.items()}}
+        return [lines[name] for name in sorted(lines)]
+
+    def status(self, line: str) -> LineStatus:
+        """Return how one line stands.
+
+        Raises:
+            UnknownLine: if there is no such line.
+            LineNotReady: if that can't be told before everything is loaded.
+        """
+        state = self._state
+        live = state.live.get(line)
+        status = state.not_live.get(line) if live is None else status_of(live)
+        if status is None:
+            raise self._unknown()
+        return status
+
+    def loaded(self) -> list[LoadedVersion]:
+        """Return every version that is loaded."""
+        return list(self._state.loaded.values())
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether an engine is lost for good, so that only a new process can open it again."""
+        return any(live.bundle.batcher.is_lost for live in self._state.live.values())
+
+    def _why_not(self, line: str) -> FlawlineError:
+        status = self._state.not_live.get(line)
+        if status is None:
+            return self._unknown()
+        if status.state == "loading":
+            return LineLoading("The line is loading; try again in a moment.", retry_after_s=WHILE_LOADING_S)
+        if status.state == "unloaded" and line not in self._taken_out:
+            # Not waited for: nobody knows how long it takes, and a body would be held in memory all the while.
+            wait_s = self._ask_again(status.bundle)
+            return LineLoading("The line is loaded again; try again in a moment.", retry_after_s=wait_s)
+        if status.state == "unloaded":
+            return LineNotReady(f"The line is unloaded and the part has no verdict. {status.reason}")
+        return LineNotReady(f"The line is refused and the part has no verdict. {status.reason}")
+
+    @abstractmethod
+    def _ask_again(self, name: str) -> float:
+        """Have a bundle loaded that was unloaded, and return how many seconds that may take."""
+
+    def _unknown(self) -> FlawlineError:
+        if self._is_loading:
+            return LineLoading("The line is loading; try again in a moment.", retry_after_s=WHILE_LOADING_S)
+        return UnknownLine("There is no such line; GET /v1/lines lists them.")

@@ -1,0 +1,378 @@
+"""How versions get into memory, become live in one assignment, and leave: the registry's hands.
+
+A version is loaded beside whatever is live, by `service/loading.py`. What is replaced is closed once nobody needs it
+and the last of its frames is answered. Whoever calls anything here that changes something holds the lock `_changing`;
+`tend`, `drain` and `close` belong where the event loop runs.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from service.batcher import Batcher
+from service.catalogue import Catalogue
+from service.contract.bundle import MODEL_FILE
+from service.errors import (
+    BundleRefused,
+    FlawlineError,
+)
+from service.live import (
+    LineState,
+    LineStatus,
+    LiveLine,
+    LoadedVersion,
+    VersionKey,
+)
+from service.loading import BatcherOptions, Loader, OpenEngine
+from service.memory import Resident, make_room
+from service.served import WHILE_LOADING_S, ServedLines
+from service.stores.store import Store
+from service.telemetry import Telemetry
+
+_SHORTEST_RETRY_S = 1.0
+
+_log = logging.getLogger("flawline")
+
+
+@dataclass(frozen=True)
+class RegistryOptions:
+    """What is kept in memory, and what becomes live by itself; see `Settings`.
+
+    Attributes:
+        activates_newest: whether a new version in the store becomes live without being asked for.
+        keeps_previous: whether the version before the live one stays loaded.
+        budget_bytes: memory of all engines together; None is no limit.
+        pinned: lines whose engine is never unloaded.
+    """
+
+    activates_newest: bool = True
+    keeps_previous: bool = True
+    budget_bytes: int | None = None
+    pinned: frozenset[str] = frozenset()
+
+
+@dataclass
+class History:
+    """What happened to the versions of one bundle.
+
+    Attributes:
+        live: versions that were live, the present one last.
+        held_back: versions that do not become live by themselves.
+        refusals: why versions were refused, and what they looked like then.
+        load_s: how long the last load took.
+    """
+
+    live: list[str] = field(default_factory=list)
+    held_back: set[str] = field(default_factory=set)
+    refusals: dict[str, tuple[str, object]] = field(default_factory=dict)
+    load_s: float = WHILE_LOADING_S
+
+
+class LoadedVersions(ServedLines):
+    """The versions in memory.
+
+    Args:
+        store: of bundles.
+        wanted: lines that should be served; None means every one in the store.
+        open_engine: brings a verified bundle to its device.
+        driven: how engines are driven.
+        telemetry: learns which lines there are and what serves them.
+        clock: monotonic seconds.
+        options: what is kept, and what becomes live by itself.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        wanted: frozenset[str] | None,
+        open_engine: OpenEngine,
+        driven: BatcherOptions,
+        telemetry: Telemetry,
+        clock: Callable[[], float],
+        options: RegistryOptions | None = None,
+    ) -> None:
+        super().__init__(clock)
+        self._catalogue = Catalogue(store, wanted)
+        self._wanted = wanted
+        self._loader = Loader(store.directory, open_engine, driven, telemetry, clock)
+        self._telemetry = telemetry
+        self._options = options or RegistryOptions()
+        self._fault: str | None = None
+        self._changing = threading.Lock()
+        self._histories: dict[str, History] = {}
+        self._loading_now: VersionKey | None = None
+        self._asked_again: set[str] = set()
+        self._late: set[str] = set()  # lines that came while others were served, and were refused
+        self._retired: list[LoadedVersion] = []
+
+    # What belongs where the event loop runs.
+
+    def tend(self) -> None:
+        """Close what was replaced, as soon as the last of its frames is answered."""
+        for version in list(self._retired):
+            if version.bundle.batcher.is_idle:
+                version.bundle.batcher.close()
+                version.bundle.engine.close()
+                self._retired.remove(version)
+                _log.info("version closed", extra=_named(version.key))
+
+    async def drain(self) -> None:
+        """Admit nothing more, and return when all that was admitted is answered."""
+        batchers = self._batchers()
+        for batcher in batchers:
+            batcher.stop_admitting()
+        for batcher in batchers:
+            await batcher.drain()
+
+    def close(self) -> None:
+        """End every runner; to be called where the event loop runs."""
+        for batcher in self._batchers():
+            batcher.close()
+
+    def _batchers(self) -> list[Batcher]:
+        return [version.bundle.batcher for version in (*self._state.loaded.values(), *self._retired)]
+
+    # From the store into memory.
+
+    def _load_or_refuse(self, key: VersionKey) -> str | None:
+        """Load a version and make it live; return why not, where it is refused."""
+        looked = self._catalogue.looks(*key)
+        try:
+            self._go_live(self._load_beside(key))
+        except FlawlineError as error:
+            reason = error.sentence
+        except Exception:  # noqa: BLE001 - the edge: one bundle's fault must not keep the others from loading
+            _log.exception("loading failed", extra=_named(key))
+            reason = "Loading failed in a way that nobody foresaw; the log says how."
+        else:
+            return None
+        self._history(key.name).refusals[key.version] = (reason, looked)
+        not_served = tuple(line for line in self._catalogue.lines(*key) if line not in self._state.live)
+        if not self._is_loading:
+            self._late |= set(not_served) - self._state.not_live.keys() - (self._wanted or frozenset())
+        self._note(key.name, not_served, "refused", f"Version {key.version}: {reason}")
+        return reason
+
+    def _loaded_or_load(self, key: VersionKey) -> LoadedVersion:
+        loaded = self._state.loaded.get(key)
+        if loaded is not None and loaded.bundle.batcher.is_healthy:
+            return loaded
+        try:
+            return self._load_beside(key)
+        except FlawlineError as error:
+            self._history(key.name).refusals[key.version] = (
+                error.sentence,
+                self._catalogue.looks(*key),
+            )
+            raise
+
+    def _load_beside(self, key: VersionKey) -> LoadedVersion:
+        """Load a version, beside whatever is live."""
+        started_at = self._clock()
+        self._loading_now = key
+        try:
+            self._make_room_for(key)
+            loaded = self._loader.load(key.name, key.version, lambda lines: self._claim(key.name, lines))
+            try:
+                self._refuse_too_large(loaded)
+            except BundleRefused:
+                loaded.bundle.batcher.close()
+                loaded.bundle.engine.close()
+                raise
+        except FlawlineError as error:
+            self._telemetry.version_refused(key.name)
+            _log.error("bundle refused", extra={**_named(key), "reason": error.sentence})
+            raise
+        finally:
+            self._loading_now = None
+        history = self._history(key.name)
+        history.refusals.pop(key.version, None)
+        history.load_s = max(_SHORTEST_RETRY_S, self._clock() - started_at)
+        self._used_at[key] = self._clock()
+        for line in loaded.lines:
+            self._telemetry.declare_line(line)
+        replaced = self._state.loaded.get(key)
+        if replaced is not None:
+            self._retired.append(replaced)
+        self._state = replace(self._state, loaded={**self._state.loaded, key: loaded})
+        return loaded
+
+    def _claim(self, name: str, lines: tuple[str, ...]) -> tuple[str, ...]:
+        """Return which lines a bundle may serve here.
+
+        Raises:
+            BundleRefused: if another bundle serves one of them.
+        """
+        wanted = self._catalogue.wanted_of(lines)
+        for line in lines:
+            live = self._state.live.get(line)
+            if live is not None and live.bundle.manifest.name != name:
+                raise BundleRefused(f"{live.bundle.manifest.name} serves {line} already; remove one.")
+        return wanted
+
+    # What becomes live, in one assignment each.
+
+    def _go_live(self, version: LoadedVersion) -> None:
+        """Serve the lines of a loaded version by it."""
+        key, state = version.key, self._state
+        served = {line: live for line, live in version.lines.items() if line not in self._taken_out}
+        others = {line: live for line, live in state.live.items() if live.bundle.manifest.name != key.name}
+        absent = {
+            line: status
+            for line, status in state.not_live.items()
+            if line not in served and (status.bundle != key.name or line in self._taken_out)
+        }
+        self._state = replace(state, live={**others, **served}, not_live=absent)
+        for live in served.values():
+            self._tell_of(live)
+        dropped = state.live.keys() - self._state.live.keys()
+        if dropped:
+            _log.warning("the new version serves fewer lines", extra={**_named(key), "lines": sorted(dropped)})
+        history = self._history(key.name)
+        history.live = [known for known in history.live if known != key.version] + [key.version]
+        history.held_back.discard(key.version)
+        if self._state.shadows.get(key.name) is version:
+            self._end_shadow(key.name)
+        self._keep_only_what_is_needed(key.name)
+        _log.info("version live", extra={**_named(key), "digest": version.bundle.digest})
+
+    def _replace_line(self, line: LiveLine) -> None:
+        """Serve a line by the same version in another way."""
+        state = self._state
+        key = line.key
+        version = state.loaded[key]
+        changed = replace(version, lines={**version.lines, line.name: line})
+        self._state = replace(state, live={**state.live, line.name: line}, loaded={**state.loaded, key: changed})
+        self._tell_of(line)
+
+    def _offer_new_policies(self) -> tuple[tuple[str, str], ...]:
+        found: list[tuple[str, str]] = []
+        for serving in list(self._state.live.values()):
+            richer = self._loader.with_new_policies(serving)
+            if richer is not serving:
+                found += [(serving.name, version) for version in richer.policies if version not in serving.policies]
+                self._replace_line(richer)
+        return tuple(found)
+
+    def _end_shadow(self, name: str) -> None:
+        if name in self._state.shadows:
+            shadows = {known: version for known, version in self._state.shadows.items() if known != name}
+            self._state = replace(self._state, shadows=shadows)
+            _log.info("shadow off", extra={"bundle": name})
+
+    def _tell_of(self, live: LiveLine) -> None:
+        bundle = live.bundle
+        self._telemetry.line_serves(
+            live.name, bundle.manifest.version, bundle.digest, live.default_policy, bundle.device, live.calibration
+        )
+
+    def _note(self, bundle: str, lines: tuple[str, ...], state: LineState, reason: str) -> None:
+        for line in lines:
+            self._telemetry.declare_line(line)
+        noted = {line: LineStatus(line, bundle, state, reason, None) for line in lines}
+        self._state = replace(self._state, not_live={**self._state.not_live, **noted})
+
+    def _hold_back_newer(self, name: str, version: str) -> None:
+        newer = {stored for stored in self._catalogue.readable_versions(name) if int(stored) > int(version)}
+        self._history(name).held_back |= newer
+
+    # From memory.
+
+    def _keep_only_what_is_needed(self, name: str) -> None:
+        """Retire the versions of a bundle that are neither live nor kept nor in the shadow."""
+        live, shadow = self._history(name).live, self._state.shadows.get(name)
+        kept = set(live[-2:] if self._options.keeps_previous else live[-1:])
+        if shadow is not None:
+            kept.add(shadow.key.version)
+        self._retire(key for key in self._state.loaded if key.name == name and key.version not in kept)
+
+    def _retire(self, keys: Iterable[VersionKey]) -> None:
+        """Take versions out of what may be asked for; they are closed when their last frame is answered."""
+        leaving = set(keys)
+        state = self._state
+        self._state = replace(
+            state, loaded={key: version for key, version in state.loaded.items() if key not in leaving}
+        )
+        for key in leaving:
+            self._used_at.pop(key, None)
+            self._retired.append(state.loaded[key])
+
+    def _make_room_for(self, key: VersionKey) -> None:
+        """Unload what has to make room for a version, by what its file promises of its size."""
+        if self._options.budget_bytes is None:
+            return
+        try:
+            expected = (self._catalogue.folder(*key) / MODEL_FILE).stat().st_size
+        except OSError:  # whoever loads it says what is wrong
+            return
+        self._unload(make_room(self._residents(key.name), self._options.budget_bytes, expected) or ())
+
+    def _refuse_too_large(self, loaded: LoadedVersion) -> None:
+        """Unload what has to make room for an engine whose size is known by now.
+
+        Raises:
+            BundleRefused: if there can't be room.
+        """
+        if self._options.budget_bytes is None:
+            return
+        size = loaded.bundle.engine.size_bytes
+        leaving = make_room(self._residents(loaded.key.name), self._options.budget_bytes, size)
+        if leaving is None:
+            raise BundleRefused(
+                f"Its engine takes {size} bytes, and the memory budget has no room for it beside what must stay; raise "
+                "FLAWLINE_MEMORY_BUDGET_BYTES, or pin fewer lines."
+            )
+        self._unload(leaving)
+
+    def _residents(self, name: str) -> list[Resident]:
+        """Return what is loaded; the live version of a bundle stays while another one of it is prepared."""
+        state = self._state
+        live = {s.key for s in state.live.values()}
+        return [
+            Resident(
+                key=key,
+                size_bytes=version.bundle.engine.size_bytes,
+                used_at=self._used_at.get(key, 0.0),
+                is_live=key in live,
+                is_pinned=(key.name == name and key in live) or not self._options.pinned.isdisjoint(version.lines),
+            )
+            for key, version in state.loaded.items()
+        ]
+
+    def _unload(self, keys: Iterable[VersionKey]) -> None:
+        """Unload engines whose lines are loaded again as soon as somebody asks for them."""
+        for key in keys:
+            state = self._state
+            lines = {line for line, s in state.live.items() if s.key == key}
+            reason = "The line makes room for others; it is loaded as soon as a frame comes."
+            absent = {line: LineStatus(line, key.name, "unloaded", reason, None) for line in lines}
+            live = {line: serving for line, serving in state.live.items() if line not in lines}
+            shadows = {name: version for name, version in state.shadows.items() if version.key != key}
+            self._state = replace(state, live=live, not_live={**state.not_live, **absent}, shadows=shadows)
+            self._retire((key,))
+            self._telemetry.engine_unloaded(key.name)
+            _log.info("engine unloaded for others", extra=_named(key))
+
+    def _load_again(self, name: str) -> None:
+        """Load a bundle again that was unloaded: the body of a thread."""
+        try:
+            with self._changing:
+                live = self._history(name).live
+                if live and VersionKey(name, live[-1]) not in self._state.loaded:
+                    self._load_or_refuse(VersionKey(name, live[-1]))
+        finally:
+            self._asked_again.discard(name)
+
+    def _ask_again(self, name: str) -> float:
+        if name not in self._asked_again:
+            self._asked_again.add(name)
+            threading.Thread(target=self._load_again, args=(name,), name="flawline-load", daemon=True).start()
+        return self._history(name).load_s
+
+    def _history(self, name: str) -> History:
+        return self._histories.setdefault(name, History())
+
+
+def _named(key: VersionKey) -> dict[str, str]:
+    return {"bundle": key.name, "version": key.version}

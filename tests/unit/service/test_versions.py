@@ -1,0 +1,452 @@
+"""Promises of versions: a new one is proved beside the old one, swapped at once, and stepped back from at once."""
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from service.engines.ort import OrtEngine
+from service.errors import (
+    BundleRefused,
+    LineLoading,
+    LineNotCalibrated,
+    LineNotReady,
+    StoreUnreachable,
+    UnknownBundle,
+    UnknownLine,
+    UnknownPolicy,
+    UnknownVersion,
+)
+from service.loading import BatcherOptions
+from service.registry import Registry
+from service.stores.directory import DirectoryStore
+from service.telemetry import Telemetry
+from service.versions import RegistryOptions
+from tests.factories import make_bundle, make_graph, make_policy, reseal
+from tests.fakes import in_loop
+from tests.servers import wait_until
+
+OPTIONS = BatcherOptions(runners=1, max_batch_size=1, max_queue_size=4, stuck_after_s=20)
+
+
+class Shelf:
+    """A store, the registry on it, and the engines that it opened."""
+
+    def __init__(self, path):
+        self.path = path
+        self.telemetry = Telemetry()
+        self.engines = []
+        self.sizes = {}
+        self.registry = None
+
+    def load(self, wanted=None, **options):
+        """Load what lies there."""
+        store = DirectoryStore(self.path)
+        kept = RegistryOptions(**options)
+        self.registry = Registry(store, wanted, self._open, OPTIONS, self.telemetry, time.monotonic, kept)
+        self.registry.load()
+        return self.registry
+
+    def add(self, version="1", name="demo_line", **options):
+        """Write a bundle."""
+        return make_bundle(self.path, name, version, **options)
+
+    def add_broken(self, version, name="demo_line"):
+        """Write a bundle whose network is another one than the validated one."""
+        folder = self.add(version, name)
+        (folder / "model.onnx").write_bytes(make_graph(reference=0.5))
+        return reseal(folder)
+
+    def add_policy(self, version, **fields):
+        """Write a policy file."""
+        folder = self.path / "demo_line" / "policies"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{version}.json").write_text(make_policy(version=version, **fields).model_dump_json())
+
+    def serving(self, line="demo_line", version=None):
+        """Return the version that serves a line."""
+        return self.registry.serving(line, version).bundle.manifest.version
+
+    def states(self, line="demo_line"):
+        """Return how the versions stand."""
+        return {one.version: one.state for one in self.registry.versions(line)}
+
+    def metrics(self):
+        """Return the text that a scraper reads."""
+        return self.telemetry.exposition()[0].decode()
+
+    def _open(self, bundle):
+        engine = Watched(bundle, self.sizes.get(bundle.manifest.name, 0))
+        self.engines.append(engine)
+        return engine
+
+
+class Watched(OrtEngine):
+    """A real engine that notes its end, and says what size it is told to."""
+
+    def __init__(self, bundle, size_bytes):
+        super().__init__(bundle)
+        self.size_bytes = size_bytes
+        self.version = bundle.manifest.version
+        self.is_closed = False
+
+    def close(self):
+        """Note it."""
+        self.is_closed = True
+        super().close()
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    """Return a shelf with one line, not loaded."""
+    shelf = Shelf(tmp_path / "store")
+    shelf.add("1")
+    yield shelf
+    if shelf.registry is not None:
+        shelf.registry.close()
+
+
+def test_rescan_when_a_version_came_then_it_is_live_and_the_old_one_is_kept(shelf):
+    """Who names no version gets the new one; who names the old one still gets that."""
+    registry = shelf.load()
+    shelf.add("2")
+
+    found = registry.rescan()
+
+    assert found.activated == (("demo_line", "2"),)
+    assert (shelf.serving(), shelf.serving(version="1")) == ("2", "1")
+    assert shelf.states() == {"1": "kept", "2": "live"}
+    assert 'version="2"} 1.0' in shelf.metrics()
+    assert 'version="1"} 1.0' not in shelf.metrics()
+
+
+def test_rescan_when_nothing_came_then_nothing_is_loaded_again(shelf):
+    """Looking is cheap: no engine is opened for what is live already."""
+    registry = shelf.load()
+
+    assert registry.rescan().activated == ()
+    assert len(shelf.engines) == 1
+
+
+def test_rescan_when_the_new_version_is_refused_then_nothing_changes_and_it_is_told(shelf):
+    """A candidate that does not hold harms nobody: the line answers as before, and reason and metric say so."""
+    registry = shelf.load()
+    before = registry.serving("demo_line", None)
+    shelf.add_broken("2")
+
+    found = registry.rescan()
+
+    assert list(found.refused) == [("demo_line", "2")]
+    assert registry.serving("demo_line", None) is before
+    assert registry.is_ready
+    assert shelf.states() == {"1": "live", "2": "refused"}
+    assert "golden frame" in registry.versions("demo_line")[1].reason
+    assert 'flawline_versions_refused_total{engine="demo_line"} 1.0' in shelf.metrics()
+    assert shelf.engines[1].is_closed
+
+
+def test_rescan_when_a_refused_version_is_as_it_was_then_it_is_not_tried_again_until_it_changes(shelf):
+    """A half copied version costs one try, and is taken once it is whole."""
+    registry = shelf.load()
+    folder = shelf.add("2")
+    report = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    registry.rescan()
+
+    again = registry.rescan()
+    (folder / "report.html").write_bytes(report)
+    whole = registry.rescan()
+
+    assert again.refused == {}
+    assert whole.activated == (("demo_line", "2"),)
+
+
+def test_rescan_when_a_new_line_is_refused_then_the_others_stay_ready(shelf):
+    """A broken bundle that comes while others are served takes no pod down, and is listed with its reason."""
+    registry = shelf.load()
+    shelf.add_broken("1", "new_line")
+
+    registry.rescan()
+
+    assert registry.is_ready
+    assert registry.status("new_line").state == "refused"
+
+
+def test_rescan_when_a_line_was_refused_at_the_start_then_a_newer_version_serves_it(shelf):
+    """A line that was down comes up with the version that is right, and the service becomes ready."""
+    shelf.add_broken("2")
+    registry = shelf.load()
+    assert not registry.is_ready
+
+    shelf.add("3")
+    registry.rescan()
+
+    assert registry.is_ready
+    assert shelf.serving() == "3"
+
+
+def test_rescan_when_told_to_wait_for_an_administrator_then_new_versions_are_only_listed(shelf):
+    """Where nothing becomes live by itself, it does when it is activated."""
+    registry = shelf.load(activates_newest=False)
+    shelf.add("2")
+
+    registry.rescan()
+    waiting = shelf.states()
+    registry.activate("demo_line", "2")
+
+    assert waiting == {"1": "live", "2": "stored"}
+    assert shelf.serving() == "2"
+
+
+def test_rescan_when_the_store_can_not_be_asked_then_says_so_and_goes_on(shelf):
+    """A bucket that is away is told to whoever asked, and counted; lines are served."""
+    registry = shelf.load()
+
+    def refresh():
+        raise StoreUnreachable("The bucket does not answer.")
+
+    registry._catalogue._store.refresh = refresh
+
+    with pytest.raises(StoreUnreachable, match="bucket"):
+        registry.rescan()
+    assert registry.is_ready
+    assert "flawline_store_unreachable_total 1.0" in shelf.metrics()
+
+
+def test_roll_back_when_asked_then_the_version_before_is_live_without_being_loaded(shelf):
+    """Stepping back takes one assignment, and what was left is not taken again by itself."""
+    registry = shelf.load()
+    shelf.add("2")
+    registry.rescan()
+
+    assert registry.roll_back("demo_line") == "1"
+
+    assert len(shelf.engines) == 2
+    assert registry.rescan().activated == ()
+    assert shelf.states() == {"1": "live", "2": "stored"}
+    shelf.add("3")
+    assert registry.rescan().activated == (("demo_line", "3"),)
+
+
+def test_roll_back_when_the_service_has_just_started_then_takes_the_next_older_of_the_store(shelf):
+    """A restart forgets what was live before, and the store does not."""
+    shelf.add("2")
+    registry = shelf.load()
+
+    assert registry.roll_back("demo_line") == "1"
+    assert shelf.serving() == "1"
+    with pytest.raises(UnknownVersion, match="no version before"):
+        registry.roll_back("demo_line")
+
+
+def test_roll_back_when_the_version_before_is_spoilt_then_nothing_changes(shelf):
+    """A way back that does not hold is refused, and the line goes on."""
+    shelf.add("2")
+    registry = shelf.load()
+    (shelf.path / "demo_line" / "1" / "model.onnx").write_bytes(b"")
+
+    with pytest.raises(BundleRefused):
+        registry.roll_back("demo_line")
+    assert shelf.serving() == "2"
+    assert registry.is_ready
+
+
+def test_activate_when_an_older_version_is_named_then_it_stays_live(shelf):
+    """What somebody chose by name is not replaced by what was there already."""
+    shelf.add("2")
+    registry = shelf.load()
+
+    registry.activate("demo_line", "1")
+
+    assert registry.rescan().activated == ()
+    assert shelf.serving() == "1"
+    with pytest.raises(UnknownVersion):
+        registry.activate("demo_line", "9")
+    with pytest.raises(UnknownVersion):
+        registry.activate("../demo_line", "1")
+
+
+@in_loop
+async def test_swap_when_a_frame_is_under_way_then_its_engine_is_closed_only_after_it(tmp_path):
+    """A frame ends on the engine that admitted it; engines end when nobody is on them, and not before."""
+    shelf = Shelf(tmp_path)
+    shelf.add("1")
+    registry = shelf.load(keeps_previous=False)
+    old = registry.serving("demo_line", None).bundle
+    shelf.add("2")
+
+    with old.batcher.place(time.monotonic() + 20, line="demo_line") as place:
+        registry.rescan()
+        registry.tend()
+        assert not shelf.engines[0].is_closed
+        result = await old.batcher.submit(place, np.full((1, 32, 48, 3), 110, np.uint8), 0)
+    registry.tend()
+
+    assert np.isfinite(result.scores).all()
+    assert (shelf.serving(), shelf.engines[0].is_closed, shelf.engines[1].is_closed) == ("2", True, False)
+    with pytest.raises(UnknownVersion):
+        registry.serving("demo_line", "1")
+    registry.close()
+
+
+def test_policy_when_a_file_appears_then_it_is_offered_and_may_be_made_the_default(shelf):
+    """Policies come without a restart; which one judges is changed in one assignment."""
+    registry = shelf.load()
+    shelf.add_policy("strict", fail_threshold=0.15)
+
+    found = registry.rescan()
+    registry.activate_policy("demo_line", "strict")
+
+    assert found.policies == (("demo_line", "strict"),)
+    assert registry.find("demo_line", None, None).policy.policy.fail_threshold == 0.15
+    assert 'policy="strict"' in shelf.metrics()
+    with pytest.raises(UnknownPolicy):
+        registry.activate_policy("demo_line", "absent")
+
+
+def test_policy_when_a_new_version_becomes_live_then_its_own_judges(shelf):
+    """Thresholds that somebody set for one network say nothing of another's scores."""
+    registry = shelf.load()
+    shelf.add_policy("lax", fail_threshold=0.9)
+    registry.activate_policy("demo_line", "lax")
+    shelf.add("2")
+
+    registry.rescan()
+    new = registry.find("demo_line", None, None).policy.policy.version
+    registry.roll_back("demo_line")
+
+    assert new == "1"
+    assert registry.find("demo_line", None, None).policy.policy.version == "lax"
+
+
+def test_policy_when_the_line_is_not_calibrated_then_one_that_needs_it_is_no_default(tmp_path):
+    """A policy that could not judge is not made the one that does."""
+    shelf = Shelf(tmp_path)
+    shelf.add("1", calibrated=False)
+    registry = shelf.load()
+    shelf.add_policy("strict")
+
+    with pytest.raises(LineNotCalibrated):
+        registry.activate_policy("demo_line", "strict")
+    registry.close()
+
+
+def test_shadow_when_on_then_loaded_beside_and_answers_nobody_by_itself(shelf):
+    """A candidate looks on; the live one serves, until the candidate is activated, which needs no loading."""
+    shelf.add("2")
+    registry = shelf.load()
+    registry.activate("demo_line", "1")
+    live = registry.serving("demo_line", None)
+
+    registry.start_shadow("demo_line", "2")
+
+    assert registry.serving("demo_line", None) is live
+    assert registry.shadow_of(live).bundle.manifest.version == "2"
+    assert shelf.states() == {"1": "live", "2": "shadow"}
+    with pytest.raises(UnknownVersion, match="live"):
+        registry.start_shadow("demo_line", "1")
+    opened = len(shelf.engines)
+    registry.activate("demo_line", "2")
+    assert len(shelf.engines) == opened
+    assert registry.shadow_of(registry.serving("demo_line", None)) is None
+
+
+def test_shadow_when_off_then_its_engine_is_closed(shelf):
+    """A candidate that is not wanted any more gives its memory back."""
+    registry = shelf.load(activates_newest=False)
+    shelf.add("2")
+    registry.start_shadow("demo_line", "2")
+
+    registry.stop_shadow("demo_line")
+    registry.tend()
+
+    assert shelf.states() == {"1": "live", "2": "stored"}
+    assert [engine.is_closed for engine in shelf.engines] == [False, True]
+
+
+def test_memory_when_the_budget_is_full_then_the_line_not_asked_for_makes_room_and_comes_back(tmp_path):
+    """Lines beyond the budget are unloaded, and loaded again by the first frame, which is told to come back."""
+    shelf = Shelf(tmp_path)
+    for name in ("one", "two", "three"):
+        shelf.add("1", name)
+        shelf.sizes[name] = 100
+    registry = shelf.load(budget_bytes=250)
+
+    states = {status.line: status.state for status in registry.statuses()}
+    assert states == {"one": "unloaded", "three": "ready", "two": "ready"}
+    assert registry.is_ready
+    with pytest.raises(LineLoading) as refused:
+        registry.serving("one", None)
+    assert refused.value.retry_after_s >= 1
+    wait_until(lambda: registry.status("one").state == "ready", "the line")
+    registry.tend()
+
+    assert sum(not engine.is_closed for engine in shelf.engines) == 2
+    assert sum(status.state == "ready" for status in registry.statuses()) == 2
+    assert "flawline_engine_unloads_total" in shelf.metrics()
+    registry.close()
+
+
+def test_memory_when_lines_are_pinned_then_they_stay_and_what_does_not_fit_is_refused(tmp_path):
+    """A pinned line is never unloaded; one that can't fit beside it says what to change."""
+    shelf = Shelf(tmp_path)
+    shelf.add("1", "kept")
+    shelf.sizes = {"kept": 100, "large": 200}
+    shelf.add("1", "large")
+    registry = shelf.load(budget_bytes=250, pinned=frozenset({"kept"}))
+
+    assert registry.status("kept").state == "ready"
+    assert "FLAWLINE_MEMORY_BUDGET_BYTES" in registry.status("large").reason
+    registry.close()
+
+
+def test_unload_when_asked_then_the_line_answers_nobody_until_it_is_loaded_again(tmp_path):
+    """An administrator's unloading lasts: no frame and no look at the store brings the line back."""
+    shelf = Shelf(tmp_path)
+    shelf.add("1", "pair", lines=("left", "right"), conditional=True)
+    registry = shelf.load()
+
+    registry.unload_line("left")
+    registry.rescan()
+
+    with pytest.raises(LineNotReady, match="unloaded"):
+        registry.serving("left", None)
+    assert shelf.serving("right") == "1"
+    registry.unload_line("right")
+    registry.tend()
+    assert shelf.engines[0].is_closed
+    assert not registry.is_ready
+    registry.load_line("left")
+    assert (shelf.serving("left"), registry.status("right").state) == ("1", "unloaded")
+    with pytest.raises(UnknownLine):
+        registry.load_line("nobody")
+    registry.close()
+
+
+def test_load_line_when_a_newer_version_lies_there_then_takes_it(shelf):
+    """Loading a line that is served asks the store for what is new."""
+    registry = shelf.load()
+    shelf.add("2")
+
+    registry.load_line("demo_line")
+
+    assert shelf.serving() == "2"
+    assert registry.lines_of("demo_line") == ("demo_line",)
+    with pytest.raises(UnknownBundle):
+        registry.lines_of("nobody")
+
+
+@in_loop
+async def test_distrust_when_an_engine_says_other_things_then_the_line_is_unhealthy_and_the_process_goes_on(tmp_path):
+    """An engine that runs and answers wrongly answers nobody; loading the version again proves it anew."""
+    shelf = Shelf(tmp_path)
+    shelf.add("1")
+    registry = shelf.load()
+    registry.serving("demo_line", None).bundle.batcher.distrust("The golden frame differs.")
+
+    assert registry.status("demo_line").reason == "The golden frame differs."
+    assert (registry.is_ready, registry.is_lost) == (False, False)
+    await asyncio.to_thread(registry.activate, "demo_line", "1")
+    assert registry.is_ready
+    registry.close()
