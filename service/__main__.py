@@ -97,7 +97,9 @@ def serve(
         float | None, typer.Option(help="From request to answer, where the caller names none.", show_default="2000")
     ] = None,
     keys_file: Annotated[Path | None, typer.Option(help="Keys of callers; without it the service is open.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cpu")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, openvino, cuda, ort-tensorrt or tensorrt.", show_default="cpu")
+    ] = None,
     max_batch_size: Annotated[int | None, typer.Option(help="Frames in one run.", show_default="1")] = None,
     max_queue_size: Annotated[int | None, typer.Option(help="Frames accepted at a time.", show_default="64")] = None,
     log_level: Annotated[str | None, typer.Option(help="Of the JSON log.", show_default="INFO")] = None,

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from uuid import uuid4
 
@@ -19,9 +20,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.auth import Keyring
-from service.contract.bundle import Bundle
-from service.engines.engine import Engine
-from service.engines.ort import OrtEngine
+from service.engines.opening import open_engine
 from service.errors import FlawlineError
 from service.loading import BatcherOptions, OpenEngine
 from service.pipeline import Pipeline
@@ -53,7 +52,7 @@ def create_app(
 
     Args:
         settings: of the process.
-        open_engine: brings a verified bundle to its device; ONNX Runtime where absent.
+        open_engine: brings a verified bundle to its device; what the settings say where absent.
         clock: monotonic seconds.
         when_lost: called once when an engine is lost for good, so that the process can end and be started again.
 
@@ -111,6 +110,7 @@ def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[
         runners=settings.runners_per_engine,
         max_batch_size=settings.max_batch_size,
         max_queue_size=settings.max_queue_size,
+        warm_up_limit_s=settings.warm_up_limit_s,
         stuck_after_s=settings.stuck_after_s,
     )
     store = DirectoryStore(settings.store_directory)
@@ -138,10 +138,7 @@ def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[
 
 
 def _open_with(settings: Settings) -> OpenEngine:
-    def open_engine(bundle: Bundle) -> Engine:
-        return OrtEngine(bundle, settings.device, settings.threads_per_run)
-
-    return open_engine
+    return partial(open_engine, options=settings.engine_options)
 
 
 def _load_and_look(context: Context, settings: Settings) -> None:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from service.batcher import Batcher
 from service.contract.bundle import Bundle, Manifest, load_bundle, load_policy
 from service.contract.golden import GoldenSet, Run, merge_golden, read_golden_by_line, replay
@@ -20,8 +18,8 @@ from service.contract.policy import Policy, inspected_mask, refuse_unfit
 from service.engines.engine import Engine
 from service.errors import BundleRefused, FlawlineError
 from service.live import LiveLine, LivePolicy, LoadedBundle, LoadedVersion
-from service.schedule import RunTimes
 from service.telemetry import Telemetry
+from service.warm_up import warm_up
 
 POLICIES_DIRECTORY = "policies"
 
@@ -41,6 +39,7 @@ class BatcherOptions:
     max_batch_size: int
     max_queue_size: int
     stuck_after_s: float
+    warm_up_limit_s: float = 120
 
 
 class Loader:
@@ -89,7 +88,9 @@ class Loader:
         lines = wanted(manifest.lines)
         engine = self._open_engine(bundle)
         try:
-            run_times = _warm(engine, manifest, self._options.max_batch_size, self._clock)
+            run_times = warm_up(
+                engine, manifest, self._options.max_batch_size, self._options.warm_up_limit_s, self._clock
+            )
             known = self._prove(bundle, engine)
             policies = {line: self._policies_of(line, bundle) for line in lines}
         except BaseException:
@@ -194,16 +195,3 @@ def policy_digest(policy: Policy) -> str:
     """Return the SHA-256 of a policy's canonical JSON."""
     text = json.dumps(policy.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _warm(engine: Engine, manifest: Manifest, max_batch_size: int, clock: Callable[[], float]) -> RunTimes:
-    """Run every batch size that may occur, and learn from the second run, since the first one also allocates."""
-    run_times = RunTimes.unknown(max_batch_size)
-    for size in range(1, max_batch_size + 1):
-        frames = np.zeros((size, manifest.input.height, manifest.input.width, 3), np.uint8)
-        line_index = np.zeros(size, np.int64)
-        engine.run(frames, line_index)
-        started_at = clock()
-        engine.run(frames, line_index)
-        run_times = run_times.learn(size, clock() - started_at)
-    return run_times

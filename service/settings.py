@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.contract.bundle import LineName
 from service.contract.frames import FRAME_FORMATS, FrameLimits
+from service.engines.engine import GPU_DEVICES, Device, EngineOptions, InferencePrecision, MemoryArena
 
 PREFIX = "FLAWLINE_"
 
@@ -44,6 +45,11 @@ def usable_cpus(cgroup: Path = _CGROUP) -> int:
     return affinity if allowed <= 0 else max(1, min(affinity, math.ceil(allowed)))
 
 
+def default_engine_cache() -> Path:
+    """Return where TensorRT's plans lie unless told otherwise."""
+    return Path("~/.cache/flawline/engines").expanduser()
+
+
 class Settings(BaseSettings):
     """Every knob of the server; the unit is in the name.
 
@@ -60,9 +66,16 @@ class Settings(BaseSettings):
         host: address to listen on.
         port: to listen on.
         keys_file: of callers' keys; absent leaves the service open to everybody.
-        device: where engines run; another than the wanted one is never taken silently.
-        runners: batches that run side by side, for each engine; absent means one a CPU, or one on a GPU.
+        device: runtime and device of the engines (service/engines/README.md): `cpu`, `openvino`, `cuda`,
+            `ort-tensorrt` or `tensorrt`; another than the wanted one is never taken silently.
+        runners: batches that run side by side, for each engine; absent means one a CPU, or one on a GPU, where each
+            has a session or context and buffers of its own.
         threads_per_run: CPU threads inside one run.
+        memory_arena: of ONNX Runtime on the CPU: `keep` what runs have used, `shrink` after each run, or `off`.
+        inference_precision: that OpenVINO may compute in, `f32` or `bf16`; the golden set decides whether it may.
+        cuda_graphs: record each batch size once and replay it; refused where a graph can't be recorded.
+        engine_cache_directory: of TensorRT's plans, this user's alone; absent means `~/.cache/flawline/engines`.
+        warm_up_limit_s: for all batch sizes of an engine; what is not warm by then is never chosen.
         max_batch_size: frames in one run; the schedule takes fewer where larger batches do not pay.
         max_queue_size: frames that one engine accepts and has not answered yet; one more is refused.
         stuck_after_s: a run that takes longer makes its line unhealthy.
@@ -91,9 +104,14 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     keys_file: Path | None = None
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     runners: int = Field(default=0, ge=0, le=256)
     threads_per_run: int = Field(default=1, ge=1, le=256)
+    memory_arena: MemoryArena = "keep"
+    inference_precision: InferencePrecision = "f32"
+    cuda_graphs: bool = False
+    engine_cache_directory: Path | None = None
+    warm_up_limit_s: float = Field(default=120, gt=0, le=3600)
     max_batch_size: int = Field(default=1, ge=1, le=256)
     max_queue_size: int = Field(default=64, ge=1, le=100_000)
     stuck_after_s: float = Field(default=30, gt=0, le=3600)
@@ -156,7 +174,21 @@ class Settings(BaseSettings):
     @property
     def runners_per_engine(self) -> int:
         """Batches that run side by side on one engine."""
-        return self.runners or (usable_cpus() if self.device == "cpu" else 1)
+        return self.runners or (1 if self.device in GPU_DEVICES else usable_cpus())
+
+    @property
+    def engine_options(self) -> EngineOptions:
+        """How engines are opened."""
+        return EngineOptions(
+            device=self.device,
+            instances=self.runners_per_engine,
+            threads_per_run=self.threads_per_run,
+            max_batch_size=self.max_batch_size,
+            memory_arena=self.memory_arena,
+            cuda_graphs=self.cuda_graphs,
+            inference_precision=self.inference_precision,
+            cache_directory=self.engine_cache_directory or default_engine_cache(),
+        )
 
     @property
     def decode_threads(self) -> int:

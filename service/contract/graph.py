@@ -50,6 +50,11 @@ def opset_of(data: bytes) -> int:
     return max(int(opset.version) for opset in model.opset_import if opset.domain in STANDARD_DOMAINS)
 
 
+def input_names(data: bytes) -> tuple[str, ...]:
+    """Return what a verified graph has to be given."""
+    return tuple(value.name for value in onnx.load_from_string(data).graph.input)
+
+
 def _parts(model: onnx.ModelProto) -> Iterator[object]:
     """Yield every message inside a model: subgraphs, functions, sparse tensors, and whatever later versions add."""
     waiting: list[Any] = [model]  # Any, because protobuf ships no types

@@ -1,9 +1,42 @@
 """What the batcher asks of a runtime: arrays in, arrays out. No HTTP, no lines, no clock."""
 
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+Device = Literal["cpu", "openvino", "cuda", "ort-tensorrt", "tensorrt"]
+MemoryArena = Literal["keep", "shrink", "off"]
+InferencePrecision = Literal["f32", "bf16"]
+
+GPU_DEVICES: frozenset[Device] = frozenset({"cuda", "ort-tensorrt", "tensorrt"})
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How engines are opened; `Settings` explains each of them to operators.
+
+    Attributes:
+        device: runtime and device.
+        instances: that run side by side; a CPU session of ONNX Runtime serves any number of threads by itself.
+        threads_per_run: CPU threads inside one run.
+        max_batch_size: frames that one run must be able to take; a larger batch is run in pieces.
+        memory_arena: whether memory stays between runs of ONNX Runtime's CPU.
+        cuda_graphs: record each batch size once and replay it.
+        inference_precision: that OpenVINO may compute in.
+        cache_directory: of TensorRT's plans.
+    """
+
+    device: Device = "cpu"
+    instances: int = 1
+    threads_per_run: int = 1
+    max_batch_size: int = 1
+    memory_arena: MemoryArena = "keep"
+    cuda_graphs: bool = False
+    inference_precision: InferencePrecision = "f32"
+    cache_directory: Path | None = None
 
 
 class EngineOutput(NamedTuple):
@@ -23,7 +56,7 @@ class Engine(Protocol):
 
     Attributes:
         device: where it really runs, for example `cpu` or `cuda:0`.
-        size_bytes: memory that it takes on its device, as well as is known.
+        size_bytes: memory that it takes on its device, as well as is known: weights, and buffers of its own.
     """
 
     device: str

@@ -17,7 +17,9 @@ ROUTES = "service/routes/"
 # Each outside library and the only files that may import it; a folder stands for all files in it.
 DOORS = {
     "onnxruntime": ("service/engines/ort.py", "training/export.py"),
+    "openvino": ("service/engines/openvino.py",),
     "tensorrt": ("service/engines/trt.py",),
+    "cuda": ("service/engines/cuda.py",),
     "onnx": ("service/contract/graph.py", "training/export.py"),
     "PIL": ("service/contract/frames.py",),
     "cv2": ("service/contract/regions.py", "service/contract/raw_frames.py"),
@@ -56,7 +58,7 @@ LAYERS = (
     ("service.contract",),
     ("service.drift", "service.engines", "service.inspection", "service.schedule", "service.stores", "service.tallies"),
     ("service.settings", "service.telemetry"),
-    ("service.batcher",),
+    ("service.batcher", "service.warm_up"),
     ("service.live",),
     ("service.catalogue", "service.loading", "service.memory", "service.served"),
     ("service.versions",),
@@ -75,7 +77,8 @@ MODELS_STANDARD_LIBRARY = frozenset(
     | {"types", "typing", "warnings"}
 )
 BELOW_DETECTORS = ("models.detector", "models.backbones", "models.blocks")
-GPU_ONLY = ("service/engines/trt.py",)
+# Their runtimes are not installed everywhere.
+OPTIONAL = ("service/engines/trt.py", "service/engines/cuda.py", "service/engines/openvino.py")
 HEAVY = ("torch", "torchvision", "timm", "models", "training", "matplotlib", "safetensors")
 
 
@@ -287,7 +290,7 @@ def test_environment_when_read_is_read_at_the_edge():
 
 def test_service_when_imported_whole_loads_nothing_of_training():
     """Whatever part of the service is imported, torch and training stay away, also through other libraries."""
-    modules = [module_of(file) for file in source_files() if file.startswith("service/") and file not in GPU_ONLY]
+    modules = [module_of(file) for file in source_files() if file.startswith("service/") and file not in OPTIONAL]
 
     assert import_afresh(modules, HEAVY) == ""
 

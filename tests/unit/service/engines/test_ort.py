@@ -9,6 +9,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from service.contract.bundle import Bundle, load_bundle
+from service.engines.engine import EngineOptions
+from service.engines.opening import open_engine
 from service.engines.ort import OrtEngine
 from service.errors import BundleRefused, EngineFailed
 from tests.factories import HEIGHT, WIDTH, make_bundle, make_frame, make_graph, make_runner
@@ -175,4 +177,25 @@ def test_engine_when_device_is_not_there_then_fails_and_does_not_fall_back(bundl
         pytest.skip("this installation has CUDA")
 
     with pytest.raises(EngineFailed, match="CUDAExecutionProvider"):
-        OrtEngine(bundle, device="cuda")
+        open_engine(bundle, EngineOptions(device="cuda"))
+
+
+@pytest.mark.parametrize("memory_arena", ["keep", "shrink", "off"])
+def test_run_when_the_memory_arena_is_set_then_answers_are_the_same_bits(bundle, memory_arena):
+    """What memory is kept for changes no answer."""
+    frames, line_index = frames_of(3)
+
+    answer = OrtEngine(bundle, EngineOptions(memory_arena=memory_arena)).run(frames, line_index)
+
+    np.testing.assert_array_equal(answer.anomaly_maps, OrtEngine(bundle).run(frames, line_index).anomaly_maps)
+
+
+def test_close_when_a_run_comes_later_then_it_fails(bundle):
+    """An engine that was unloaded answers nothing, and says why."""
+    engine = OrtEngine(bundle)
+
+    engine.close()
+
+    with pytest.raises(EngineFailed, match="unloaded"):
+        engine.run(*frames_of(1))
+    assert engine.size_bytes == len(bundle.model)

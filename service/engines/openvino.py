@@ -1,0 +1,92 @@
+"""OpenVINO on a CPU: the only importer of `openvino`.
+
+An engine of its own rather than ONNX Runtime's OpenVINO provider: that one comes in a build of ONNX Runtime that takes
+the place of the ordinary one and lags behind it. In float32 it is about as fast as ONNX Runtime; its gain is bfloat16
+(`FLAWLINE_INFERENCE_PRECISION=bf16`), on processors that compute in it. The golden set decides whether a bundle may be
+served so: an answer that leaves the golden tolerance refuses the line.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import openvino
+from numpy.typing import NDArray
+
+from service.contract.bundle import Bundle
+from service.engines.engine import EngineOptions, EngineOutput
+from service.engines.pool import Pool
+from service.engines.promise import Promise, Signature
+from service.errors import BundleRefused, EngineFailed
+
+_NUMPY_NAMES = {"u8": "uint8", "i64": "int64", "f32": "float32"}
+_BFLOAT16 = "BF16"
+
+
+class OpenVinoEngine:
+    """A bundle's network in OpenVINO.
+
+    Args:
+        bundle: verified.
+        options: `instances` run side by side, each with `threads_per_run` threads.
+
+    Raises:
+        BundleRefused: if the runtime can't load the graph, or it is not the graph that the manifest describes.
+        EngineFailed: if this processor can't compute in the wanted precision.
+    """
+
+    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+        self._promise = Promise.of(bundle.manifest)
+        core = openvino.Core()
+        if options.inference_precision == "bf16" and _BFLOAT16 not in core.get_property(
+            "CPU", "OPTIMIZATION_CAPABILITIES"
+        ):
+            raise EngineFailed("This processor has no bfloat16; set FLAWLINE_INFERENCE_PRECISION=f32.")
+        settings = {
+            "INFERENCE_NUM_THREADS": options.threads_per_run * options.instances,
+            "NUM_STREAMS": options.instances,
+            "INFERENCE_PRECISION_HINT": options.inference_precision,
+            # The kernel places threads better than a process that does not know its neighbours.
+            "ENABLE_CPU_PINNING": False,
+        }
+        try:
+            model = core.read_model(bundle.model, b"")
+            inputs, outputs = _signature(model.inputs), _signature(model.outputs)
+            self._is_conditional = self._promise.check_signature(inputs, outputs)
+            compiled = core.compile_model(model, "CPU", settings)
+            requests = [compiled.create_infer_request() for _ in range(options.instances)]
+        except RuntimeError as error:
+            raise BundleRefused("The runtime can't load model.onnx; export the bundle again.") from error
+        self._pool: Pool[Any] = Pool(requests, lambda _: None)  # the last request takes the network with it
+        self.device = "openvino:cpu"
+        self.size_bytes = len(bundle.model)
+
+    def run(self, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
+        """Judge frames; see `Engine.run`."""
+        self._promise.refuse_other_frames(frames)
+        feed: dict[str, NDArray[Any]] = {"frames": np.ascontiguousarray(frames)}
+        if self._is_conditional:
+            self._promise.refuse_other_lines(line_index, len(frames))
+            feed["line_index"] = line_index
+        with self._pool.lend() as request:
+            try:
+                results = request.infer(feed, share_inputs=True)
+                scores, anomaly_maps = results["score"], results["anomaly_map"]  # copies, made by `infer`
+            except Exception as error:  # the runtime's errors share no narrower base
+                raise EngineFailed("The runtime failed on this batch; the parts have no verdict.") from error
+        return self._promise.check_output(scores, anomaly_maps, len(frames))
+
+    def close(self) -> None:
+        """Give the network up; it ends with the last run."""
+        self._pool.close()
+
+
+def _signature(ports: Sequence[Any]) -> Signature:
+    found: dict[str, tuple[str, list[int | str | None]]] = {}
+    for port in ports:
+        kind = port.get_element_type().get_type_name()
+        shape: list[int | str | None] = [
+            None if dimension.is_dynamic else dimension.get_length() for dimension in port.get_partial_shape()
+        ]
+        found[port.get_any_name()] = (_NUMPY_NAMES.get(kind, kind), shape)
+    return found

@@ -1,0 +1,91 @@
+"""Promises of the OpenVINO engine, kept by the real runtime on this machine's CPU."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from service.contract.bundle import Bundle, load_bundle
+from service.contract.golden import read_golden, replay
+from service.engines.engine import EngineOptions
+from service.engines.opening import open_engine
+from service.engines.ort import OrtEngine
+from service.errors import BundleRefused, EngineFailed
+from tests.factories import HEIGHT, WIDTH, make_bundle, make_frame, make_graph
+
+pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
+
+OPTIONS = EngineOptions(device="openvino", instances=2)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Bundle:
+    """Return a verified bundle of two lines whose tiny graph is told which one it looks at."""
+    folder = make_bundle(tmp_path_factory.mktemp("store"), "pair", lines=("a", "b"), conditional=True)
+    return load_bundle(folder)
+
+
+@pytest.fixture(scope="module")
+def engine(bundle):
+    """Open it once."""
+    return open_engine(bundle, OPTIONS)
+
+
+def frames_of(count):
+    """Return `(count, HEIGHT, WIDTH, 3)` uint8 and lines that take turns."""
+    frames = np.stack([make_frame(HEIGHT, WIDTH, seed=seed, defect=seed % 2 == 1) for seed in range(count)])
+    return frames, np.arange(count, dtype=np.int64) % 2
+
+
+def test_engine_when_golden_frames_are_replayed_then_answers_as_validated(bundle, engine):
+    """The very check that a line passes before it goes live."""
+    replay(bundle, read_golden(bundle), engine.run)
+
+    assert engine.device == "openvino:cpu"
+    assert engine.size_bytes > 0
+
+
+def test_run_when_called_from_several_threads_then_answers_are_onnx_runtimes(bundle, engine):
+    """Instances serve runners side by side, at several batch sizes; 1e-5: float32 in another order."""
+    frames, line_index = frames_of(4)
+    expected = OrtEngine(bundle).run(frames, line_index)
+
+    def run(turn):
+        count = 1 + turn % 4
+        return count, engine.run(frames[:count], line_index[:count])
+
+    with ThreadPoolExecutor(4) as pool:
+        for count, answer in pool.map(run, range(40)):
+            np.testing.assert_allclose(answer.scores, expected.scores[:count], rtol=1e-5)
+            np.testing.assert_allclose(answer.anomaly_maps, expected.anomaly_maps[:count], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("frames", "line_index"),
+    [
+        pytest.param(np.zeros((1, WIDTH, HEIGHT, 3), np.uint8), np.zeros(1, np.int64), id="shape"),
+        pytest.param(np.zeros((1, HEIGHT, WIDTH, 3), np.float32), np.zeros(1, np.int64), id="type"),
+        pytest.param(np.zeros((1, HEIGHT, WIDTH, 3), np.uint8), np.array([2], np.int64), id="line"),
+    ],
+)
+def test_run_when_input_does_not_fit_then_fails(engine, frames, line_index):
+    """What the network was not made for is refused before the runtime sees it."""
+    with pytest.raises(EngineFailed):
+        engine.run(frames, line_index)
+
+
+def test_engine_when_graph_is_another_then_refuses(bundle):
+    """The manifest's shapes are looked at before any frame is."""
+    with pytest.raises(BundleRefused, match="size"):
+        open_engine(replace(bundle, model=make_graph(WIDTH, HEIGHT, conditional_lines=2)), OPTIONS)
+
+
+def test_close_when_a_run_comes_later_then_it_fails(bundle):
+    """An engine that was unloaded answers nothing, and says why."""
+    engine = open_engine(bundle, OPTIONS)
+
+    engine.close()
+
+    with pytest.raises(EngineFailed, match="unloaded"):
+        engine.run(*frames_of(1))
