@@ -15,6 +15,7 @@ as it is after a run that takes too long or a fault of its own. An unhealthy bat
 import asyncio
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from service.engines.engine import Engine, EngineOutput
 from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded
-from service.schedule import Priority, Promised, RunTimes, WaitingFrame, admit, decide
+from service.schedule import Priority, Promised, RunTimes, Turns, WaitingFrame, admit, decide, has_room
 from service.telemetry import EngineMeter
 
 # The loop's timers may fire a little early; looking again just after the moment saves a second look.
@@ -78,7 +79,7 @@ class Place:
 
     def promised(self) -> Promised:
         """Return what the schedule needs to know."""
-        return Promised(self.deadline, self.weight, self.priority)
+        return Promised(self.deadline, self.weight, self.priority, self.line)
 
 
 @dataclass(eq=False, slots=True)
@@ -123,6 +124,7 @@ class Batcher:
     Args:
         engine: runs batches, several at once.
         probe: runs frames whose answers are known, and raises where they come out differently.
+        lines: that the engine serves.
         runners: batches that run side by side.
         max_queue_size: frames that have a place at a time.
         run_times: learned from warming up; its length is the largest batch.
@@ -136,6 +138,7 @@ class Batcher:
         engine: Engine,
         probe: Callable[[], None],
         *,
+        lines: int,
         runners: int,
         max_queue_size: int,
         run_times: RunTimes,
@@ -145,14 +148,17 @@ class Batcher:
     ) -> None:
         self._engine = engine
         self._probe = probe
+        self._lines = lines
         self._runners = runners
         self._max_queue_size = max_queue_size
         self._run_times = run_times
+        self._turns = Turns()
         self._stuck_after_s = stuck_after_s
         self._meter = meter
         self._clock = clock
         self._numbers = count()
         self._places: set[Place] = set()
+        self._places_of: Counter[str] = Counter()
         self._waiting: dict[int, _Entry] = {}
         self._running: set[_Batch] = set()
         self._next_look: asyncio.TimerHandle | None = None
@@ -187,6 +193,10 @@ class Batcher:
         """Whether no frame has a place here and nothing runs."""
         return not self._places and not self._running
 
+    def has_idle_runner(self) -> bool:
+        """Whether a frame would run at once; shadow traffic to another engine may ask."""
+        return len(self._running) < self._runners and not self._waiting
+
     @contextmanager
     def place(
         self, deadline: float, *, line: str, weight: int = 1, priority: Priority = Priority.NORMAL
@@ -206,11 +216,13 @@ class Batcher:
         place = Place(deadline, line, weight, priority)
         self._admit(place)
         self._places.add(place)
+        self._places_of[line] += 1
         self._meter.depth(len(self._places))
         try:
             yield place
         finally:
             self._places.remove(place)
+            self._places_of[line] -= 1
             self._meter.depth(len(self._places))
             if not self._places:
                 self._all_answered.set()
@@ -233,11 +245,14 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         now = self._clock()
         place.weight = len(frames)
-        waiting = WaitingFrame(next(self._numbers), place.deadline, place.weight, place.priority)
+        waiting = WaitingFrame(next(self._numbers), place.deadline, place.weight, place.priority, place.line)
         entry = _Entry(waiting, place, frames, line_index, now, self._loop.create_future())
         self._waiting[waiting.number] = entry
         timer = self._loop.call_later(max(0.0, place.deadline - now), self._expire, entry)
-        self._step()
+        if len(self._running) < self._runners:
+            self._step()
+        else:  # nothing to decide but when to look again, which costs the same behind however many frames
+            self._look_at(place.deadline - self._run_times.of(place.weight))
         try:
             return await entry.answer
         finally:
@@ -277,8 +292,14 @@ class Batcher:
         free_in_s = [max(0.0, batch.expected_end - now) for batch in self._running]
         free_in_s += [0.0] * (self._runners - len(free_in_s))
         ahead = [place.promised() for place in self._places if place.is_ahead]
-        admission = admit(ahead, new.promised(), free_in_s, now, self._run_times)
-        if len(self._places) >= self._max_queue_size:
+        admission = admit(ahead, new.promised(), free_in_s, now, self._run_times, self._turns)
+        if not has_room(
+            self._max_queue_size,
+            len(self._places),
+            self._places_of[new.line],
+            new.priority,
+            is_shared=self._lines > 1,
+        ):
             raise Overloaded("The queue is full; slow down or try again later.", retry_after_s=admission.wait_s)
         if not admission.is_possible:
             raise _too_late(admission.wait_s)
@@ -295,21 +316,32 @@ class Batcher:
             self._next_look.cancel()
             self._next_look = None
         if not self._waiting:
+            if not self._running:
+                self._turns = Turns()  # nobody is behind anybody
             return
         now = self._clock()
-        busy = len(self._running)
         frames = (entry.waiting for entry in self._waiting.values())
-        decision = decide(frames, self._runners - busy, busy, now, self._run_times)
-        for batch in decision.batches:
-            self._start([self._waiting.pop(number) for number in batch], now)
+        busy = len(self._running)
+        decision = decide(frames, self._runners - busy, busy, now, self._run_times, self._turns)
+        self._turns = decision.turns
+        for numbers in decision.batches:
+            self._start([self._waiting.pop(number) for number in numbers], now)
         for number in decision.expired:
             self._expire(self._waiting[number])
         for number in decision.refused:
             entry = self._waiting.pop(number)
             _fail(entry, _too_late(self._run_times.of(entry.place.weight)))
         if decision.look_again_at is not None:
-            delay_s = max(0.0, decision.look_again_at - now) + _TIMER_SLACK_S
-            self._next_look = self._here.call_later(delay_s, self._step)
+            self._look_at(decision.look_again_at)
+
+    def _look_at(self, time: float) -> None:
+        """Take a step then at the latest."""
+        delay_s = max(0.0, time - self._clock()) + _TIMER_SLACK_S
+        if self._next_look is not None:
+            if self._next_look.when() <= self._here.time() + delay_s:
+                return
+            self._next_look.cancel()
+        self._next_look = self._here.call_later(delay_s, self._step)
 
     def _start(self, entries: list[_Entry], now: float) -> None:
         for entry in entries:

@@ -11,6 +11,7 @@ from service.contract.frames import Frame
 from service.contract.policy import Judgement, Policy
 from service.contract.raw_frames import PixelFormat
 from service.contract.regions import Window
+from service.schedule import Priority
 
 HeatmapKind = Literal["none", "png", "overlay", "f16"]
 
@@ -52,6 +53,7 @@ class InspectionRequest:
         bundle_version: None takes the live one.
         is_network_input: whether `data` is the network's input itself, `(H, W, 3)` uint8 RGB row by row, which is
             neither decoded nor resized; then that is the frame whose pixels regions refer to.
+        priority: how much the frame matters beside others.
     """
 
     line: str
@@ -68,6 +70,7 @@ class InspectionRequest:
     receive_s: float
     bundle_version: str | None = None
     is_network_input: bool = False
+    priority: Priority = Priority.NORMAL
 
 
 @dataclass(frozen=True, eq=False)

@@ -100,6 +100,7 @@ class Loader:
         batcher = Batcher(
             engine,
             lambda: self._replay(lean, known, engine.run),
+            lines=len(lines),
             runners=self._options.runners,
             max_queue_size=self._options.max_queue_size,
             run_times=run_times,

@@ -72,7 +72,7 @@ class Pipeline:
         found = self._registry.find(request.line, request.bundle_version, request.policy_version)
         bundle, deadline_s = found.line.bundle, self._deadline_s(request)
         deadline = request.received_at + deadline_s
-        with bundle.batcher.place(deadline, line=found.line.name) as place:
+        with bundle.batcher.place(deadline, line=found.line.name, priority=request.priority) as place:
             started_at = self._clock()
             frame, pixels = await self._decode(request, bundle.manifest.input, deadline)
             decode_s = self._clock() - started_at

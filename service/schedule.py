@@ -5,7 +5,9 @@ an argument: seconds of any monotonic clock.
 
 Rules:
 
-1.  Higher priority first, then earliest deadline; arrival order among equals.
+1.  Frames that matter more go first. Among those, lines take turns: a frame's turn comes later the more its line was
+    ahead of the others lately, and the more frames of the line go before it. Among frames of the same turn the earliest
+    deadline goes first, then the first to arrive. So a line that sends too much waits behind itself, not before others.
 2.  No frame waits while a runner is idle: nothing is ever collected.
 3.  Waiting frames are split evenly over the idle runners, rather than filling one batch. A batch never weighs more than
     `max_batch_size`, except that one frame that alone weighs more runs alone. No frame joins a batch that would then
@@ -19,11 +21,13 @@ Rules:
 8.  Each frame leaves exactly once: it runs, expires or is refused.
 
 Rules 5 to 7 decide about frames that were accepted; `admit` asks the same question before a frame is accepted, with
-what is ahead of it in mind.
+what is ahead of it in mind, and `has_room` whether the queue has a place for it: no line takes more than twice as many
+places as it leaves free, so that there is always one for a line that has none, and what matters less leaves room.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 from typing import NamedTuple, Self
@@ -33,14 +37,26 @@ _FASTER_SHARE = 0.5
 _SLOWER_SHARE = 0.1
 # A larger batch must save at least this share of the time a frame takes, or it is not worth the longer wait.
 _WORTHWHILE_GAIN = 0.05
+# What is ahead of a frame may take a little longer than learned, and a frame that is accepted should be in time.
+_WAIT_MARGIN = 1.1
+# How many places a line may hold for each one that is free.
+_PLACES_A_FREE_ONE = 2
 
 
 class Priority(IntEnum):
-    """How much a frame matters beside others: none runs while one that matters more waits."""
+    """How much a frame matters beside others: none runs while one that matters more waits.
+
+    There is none above `NORMAL`: whoever may send could then push everybody else aside. `LOW` is for frames that no
+    line waits for, such as those of an archive, and `SHADOW` for frames whose answer nobody gets.
+    """
 
     NORMAL = 0
     LOW = 1
     SHADOW = 2
+
+
+# The share of all places up to which frames of a priority may fill the queue.
+_SHARE_OF_PLACES = {Priority.NORMAL: 1.0, Priority.LOW: 0.5, Priority.SHADOW: 0.25}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +68,14 @@ class WaitingFrame:
         deadline: when its answer is due.
         weight: how many network inputs it is; a tiled frame counts as its tiles.
         priority: how much it matters beside others.
+        line: whose frame it is.
     """
 
     number: int
     deadline: float
     weight: int = 1
     priority: Priority = Priority.NORMAL
+    line: str = ""
 
 
 class Promised(NamedTuple):
@@ -67,11 +85,13 @@ class Promised(NamedTuple):
         deadline: when its answer is due.
         weight: how many network inputs it is.
         priority: how much it matters beside others.
+        line: whose frame it is.
     """
 
     deadline: float
     weight: int = 1
     priority: Priority = Priority.NORMAL
+    line: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,6 +154,39 @@ class RunTimes:
 
 
 @dataclass(frozen=True, slots=True)
+class Turns:
+    """Which lines were served more than others lately; never changed, only replaced.
+
+    This is start-time fair queueing (Goyal, Vin and Cheng, 1997): what a line got is counted from where the others are
+    when it begins to send, so that a silent line saves nothing up.
+
+    Attributes:
+        lead: network inputs that a line had beyond the others; a line that is not named is not ahead.
+    """
+
+    lead: Mapping[str, int] = field(default_factory=dict)
+
+    def of(self, line: str) -> int:
+        """Return a line's lead."""
+        return self.lead.get(line, 0)
+
+    def after(self, started: Iterable[WaitingFrame], waiting_lines: Iterable[str]) -> "Turns":
+        """Return what holds after frames started.
+
+        Args:
+            started: in their order.
+            waiting_lines: of the frames that go on waiting; what they are behind is not forgotten.
+        """
+        lead, reached = dict(self.lead), 0
+        for frame in started:
+            begins = lead.get(frame.line, 0)
+            reached = max(reached, begins)
+            lead[frame.line] = begins + frame.weight
+        reached = min([reached, *(self.of(line) for line in waiting_lines)])
+        return Turns({line: ahead - reached for line, ahead in lead.items() if ahead > reached})
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """What happens to the waiting frames, by their numbers; those named nowhere go on waiting.
 
@@ -142,12 +195,14 @@ class Decision:
         expired: whose deadline has passed.
         refused: that can't meet their deadline any more.
         look_again_at: when the next waiting frame would be refused; None where no frame goes on waiting.
+        turns: of the lines from now on.
     """
 
     batches: tuple[tuple[int, ...], ...]
     expired: tuple[int, ...]
     refused: tuple[int, ...]
     look_again_at: float | None
+    turns: Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +219,12 @@ class Admission:
 
 
 def decide(
-    waiting: Iterable[WaitingFrame], idle_runners: int, busy_runners: int, now: float, run_times: RunTimes
+    waiting: Iterable[WaitingFrame],
+    idle_runners: int,
+    busy_runners: int,
+    now: float,
+    run_times: RunTimes,
+    turns: Turns,
 ) -> Decision:
     """Decide about every waiting frame.
 
@@ -174,21 +234,24 @@ def decide(
         busy_runners: that are running one.
         now: the time.
         run_times: learned so far.
+        turns: of the lines so far.
     """
-    in_order = sorted(waiting, key=_urgency)
-    expired = tuple(frame.number for frame in in_order if frame.deadline <= now)
-    alive = [frame for frame in in_order if frame.deadline > now]
+    by_deadline = sorted(waiting, key=_urgency)
+    expired = tuple(frame.number for frame in by_deadline if frame.deadline <= now)
+    alive = [frame for frame in by_deadline if frame.deadline > now]
     run_s = {weight: run_times.of(weight) for weight in {frame.weight for frame in alive}}
     ready = [frame for frame in alive if frame.deadline - run_s[frame.weight] > now]
     if alive and not ready and idle_runners > 0 and busy_runners == 0:
         ready = [max(alive, key=lambda frame: (frame.deadline, frame.number))]
-    batches = _split(ready, idle_runners, now, run_times)
-    gone = {number for batch in batches for number in batch}
-    waits_on = [frame for frame in ready if frame.number not in gone]
     kept = {frame.number for frame in ready}
     refused = tuple(frame.number for frame in alive if frame.number not in kept)
+    in_turns = _in_turns(ready, turns, run_times.best_weight)
+    batches = _split(in_turns, idle_runners, now, run_times)
+    gone = sum(len(batch) for batch in batches)  # the first ones
+    waits_on = in_turns[gone:]
     look_again_at = min((frame.deadline - run_s[frame.weight] for frame in waits_on), default=None)
-    return Decision(batches, expired, refused, look_again_at)
+    turns = turns.after(in_turns[:gone], {frame.line for frame in waits_on})
+    return Decision(batches, expired, refused, look_again_at, turns)
 
 
 def admit(
@@ -197,6 +260,7 @@ def admit(
     runners_free_in_s: Sequence[float],
     now: float,
     run_times: RunTimes,
+    turns: Turns,
 ) -> Admission:
     """Say whether one more frame could be answered in time.
 
@@ -206,25 +270,61 @@ def admit(
         runners_free_in_s: for each runner, when it is expected to be idle; 0 where it is.
         now: the time.
         run_times: learned so far.
+        turns: of the lines so far.
     """
     best = run_times.best_weight
-    frame_s = run_times.of(best) / best / len(runners_free_in_s)
-    before = (new.priority, new.deadline)
-    weight_before = sum(other.weight for other in ahead if (other.priority, other.deadline) <= before)
-    wait_s = min(runners_free_in_s) + weight_before * frame_s
+    input_s = run_times.of(best) / best / len(runners_free_in_s)
+    own, of_others = 0, defaultdict[str, int](int)
+    weight_before = 0
+    for other in ahead:
+        if other.priority < new.priority:
+            weight_before += other.weight
+        elif other.priority == new.priority and other.line == new.line:
+            own += other.weight * (other.deadline <= new.deadline)
+        elif other.priority == new.priority:
+            of_others[other.line] += other.weight
+    # Until the line's turn comes, each other line comes as far as it.
+    turn = turns.of(new.line) + own + new.weight
+    weight_before += own + sum(min(weight, max(0, turn - turns.of(line))) for line, weight in of_others.items())
+    wait_s = min(runners_free_in_s) + weight_before * input_s
     nothing_runs = not any(runners_free_in_s) and weight_before == 0
-    is_possible = new.deadline > now and (nothing_runs or now + wait_s + run_times.of(new.weight) < new.deadline)
-    return Admission(is_possible, wait_s)
+    ends_at = now + wait_s * _WAIT_MARGIN + run_times.of(new.weight)
+    return Admission(new.deadline > now and (nothing_runs or ends_at < new.deadline), wait_s)
+
+
+def has_room(places: int, taken: int, taken_by_line: int, priority: Priority, *, is_shared: bool) -> bool:
+    """Say whether the queue has a place for one more frame.
+
+    Args:
+        places: of the queue.
+        taken: by frames that are not answered yet.
+        taken_by_line: by those of the new frame's line.
+        priority: of the new frame.
+        is_shared: whether other lines use the queue as well; one that is alone may fill it.
+    """
+    if taken >= places * _SHARE_OF_PLACES[priority]:
+        return False
+    return not is_shared or taken_by_line < _PLACES_A_FREE_ONE * (places - taken)
 
 
 def _urgency(frame: WaitingFrame) -> tuple[Priority, float, int]:
     return frame.priority, frame.deadline, frame.number
 
 
+def _in_turns(ready: Iterable[WaitingFrame], turns: Turns, a_turn: int) -> list[WaitingFrame]:
+    """Put frames, most urgent first, in the order in which they shall run; a turn is so many network inputs."""
+    before = defaultdict(int, turns.lead)
+    in_turns = []
+    for frame in ready:
+        in_turns.append((frame.priority, before[frame.line] // a_turn, frame.deadline, frame.number, frame))
+        before[frame.line] += frame.weight
+    return [frame for *_, frame in sorted(in_turns, key=lambda turn: turn[:-1])]
+
+
 def _split(
     ready: Sequence[WaitingFrame], idle_runners: int, now: float, run_times: RunTimes
 ) -> tuple[tuple[int, ...], ...]:
-    """Fill one batch after the other, most urgent frames first, each with an even share of what is left."""
+    """Fill one batch after the other, in order, each with an even share of what is left."""
     worthwhile = run_times.best_weight
     batches: list[tuple[int, ...]] = []
     left = sum(frame.weight for frame in ready)

@@ -41,6 +41,7 @@ class InspectionOptions(_Wire):
         view: which view of the part the frame shows; echoed and recorded.
         sequence: running number of the camera; echoed and recorded.
         deadline_ms: time from the arrival of the request to its answer; the server's own limit where absent.
+        priority: `low` lets every frame of normal priority go first, and is refused sooner where the queue fills.
         heatmap: which heatmap the answer links to; `none` keeps nothing for it.
         policy: version of the line's policy to judge by; the live one where absent.
         bundle_version: version to judge with; the live one where absent.
@@ -50,6 +51,7 @@ class InspectionOptions(_Wire):
     view: Identifier | None = None
     sequence: int | None = Field(default=None, ge=0, le=2**63 - 1)
     deadline_ms: float | None = Field(default=None, gt=0, le=600_000, allow_inf_nan=False)
+    priority: Literal["normal", "low"] = "normal"
     heatmap: HeatmapKind = "none"
     policy: Name | None = None
     bundle_version: Version | None = None

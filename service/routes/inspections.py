@@ -28,6 +28,7 @@ from service.routes.problems import (
     sentence_of,
     unexpected,
 )
+from service.schedule import Priority
 from service.schemas import InspectionOptions
 
 router = APIRouter(tags=["inspections"])
@@ -181,6 +182,7 @@ def _ask(request: Request, line: str, options: InspectionOptions, upload: Upload
         received_at=received_at,
         receive_s=context_of(request).clock() - received_at,
         bundle_version=options.bundle_version,
+        priority=Priority[options.priority.upper()],
     )
 
 

@@ -25,6 +25,7 @@ OPTION_HEADERS = {
     "view": "X-View",
     "sequence": "X-Sequence",
     "deadline_ms": "X-Deadline-Ms",
+    "priority": "X-Priority",
     "heatmap": "X-Heatmap",
     "policy": "X-Policy",
     "bundle_version": "X-Bundle-Version",

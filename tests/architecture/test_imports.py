@@ -55,8 +55,8 @@ ENVIRONMENT = ("service/settings.py", "service/__main__.py", "training/__main__.
 # Layers of the service, lowest first: a file imports from lower layers, or from its own package.
 LAYERS = (
     ("service.errors",),
-    ("service.contract",),
-    ("service.drift", "service.engines", "service.inspection", "service.schedule", "service.stores", "service.tallies"),
+    ("service.contract", "service.schedule"),
+    ("service.drift", "service.engines", "service.inspection", "service.stores", "service.tallies"),
     ("service.settings", "service.telemetry"),
     ("service.batcher", "service.warm_up"),
     ("service.live",),

@@ -121,6 +121,24 @@ def test_queue_when_full_then_503_with_the_wait_and_health_stays_true(store):
         assert [side.answer().json()["verdict"] for side in (first, second)] == ["PASS", "PASS"]
 
 
+def test_priority_when_a_frame_may_wait_then_those_that_may_not_go_first_and_it_is_shed_sooner(store):
+    """Frames of an archive run when no camera waits, and leave the last places of the queue to the cameras."""
+    with _serving(store, max_queue_size=4) as (http, engine):
+        archive = {"params": {"priority": "low"}}
+        sides = [_occupy(http, engine), Side(lambda: _inspect(http, **archive))]
+        wait_until(lambda: 'flawline_queue_depth{engine="demo_line"} 2.0' in http.get("/metrics").text, "its place")
+        sides.append(Side(lambda: _inspect(http)))
+        wait_until(lambda: 'flawline_queue_depth{engine="demo_line"} 3.0' in http.get("/metrics").text, "its place")
+
+        shed = _inspect(http, **archive)
+        engine.release()
+        first, low, normal = (side.answer().json() for side in sides)
+
+    assert (shed.status_code, shed.json()["code"]) == (503, "overloaded")
+    assert [answer["verdict"] for answer in (first, low, normal)] == ["PASS"] * 3
+    assert normal["timings_ms"]["queue"] < low["timings_ms"]["queue"]
+
+
 def test_deadline_when_a_run_is_stuck_then_504_on_time_for_the_running_and_the_waiting(store):
     """Whoever runs or waits behind a run that does not end hears of it at the deadline, not at the end of the run."""
     with _serving(store) as (http, engine):

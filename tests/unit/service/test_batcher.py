@@ -10,7 +10,7 @@ from prometheus_client import Histogram
 
 from service.batcher import Batcher
 from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded
-from service.schedule import RunTimes
+from service.schedule import Priority, RunTimes
 from service.telemetry import EngineMeter, Telemetry
 from tests.fakes import FakeEngine, grey_level, in_loop
 
@@ -22,7 +22,7 @@ BATCHES_PAY = RunTimes((0.001, 0.001, 0.001, 0.001))
 class Bench:
     """A batcher with a fake engine under it."""
 
-    def __init__(self, *, runners=1, max_queue_size=64, run_times=None, stuck_after_s=LONG_S):
+    def __init__(self, *, lines=1, runners=1, max_queue_size=64, run_times=None, stuck_after_s=LONG_S):
         self.engine = FakeEngine()
         self.telemetry = Telemetry()
         self.probes = 0
@@ -30,6 +30,7 @@ class Bench:
         self.batcher = Batcher(
             self.engine,
             self._probe,
+            lines=lines,
             runners=runners,
             max_queue_size=max_queue_size,
             run_times=run_times or RunTimes.unknown(1),
@@ -43,13 +44,14 @@ class Bench:
         if self.probe_fault is not None:
             raise self.probe_fault
 
-    async def inspect(self, grey=0, *, deadline_s=LONG_S, line_index=0):
+    async def inspect(self, grey=0, **options):
         """Take a place and run a frame of one grey level."""
-        return await self.inspect_tiles([grey], deadline_s=deadline_s, line_index=line_index)
+        return await self.inspect_tiles([grey], **options)
 
-    async def inspect_tiles(self, greys, *, deadline_s=LONG_S, line_index=0, line="line"):
+    async def inspect_tiles(self, greys, *, deadline_s=LONG_S, line_index=0, line="line", priority=Priority.NORMAL):
         """Take a place and run a frame of several tiles, each of one grey level."""
-        with self.batcher.place(time.monotonic() + deadline_s, line=line, weight=len(greys)) as place:
+        deadline = time.monotonic() + deadline_s
+        with self.batcher.place(deadline, line=line, weight=len(greys), priority=priority) as place:
             tiles = np.stack([np.full((8, 12, 3), grey, np.uint8) for grey in greys])
             return await self.batcher.submit(place, tiles, line_index)
 
@@ -205,6 +207,58 @@ async def test_submit_when_frames_wait_then_earliest_deadline_runs_first(make_be
     await asyncio.gather(*answers)
 
     assert runs == [[0], [2], [3], [1]]
+
+
+@in_loop
+async def test_submit_when_one_line_sends_too_much_then_the_others_need_not_wait_for_it(make_bench):
+    """Behind a busy runner, a line that has nothing running goes before the many frames of one that came earlier."""
+    bench = make_bench(lines=2)
+    runs = watch_greys(bench.engine)
+    bench.engine.hold()
+    answers = [bench.start(0, line="noisy")]
+    await bench.until_a_run_starts()
+
+    answers += [bench.start(grey, line="noisy", deadline_s=12) for grey in (1, 2, 3)]
+    answers += [bench.start(9, line="quiet", deadline_s=18)]
+    await asyncio.sleep(0)
+    bench.engine.release()
+    await asyncio.gather(*answers)
+
+    assert runs == [[0], [9], [1], [2], [3]]
+
+
+@in_loop
+async def test_place_when_one_line_sends_too_much_then_the_others_still_find_one(make_bench):
+    """A noisy line is refused before it has filled the queue, and a quiet one is not."""
+    bench = make_bench(lines=2, max_queue_size=9)
+    bench.engine.hold()
+    noisy = [bench.start(line="noisy") for _ in range(20)]
+    await bench.until_a_run_starts()
+    quiet = bench.start(line="quiet")
+    await asyncio.sleep(0)
+    bench.engine.release()
+
+    answers = await asyncio.gather(*noisy, return_exceptions=True)
+    await quiet
+
+    assert [type(answer) for answer in answers].count(Overloaded) == 14
+
+
+@in_loop
+async def test_place_when_frames_matter_less_then_they_are_shed_first(make_bench):
+    """Frames of an archive, and shadow traffic still sooner, are refused while there is room for what matters."""
+    bench = make_bench(max_queue_size=8)
+    bench.engine.hold()
+    sent = [bench.start(priority=Priority.SHADOW) for _ in range(3)]
+    sent += [bench.start(priority=Priority.LOW) for _ in range(3)]
+    sent += [bench.start() for _ in range(4)]
+    await bench.until_a_run_starts()
+    bench.engine.release()
+
+    answers = await asyncio.gather(*sent, return_exceptions=True)
+
+    refused = [isinstance(answer, Overloaded) for answer in answers]
+    assert refused == [False, False, True, False, False, True, False, False, False, False]
 
 
 @in_loop
@@ -401,6 +455,7 @@ async def test_batcher_when_the_batch_loop_itself_fails_then_is_unhealthy_and_an
     batcher = Batcher(
         FakeEngine(),
         lambda: None,
+        lines=1,
         runners=1,
         max_queue_size=4,
         run_times=RunTimes.unknown(1),
