@@ -5,6 +5,7 @@ imports training: a package is imported only when its command is asked for, or w
 is the only reader of environment and argv on the service's side.
 """
 
+import asyncio
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 import uvicorn
@@ -106,7 +107,7 @@ def serve(
 ) -> None:
     """Override settings with options, put the service together, and run it until it is told to stop."""
     # Imported here, so that other commands and --help need not wait for the runtime.
-    from service.app import create_app, start_draining  # noqa: PLC0415 - see above
+    from service.app import create_admin_app, create_app, start_draining  # noqa: PLC0415 - see above
     from service.auth import KeysFileInvalid  # noqa: PLC0415 - see above
     from service.protocol import MAX_HEAD_BYTES, BoundedProtocol  # noqa: PLC0415 - see above
     from service.settings import PREFIX, SettingsInvalid, read_settings  # noqa: PLC0415 - see above
@@ -131,24 +132,28 @@ def serve(
         log_json_lines(settings.log_level)
         logging.captureWarnings(capture=True)  # a codec's complaints about a frame are lines of JSON like all others
         app = create_app(settings, when_lost=lambda: server.give_up())  # noqa: PLW0108 - made below
+        administration = None if settings.admin_port is None else create_admin_app(app)
     except (SettingsInvalid, KeysFileInvalid) as error:
         _leave(str(error))
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        http=BoundedProtocol,
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        ws="none",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
-    )
-    server = _Server(config, lambda: start_draining(app), settings.drain_timeout_s + _LAST_GRACE_S)
+    same: dict[str, Any] = {
+        "http": BoundedProtocol,
+        "h11_max_incomplete_event_size": MAX_HEAD_BYTES,
+        "ws": "none",
+        "log_config": None,
+        "log_level": "warning",
+        "access_log": False,
+        "proxy_headers": False,
+        "server_header": False,
+        "timeout_keep_alive": _KEEP_ALIVE_S,
+        "timeout_graceful_shutdown": math.ceil(settings.drain_timeout_s),
+    }
+    config = uvicorn.Config(app, host=settings.host, port=settings.port, **same)
+    beside = None
+    if administration is not None and settings.admin_port is not None:
+        beside = _Beside(
+            uvicorn.Config(administration, host=settings.admin_host, port=settings.admin_port, lifespan="off", **same)
+        )
+    server = _Server(config, beside, lambda: start_draining(app), settings.drain_timeout_s + _LAST_GRACE_S)
     server.run()
     _end(server.exit_code)
 
@@ -159,9 +164,16 @@ class _Server(uvicorn.Server):
     Uvicorn itself raises the signal again when it has ended, so that an orderly stop would look like a kill.
     """
 
-    def __init__(self, config: uvicorn.Config, when_told_to_stop: Callable[[], None], end_within_s: float) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        beside: "_Beside | None",
+        when_told_to_stop: Callable[[], None],
+        end_within_s: float,
+    ) -> None:
         super().__init__(config)
         self.exit_code = 0
+        self._beside = beside
         self._when_told_to_stop = when_told_to_stop
         self._end_within_s = end_within_s
 
@@ -173,10 +185,14 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        for server in self.servers:
-            for listening in server.sockets:
-                host, port = listening.getsockname()[:2]
-                _log.info("listening", extra={"host": host, "port": port})
+        if self._beside is not None:
+            await self._beside.start()
+        _say_where(self, "listening")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self._beside is not None:
+            await self._beside.stop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         _log.info("told to stop", extra={"signal": signal.Signals(sig).name})
@@ -190,6 +206,31 @@ class _Server(uvicorn.Server):
         timer = threading.Timer(self._end_within_s, _end_late)
         timer.daemon = True
         timer.start()
+
+
+class _Beside(uvicorn.Server):
+    """The administration's server, in the loop of the main one, which alone hears signals."""
+
+    async def start(self) -> None:
+        """Listen."""
+        self.config.load()
+        self.lifespan = self.config.lifespan_class(self.config)
+        await self.startup()
+        _say_where(self, "administration listening")
+        self._ticking = asyncio.create_task(self.main_loop())
+
+    async def stop(self) -> None:
+        """Listen no longer, and end what was asked."""
+        self.should_exit = True
+        await self._ticking
+        await self.shutdown()
+
+
+def _say_where(server: uvicorn.Server, message: str) -> None:
+    for listener in server.servers:
+        for listening in listener.sockets:
+            host, port = listening.getsockname()[:2]
+            _log.info(message, extra={"host": host, "port": port})
 
 
 def _end_late() -> None:

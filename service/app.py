@@ -19,17 +19,18 @@ from fastapi import FastAPI, Request
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.auth import Keyring
+from service.auth import Keyring, KeysFileInvalid
 from service.engines.opening import open_engine
 from service.errors import FlawlineError
 from service.loading import BatcherOptions, OpenEngine
 from service.pipeline import Pipeline
 from service.records import Records
 from service.registry import Registry
-from service.routes import documentation, health, inspections, lines, v2
+from service.routes import admin, documentation, health, inspections, lines, v2
 from service.routes.context import Context
 from service.routes.openapi import complete_openapi
 from service.routes.problems import REQUEST_ID_HEADER, install_problems
+from service.schemas import ProblemDocument
 from service.settings import Settings
 from service.stores.directory import DirectoryStore
 from service.telemetry import Telemetry
@@ -94,6 +95,35 @@ def create_app(
     install_problems(app)
     complete_openapi(app)
     return app
+
+
+def create_admin_app(app: FastAPI) -> FastAPI:
+    """Put the administration of a service together; it is to be served in the same process, on another port.
+
+    Args:
+        app: the service, from `create_app`.
+
+    Raises:
+        KeysFileInvalid: if no key allows administration, so that nobody could ever use it.
+    """
+    context: Context = app.state.context
+    if context.keyring.is_open or not context.keyring.allows("admin"):
+        raise KeysFileInvalid("No key allows the action admin; add one to the keys file, or leave the admin port out.")
+    administration = FastAPI(
+        title="Flawline administration",
+        version=version("flawline"),
+        description="Which version, policy and shadow serve. Only with what already lies in the verified store.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    administration.state.context = context
+    administration.add_middleware(_Identity, clock=context.clock)
+    for router in (admin.router, admin.protocol, health.router, documentation.router):
+        administration.include_router(router)
+    install_problems(administration)
+    complete_openapi(administration, (ProblemDocument,), may_be_open=False)
+    return administration
 
 
 def start_draining(app: FastAPI) -> None:

@@ -68,6 +68,11 @@ class Caller:
         """Say whether an action is allowed on a line."""
         return self._entry is None or (action in self._entry.actions and self._entry.covers(line))
 
+    @property
+    def covers_every_line(self) -> bool:
+        """Whether no line is out of reach, not even one that comes later."""
+        return self._entry is None or EVERY_LINE in self._entry.lines
+
     def demand(self, action: Action, line: str | None = None) -> None:
         """Insist on a right.
 
@@ -141,6 +146,10 @@ class Keyring:
     def is_open(self) -> bool:
         """Whether everybody may do everything."""
         return self._entries is None
+
+    def allows(self, action: Action) -> bool:
+        """Say whether any key allows an action."""
+        return self._entries is None or any(action in entry.actions for entry in self._entries)
 
     def identify(self, authorization: str | None, api_key: str | None) -> Caller:
         """Find out who is calling.

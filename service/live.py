@@ -145,6 +145,7 @@ class VersionStatus:
         reason: why it was refused.
         lines: that it serves, or could.
         size_bytes: memory of its engine, where it is loaded.
+        is_held_back: whether it becomes live only when it is asked for by name.
     """
 
     version: str
@@ -152,6 +153,7 @@ class VersionStatus:
     reason: str | None
     lines: tuple[str, ...]
     size_bytes: int | None
+    is_held_back: bool
 
 
 def status_of(live: LiveLine) -> LineStatus:

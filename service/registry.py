@@ -89,6 +89,7 @@ class Registry(LoadedVersions):
                 history.refusals[version][0] if version in history.refusals and version not in loaded else None,
                 self._lines_of(name, version, loaded.get(version)),
                 loaded[version].bundle.engine.size_bytes if version in loaded else None,
+                version in history.held_back,
             )
             for version in sorted({*stored, *loaded}, key=int)
         ]

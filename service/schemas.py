@@ -295,6 +295,61 @@ class VersionsAnswer(_Wire):
     versions: list[VersionAnswer]
 
 
+class AdminVersionAnswer(_Wire):
+    """One version of a bundle, as administrators see it.
+
+    Attributes:
+        version: its number.
+        state: see `VersionAnswer`.
+        reason: why it was refused.
+        held_back: whether it becomes live only when it is activated by name.
+        lines: that it serves, or would.
+        size_bytes: memory that its engine takes; null where it is not loaded.
+    """
+
+    version: str
+    state: VersionState
+    reason: str | None
+    held_back: bool
+    lines: list[str]
+    size_bytes: int | None
+
+
+class BundleAnswer(_Wire):
+    """A bundle and its versions, oldest first."""
+
+    bundle: str
+    lines: list[str]
+    versions: list[AdminVersionAnswer]
+
+
+class BundlesAnswer(_Wire):
+    """Every bundle that the key covers."""
+
+    bundles: list[BundleAnswer]
+
+
+class VersionOf(_Wire):
+    """A version of a bundle."""
+
+    bundle: str
+    version: str
+
+
+class RefusedAnswer(VersionOf):
+    """A version that was not taken into use."""
+
+    reason: str
+
+
+class RescanAnswer(_Wire):
+    """What a look at the store has changed; policies are named as `<line>/<version>`."""
+
+    activated: list[VersionOf]
+    refused: list[RefusedAnswer]
+    policies: list[str]
+
+
 class PolicyAnswer(_Wire):
     """One policy of a line."""
 

@@ -65,6 +65,8 @@ class Settings(BaseSettings):
         lines: to serve, separated by commas; absent means every line of the store.
         host: address to listen on.
         port: to listen on.
+        admin_port: where administrators listen; absent is off. Never the port of the frames; 0 takes a free one.
+        admin_host: address that goes with it.
         keys_file: of callers' keys; absent leaves the service open to everybody.
         device: runtime and device of the engines (service/engines/README.md): `cpu`, `openvino`, `cuda`,
             `ort-tensorrt` or `tensorrt`; another than the wanted one is never taken silently.
@@ -103,6 +105,8 @@ class Settings(BaseSettings):
     lines: Annotated[frozenset[LineName] | None, NoDecode] = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    admin_port: int | None = Field(default=None, ge=0, le=65535)
+    admin_host: str = "127.0.0.1"
     keys_file: Path | None = None
     device: Device = "cpu"
     runners: int = Field(default=0, ge=0, le=256)
@@ -164,6 +168,14 @@ class Settings(BaseSettings):
             raise ValueError("default_deadline_s must not be above max_deadline_s")
         if self.drain_timeout_s < self.max_deadline_s:
             raise ValueError("drain_timeout_s must not be below max_deadline_s, or accepted frames are lost")
+        return self
+
+    @model_validator(mode="after")
+    def _administration_is_guarded(self) -> Self:
+        if self.admin_port is not None and self.keys_file is None:
+            raise ValueError("admin_port needs keys_file, with a key that allows the action admin")
+        if self.admin_port is not None and self.admin_port == self.port != 0:
+            raise ValueError("admin_port must be another one than port")
         return self
 
     @property

@@ -88,6 +88,7 @@ class ServerProcess:
             stderr=subprocess.STDOUT,
         )
         self.log: list[str] = []
+        self.admin_port: int | None = None
         self._port: queue.Queue[int | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -144,6 +145,8 @@ class ServerProcess:
             self.log.append(line)
             if line.startswith("{"):
                 event = json.loads(line)
+                if event.get("message") == "administration listening":
+                    self.admin_port = int(event["port"])
                 if event.get("message") == "listening":
                     self._port.put(int(event["port"]))
         self._port.put(None)

@@ -38,7 +38,7 @@ async def lines(request: Request) -> LinesAnswer:
     caller = caller_of(request)
     caller.demand("read")
     statuses = context_of(request).registry.statuses()
-    return LinesAnswer(lines=[_summary(status) for status in statuses if caller.may("read", status.line)])
+    return LinesAnswer(lines=[summary_of(status) for status in statuses if caller.may("read", status.line)])
 
 
 @router.get("/{line}", responses=responses(*_FAULTS))
@@ -88,7 +88,8 @@ def _status(request: Request, line: str) -> LineStatus:
     return context_of(request).registry.status(line)
 
 
-def _summary(status: LineStatus) -> LineSummary:
+def summary_of(status: LineStatus) -> LineSummary:
+    """Describe a line in a few words."""
     bundle = None if status.live is None else status.live.bundle
     return LineSummary(
         line=status.line,

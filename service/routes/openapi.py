@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.contract.frames import FORMAT_OF_MEDIA_TYPE
@@ -94,19 +95,25 @@ def reference(name: str) -> dict[str, Any]:
     return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
 
 
-def complete_openapi(app: FastAPI) -> None:
-    """Add the components that operations refer to by name to an application's OpenAPI document."""
+def complete_openapi(app: FastAPI, models: tuple[type[BaseModel], ...] = _MODELS, *, may_be_open: bool = True) -> None:
+    """Add what operations refer to by name to an application's OpenAPI document.
+
+    Args:
+        app: whose document it is.
+        models: components.
+        may_be_open: whether a key may be asked for or not, as the operator likes.
+    """
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = generate()
         _, definitions = models_json_schema(
-            [(model, "serialization") for model in _MODELS], ref_template="#/components/schemas/{model}"
+            [(model, "serialization") for model in models], ref_template="#/components/schemas/{model}"
         )
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         schemas.update(definitions["$defs"])
         document["components"]["securitySchemes"] = _KEYS
-        document["security"] = [{}, *({name: []} for name in _KEYS)]  # the first one: an open service asks for none
+        document["security"] = [*([{}] if may_be_open else []), *({name: []} for name in _KEYS)]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         for methods in document["paths"].values():

@@ -12,7 +12,7 @@ no verdict none has, and the request fails with the fault of that frame.
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -36,7 +36,7 @@ router = APIRouter(prefix="/v2", include_in_schema=False)
 PLATFORM = "onnxruntime_onnx"
 
 _NOT_A_MODEL = "stats"  # the protocol gives this address to the statistics of all models
-_SMALL_BODY_BYTES = 64 * 2**10
+SMALL_BODY_BYTES = 64 * 2**10
 _INDEX_STATES = {"ready": "READY", "loading": "LOADING"}  # else UNAVAILABLE
 
 
@@ -138,13 +138,23 @@ async def model_configuration(request: Request, model: str) -> dict[str, Any]:
 
 @router.post("/repository/index")
 async def repository_index(request: Request) -> list[dict[str, str]]:
-    """List the models that the caller may know of, every version in the store."""
+    """List the models that the caller may know of, every version that is loaded or lies in the store."""
     caller = caller_of(request)
     caller.demand("read")
+    return await index_of(request, lambda line: caller.may("read", line))
+
+
+async def index_of(request: Request, may_know: Callable[[str], bool]) -> list[dict[str, str]]:
+    """List models as the protocol wants them.
+
+    Args:
+        request: whose body may ask for those alone that are ready.
+        may_know: says of which lines.
+    """
     context = context_of(request)
-    body = await receive_body(request, _SMALL_BODY_BYTES, context.settings.default_deadline_s)
+    body = await receive_body(request, SMALL_BODY_BYTES, context.settings.default_deadline_s)
     ready_only = open_inference.wants_ready_only(body)
-    models = [status for status in context.registry.statuses() if caller.may("read", status.line)]
+    models = [status for status in context.registry.statuses() if may_know(status.line)]
     entries = await asyncio.to_thread(lambda: [entry for model in models for entry in _index(context.registry, model)])
     return [entry for entry in entries if entry["state"] == "READY" or not ready_only]
 
@@ -152,9 +162,9 @@ async def repository_index(request: Request) -> list[dict[str, str]]:
 @router.post("/repository/models/{model}/load")
 @router.post("/repository/models/{model}/unload")
 async def administer(request: Request, model: str) -> None:
-    """Refuse to load or unload: bundles are loaded when the service starts, out of its own store."""
+    """Refuse to load or unload: that is for administrators, on a port of their own."""
     caller_of(request).demand("admin", model)
-    raise NotAuthorised("Administration is off: bundles are loaded from the store when the service starts.")
+    raise NotAuthorised("Nothing is administered on this port; ask on the administration's own, where that is on.")
 
 
 @router.post("/models/{model}/infer")

@@ -183,7 +183,7 @@ def test_index_when_asked_by_triton_then_every_version_in_the_store_is_listed_an
 def test_administration_when_asked_by_triton_then_refused_with_the_reason(client):
     """Nothing is loaded or unloaded from outside."""
     for ask in (client.load_model, client.unload_model):
-        with pytest.raises(InferenceServerException, match="Administration is off") as refused:
+        with pytest.raises(InferenceServerException, match="Nothing is administered on this port") as refused:
             ask(MODEL)
         assert refused.value.status() == "403"
 

@@ -28,6 +28,7 @@ def test_settings_when_nothing_is_set_then_serve_safely():
         ("LOG_LEVEL", "warning", "WARNING"),
         ("PORT", "", 8000),
         ("RUNNERS", "3", 3),
+        ("PINNED_LINES", "screws, bottles", frozenset({"screws", "bottles"})),
     ],
 )
 def test_settings_when_a_variable_is_set_then_is_taken(monkeypatch, name, text, value):
@@ -52,6 +53,7 @@ def test_settings_when_a_variable_is_set_then_is_taken(monkeypatch, name, text, 
         ("DEVICE", "tpu", "FLAWLINE_DEVICE"),
         ("DEFAULT_DEADLINE_S", "11", "default_deadline_s must not be above"),
         ("DRAIN_TIMEOUT_S", "5", "drain_timeout_s must not be below"),
+        ("ADMIN_PORT", "8001", "admin_port needs keys_file"),
         ("KEY_FILE", "/keys.json", "did you mean FLAWLINE_KEYS_FILE"),
     ],
 )
