@@ -15,8 +15,7 @@ from functools import partial
 from importlib.metadata import version
 from uuid import uuid4
 
-from fastapi import FastAPI, Request
-from starlette.datastructures import MutableHeaders
+from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.auth import Keyring, KeysFileInvalid
@@ -36,7 +35,8 @@ from service.stores.directory import DirectoryStore
 from service.telemetry import Telemetry
 from service.versions import RegistryOptions
 
-_REQUEST_ID = re.compile(r"[!#-\[\]-~]{1,128}")  # printable ASCII without space, quote and backslash
+_REQUEST_ID_HEADER = REQUEST_ID_HEADER.lower().encode()
+_REQUEST_ID = re.compile(rb"[!#-\[\]-~]{1,128}")  # printable ASCII without space, quote and backslash
 _WATCH_EVERY_S = 1.0
 
 _log = logging.getLogger("flawline")
@@ -86,10 +86,12 @@ def create_app(
         lifespan=life,
         docs_url=None,  # ours needs no other host
         redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours is in telemetry.py
         redirect_slashes=False,  # a redirect says no verdict, and repeats a host that the caller made up
     )
     app.state.context = context
     app.add_middleware(_Identity, clock=clock)
+    app.router.routes.append(inspections.InspectRoute())  # before the documented one, which it answers for
     for router in (inspections.router, lines.router, v2.router, health.router, documentation.router):
         app.include_router(router)
     install_problems(app)
@@ -205,16 +207,15 @@ class _Identity:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = Request(scope)
-        shown = request.headers.get(REQUEST_ID_HEADER)
+        shown = next((value for name, value in scope["headers"] if name == _REQUEST_ID_HEADER), None)
         fits = shown is not None and _REQUEST_ID.fullmatch(shown) is not None
-        request_id = shown if shown is not None and fits else uuid4().hex
-        request.state.request_id = request_id
-        request.state.received_at = self._clock()
+        request_id = shown if shown is not None and fits else uuid4().hex.encode()
+        scope.setdefault("state", {}).update(request_id=request_id.decode(), received_at=self._clock())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                others = (header for header in message["headers"] if header[0] != _REQUEST_ID_HEADER)
+                message["headers"] = [*others, (_REQUEST_ID_HEADER, request_id)]
             await send(message)
 
         await self._app(scope, receive, send_with_id)

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, NamedTuple, TextIO, TypeVar
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -52,6 +52,8 @@ _MEASURED_A_SECOND = 4
 _MEASURED_SIDE = 256
 _SMALLEST_SIDE = 3
 
+_Child = TypeVar("_Child")
+
 _log = logging.getLogger("flawline.inspections")
 
 
@@ -76,6 +78,27 @@ class EngineMeter:
     def discard(self, why: Discarded) -> None:
         """Count a frame that nobody waits for any more: dropped before its run, or its result after it."""
         self._discarded[why].inc()
+
+
+class _Children(dict[str, _Child]):
+    """Series of one metric by their last label; each is resolved once, because every frame asks for ten."""
+
+    def __init__(self, resolve: Callable[[str], _Child]) -> None:
+        super().__init__()
+        self._resolve = resolve
+
+    def __missing__(self, label: str) -> _Child:
+        self[label] = self._resolve(label)
+        return self[label]
+
+
+class _Series(NamedTuple):
+    """What every answered frame of a line adds to."""
+
+    verdicts: _Children[Counter]
+    stages: _Children[Histogram]
+    slack: Histogram
+    score: Histogram
 
 
 class Telemetry:
@@ -132,6 +155,7 @@ class Telemetry:
         self._tallies: dict[tuple[str, str], Tally] = {}
         self._drifts: dict[str, LineDrift] = {}
         self._measured_at: dict[str, float] = {}
+        self._known_series: dict[tuple[str, str], _Series] = {}
 
     def watch_readiness(self, is_ready: Callable[[], bool]) -> None:
         """Have readiness asked for at every scrape."""
@@ -213,15 +237,15 @@ class Telemetry:
             total_s: seconds from its arrival until it was written.
         """
         request, judgement, line = inspection.request, inspection.judgement, inspection.line
-        self._inspections.labels(line, inspection.bundle_version, judgement.verdict.value).inc()
+        series = self._series(line, inspection.bundle_version)
+        series.verdicts[judgement.verdict].inc()
         seconds = {**inspection.timings_s, "encode": encode_s, "total": total_s}
         exemplar = {"inspection_id": inspection.inspection_id}
         for stage, spent in seconds.items():
-            self._stage.labels(line, stage).observe(spent, exemplar if stage == "total" else None)
+            series.stages[stage].observe(spent, exemplar if stage == "total" else None)
         self._tally(line, inspection.bundle_version).answered(inspection.batch_size, seconds, _now_ms())
-        self._slack.labels(line).observe(inspection.deadline_s - total_s)
-        units = in_units(judgement.score, inspection.policy)
-        self._score.labels(line, inspection.bundle_version).observe(units, exemplar)
+        series.slack.observe(inspection.deadline_s - total_s)
+        series.score.observe(in_units(judgement.score, inspection.policy), exemplar)
         self._watch(inspection)
         fields: dict[str, Any] = {
             "inspection_id": inspection.inspection_id,
@@ -293,6 +317,17 @@ class Telemetry:
         drift.seen(measure_quality(inspection.frame.pixels[top : top + _MEASURED_SIDE, left : left + _MEASURED_SIDE]))
         for name, mean in drift.quality.items():
             self._image_quality.labels(line, name).set(mean.mean())
+
+    def _series(self, line: str, version: str) -> "_Series":
+        series = self._known_series.get((line, version))
+        if series is None:
+            series = self._known_series[line, version] = _Series(
+                _Children(lambda verdict: self._inspections.labels(line, version, verdict)),
+                _Children(lambda stage: self._stage.labels(line, stage)),
+                self._slack.labels(line),
+                self._score.labels(line, version),
+            )
+        return series
 
     def _tally(self, line: str, version: str) -> Tally:
         return self._tallies.setdefault((line, version), Tally())

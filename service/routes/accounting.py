@@ -64,7 +64,10 @@ def record_later(context: Context, inspection: Inspection, encode_s: float, tota
         total_s: seconds from its arrival until it was written.
         kept: whether its heatmap is kept already, or not wanted.
     """
-    context.after_answers.start(inspection.inspection_id, _record(context, inspection, encode_s, total_s, kept=kept))
+    if kept:
+        asyncio.get_running_loop().call_soon(context.telemetry.inspected, inspection, encode_s, total_s)
+    else:
+        context.after_answers.start(inspection.inspection_id, _record(context, inspection, encode_s, total_s))
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
@@ -73,20 +76,29 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, _Result]) -> _
     Raises:
         ClientDisconnect: if it did.
     """
-    working = asyncio.ensure_future(work)
+    working = asyncio.current_task()
     # The body has been read to its end, so the next message can only be the disconnect.
-    leaving = asyncio.ensure_future(request.receive())
+    leaving: asyncio.Future[Any] = asyncio.ensure_future(request.receive())
+    has_left = False
+
+    def stop(left: asyncio.Future[Any]) -> None:
+        nonlocal has_left
+        if not left.cancelled() and working is not None:
+            has_left = True
+            working.cancel()
+
+    leaving.add_done_callback(stop)
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
+        return await work
+    except asyncio.CancelledError as error:
+        if has_left and working is not None and working.uncancel() == 0:
+            raise ClientDisconnect from error
+        raise
     finally:
+        leaving.remove_done_callback(stop)
         leaving.cancel()
-        working.cancel()
 
 
-async def _record(context: Context, inspection: Inspection, encode_s: float, total_s: float, *, kept: bool) -> None:
+async def _record(context: Context, inspection: Inspection, encode_s: float, total_s: float) -> None:
     context.telemetry.inspected(inspection, encode_s, total_s)
-    if not kept:
-        await asyncio.to_thread(context.records.keep, inspection)
+    await asyncio.to_thread(context.records.keep, inspection)

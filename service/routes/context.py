@@ -36,6 +36,7 @@ class AfterAnswers:
 
     async def finish(self) -> None:
         """Wait for all work."""
+        await asyncio.sleep(0)  # what was only to be called soon
         if self._running:
             await asyncio.wait(self._running.values())
 

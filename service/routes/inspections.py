@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import ValidationError
 from pydantic_core import to_json
+from starlette.routing import BaseRoute, Match
+from starlette.types import Receive, Scope, Send
 
 from service.auth import Caller
 from service.errors import DeadlinePassed, FlawlineError, NotAuthorised, ParameterInvalid
@@ -53,6 +55,9 @@ _FAULTS = (
     "line_not_calibrated",
     "deadline_passed",
 )
+_OPTION_OF_HEADER = {header.lower().encode(): name for name, header in OPTION_HEADERS.items()}
+_NO_OPTIONS = InspectionOptions()
+_INSPECT_BEFORE, _INSPECT_AFTER = "/v1/lines/", "/inspect"
 _HEATMAP_FAULTS = ("not_authenticated", "not_authorised", "unknown_inspection", "parameter_invalid", "internal")
 
 
@@ -79,6 +84,30 @@ async def inspect(request: Request, line: str) -> Response:
         asked = _ask(request, line, options, upload)
         inspection = await unless_left(request, context.pipeline.inspect(asked))
         return await (_picture if _wants_picture(request) else _answer)(context, inspection)
+
+
+class InspectRoute(BaseRoute):
+    """The way to `inspect` that every frame takes.
+
+    It answers as the documented route above does, of which it makes no use: finding that one among all others, and the
+    frame's way through the parts that read parameters into arguments, takes a fifth of what the service itself takes.
+    """
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Say whether a request asks to inspect one frame."""
+        if scope["type"] == "http" and scope["method"] == "POST":
+            path: str = scope["path"]
+            if path.startswith(_INSPECT_BEFORE) and path.endswith(_INSPECT_AFTER):
+                line = path[len(_INSPECT_BEFORE) : -len(_INSPECT_AFTER)]
+                if line and "/" not in line:
+                    return Match.FULL, {"path_params": {"line": line}}
+        return Match.NONE, {}
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that matched."""
+        request = Request(scope, receive)
+        response = await inspect(request, scope["path_params"]["line"])
+        await response(scope, receive, send)
 
 
 @router.post(
@@ -148,8 +177,13 @@ def _read_options(request: Request) -> InspectionOptions:
     """
     if request.headers.get(REQUEST_ID_HEADER, request_id_of(request)) != request_id_of(request):
         raise ParameterInvalid(f"{REQUEST_ID_HEADER}: send up to 128 printable characters without spaces.")
-    given = {name: request.headers[header] for name, header in OPTION_HEADERS.items() if header in request.headers}
-    asked = request.query_params.multi_items()
+    given: dict[str, str] = {}
+    for header, value in request.scope["headers"]:
+        if header in _OPTION_OF_HEADER:
+            given.setdefault(_OPTION_OF_HEADER[header], value.decode("latin-1"))
+    asked = request.query_params.multi_items() if request.scope["query_string"] else []
+    if not (given or asked):
+        return _NO_OPTIONS
     if len({name for name, _ in asked}) < len(asked):
         raise ParameterInvalid("A query parameter stands there twice; send each one once.")
     if any(name not in OPTION_HEADERS for name, _ in asked):
