@@ -31,6 +31,7 @@ from service.routes.openapi import complete_openapi
 from service.routes.problems import REQUEST_ID_HEADER, install_problems
 from service.schemas import ProblemDocument
 from service.settings import Settings
+from service.shadows import Shadows
 from service.stores.directory import DirectoryStore
 from service.telemetry import Telemetry
 from service.versions import RegistryOptions
@@ -70,6 +71,7 @@ def create_app(
         yield
         watching.cancel()
         context.lifecycle.start_draining()
+        await context.shadows.finish()
         try:
             async with asyncio.timeout(settings.drain_timeout_s):
                 await context.registry.drain()
@@ -162,7 +164,15 @@ def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[
         clock=clock,
     )
     records = Records(settings.max_heatmaps_kept, settings.max_heatmap_bytes_kept, telemetry)
-    context = Context(settings, keyring, registry, pipeline, records, telemetry, clock)
+    shadows = Shadows(
+        registry,
+        pipeline,
+        telemetry,
+        max_kept=settings.max_disagreements_kept,
+        patience_s=settings.max_deadline_s,
+        clock=clock,
+    )
+    context = Context(settings, keyring, registry, pipeline, records, shadows, telemetry, clock)
     telemetry.watch_readiness(lambda: not context.reasons_not_ready())
     if settings.keys_file is not None:
         telemetry.watch_keys(settings.keys_file)

@@ -197,6 +197,11 @@ class Batcher:
         """Whether a frame would run at once; shadow traffic to another engine may ask."""
         return len(self._running) < self._runners and not self._waiting
 
+    @property
+    def has_spare_runner(self) -> bool:
+        """Whether one more frame would run at once and leave nobody waiting."""
+        return self.is_healthy and len(self._places) < self._runners
+
     @contextmanager
     def place(
         self, deadline: float, *, line: str, weight: int = 1, priority: Priority = Priority.NORMAL

@@ -70,6 +70,10 @@ class Pipeline:
             OwnError: if the engine fails.
         """
         found = self._registry.find(request.line, request.bundle_version, request.policy_version)
+        return await self.inspect_by(found, request)
+
+    async def inspect_by(self, found: Found, request: InspectionRequest) -> Inspection:
+        """Inspect one frame by a version and a policy that were found already; raises what `inspect` raises."""
         bundle, deadline_s = found.line.bundle, self._deadline_s(request)
         deadline = request.received_at + deadline_s
         with bundle.batcher.place(deadline, line=found.line.name, priority=request.priority) as place:

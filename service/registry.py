@@ -86,7 +86,7 @@ class Registry(LoadedVersions):
             VersionStatus(
                 version,
                 self._version_state(VersionKey(name, version), state, history),
-                history.refusals[version][0] if version in history.refusals and version not in loaded else None,
+                self._why_version(version, loaded.get(version), history),
                 self._lines_of(name, version, loaded.get(version)),
                 loaded[version].bundle.engine.size_bytes if version in loaded else None,
                 version in history.held_back,
@@ -348,6 +348,11 @@ class Registry(LoadedVersions):
         return self._catalogue.lines(name, version)
 
     # What is told.
+
+    def _why_version(self, version: str, loaded: LoadedVersion | None, history: History) -> str | None:
+        if loaded is not None:
+            return loaded.bundle.batcher.why_unhealthy
+        return history.refusals[version][0] if version in history.refusals else None
 
     def _version_state(self, key: VersionKey, state: State, history: History) -> VersionState:
         if key in state.loaded:

@@ -342,6 +342,39 @@ class RefusedAnswer(VersionOf):
     reason: str
 
 
+class JudgedAnswer(_Wire):
+    """What the live version or its shadow said of a frame; no score where it failed."""
+
+    bundle_version: str
+    policy_version: str
+    verdict: Verdict
+    score: float | None
+    review_threshold: float
+    fail_threshold: float
+
+
+class DisagreementAnswer(_Wire):
+    """A frame on which the shadow would have said something else.
+
+    Attributes:
+        kind: `stricter` and `laxer` compare the verdicts, `no_verdict` says that the shadow failed.
+    """
+
+    inspection_id: str
+    part_id: str | None
+    at: str
+    kind: Literal["stricter", "laxer", "no_verdict"]
+    live: JudgedAnswer
+    shadow: JudgedAnswer
+
+
+class DisagreementsAnswer(_Wire):
+    """What is kept of a line, the newest first."""
+
+    line: str
+    disagreements: list[DisagreementAnswer]
+
+
 class RescanAnswer(_Wire):
     """What a look at the store has changed; policies are named as `<line>/<version>`."""
 

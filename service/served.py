@@ -105,12 +105,30 @@ class ServedLines(ABC):
         self._used_at[key] = self._clock()
         return serving
 
-    def shadow_of(self, serving: LiveLine) -> LiveLine | None:
-        """Return what is tried beside a line, if anything is, and it is not the very version that serves it."""
-        shadow = self._state.shadows.get(serving.bundle.manifest.name)
-        if shadow is None or shadow.bundle is serving.bundle:
+    def shadow_of(self, line: str, bundle_version: str, policy_version: str) -> tuple[LiveLine, LiveLine] | None:
+        """Return what serves a line and what is tried beside it, for a frame that was judged.
+
+        Args:
+            line: of the frame.
+            bundle_version: that judged it.
+            policy_version: that judged it.
+
+        Returns:
+            None where nothing is tried, or the frame was judged in another way than others are who ask for nothing.
+        """
+        state = self._state
+        if not state.shadows:
             return None
-        return shadow.lines.get(serving.name)
+        live = state.live.get(line)
+        shadow = None if live is None else state.shadows.get(live.key.name)
+        if (
+            live is None
+            or shadow is None
+            or (live.key.version, live.default_policy) != (bundle_version, policy_version)
+        ):
+            return None
+        tried = shadow.lines.get(line)
+        return None if tried is None or tried.bundle is live.bundle else (live, tried)
 
     def statuses(self) -> list[LineStatus]:
         """Return how every line stands, by name."""

@@ -90,6 +90,7 @@ class Settings(BaseSettings):
         max_frames_per_request: in one call of `inspect-batch`.
         max_heatmaps_kept: answers whose heatmap can still be fetched.
         max_heatmap_bytes_kept: memory that they may take.
+        max_disagreements_kept: frames on which a shadow disagreed, to be read by administrators.
         drain_timeout_s: after SIGTERM, to answer what was accepted; not below `max_deadline_s`.
         log_level: of the JSON log.
     """
@@ -128,6 +129,7 @@ class Settings(BaseSettings):
     max_frames_per_request: int = Field(default=16, ge=1, le=1024)
     max_heatmaps_kept: int = Field(default=1000, ge=0, le=1_000_000)
     max_heatmap_bytes_kept: int = Field(default=256 * 2**20, ge=0)
+    max_disagreements_kept: int = Field(default=1000, ge=1, le=1_000_000)
     drain_timeout_s: float = Field(default=15, gt=0, le=3600)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 

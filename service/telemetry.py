@@ -35,7 +35,7 @@ from service.inspection import Inspection
 from service.tallies import Tally
 
 Discarded = Literal["caller_left", "late"]
-Sink = Literal["heatmaps"]
+Sink = Literal["heatmaps", "disagreements"]
 
 UNKNOWN_LINE = "unknown"
 CALLER_LEFT = "caller_left"
@@ -150,6 +150,13 @@ class Telemetry:
         self._golden_failures = self._counter("golden_failures", "Bundles whose golden frames came out differently.")
         self._dropped = self._counter("records_dropped", "Records that made room for newer ones.", "sink")
         self._dropped.labels("heatmaps")
+        self._dropped.labels("disagreements")
+        self._shadow_frames = self._counter(
+            "shadow_frames", "Answered frames of lines with a shadow: compared with it, or shed.", "line", "outcome"
+        )
+        self._disagreements = self._counter(
+            "shadow_disagreements", "Frames on which the shadow would have said something else.", "line", "kind"
+        )
         self._lines: set[str] = {UNKNOWN_LINE}
         self._model_labels: dict[str, tuple[str, ...]] = {}
         self._tallies: dict[tuple[str, str], Tally] = {}
@@ -223,6 +230,18 @@ class Telemetry:
     def golden_failed(self) -> None:
         """Count a bundle whose golden frames came out differently on this device."""
         self._golden_failures.inc()
+
+    def shadow_shed(self, line: str) -> None:
+        """Count a frame that the shadow of its line had no time for."""
+        self._shadow_frames.labels(line, "shed").inc()
+
+    def shadow_compared(self, line: str) -> None:
+        """Count a frame that the shadow of its line has judged as well."""
+        self._shadow_frames.labels(line, "compared").inc()
+
+    def shadow_disagreed(self, line: str, kind: str) -> None:
+        """Count a frame on which the shadow would have said something else."""
+        self._disagreements.labels(line, kind).inc()
 
     def record_dropped(self, sink: Sink) -> None:
         """Count a record that made room for newer ones."""

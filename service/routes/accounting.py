@@ -65,7 +65,7 @@ def record_later(context: Context, inspection: Inspection, encode_s: float, tota
         kept: whether its heatmap is kept already, or not wanted.
     """
     if kept:
-        asyncio.get_running_loop().call_soon(context.telemetry.inspected, inspection, encode_s, total_s)
+        asyncio.get_running_loop().call_soon(_count, context, inspection, encode_s, total_s)
     else:
         context.after_answers.start(inspection.inspection_id, _record(context, inspection, encode_s, total_s))
 
@@ -100,5 +100,10 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, _Result]) -> _
 
 
 async def _record(context: Context, inspection: Inspection, encode_s: float, total_s: float) -> None:
-    context.telemetry.inspected(inspection, encode_s, total_s)
+    _count(context, inspection, encode_s, total_s)
     await asyncio.to_thread(context.records.keep, inspection)
+
+
+def _count(context: Context, inspection: Inspection, encode_s: float, total_s: float) -> None:
+    context.telemetry.inspected(inspection, encode_s, total_s)
+    context.shadows.show(inspection)

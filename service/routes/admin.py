@@ -28,6 +28,9 @@ from service.schemas import (
     AdminVersionAnswer,
     BundleAnswer,
     BundlesAnswer,
+    DisagreementAnswer,
+    DisagreementsAnswer,
+    JudgedAnswer,
     LineSummary,
     Name,
     RefusedAnswer,
@@ -100,6 +103,28 @@ async def stop_shadow(request: Request, bundle: str) -> BundleAnswer:
     async with _audited(request, "stop_shadow", bundle=bundle):
         await asyncio.to_thread(registry.stop_shadow, bundle)
     return await asyncio.to_thread(_describe, registry, bundle)
+
+
+@router.get("/v1/lines/{line}/disagreements", responses=responses(*_NO_KEY, "unknown_line", "line_loading"))
+async def disagreements(request: Request, line: str) -> DisagreementsAnswer:
+    """List the last frames on which the shadow would have said something else, the newest first."""
+    _administrator(request, line)
+    context = context_of(request)
+    context.registry.status(line)
+    return DisagreementsAnswer(
+        line=line,
+        disagreements=[
+            DisagreementAnswer(
+                inspection_id=one.inspection_id,
+                part_id=one.part_id,
+                at=one.at,
+                kind=one.kind,
+                live=JudgedAnswer(**vars(one.live)),
+                shadow=JudgedAnswer(**vars(one.shadow)),
+            )
+            for one in context.shadows.disagreements(line)
+        ],
+    )
 
 
 @router.post(

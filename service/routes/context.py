@@ -13,6 +13,7 @@ from service.pipeline import Pipeline
 from service.records import Records
 from service.registry import Registry
 from service.settings import Settings
+from service.shadows import Shadows
 from service.telemetry import Telemetry
 
 
@@ -74,6 +75,7 @@ class Context:
     registry: Registry
     pipeline: Pipeline
     records: Records
+    shadows: Shadows
     telemetry: Telemetry
     clock: Callable[[], float]
     lifecycle: Lifecycle = field(default_factory=Lifecycle)

@@ -342,14 +342,15 @@ def test_shadow_when_on_then_loaded_beside_and_answers_nobody_by_itself(shelf):
     registry.start_shadow("demo_line", "2")
 
     assert registry.serving("demo_line", None) is live
-    assert registry.shadow_of(live).bundle.manifest.version == "2"
+    assert registry.shadow_of("demo_line", "1", "1") == (live, registry._state.shadows["demo_line"].lines["demo_line"])
+    assert registry.shadow_of("demo_line", "1", "another policy") is None
     assert shelf.states() == {"1": "live", "2": "shadow"}
     with pytest.raises(UnknownVersion, match="live"):
         registry.start_shadow("demo_line", "1")
     opened = len(shelf.engines)
     registry.activate("demo_line", "2")
     assert len(shelf.engines) == opened
-    assert registry.shadow_of(registry.serving("demo_line", None)) is None
+    assert registry.shadow_of("demo_line", "2", "1") is None
 
 
 def test_shadow_when_off_then_its_engine_is_closed(shelf):

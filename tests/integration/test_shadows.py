@@ -1,0 +1,173 @@
+"""Promises of shadows: they see answered frames only, give way to everybody, and what they say changes no answer."""
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+
+import pytest
+
+from service.contract.frames import FrameLimits
+from service.contract.policy import Verdict
+from service.loading import BatcherOptions
+from service.pipeline import Pipeline
+from service.registry import Registry
+from service.shadows import Shadows
+from service.stores.directory import DirectoryStore
+from service.telemetry import Telemetry
+from service.versions import RegistryOptions
+from tests.factories import encode, make_bundle, make_frame
+from tests.fakes import in_loop
+from tests.gated_engine import GatedEngine
+from tests.inspections import make_request
+
+OPTIONS = BatcherOptions(runners=1, max_batch_size=1, max_queue_size=8, stuck_after_s=20)
+DEFECT = encode(make_frame(defect=True))
+
+
+class Stage:
+    """A line whose second version looks on."""
+
+    def __init__(self, store, **second):
+        make_bundle(store)
+        make_bundle(store, version="2", **second)
+        self.telemetry = Telemetry()
+        self.engine = GatedEngine()
+        kept = RegistryOptions(activates_newest=False)
+        self.registry = Registry(
+            DirectoryStore(store), None, self.engine.open, OPTIONS, self.telemetry, time.monotonic, kept
+        )
+        self.pipeline = Pipeline(
+            self.registry, limits=FrameLimits(), default_deadline_s=20, max_deadline_s=20, decode_workers=1
+        )
+        self.shadows = Shadows(
+            self.registry, self.pipeline, self.telemetry, max_kept=2, patience_s=20, clock=time.monotonic
+        )
+
+    async def show(self, **request):
+        """Inspect a frame, and show it when it is answered."""
+        inspection = await self.pipeline.inspect(make_request(**request))
+        self.shadows.show(inspection)
+        return inspection
+
+    async def looked(self):
+        """Wait until nothing is looked at."""
+        await asyncio.gather(*self.shadows._looking.values())
+
+    def counts(self):
+        """Return the metrics of shadows."""
+        text = self.telemetry.exposition()[0].decode()
+        return {line for line in text.splitlines() if line.startswith("flawline_shadow")}
+
+
+@asynccontextmanager
+async def on_stage(tmp_path, **second):
+    """Set the stage, and clear it."""
+    stage = Stage(tmp_path, **second)
+    await asyncio.to_thread(stage.registry.load)
+    await asyncio.to_thread(stage.registry.activate, "demo_line", "1")
+    await asyncio.to_thread(stage.registry.start_shadow, "demo_line", "2")
+    try:
+        yield stage
+    finally:
+        stage.engine.release()
+        await stage.shadows.finish()
+        stage.registry.close()
+        stage.pipeline.close()
+
+
+@pytest.mark.parametrize(
+    ("second", "frame", "kind"),
+    [
+        ({}, DEFECT, None),
+        ({"policy": {"fail_threshold": 0.9}}, DEFECT, "laxer"),
+        ({"policy": {"review_threshold": 0.001, "fail_threshold": 0.002}}, encode(make_frame()), "stricter"),
+        ({"height": 64, "width": 96}, DEFECT, None),
+    ],
+    ids=["same", "laxer", "stricter", "another input"],
+)
+@in_loop
+async def test_shadow_when_it_judges_then_only_disagreements_are_kept_with_both_sides(tmp_path, second, frame, kind):
+    """What the shadow would have said is compared with what was answered, by its own network and policy."""
+    async with on_stage(tmp_path, **second) as stage:
+        inspection = await stage.show(data=frame)
+        await stage.looked()
+
+        kept = stage.shadows.disagreements("demo_line")
+        counts = stage.counts()
+
+    assert inspection.bundle_version == "1"
+    assert 'flawline_shadow_frames_total{line="demo_line",outcome="compared"} 1.0' in counts
+    assert [one.kind for one in kept] == ([] if kind is None else [kind])
+    for one in kept:
+        assert one.inspection_id == inspection.inspection_id
+        assert (one.live.bundle_version, one.shadow.bundle_version) == ("1", "2")
+        assert one.live.score == pytest.approx(one.shadow.score)
+        assert f'flawline_shadow_disagreements_total{{kind="{kind}",line="demo_line"}} 1.0' in counts
+
+
+@in_loop
+async def test_shadow_when_the_line_is_busy_then_it_is_shed_and_frames_run_on(tmp_path):
+    """A frame that is under way keeps the shadow from looking: it would cost the device what the line needs."""
+    async with on_stage(tmp_path) as stage:
+        inspection = await stage.pipeline.inspect(make_request())
+        stage.engine.hold()
+        under_way = asyncio.ensure_future(stage.pipeline.inspect(make_request()))
+        await asyncio.to_thread(stage.engine.started.acquire)
+
+        stage.shadows.show(inspection)
+        stage.engine.release()
+
+        assert (await under_way).judgement.verdict is Verdict.PASS
+        assert stage.counts() == {'flawline_shadow_frames_total{line="demo_line",outcome="shed"} 1.0'} | {
+            line for line in stage.counts() if line.startswith("flawline_shadow_frames_created")
+        }
+
+
+@in_loop
+async def test_shadow_when_it_still_looks_then_the_next_frame_is_answered_and_shed(tmp_path):
+    """A shadow that hangs holds up nobody and gathers no frames."""
+    async with on_stage(tmp_path) as stage:
+        shadow = stage.registry._state.shadows["demo_line"].bundle
+        first = await stage.pipeline.inspect(make_request())
+        second = await stage.pipeline.inspect(make_request())
+        stage.engine.hold()
+        stage.shadows.show(first)
+        await asyncio.to_thread(stage.engine.started.acquire)
+
+        stage.shadows.show(second)
+
+        assert len(shadow.batcher._places) == 1
+        assert 'flawline_shadow_frames_total{line="demo_line",outcome="shed"} 1.0' in stage.counts()
+
+
+@in_loop
+async def test_shadow_when_its_engine_fails_then_it_is_told_and_the_process_goes_on(tmp_path):
+    """A candidate that breaks is a finding about the candidate: the line stays ready and nothing is restarted."""
+    async with on_stage(tmp_path) as stage:
+        inspection = await stage.pipeline.inspect(make_request())
+
+        def fail(_):
+            raise OSError
+
+        stage.engine.spoil = fail
+        stage.shadows.show(inspection)
+        await stage.looked()
+
+        (kept,) = stage.shadows.disagreements("demo_line")
+        assert (kept.kind, kept.shadow.verdict, kept.shadow.score) == ("no_verdict", Verdict.NO_VERDICT, None)
+        assert (stage.registry.is_ready, stage.registry.is_lost) == (True, False)
+        assert stage.registry.versions("demo_line")[1].reason == "The engine is lost; start the service again."
+
+
+@in_loop
+async def test_shadow_when_many_frames_differ_then_the_oldest_make_room_and_are_counted(tmp_path):
+    """What is kept is bounded, and what is lost is known."""
+    async with on_stage(tmp_path, policy={"fail_threshold": 0.9}) as stage:
+        shown = []
+        for _ in range(3):
+            shown.append((await stage.show(data=DEFECT)).inspection_id)
+            await stage.looked()
+
+        kept = [one.inspection_id for one in stage.shadows.disagreements("demo_line")]
+        assert kept == [shown[2], shown[1]]
+        assert 'records_dropped_total{sink="disagreements"} 1.0' in stage.telemetry.exposition()[0].decode()
