@@ -23,8 +23,12 @@ import typer
 import uvicorn
 from rich.markup import escape
 
+from service.operator_commands import bundle_commands, keys
+
 GROUP = "flawline.commands"
 commands = typer.Typer()
+commands.add_typer(bundle_commands)
+commands.add_typer(keys, name="keys")
 
 _log = logging.getLogger("flawline")
 
@@ -90,7 +94,9 @@ def run(arguments: Sequence[str], groups: Iterable[EntryPoint]) -> None:
 
 @commands.command(help=_SERVE_HELP)
 def serve(
-    store: Annotated[Path | None, typer.Option(help="Directory of bundles.", show_default="store")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Directory of bundles, or s3://bucket/prefix.", show_default="store")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.", show_default="8000")] = None,
     lines: Annotated[str | None, typer.Option(help="Lines to serve, with commas.", show_default="all")] = None,
@@ -109,12 +115,14 @@ def serve(
     # Imported here, so that other commands and --help need not wait for the runtime.
     from service.app import create_admin_app, create_app, start_draining  # noqa: PLC0415 - see above
     from service.auth import KeysFileInvalid  # noqa: PLC0415 - see above
+    from service.contract.signature import SigningFailed  # noqa: PLC0415 - see above
+    from service.errors import StoreUnreachable  # noqa: PLC0415 - see above
     from service.protocol import MAX_HEAD_BYTES, BoundedProtocol  # noqa: PLC0415 - see above
     from service.settings import PREFIX, SettingsInvalid, read_settings  # noqa: PLC0415 - see above
     from service.telemetry import log_json_lines  # noqa: PLC0415 - see above
 
     given = {
-        "STORE_DIRECTORY": store,
+        "STORE_URL" if (store or "").startswith("s3://") else "STORE_DIRECTORY": store,
         "HOST": host,
         "PORT": port,
         "LINES": lines,
@@ -133,7 +141,7 @@ def serve(
         logging.captureWarnings(capture=True)  # a codec's complaints about a frame are lines of JSON like all others
         app = create_app(settings, when_lost=lambda: server.give_up())  # noqa: PLW0108 - made below
         administration = None if settings.admin_port is None else create_admin_app(app)
-    except (SettingsInvalid, KeysFileInvalid) as error:
+    except (SettingsInvalid, KeysFileInvalid, SigningFailed, StoreUnreachable) as error:
         _leave(str(error))
     same: dict[str, Any] = {
         "http": BoundedProtocol,

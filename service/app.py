@@ -18,7 +18,8 @@ from uuid import uuid4
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.auth import Keyring, KeysFileInvalid
+from service.auth import Keyring, KeysFileInvalid, MountedKeyring
+from service.contract.signature import refuse_unusable
 from service.engines.opening import open_engine
 from service.errors import FlawlineError
 from service.loading import BatcherOptions, OpenEngine
@@ -33,6 +34,9 @@ from service.schemas import ProblemDocument
 from service.settings import Settings
 from service.shadows import Shadows
 from service.stores.directory import DirectoryStore
+from service.stores.mirror import Mirror
+from service.stores.objects import Location, Objects
+from service.stores.store import Store
 from service.telemetry import Telemetry
 from service.versions import RegistryOptions
 
@@ -60,7 +64,11 @@ def create_app(
 
     Raises:
         KeysFileInvalid: if there is a keys file that can't be used.
+        SigningFailed: if signatures are asked for and could not be checked.
+        StoreUnreachable: if the store can't even be named to the library that speaks with it.
     """
+    if settings.trust is not None:
+        refuse_unusable(settings.trust)
     context = _put_together(settings, open_engine or _open_with(settings), clock)
 
     @asynccontextmanager
@@ -136,7 +144,7 @@ def start_draining(app: FastAPI) -> None:
 
 
 def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[], float]) -> Context:
-    keyring = Keyring(None, clock) if settings.keys_file is None else Keyring.from_file(settings.keys_file, clock)
+    keyring = Keyring(None, clock) if settings.keys_file is None else MountedKeyring(settings.keys_file, clock)
     if keyring.is_open:
         _log.warning("the service is open: without FLAWLINE_KEYS_FILE everybody may inspect and read every line")
     telemetry = Telemetry()
@@ -147,12 +155,13 @@ def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[
         warm_up_limit_s=settings.warm_up_limit_s,
         stuck_after_s=settings.stuck_after_s,
     )
-    store = DirectoryStore(settings.store_directory)
+    store = _store_of(settings)
     kept = RegistryOptions(
         activates_newest=settings.activate_newest,
         keeps_previous=settings.keep_previous,
         budget_bytes=settings.memory_budget_bytes or None,
         pinned=settings.pinned_lines,
+        trust=settings.trust,
     )
     registry = Registry(store, settings.lines, open_engine, options, telemetry, clock, kept)
     pipeline = Pipeline(
@@ -174,9 +183,16 @@ def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[
     )
     context = Context(settings, keyring, registry, pipeline, records, shadows, telemetry, clock)
     telemetry.watch_readiness(lambda: not context.reasons_not_ready())
-    if settings.keys_file is not None:
-        telemetry.watch_keys(settings.keys_file)
+    if settings.keys_file is not None and isinstance(keyring, MountedKeyring):
+        telemetry.watch_keys(settings.keys_file, keyring.is_in_force)
     return context
+
+
+def _store_of(settings: Settings) -> Store:
+    if settings.store_url is None:
+        return DirectoryStore(settings.store_directory)
+    location = Location(settings.store_url, settings.store_endpoint, settings.store_region)
+    return Mirror(Objects(location), settings.store_directory, settings.max_store_bytes)
 
 
 def _open_with(settings: Settings) -> OpenEngine:

@@ -3,10 +3,15 @@
 A keys file is a JSON list of `{"name", "sha256", "lines", "actions", "quota_per_minute"}`; it holds digests, so that
 who reads the file can't use it. Keys are long random strings, for which one round of SHA-256 is enough. Without a keys
 file the service is open, and says so in the log. The clock is an argument: seconds, monotonic.
+
+The file is read again when it changes, as Kubernetes changes a mounted secret by swapping a link. One that does not fit
+is refused aloud, and the keys that were in force stay: a slip of the pen must not stop the plant, and whoever revokes a
+key sees in log and metric that it was not.
 """
 
 import hashlib
 import hmac
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, Self, get_args
@@ -19,6 +24,10 @@ from service.errors import NotAuthenticated, NotAuthorised, QuotaExceeded
 Action = Literal["inspect", "read", "metrics", "admin"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
 EVERY_LINE = "*"
+
+_LOOK_EVERY_S = 1.0
+
+_log = logging.getLogger("flawline")
 
 
 class KeyEntry(BaseModel):
@@ -50,6 +59,25 @@ _ENTRIES = TypeAdapter(tuple[KeyEntry, ...])
 
 class KeysFileInvalid(ValueError):
     """The keys file can't be read; the sentence says what is wrong and shows a right entry."""
+
+
+def read_keys(path: Path) -> tuple[KeyEntry, ...]:
+    """Read the entries of a keys file.
+
+    Raises:
+        KeysFileInvalid: if it can't be read or an entry does not fit.
+    """
+    try:
+        return _ENTRIES.validate_json(path.read_bytes())
+    except OSError as error:
+        raise KeysFileInvalid(f"The keys file {path} can't be read: {error.strerror}.") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise KeysFileInvalid(
+            f"The keys file {path} does not fit at {place}: {first['msg']}. A right entry is "
+            '{"name": "press 4", "sha256": "<64 hex digits>", "lines": ["cap"], "actions": ["inspect", "read"]}.'
+        ) from error
 
 
 class Caller:
@@ -106,41 +134,40 @@ class Keyring:
     Args:
         entries: None for an open service.
         clock: seconds, monotonic.
+        buckets: of keyrings of the same file before, by digest, so that what was used of a quota stays used; changed.
 
     Raises:
         KeysFileInvalid: if two entries have the same key.
     """
 
-    def __init__(self, entries: Iterable[KeyEntry] | None, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        entries: Iterable[KeyEntry] | None,
+        clock: Callable[[], float],
+        buckets: "dict[str, _Bucket] | None" = None,
+    ) -> None:
         self._entries = None if entries is None else tuple(entries)
         known = self._entries or ()
         if len({entry.sha256 for entry in known}) != len(known):
             raise KeysFileInvalid("Two entries of the keys file have the same sha256; give each holder its own key.")
+        buckets = {} if buckets is None else buckets
         self._buckets = {
-            entry.sha256: _Bucket(entry.quota_per_minute, clock)
+            entry.sha256: buckets.setdefault(entry.sha256, _Bucket(entry.quota_per_minute, clock))
             for entry in known
             if entry.quota_per_minute is not None
         }
+        for entry in known:
+            if entry.quota_per_minute is not None:
+                self._buckets[entry.sha256].hold(entry.quota_per_minute)
 
     @classmethod
-    def from_file(cls, path: Path, clock: Callable[[], float]) -> Self:
+    def from_file(cls, path: Path, clock: Callable[[], float], buckets: "dict[str, _Bucket] | None" = None) -> Self:
         """Read a keys file.
 
         Raises:
             KeysFileInvalid: if it can't be read or an entry does not fit.
         """
-        try:
-            entries = _ENTRIES.validate_json(path.read_bytes())
-        except OSError as error:
-            raise KeysFileInvalid(f"The keys file {path} can't be read: {error.strerror}.") from error
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise KeysFileInvalid(
-                f"The keys file {path} does not fit at {place}: {first['msg']}. A right entry is "
-                '{"name": "press 4", "sha256": "<64 hex digits>", "lines": ["cap"], "actions": ["inspect", "read"]}.'
-            ) from error
-        return cls(entries, clock)
+        return cls(read_keys(path), clock, buckets)
 
     @property
     def is_open(self) -> bool:
@@ -177,6 +204,75 @@ class Keyring:
         return Caller(found, self._buckets.get(found.sha256))
 
 
+class MountedKeyring:
+    """The keys of a file that may be changed while the service runs.
+
+    Args:
+        path: of the keys file; it is looked at when somebody calls, at most once a second.
+        clock: seconds, monotonic.
+
+    Raises:
+        KeysFileInvalid: if the file can't be used now; the service does not begin without keys.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
+        self._path = path
+        self._clock = clock
+        self._looks = self._look()
+        self._buckets: dict[str, _Bucket] = {}
+        self._keyring = Keyring.from_file(path, clock, self._buckets)
+        self._looked_at = clock()
+        self._is_in_force = True
+
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody may do everything; never, where there is a keys file."""
+        return False
+
+    def allows(self, action: Action) -> bool:
+        """Tell whether there is a key for an action; see `Keyring.allows`."""
+        self._renew()
+        return self._keyring.allows(action)
+
+    def is_in_force(self) -> bool:
+        """Tell whether the keys that count are those of the file as it is now."""
+        self._renew()
+        return self._is_in_force
+
+    def identify(self, authorization: str | None, api_key: str | None) -> Caller:
+        """Find out who is calling; see `Keyring.identify`."""
+        self._renew()
+        return self._keyring.identify(authorization, api_key)
+
+    def _renew(self) -> None:
+        now = self._clock()
+        if now - self._looked_at < _LOOK_EVERY_S:
+            return
+        self._looked_at = now
+        looks = self._look()
+        if looks == self._looks:
+            return
+        self._looks = looks
+        try:
+            self._keyring = Keyring.from_file(self._path, self._clock, self._buckets)
+        except KeysFileInvalid as error:
+            self._is_in_force = False
+            _log.error(
+                "the changed keys file is refused; the keys before it stay in force", extra={"reason": str(error)}
+            )
+        else:
+            self._is_in_force = True
+            _log.info("the changed keys file is in force")
+
+    def _look(self) -> tuple[int, ...] | None:
+        """Tell one content from another, from outside; a swapped link shows another inode."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
 class _Bucket:
     """A token bucket that holds a minute's quota and refills evenly."""
 
@@ -185,6 +281,11 @@ class _Bucket:
         self._clock = clock
         self._tokens = float(per_minute)
         self._filled_at = clock()
+
+    def hold(self, per_minute: int) -> None:
+        """Hold another quota from now on, and be as full as before."""
+        self._tokens *= per_minute / self._per_minute
+        self._per_minute = per_minute
 
     def take(self) -> None:
         now = self._clock()

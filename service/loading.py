@@ -15,6 +15,7 @@ from service.batcher import Batcher
 from service.contract.bundle import Bundle, Manifest, load_bundle, load_policy
 from service.contract.golden import GoldenSet, Run, merge_golden, read_golden_by_line, replay
 from service.contract.policy import Policy, inspected_mask, refuse_unfit
+from service.contract.signature import Trust
 from service.engines.engine import Engine
 from service.errors import BundleRefused, FlawlineError
 from service.live import LiveLine, LivePolicy, LoadedBundle, LoadedVersion
@@ -51,6 +52,7 @@ class Loader:
         options: how engines are driven.
         telemetry: counts.
         clock: monotonic seconds.
+        trust: whose signature bundles must have; None does not ask for one.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Loader:
         options: BatcherOptions,
         telemetry: Telemetry,
         clock: Callable[[], float],
+        trust: Trust | None = None,
     ) -> None:
+        self._trust = trust
         self._directory = directory
         self._open_engine = open_engine
         self._options = options
@@ -81,7 +85,7 @@ class Loader:
             EngineFailed: if the device does not take it.
         """
         started_at = self._clock()
-        bundle = load_bundle(self._directory / name / version)
+        bundle = load_bundle(self._directory / name / version, self._trust)
         manifest = bundle.manifest
         if (manifest.name, manifest.version) != (name, version):
             raise BundleRefused("The bundle lies under another name or version than its manifest says; move it.")

@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.contract.bundle import LineName
 from service.contract.frames import FRAME_FORMATS, FrameLimits
+from service.contract.signature import Trust
 from service.engines.engine import GPU_DEVICES, Device, EngineOptions, InferencePrecision, MemoryArena
 
 PREFIX = "FLAWLINE_"
@@ -54,7 +55,11 @@ class Settings(BaseSettings):
     """Every knob of the server; the unit is in the name.
 
     Attributes:
-        store_directory: where bundles lie, as `<name>/<version>/`.
+        store_directory: where bundles lie, as `<name>/<version>/`; with a `store_url`, where they are mirrored to.
+        store_url: of an S3-compatible store, s3://bucket/prefix; absent means that the directory is the store.
+        store_endpoint: of another service than Amazon's, for example https://minio.plant:9000.
+        store_region: of the store.
+        max_store_bytes: disk that mirrored bundles may take; the oldest versions are left out.
         store_poll_s: seconds between two looks for new versions and policies; 0 looks only when told to.
         activate_newest: whether a new version in the store becomes live by itself once it is proved, or waits for an
             administrator; at the start, the newest one is live in any case.
@@ -62,12 +67,21 @@ class Settings(BaseSettings):
         memory_budget_bytes: of all engines together; beyond it, lines that were not asked for lately are unloaded, and
             loaded again when a frame comes. 0 is no limit.
         pinned_lines: never unloaded, separated by commas.
+        require_signature: refuse bundles that are not signed.
+        signature_public_key: PEM file of the key whose signatures count; a wrong signature is refused in any case.
         lines: to serve, separated by commas; absent means every line of the store.
         host: address to listen on.
         port: to listen on.
+<<<<<<< HEAD
         admin_port: where administrators listen; absent is off. Never the port of the frames; 0 takes a free one.
         admin_host: address that goes with it.
         keys_file: of callers' keys; absent leaves the service open to everybody.
+=======
+        keys_file: of callers' keys, read again when it changes; absent leaves the service open to everybody.
+        tls_certificate: PEM file of the server's certificate and chain; absent means plain HTTP.
+        tls_key: PEM file of its private key.
+        tls_client_ca: PEM file of the authorities whose certificates callers must show; absent asks for none.
+>>>>>>> 95d4520 (Read changed keys without a restart, take only signed bundles where that is asked for, mirror bundles from a bucket; commands that make keys, sign, verify and publish)
         device: runtime and device of the engines (service/engines/README.md): `cpu`, `openvino`, `cuda`,
             `ort-tensorrt` or `tensorrt`; another than the wanted one is never taken silently.
         runners: batches that run side by side, for each engine; absent means one a CPU, or one on a GPU, where each
@@ -103,6 +117,12 @@ class Settings(BaseSettings):
     keep_previous: bool = True
     memory_budget_bytes: int = Field(default=0, ge=0)
     pinned_lines: Annotated[frozenset[LineName], NoDecode] = frozenset()
+    store_url: str | None = Field(default=None, pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w!.*'()/-]*)?$")
+    store_endpoint: str | None = Field(default=None, pattern=r"^https?://[^/\s]+/?$")
+    store_region: str = Field(default="us-east-1", pattern=r"^[a-z0-9-]{1,64}$")
+    max_store_bytes: int = Field(default=20 * 2**30, ge=2**20)
+    require_signature: bool = False
+    signature_public_key: Path | None = None
     lines: Annotated[frozenset[LineName] | None, NoDecode] = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
@@ -110,6 +130,9 @@ class Settings(BaseSettings):
     admin_host: str = "127.0.0.1"
     keys_file: Path | None = None
     device: Device = "cpu"
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
     runners: int = Field(default=0, ge=0, le=256)
     threads_per_run: int = Field(default=1, ge=1, le=256)
     memory_arena: MemoryArena = "keep"
@@ -173,6 +196,7 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+<<<<<<< HEAD
     def _administration_is_guarded(self) -> Self:
         if self.admin_port is not None and self.keys_file is None:
             raise ValueError("admin_port needs keys_file, with a key that allows the action admin")
@@ -180,6 +204,24 @@ class Settings(BaseSettings):
             raise ValueError("admin_port must be another one than port")
         return self
 
+=======
+    def _files_come_together(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca asks callers for a certificate, for which tls_certificate is needed")
+        if self.require_signature and self.signature_public_key is None:
+            raise ValueError("require_signature needs a signature_public_key")
+        if self.store_endpoint is not None and self.store_url is None:
+            raise ValueError("store_endpoint needs a store_url, for example s3://bundles")
+        return self
+
+    @property
+    def trust(self) -> Trust | None:
+        """Whose bundles are taken; None takes everybody's."""
+        return None if self.signature_public_key is None else Trust(self.signature_public_key, self.require_signature)
+
+>>>>>>> 95d4520 (Read changed keys without a restart, take only signed bundles where that is asked for, mirror bundles from a bucket; commands that make keys, sign, verify and publish)
     @property
     def frame_limits(self) -> FrameLimits:
         """What a caller may send."""

@@ -168,10 +168,17 @@ class Telemetry:
         """Have readiness asked for at every scrape."""
         self._ready.set_function(lambda: float(is_ready()))
 
-    def watch_keys(self, file: Path) -> None:
+    def watch_keys(self, file: Path, is_in_force: Callable[[], bool]) -> None:
         """Have the age of the callers' keys told at every scrape; a service without keys has no such series."""
         modified = self._gauge("keys_modified_timestamp_seconds", "When the keys file was last changed.")
         modified.set_function(lambda: _modified_at(file))
+        in_force = self._gauge("keys_in_force", "1 while the keys file counts, 0 while a changed one is refused.")
+        in_force.set_function(lambda: float(is_in_force()))
+
+    def watch_certificate(self, expires_at: Callable[[], float]) -> None:
+        """Have the end of the server's certificate told at every scrape; without TLS there is no such series."""
+        expiry = self._gauge("certificate_expiry_timestamp_seconds", "When the server's certificate ends.")
+        expiry.set_function(expires_at)
 
     def declare_line(self, line: str) -> None:
         """Let a line of the registry be a label."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from service.batcher import Batcher
 from service.catalogue import Catalogue
 from service.contract.bundle import MODEL_FILE
+from service.contract.signature import Trust
 from service.errors import (
     BundleRefused,
     FlawlineError,
@@ -44,12 +45,14 @@ class RegistryOptions:
         keeps_previous: whether the version before the live one stays loaded.
         budget_bytes: memory of all engines together; None is no limit.
         pinned: lines whose engine is never unloaded.
+        trust: whose signature bundles must have; None does not ask for one.
     """
 
     activates_newest: bool = True
     keeps_previous: bool = True
     budget_bytes: int | None = None
     pinned: frozenset[str] = frozenset()
+    trust: Trust | None = None
 
 
 @dataclass
@@ -95,9 +98,9 @@ class LoadedVersions(ServedLines):
         super().__init__(clock)
         self._catalogue = Catalogue(store, wanted)
         self._wanted = wanted
-        self._loader = Loader(store.directory, open_engine, driven, telemetry, clock)
-        self._telemetry = telemetry
         self._options = options or RegistryOptions()
+        self._loader = Loader(store.directory, open_engine, driven, telemetry, clock, self._options.trust)
+        self._telemetry = telemetry
         self._fault: str | None = None
         self._changing = threading.Lock()
         self._histories: dict[str, History] = {}

@@ -3,7 +3,8 @@
 `STORE/<name>/<version>/` holds `manifest.json`, `manifest.sha256`, `model.onnx`, `calibration.npz`, `policy.json`,
 `golden/`, `report.html` and what the report shows. A network that was fitted on several lines keeps a calibration and a
 policy of each, as `lines/<line>/calibration.npz` and `lines/<line>/policy.json`. The manifest names the SHA-256 of
-every other file; the sidecar names the manifest's own. The service owns this schema, because it is the party that must
+every other file; the sidecar names the manifest's own. Whoever signs the bundle adds `model.sig`, a signature of the
+manifest (`signature.py`). The service owns this schema, because it is the party that must
 refuse a wrong bundle; training writes through the same class and so can't write what the service would refuse.
 
 Order of reading: hash first, then parse the very bytes that were hashed. A file that the manifest does not name, a link
@@ -24,6 +25,7 @@ from service.contract.calibration import Calibration
 from service.contract.geometry import InputSpec
 from service.contract.graph import verify_graph
 from service.contract.policy import Policy, ScoreRule, refuse_unfit
+from service.contract.signature import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, Trust, refuse_unsigned
 from service.errors import BundleRefused
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -252,18 +254,24 @@ def line_file(line: str, lines: Sequence[str], name: str) -> str:
     return name if len(lines) == 1 else f"{_LINES_DIRECTORY}/{line}/{name}"
 
 
-def load_bundle(path: Path) -> Bundle:
+def load_bundle(path: Path, trust: Trust | None = None) -> Bundle:
     """Verify a bundle directory, then parse the bytes that were verified.
 
+    Args:
+        path: of the bundle.
+        trust: whose signature it must have; None does not ask for one.
+
     Raises:
-        BundleRefused: if a file is missing, unexpected, a link, or not what the manifest promises; the sentence names
-            the file.
+        BundleRefused: if a file is missing, unexpected, a link, or not what the manifest promises, or the signature
+            does not hold; the sentence names the file.
     """
     manifest_bytes = _read(path, MANIFEST_FILE)
     sidecar = _read(path, MANIFEST_DIGEST_FILE)
     digest = hashlib.sha256(manifest_bytes).hexdigest()
     if sidecar != digest.encode() + b"\n":
         raise BundleRefused(f"{MANIFEST_FILE} does not match {MANIFEST_DIGEST_FILE}; export the bundle again.")
+    if trust is not None:
+        refuse_unsigned(manifest_bytes, _read_signature(path), trust)
     _refuse_other_schema(manifest_bytes)
     manifest = _parse(Manifest, manifest_bytes, MANIFEST_FILE)
     for required in _required_files(manifest):
@@ -374,7 +382,7 @@ def _read_policy(files: Mapping[str, bytes], line: str, manifest: Manifest) -> P
 
 
 def _refuse_strangers(path: Path, manifest: Manifest) -> None:
-    known = {*manifest.files, MANIFEST_FILE, MANIFEST_DIGEST_FILE}
+    known = {*manifest.files, MANIFEST_FILE, MANIFEST_DIGEST_FILE, SIGNATURE_FILE}
     for entry in path.rglob("*"):
         relative = entry.relative_to(path).as_posix()
         if entry.is_symlink():
@@ -383,6 +391,15 @@ def _refuse_strangers(path: Path, manifest: Manifest) -> None:
             raise BundleRefused(f"{relative} is no plain file; a bundle holds plain files only.")
         if entry.is_file() and relative not in known and not relative.startswith(f"{ENGINES_DIRECTORY}/"):
             raise BundleRefused(f"{relative} is not named by {MANIFEST_FILE}; remove it or export the bundle again.")
+
+
+def _read_signature(path: Path) -> bytes | None:
+    if not (path / SIGNATURE_FILE).exists():
+        return None
+    signature = _read(path, SIGNATURE_FILE)
+    if len(signature) > MAX_SIGNATURE_BYTES:
+        raise BundleRefused(f"{SIGNATURE_FILE} is too large for a signature; sign the bundle again.")
+    return signature
 
 
 def _read(path: Path, relative: str) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Request
 
-from service.auth import Caller, Keyring
+from service.auth import Caller, Keyring, MountedKeyring
 from service.pipeline import Pipeline
 from service.records import Records
 from service.registry import Registry
@@ -71,7 +71,7 @@ class Context:
     """
 
     settings: Settings
-    keyring: Keyring
+    keyring: Keyring | MountedKeyring
     registry: Registry
     pipeline: Pipeline
     records: Records

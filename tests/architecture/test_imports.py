@@ -32,6 +32,8 @@ DOORS = {
     "h11": ("service/protocol.py",),
     "httpx": ("service/client.py", "training/camera.py"),
     "tenacity": ("service/client.py",),
+    "model_signing": ("service/contract/signature.py",),
+    "obstore": ("service/stores/objects.py",),
     "pydantic_settings": ("service/settings.py",),
     "matplotlib": ("training/drawings.py",),
     "jinja2": ("training/pages.py",),
@@ -69,7 +71,7 @@ LAYERS = (
     ("service.schemas",),
     ("service.open_inference", "service.client"),
     ("service.routes", "service.camera"),
-    ("service.app", "service.protocol"),
+    ("service.app", "service.protocol", "service.operator_commands"),
     ("service.__main__", "service.client_commands"),
 )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.auth import KeyEntry, Keyring, KeysFileInvalid
+from service.auth import KeyEntry, Keyring, KeysFileInvalid, MountedKeyring
 from service.errors import NotAuthenticated, NotAuthorised, QuotaExceeded
 
 
@@ -190,3 +190,80 @@ def test_keys_when_two_entries_share_one_then_refused():
     """One key has one holder, else quotas and log lines would name the wrong one."""
     with pytest.raises(KeysFileInvalid):
         _keyring(_entry(), _entry(name="other"))
+
+
+def _write_keys(file: Path, *entries: KeyEntry) -> None:
+    """Put a keys file in place as Kubernetes does: another file under the same name."""
+    aside = file.with_suffix(".new")
+    aside.write_text(json.dumps([entry.model_dump(mode="json") for entry in entries]))
+    aside.replace(file)
+
+
+def test_keys_file_when_changed_then_new_keys_count_and_old_ones_do_not(tmp_path: Path):
+    """A key is given and taken without a restart, a second later at the latest."""
+    file, clock = tmp_path / "keys.json", _Clock()
+    _write_keys(file, _entry("old-key"))
+    keyring = MountedKeyring(file, clock)
+    _write_keys(file, _entry("new-key", name="press 5"))
+
+    clock.now += 1
+
+    assert keyring.identify("Bearer new-key", None).name == "press 5"
+    with pytest.raises(NotAuthenticated):
+        keyring.identify("Bearer old-key", None)
+
+
+def test_keys_file_when_its_link_is_swapped_then_read_again(tmp_path: Path):
+    """A mounted secret changes by its folder's link, not by its file."""
+    clock = _Clock()
+    for folder, key in (("one", "old-key"), ("two", "new-key")):
+        (tmp_path / folder).mkdir()
+        _write_keys(tmp_path / folder / "keys.json", _entry(key))
+    (tmp_path / "..data").symlink_to("one")
+    (tmp_path / "keys.json").symlink_to("..data/keys.json")
+    keyring = MountedKeyring(tmp_path / "keys.json", clock)
+    (tmp_path / "..swap").symlink_to("two")
+    (tmp_path / "..swap").replace(tmp_path / "..data")
+
+    clock.now += 1
+
+    assert keyring.identify("Bearer new-key", None).name == "press"
+
+
+@pytest.mark.parametrize("broken", ["[{", None], ids=["no-json", "removed"])
+def test_keys_file_when_changed_into_a_broken_one_then_the_keys_before_stay_and_it_is_told(tmp_path, caplog, broken):
+    """A slip of the pen stops nobody, is logged once, and shows in the metric until it is put right."""
+    file, clock = tmp_path / "keys.json", _Clock()
+    _write_keys(file, _entry())
+    keyring = MountedKeyring(file, clock)
+    file.unlink()
+    if broken is not None:
+        file.write_text(broken)
+
+    for _ in range(3):
+        clock.now += 1
+        assert keyring.identify("Bearer press-key", None).name == "press"
+
+    assert not keyring.is_in_force()
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    _write_keys(file, _entry())
+    clock.now += 1
+    assert keyring.is_in_force()
+
+
+def test_quota_when_the_keys_file_changes_then_what_was_used_stays_used(tmp_path: Path):
+    """Changing the file gives nobody a new minute; a doubled quota doubles what is left."""
+    file, clock = tmp_path / "keys.json", _Clock()
+    _write_keys(file, _entry(quota_per_minute=4))
+    keyring = MountedKeyring(file, clock)
+    for _ in range(3):
+        keyring.identify("Bearer press-key", None).spend_frame()
+    _write_keys(file, _entry(quota_per_minute=8), _entry("other-key", name="other"))
+    clock.now += 1
+
+    caller = keyring.identify("Bearer press-key", None)
+
+    for _ in range(2):
+        caller.spend_frame()
+    with pytest.raises(QuotaExceeded):
+        caller.spend_frame()

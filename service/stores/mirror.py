@@ -1,0 +1,310 @@
+"""A store that is an S3-compatible bucket: complete versions are mirrored into a directory, where they are read.
+
+A version is complete when its `manifest.json` is there, because publishers write that last. Each file is fetched into
+a folder of another name and held against the manifest's digest, and the folder is renamed when it is whole; a fetch
+that was cut short goes on where it was. What the manifest doesn't name is left where it is, but for the signature.
+
+Versions never change: one whose manifest is replaced in the bucket is not fetched again, and that is said. One that is
+removed there is removed here. Newer versions come first, and what has no room is left out and said. A version that
+does not hold keeps no other from coming, and is tried again when its objects have changed.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from pydantic import ValidationError
+
+from service.contract.bundle import LINE_NAME, MANIFEST_DIGEST_FILE, MANIFEST_FILE, Manifest
+from service.contract.signature import MAX_SIGNATURE_BYTES, SIGNATURE_FILE
+from service.errors import BundleRefused, StoreUnreachable
+from service.stores.objects import Listed, Objects
+
+POLICIES_DIRECTORY = "policies"
+
+_MAX_MANIFEST_BYTES = 16 * 2**20
+_MAX_POLICY_BYTES = 2**20
+_PATIENCE = 3  # faults of one call; after them the network is at fault, and each further one would take its time
+_FETCHING = ".fetching-"
+_TAGS = ".tags"
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_POLICY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\.json")
+
+_log = logging.getLogger("flawline")
+
+
+class _Version(NamedTuple):
+    """A complete version in the bucket, with its objects by path below it."""
+
+    name: str
+    number: str
+    objects: Mapping[str, Listed]
+
+    @property
+    def manifest(self) -> Listed:
+        return self.objects[MANIFEST_FILE]
+
+    @property
+    def tags(self) -> tuple[tuple[str, str], ...]:
+        return tuple(sorted((path, listed.tag) for path, listed in self.objects.items()))
+
+
+class Mirror:
+    """The bundles of a bucket, in a directory of this machine.
+
+    Args:
+        objects: of the bucket.
+        directory: that nobody else writes to; made where it is missing.
+        max_bytes: of all versions in it.
+
+    Attributes:
+        directory: where complete versions are read.
+    """
+
+    def __init__(self, objects: Objects, directory: Path, max_bytes: int) -> None:
+        self.directory = directory
+        self._objects = objects
+        self._max_bytes = max_bytes
+        self._refused: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {}
+        self._said: set[str] = set()
+
+    def refresh(self) -> None:
+        """Bring what is new, remove what is gone.
+
+        Raises:
+            StoreUnreachable: if the bucket can't be listed or read, or the directory not be written; what lies in it
+                stays, and the next call goes on.
+        """
+        listed = self._objects.list()
+        versions, policies = _sort(listed)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._remove_gone(versions)
+            self._remove_policies(policies)
+            faults = list(islice(self._bring_all(self._fitting(versions), policies), _PATIENCE))
+        except OSError as error:
+            raise StoreUnreachable(f"{self.directory} can't be written: {error.strerror or error}.") from error
+        if faults:
+            raise faults[0]
+
+    def _bring_all(self, versions: Iterable[_Version], policies: Mapping[str, Listed]) -> Iterator[StoreUnreachable]:
+        """Bring everything, and yield each fault: one object that can't be read must not keep the others away."""
+        brings = [partial(self._bring, version) for version in versions]
+        brings += [partial(self._bring_policy, path, item) for path, item in policies.items()]
+        for bring in brings:
+            try:
+                bring()
+            except StoreUnreachable as error:
+                yield error
+
+    def _fitting(self, versions: Iterable[_Version]) -> list[_Version]:
+        """Choose what there is room for, newest versions of every name first, and make that room."""
+        by_name: dict[str, list[_Version]] = {}
+        for version in sorted(versions, key=lambda version: int(version.number), reverse=True):
+            by_name.setdefault(version.name, []).append(version)
+        ranked = sorted(
+            ((rank, version) for found in by_name.values() for rank, version in enumerate(found)),
+            key=lambda pair: (pair[0], pair[1].name),
+        )
+        fitting: list[_Version] = []
+        left = self._max_bytes
+        for _, version in ranked:
+            size = sum(item.size for item in version.objects.values())
+            if size > left:
+                self._say(f"{version.name} {version.number} has no room in {self.directory}; raise max_store_bytes.")
+                if self._folder(version).exists():
+                    self._remove(version.name, version.number)
+                continue
+            left -= size
+            fitting.append(version)
+        return fitting
+
+    def _bring(self, version: _Version) -> None:
+        key = version.name, version.number
+        if self._folder(version).exists():
+            if self._tag_of(version) != version.manifest.tag:
+                self._say(
+                    f"{MANIFEST_FILE} of {version.name} {version.number} was replaced in the store; versions never "
+                    "change, and the one that was there before is kept. Publish under a new version."
+                )
+            elif SIGNATURE_FILE in version.objects and not (self._folder(version) / SIGNATURE_FILE).exists():
+                self._bring_signature(version)
+            return
+        if self._refused.get(key) == version.tags:
+            return
+        try:
+            self._fetch(version)
+        except BundleRefused as error:
+            self._refused[key] = version.tags
+            shutil.rmtree(self._half(version), ignore_errors=True)
+            self._say(f"{version.name} {version.number} in the store is refused. {error.sentence}")
+        else:
+            self._refused.pop(key, None)
+            _log.info("a version was mirrored", extra={"bundle": version.name, "version": version.number})
+
+    def _fetch(self, version: _Version) -> None:
+        data = self._get(version, MANIFEST_FILE, _MAX_MANIFEST_BYTES)
+        files = _digests_of(data)
+        half = self._half(version)
+        half.mkdir(parents=True, exist_ok=True)
+        _write(half / MANIFEST_FILE, data)
+        for path, digest in files.items():
+            self._fetch_file(version, half, path, digest)
+        # Not in the manifest: the one is made from it, the other signs it; whoever loads the bundle checks both.
+        _write(half / MANIFEST_DIGEST_FILE, hashlib.sha256(data).hexdigest().encode() + b"\n")
+        if SIGNATURE_FILE in version.objects:
+            _write(half / SIGNATURE_FILE, self._get(version, SIGNATURE_FILE, MAX_SIGNATURE_BYTES))
+        self._remove_strangers(half, files)
+        self._remember_tag(version)
+        half.rename(self._folder(version))
+
+    def _fetch_file(self, version: _Version, half: Path, path: str, digest: str) -> None:
+        target = half / path
+        if target.is_file() and _digest_of(target) == digest:
+            return
+        data = self._get(version, path, self._max_bytes)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise BundleRefused(f"{path} is not the file that {MANIFEST_FILE} names; publish the bundle again.")
+        _write(target, data)
+
+    def _get(self, version: _Version, path: str, max_bytes: int) -> bytes:
+        listed = version.objects.get(path)
+        if listed is None:
+            raise BundleRefused(f"{path} is missing though {MANIFEST_FILE} names it; publish the bundle again.")
+        if listed.size > max_bytes:
+            raise BundleRefused(f"{path} has {listed.size} bytes, more than are taken.")
+        return self._objects.get(listed.key, listed.size)
+
+    def _bring_signature(self, version: _Version) -> None:
+        """Fetch the signature of a version that was signed after it was published."""
+        data = self._objects.get(version.objects[SIGNATURE_FILE].key, MAX_SIGNATURE_BYTES)
+        aside = self.directory / version.name / f"{_FETCHING}signature"
+        _write(aside, data)
+        aside.rename(self._folder(version) / SIGNATURE_FILE)
+
+    def _bring_policy(self, path: str, listed: Listed) -> None:
+        target = self.directory / path
+        if self._tag_at(path) == listed.tag and target.is_file():
+            return
+        if listed.size > _MAX_POLICY_BYTES:
+            self._say(f"{path} has {listed.size} bytes, more than a policy may have.")
+            return
+        aside = target.with_name(f"{_FETCHING}{target.name}")
+        _write(aside, self._objects.get(listed.key, listed.size))
+        aside.rename(target)
+        _write(self._tag_file(path), listed.tag.encode())
+
+    def _remove_gone(self, versions: Iterable[_Version]) -> None:
+        there = {(version.name, version.number) for version in versions}
+        for folder in self.directory.glob("*/*"):
+            name, number = folder.parent.name, folder.name.removeprefix(_FETCHING)
+            if folder.is_dir() and _VERSION.fullmatch(number) and (name, number) not in there:
+                shutil.rmtree(folder)
+                self._tag_file(f"{name}/{number}").unlink(missing_ok=True)
+                _log.info("a version is gone from the store", extra={"bundle": name, "version": number})
+        self._refused = {key: tags for key, tags in self._refused.items() if key in there}
+
+    def _remove_policies(self, policies: Mapping[str, Listed]) -> None:
+        for file in self.directory.glob(f"*/{POLICIES_DIRECTORY}/*.json"):
+            path = file.relative_to(self.directory).as_posix()
+            if path not in policies:
+                file.unlink()
+                self._tag_file(path).unlink(missing_ok=True)
+
+    def _remove(self, name: str, number: str) -> None:
+        shutil.rmtree(self.directory / name / number)
+        self._tag_file(f"{name}/{number}").unlink(missing_ok=True)
+
+    @staticmethod
+    def _remove_strangers(half: Path, files: Mapping[str, str]) -> None:
+        """Remove what an earlier fetch left of another manifest."""
+        known = {*files, MANIFEST_FILE, MANIFEST_DIGEST_FILE, SIGNATURE_FILE}
+        for path in half.rglob("*"):
+            if path.is_file() and path.relative_to(half).as_posix() not in known:
+                path.unlink()
+
+    def _folder(self, version: _Version) -> Path:
+        return self.directory / version.name / version.number
+
+    def _half(self, version: _Version) -> Path:
+        return self.directory / version.name / f"{_FETCHING}{version.number}"
+
+    def _tag_file(self, path: str) -> Path:
+        return self.directory / _TAGS / path.replace("/", "+")
+
+    def _tag_at(self, path: str) -> str | None:
+        try:
+            return self._tag_file(path).read_text()
+        except OSError:
+            return None
+
+    def _tag_of(self, version: _Version) -> str | None:
+        return self._tag_at(f"{version.name}/{version.number}")
+
+    def _remember_tag(self, version: _Version) -> None:
+        _write(self._tag_file(f"{version.name}/{version.number}"), version.manifest.tag.encode())
+
+    def _say(self, sentence: str) -> None:
+        """Log a fault once; the store is asked again and again."""
+        if sentence not in self._said:
+            self._said.add(sentence)
+            _log.error("the store holds what is not taken", extra={"reason": sentence})
+
+
+def _sort(listed: Iterable[Listed]) -> tuple[list[_Version], dict[str, Listed]]:
+    """Tell complete versions and policies from whatever else lies in a bucket."""
+    found: dict[tuple[str, str], dict[str, Listed]] = {}
+    policies: dict[str, Listed] = {}
+    for item in listed:
+        name, _, rest = item.key.partition("/")
+        folder, _, path = rest.partition("/")
+        if not re.fullmatch(LINE_NAME, name) or not path:
+            continue
+        if _VERSION.fullmatch(folder):
+            found.setdefault((name, folder), {})[path] = item
+        elif folder == POLICIES_DIRECTORY and _POLICY.fullmatch(path):
+            policies[item.key] = item
+    versions = [_Version(*key, objects) for key, objects in found.items() if MANIFEST_FILE in objects]
+    return versions, policies
+
+
+def _digests_of(manifest: bytes) -> dict[str, str]:
+    try:
+        files = Manifest.model_validate_json(manifest).files
+    except ValidationError:
+        # One of another release, perhaps: whoever loads it says so. Its files are fetched all the same.
+        files = _digests_of_another(manifest)
+    for path in files:
+        parts = PurePosixPath(path).parts
+        if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
+            raise BundleRefused(f"{MANIFEST_FILE} names a file outside of the bundle.")
+    return files
+
+
+def _digests_of_another(manifest: bytes) -> dict[str, str]:
+    try:
+        files = json.loads(manifest)["files"]
+        return {str(path): str(digest) for path, digest in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BundleRefused(f"{MANIFEST_FILE} can't be read; publish the bundle again.") from error
+
+
+def _digest_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

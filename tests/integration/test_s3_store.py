@@ -1,0 +1,275 @@
+"""Promises of a store in a bucket, against a real S3 server: whole versions come, and nothing else changes anything."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from obstore.store import S3Store
+
+from service.contract.bundle import load_bundle, versions_of
+from service.errors import StoreUnreachable
+from service.stores.mirror import Mirror
+from service.stores.objects import Location, Objects
+from service.stores.publishing import PublishingRefused, publish_to_bucket
+from tests.factories import make_bundle, reseal
+from tests.s3 import BUCKET, CREDENTIALS, s3_server
+from tests.servers import ServerProcess
+
+pytest.importorskip("moto", reason="needs a real S3 server, moto's")
+
+ROOM = 2**30
+
+
+class _Counted(Objects):
+    """Objects that tell what was fetched."""
+
+    def __init__(self, location: Location) -> None:
+        super().__init__(location)
+        self.fetched: list[str] = []
+
+    def get(self, key: str, max_bytes: int) -> bytes:
+        self.fetched.append(key)
+        return super().get(key, max_bytes)
+
+
+class _Bucket:
+    """One test's own part of the bucket."""
+
+    def __init__(self, endpoint: str, prefix: str) -> None:
+        self.endpoint = endpoint
+        self.url = f"s3://{BUCKET}/{prefix}"
+        self.objects = _Counted(Location(self.url, endpoint))
+        # As others write to it, who keep to no rule.
+        self._others = S3Store(
+            BUCKET, prefix=prefix, endpoint=endpoint, region="us-east-1", client_options={"allow_http": True}
+        )
+
+    def publish(self, bundle: Path) -> str:
+        return publish_to_bucket(bundle, self.objects, self.url)
+
+    def write(self, key: str, data: bytes) -> None:
+        self._others.put(key, data)
+
+    def remove(self, key: str) -> None:
+        self._others.delete(key)
+
+    def mirror(self, directory: Path, room: int = ROOM) -> Mirror:
+        return Mirror(self.objects, directory, room)
+
+    def listed(self) -> set[str]:
+        return {listed.key for listed in self.objects.list()}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """A running S3 server."""
+    with s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Bundles to publish, `demo_line` 1 to 3; to be read only."""
+    store = tmp_path_factory.mktemp("made")
+    for version in ("1", "2", "3"):
+        make_bundle(store, version=version)
+    return store / "demo_line"
+
+
+@pytest.fixture
+def bucket(server, monkeypatch, tmp_path) -> _Bucket:
+    """An empty place in the bucket."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    return _Bucket(server, tmp_path.name)
+
+
+def test_mirror_when_a_version_was_published_then_it_is_brought_whole(bucket, made, tmp_path):
+    """What was published is what is loaded, and a second look fetches nothing."""
+    bucket.publish(made / "3")
+    mirror = bucket.mirror(tmp_path / "cache")
+
+    mirror.refresh()
+
+    assert load_bundle(mirror.directory / "demo_line/3").digest == load_bundle(made / "3").digest
+    bucket.objects.fetched.clear()
+    mirror.refresh()
+    assert bucket.objects.fetched == []
+
+
+def test_mirror_when_a_version_has_no_manifest_yet_then_it_is_not_there(bucket, made, tmp_path):
+    """Half-published versions are not seen."""
+    bucket.publish(made / "3")
+    bucket.remove("demo_line/3/manifest.json")
+    mirror = bucket.mirror(tmp_path / "cache")
+
+    mirror.refresh()
+
+    assert versions_of(mirror.directory / "demo_line") == []
+
+
+def test_mirror_when_a_file_does_not_fit_its_digest_then_only_that_version_stays_away(bucket, made, tmp_path, caplog):
+    """A changed object is told once and keeps no other version from coming; put right, it comes."""
+    for version in ("2", "3"):
+        bucket.publish(made / version)
+    bucket.write("demo_line/3/report.html", b"another report")
+    mirror = bucket.mirror(tmp_path / "cache")
+
+    for _ in range(2):
+        mirror.refresh()
+
+    assert versions_of(mirror.directory / "demo_line") == ["2"]
+    told = [record.__dict__["reason"] for record in caplog.records if record.levelname == "ERROR"]
+    assert len(told) == 1
+    assert "report.html is not the file" in told[0]
+    bucket.write("demo_line/3/report.html", (made / "3/report.html").read_bytes())
+    mirror.refresh()
+    assert versions_of(mirror.directory / "demo_line") == ["2", "3"]
+
+
+def test_mirror_when_a_manifest_is_replaced_then_the_version_stays_as_it_was(bucket, made, tmp_path, caplog):
+    """Versions never change, whoever may write to the bucket."""
+    bucket.publish(made / "3")
+    mirror = bucket.mirror(tmp_path / "cache")
+    mirror.refresh()
+    before = load_bundle(mirror.directory / "demo_line/3").digest
+    bucket.write("demo_line/3/manifest.json", b"{}")
+
+    mirror.refresh()
+
+    assert load_bundle(mirror.directory / "demo_line/3").digest == before
+    assert "versions never change" in caplog.records[-1].__dict__["reason"]
+
+
+def test_mirror_when_a_version_is_removed_from_the_bucket_then_it_is_removed_here(bucket, made, tmp_path):
+    """Whoever wants the older version removes the newer one, here as in a directory."""
+    for version in ("2", "3"):
+        bucket.publish(made / version)
+    mirror = bucket.mirror(tmp_path / "cache")
+    mirror.refresh()
+    for key in bucket.listed():
+        if key.startswith("demo_line/3/"):
+            bucket.remove(key)
+
+    mirror.refresh()
+
+    assert versions_of(mirror.directory / "demo_line") == ["2"]
+
+
+def test_mirror_when_it_was_cut_short_then_goes_on_where_it_was(bucket, made, tmp_path):
+    """A file that is there and fits is not fetched again; what is left of another one is."""
+    bucket.publish(made / "3")
+    half = tmp_path / "cache/demo_line/.fetching-3"
+    half.mkdir(parents=True)
+    shutil.copy(made / "3/model.onnx", half)
+    (half / "policy.json").write_bytes(b"{")
+
+    bucket.mirror(tmp_path / "cache").refresh()
+
+    assert load_bundle(tmp_path / "cache/demo_line/3").manifest.version == "3"
+    assert "demo_line/3/policy.json" in bucket.objects.fetched
+    assert "demo_line/3/model.onnx" not in bucket.objects.fetched
+
+
+def test_mirror_when_there_is_no_room_then_the_newest_versions_are_there(bucket, made, tmp_path):
+    """The disk stays bounded; an older version makes room for a newer one."""
+    size = sum(file.stat().st_size for file in (made / "1").rglob("*") if file.is_file())
+    mirror = bucket.mirror(tmp_path / "cache", room=2 * size + size // 2)
+    for version in ("1", "2"):
+        bucket.publish(made / version)
+    mirror.refresh()
+    bucket.publish(made / "3")
+
+    mirror.refresh()
+
+    assert versions_of(mirror.directory / "demo_line") == ["2", "3"]
+
+
+def test_mirror_when_a_policy_comes_changes_and_goes_then_the_directory_follows(bucket, tmp_path):
+    """A line's own policies come along, and files of other kinds do not."""
+    mirror = bucket.mirror(tmp_path / "cache")
+    policy = mirror.directory / "demo_line/policies/night.json"
+    bucket.write("demo_line/policies/night.json", b"one")
+    bucket.write("demo_line/policies/deep/er.json", b"no")
+    bucket.write("demo_line/policies/night.txt", b"no")
+    mirror.refresh()
+    first = policy.read_bytes()
+    bucket.write("demo_line/policies/night.json", b"two")
+    mirror.refresh()
+    second = policy.read_bytes()
+    bucket.remove("demo_line/policies/night.json")
+    mirror.refresh()
+
+    assert (first, second, policy.exists()) == (b"one", b"two", False)
+    assert [path.name for path in policy.parent.iterdir()] == []
+
+
+def test_mirror_when_a_manifest_names_files_outside_then_refused_and_nothing_is_written_there(bucket, tmp_path):
+    """A manifest can't make the mirror write outside of its version."""
+    bucket.write("demo_line/1/manifest.json", b'{"files": {"../../../escaped": "' + b"0" * 64 + b'"}}')
+    mirror = bucket.mirror(tmp_path / "cache")
+
+    mirror.refresh()
+
+    assert versions_of(mirror.directory / "demo_line") == []
+    assert not list(tmp_path.rglob("escaped"))
+
+
+@pytest.mark.parametrize("fault", ["no server", "no bucket"])
+def test_mirror_when_the_bucket_can_not_be_asked_then_told_and_what_was_brought_stays(bucket, made, tmp_path, fault):
+    """No network and no permission leave the directory alone."""
+    bucket.publish(made / "3")
+    bucket.mirror(tmp_path / "cache").refresh()
+    there = Location(f"s3://{BUCKET}", "http://127.0.0.1:9") if fault == "no server" else None
+    wrong = Objects(there or Location("s3://not-there", bucket.endpoint))
+
+    with pytest.raises(StoreUnreachable, match="can't be listed") as told:
+        Mirror(wrong, tmp_path / "cache", ROOM).refresh()
+
+    assert load_bundle(tmp_path / "cache/demo_line/3").manifest.version == "3"
+    assert "<" not in told.value.sentence
+
+
+def test_publisher_when_a_version_is_there_then_the_second_is_refused_and_changes_nothing(bucket, made, tmp_path):
+    """Versions never change, and two publishers of one number never mix."""
+    bucket.publish(made / "3")
+    before = bucket.listed()
+    other = Path(shutil.copytree(made / "3", tmp_path / "other/demo_line/3"))
+    (other / "report.html").write_bytes(b"another report")
+    reseal(other, seed=7)
+
+    with pytest.raises(PublishingRefused, match=r"report\.html .* another file"):
+        bucket.publish(other)
+    with pytest.raises(PublishingRefused, match="already"):
+        bucket.publish(made / "3")
+
+    assert bucket.listed() == before
+    bucket.mirror(tmp_path / "cache").refresh()
+    assert load_bundle(tmp_path / "cache/demo_line/3").digest == load_bundle(made / "3").digest
+
+
+def test_publisher_when_it_was_cut_short_then_the_next_run_finishes(bucket, made, tmp_path):
+    """What lies there already and is the same is left as it is."""
+    bucket.write("demo_line/3/model.onnx", (made / "3/model.onnx").read_bytes())
+
+    bucket.publish(made / "3")
+
+    bucket.mirror(tmp_path / "cache").refresh()
+    assert versions_of(tmp_path / "cache/demo_line") == ["3"]
+
+
+def test_server_when_its_store_is_a_bucket_then_serves_what_was_published_there(bucket, made, tmp_path):
+    """`flawline serve --store s3://…` needs nothing but the address and the usual credentials."""
+    bucket.publish(made / "2")
+    settings: dict[str, Any] = {
+        **CREDENTIALS,
+        "FLAWLINE_STORE_ENDPOINT": bucket.endpoint,
+        "FLAWLINE_STORE_DIRECTORY": str(tmp_path / "cache"),
+    }
+
+    with ServerProcess(Path("unused"), settings, ["--store", bucket.url]) as process:
+        version = process.ready().line("demo_line")["live"]["bundle"]["version"]
+
+    assert version == "2"
