@@ -113,13 +113,19 @@ def serve(
 ) -> None:
     """Override settings with options, put the service together, and run it until it is told to stop."""
     # Imported here, so that other commands and --help need not wait for the runtime.
-    from service.app import create_admin_app, create_app, start_draining  # noqa: PLC0415 - see above
+    from service.app import (  # noqa: PLC0415 - see above
+        create_admin_app,
+        create_app,
+        create_health_app,
+        start_draining,
+    )
     from service.auth import KeysFileInvalid  # noqa: PLC0415 - see above
     from service.contract.signature import SigningFailed  # noqa: PLC0415 - see above
     from service.errors import StoreUnreachable  # noqa: PLC0415 - see above
     from service.protocol import MAX_HEAD_BYTES, BoundedProtocol  # noqa: PLC0415 - see above
     from service.settings import PREFIX, SettingsInvalid, read_settings  # noqa: PLC0415 - see above
     from service.telemetry import log_json_lines  # noqa: PLC0415 - see above
+    from service.tls import ServerCertificate, TlsInvalid  # noqa: PLC0415 - see above
 
     given = {
         "STORE_URL" if (store or "").startswith("s3://") else "STORE_DIRECTORY": store,
@@ -139,9 +145,12 @@ def serve(
         settings = read_settings()
         log_json_lines(settings.log_level)
         logging.captureWarnings(capture=True)  # a codec's complaints about a frame are lines of JSON like all others
-        app = create_app(settings, when_lost=lambda: server.give_up())  # noqa: PLW0108 - made below
+        certificate = None
+        if settings.tls_certificate is not None and settings.tls_key is not None:
+            certificate = ServerCertificate(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+        app = create_app(settings, certificate=certificate, when_lost=lambda: server.give_up())  # noqa: PLW0108 - made below
         administration = None if settings.admin_port is None else create_admin_app(app)
-    except (SettingsInvalid, KeysFileInvalid, SigningFailed, StoreUnreachable) as error:
+    except (SettingsInvalid, KeysFileInvalid, SigningFailed, StoreUnreachable, TlsInvalid) as error:
         _leave(str(error))
     same: dict[str, Any] = {
         "http": BoundedProtocol,
@@ -155,12 +164,18 @@ def serve(
         "timeout_keep_alive": _KEEP_ALIVE_S,
         "timeout_graceful_shutdown": math.ceil(settings.drain_timeout_s),
     }
-    config = uvicorn.Config(app, host=settings.host, port=settings.port, **same)
-    beside = None
+    guarded: dict[str, Any] = (
+        same if certificate is None else same | {"ssl_context_factory": lambda *_: certificate.context}
+    )
+    config = uvicorn.Config(app, host=settings.host, port=settings.port, **guarded)
+    beside = []
+    there: dict[str, Any]
     if administration is not None and settings.admin_port is not None:
-        beside = _Beside(
-            uvicorn.Config(administration, host=settings.admin_host, port=settings.admin_port, lifespan="off", **same)
-        )
+        there = {"host": settings.admin_host, "port": settings.admin_port, "lifespan": "off"}
+        beside.append(_Beside(uvicorn.Config(administration, **there, **guarded), "administration listening"))
+    if settings.health_port is not None:
+        there = {"host": settings.host, "port": settings.health_port, "lifespan": "off"}
+        beside.append(_Beside(uvicorn.Config(create_health_app(app), **there, **same), "health listening"))
     server = _Server(config, beside, lambda: start_draining(app), settings.drain_timeout_s + _LAST_GRACE_S)
     server.run()
     _end(server.exit_code)
@@ -175,7 +190,7 @@ class _Server(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        beside: "_Beside | None",
+        beside: Sequence["_Beside"],
         when_told_to_stop: Callable[[], None],
         end_within_s: float,
     ) -> None:
@@ -193,14 +208,14 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self._beside is not None:
-            await self._beside.start()
+        for beside in self._beside:
+            await beside.start()
         _say_where(self, "listening")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
-        if self._beside is not None:
-            await self._beside.stop()
+        for beside in self._beside:
+            await beside.stop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         _log.info("told to stop", extra={"signal": signal.Signals(sig).name})
@@ -217,14 +232,18 @@ class _Server(uvicorn.Server):
 
 
 class _Beside(uvicorn.Server):
-    """The administration's server, in the loop of the main one, which alone hears signals."""
+    """Another port's server, in the loop of the main one, which alone hears signals."""
+
+    def __init__(self, config: uvicorn.Config, told: str) -> None:
+        super().__init__(config)
+        self._told = told
 
     async def start(self) -> None:
         """Listen."""
         self.config.load()
         self.lifespan = self.config.lifespan_class(self.config)
         await self.startup()
-        _say_where(self, "administration listening")
+        _say_where(self, self._told)
         self._ticking = asyncio.create_task(self.main_loop())
 
     async def stop(self) -> None:

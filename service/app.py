@@ -38,11 +38,13 @@ from service.stores.mirror import Mirror
 from service.stores.objects import Location, Objects
 from service.stores.store import Store
 from service.telemetry import Telemetry
+from service.tls import ServerCertificate
 from service.versions import RegistryOptions
 
 _REQUEST_ID_HEADER = REQUEST_ID_HEADER.lower().encode()
 _REQUEST_ID = re.compile(rb"[!#-\[\]-~]{1,128}")  # printable ASCII without space, quote and backslash
 _WATCH_EVERY_S = 1.0
+_RENEW_EVERY_S = 10.0
 
 _log = logging.getLogger("flawline")
 
@@ -52,6 +54,7 @@ def create_app(
     *,
     open_engine: OpenEngine | None = None,
     clock: Callable[[], float] = time.monotonic,
+    certificate: ServerCertificate | None = None,
     when_lost: Callable[[], None] | None = None,
 ) -> FastAPI:
     """Put the service together.
@@ -60,6 +63,7 @@ def create_app(
         settings: of the process.
         open_engine: brings a verified bundle to its device; what the settings say where absent.
         clock: monotonic seconds.
+        certificate: that connections are made with, to be renewed and watched; None without TLS.
         when_lost: called once when an engine is lost for good, so that the process can end and be started again.
 
     Raises:
@@ -75,9 +79,12 @@ def create_app(
     async def life(_app: FastAPI) -> AsyncIterator[None]:
         # A thread of its own, and a daemon: loading must not keep the process from ending.
         threading.Thread(target=_load_and_look, args=(context, settings), name="flawline-load", daemon=True).start()
-        watching = asyncio.create_task(_watch(context, when_lost))
+        watching = [asyncio.create_task(_watch(context, when_lost))]
+        if certificate is not None:
+            watching.append(asyncio.create_task(_renew(certificate)))
         yield
-        watching.cancel()
+        for task in watching:
+            task.cancel()
         context.lifecycle.start_draining()
         await context.shadows.finish()
         try:
@@ -99,6 +106,8 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},  # ours is in telemetry.py
         redirect_slashes=False,  # a redirect says no verdict, and repeats a host that the caller made up
     )
+    if certificate is not None:
+        context.telemetry.watch_certificate(certificate.expires_at)
     app.state.context = context
     app.add_middleware(_Identity, clock=clock)
     app.router.routes.append(inspections.InspectRoute())  # before the documented one, which it answers for
@@ -136,6 +145,16 @@ def create_admin_app(app: FastAPI) -> FastAPI:
     install_problems(administration)
     complete_openapi(administration, (ProblemDocument,), may_be_open=False)
     return administration
+
+
+def create_health_app(app: FastAPI) -> ASGIApp:
+    """Return what answers on the health port: plain HTTP, alive and ready, and not a word more.
+
+    Args:
+        app: the service, from `create_app`.
+    """
+    context: Context = app.state.context
+    return health.bare_health(context)
 
 
 def start_draining(app: FastAPI) -> None:
@@ -220,6 +239,13 @@ async def _watch(context: Context, when_lost: Callable[[], None] | None) -> None
     _log.error("an engine is lost; the process ends and wants to be started again")
     if when_lost is not None:
         when_lost()
+
+
+async def _renew(certificate: ServerCertificate) -> None:
+    """Look for a renewed certificate; whoever renews one does so days before the old one ends."""
+    while True:
+        await asyncio.sleep(_RENEW_EVERY_S)
+        await asyncio.to_thread(certificate.renew)
 
 
 class _Identity:

@@ -72,16 +72,14 @@ class Settings(BaseSettings):
         lines: to serve, separated by commas; absent means every line of the store.
         host: address to listen on.
         port: to listen on.
-<<<<<<< HEAD
         admin_port: where administrators listen; absent is off. Never the port of the frames; 0 takes a free one.
         admin_host: address that goes with it.
-        keys_file: of callers' keys; absent leaves the service open to everybody.
-=======
         keys_file: of callers' keys, read again when it changes; absent leaves the service open to everybody.
         tls_certificate: PEM file of the server's certificate and chain; absent means plain HTTP.
         tls_key: PEM file of its private key.
         tls_client_ca: PEM file of the authorities whose certificates callers must show; absent asks for none.
->>>>>>> 95d4520 (Read changed keys without a restart, take only signed bundles where that is asked for, mirror bundles from a bucket; commands that make keys, sign, verify and publish)
+        health_port: where probes ask over plain HTTP whether the service is alive and ready, and can ask nothing else;
+            needed where callers must show a certificate, absent is off.
         device: runtime and device of the engines (service/engines/README.md): `cpu`, `openvino`, `cuda`,
             `ort-tensorrt` or `tensorrt`; another than the wanted one is never taken silently.
         runners: batches that run side by side, for each engine; absent means one a CPU, or one on a GPU, where each
@@ -129,10 +127,11 @@ class Settings(BaseSettings):
     admin_port: int | None = Field(default=None, ge=0, le=65535)
     admin_host: str = "127.0.0.1"
     keys_file: Path | None = None
-    device: Device = "cpu"
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
+    health_port: int | None = Field(default=None, ge=0, le=65535)
+    device: Device = "cpu"
     runners: int = Field(default=0, ge=0, le=256)
     threads_per_run: int = Field(default=1, ge=1, le=256)
     memory_arena: MemoryArena = "keep"
@@ -196,7 +195,6 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
-<<<<<<< HEAD
     def _administration_is_guarded(self) -> Self:
         if self.admin_port is not None and self.keys_file is None:
             raise ValueError("admin_port needs keys_file, with a key that allows the action admin")
@@ -204,7 +202,7 @@ class Settings(BaseSettings):
             raise ValueError("admin_port must be another one than port")
         return self
 
-=======
+    @model_validator(mode="after")
     def _files_come_together(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key belong together")
@@ -221,7 +219,6 @@ class Settings(BaseSettings):
         """Whose bundles are taken; None takes everybody's."""
         return None if self.signature_public_key is None else Trust(self.signature_public_key, self.require_signature)
 
->>>>>>> 95d4520 (Read changed keys without a restart, take only signed bundles where that is asked for, mirror bundles from a bucket; commands that make keys, sign, verify and publish)
     @property
     def frame_limits(self) -> FrameLimits:
         """What a caller may send."""

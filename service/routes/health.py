@@ -2,12 +2,17 @@
 
 Live: the event loop answers; a full queue never fails it. Ready: lines are loaded, their golden frames came out right,
 their engines are healthy and the service is not draining.
+
+Where callers must show a certificate, an orchestrator's probes have none to show. They then ask the health port, which
+speaks plain HTTP and says alive and ready in a word: no line, no reason, no metric.
 """
 
 from fastapi import APIRouter, Request, Response
 from pydantic_core import to_json
+from starlette.applications import Starlette
+from starlette.routing import Route
 
-from service.routes.context import caller_of, context_of
+from service.routes.context import Context, caller_of, context_of
 from service.routes.problems import responses
 
 router = APIRouter(tags=["health"])
@@ -34,3 +39,17 @@ async def metrics(request: Request) -> Response:
     caller_of(request).demand("metrics")
     body, content_type = context_of(request).telemetry.exposition(request.headers.get("accept", ""))
     return Response(body, media_type=content_type)
+
+
+def bare_health(context: Context) -> Starlette:
+    """Return the application of the health port."""
+
+    async def bare_live(_request: Request) -> Response:
+        return Response(to_json({"status": "live"}), media_type="application/json")
+
+    async def bare_ready(_request: Request) -> Response:
+        is_ready = not context.reasons_not_ready()
+        status = to_json({"status": "ready" if is_ready else "not ready"})
+        return Response(status, 200 if is_ready else 503, media_type="application/json")
+
+    return Starlette(routes=[Route("/healthz/live", bare_live), Route("/healthz/ready", bare_ready)])

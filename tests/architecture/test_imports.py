@@ -59,7 +59,7 @@ ENVIRONMENT = ("service/settings.py", "service/__main__.py", "training/__main__.
 LAYERS = (
     ("service.errors",),
     ("service.contract", "service.schedule"),
-    ("service.drift", "service.engines", "service.inspection", "service.stores", "service.tallies"),
+    ("service.drift", "service.engines", "service.inspection", "service.stores", "service.tallies", "service.tls"),
     ("service.settings", "service.telemetry"),
     ("service.batcher", "service.warm_up"),
     ("service.live",),
