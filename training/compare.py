@@ -61,17 +61,19 @@ class CellPlan:
         folder: of its frames.
         config: of the run.
         kind: the detector, or its control.
+        variant: what tells the configuration from another one of the same detector; empty where there is one only.
     """
 
     line: str
     folder: Path
     config: RunConfig
     kind: Kind = "fitted"
+    variant: str = ""
 
     def __str__(self) -> str:
         """Name the cell for people."""
         control = " (control)" if self.kind == "control" else ""
-        return f"{self.config.detector} on {self.line}{control}, seed {self.config.seed}"
+        return f"{title_of(self.config.detector, self.variant)} on {self.line}{control}, seed {self.config.seed}"
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Cell(BaseModel):
         bundle: its directory, from the cell's own; None where it was not kept.
         created_at: UTC, ISO 8601.
         verdicts: at the thresholds that good frames gave: held-out good frames first, then test frames by kind.
+        variant: of the plan.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -139,6 +142,12 @@ class Cell(BaseModel):
     bundle: Path | None
     created_at: str
     verdicts: tuple[VerdictRow, ...] = ()
+    variant: str = ""
+
+    @property
+    def title(self) -> str:
+        """Name the row of a table that the cell belongs to."""
+        return title_of(self.detector, self.variant)
 
 
 @dataclass(frozen=True)
@@ -201,7 +210,13 @@ def complete(plans: Sequence[CellPlan], means: Means, reporter: Reporter) -> Ite
 
 def cell_directory(folder: Path, plan: CellPlan) -> Path:
     """Return where a cell is kept, its bundle included."""
-    return folder / plan.line / plan.config.detector / f"{plan.kind}-{plan.config.seed}"
+    name = plan.config.detector if not plan.variant else f"{plan.config.detector}+{plan.variant.replace(' ', '_')}"
+    return folder / plan.line / name / f"{plan.kind}-{plan.config.seed}"
+
+
+def title_of(detector: str, variant: str) -> str:
+    """Name a detector, or one of several configurations of it."""
+    return detector if not variant else f"{detector}, {variant}"
 
 
 def read_cell(directory: Path) -> Cell | None:
@@ -335,6 +350,7 @@ def _cell_of(plan: CellPlan, finished: FinishedRun, digest: str, total_s: float,
         bundle=Path("store") / plan.line / finished.bundle.name,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         verdicts=line.verdicts,
+        variant=plan.variant,
     )
 
 

@@ -6,21 +6,24 @@ that is still true is not measured again, so the work can be stopped, and split 
 
     .venv/bin/python tests/benchmarks/detectors.py measure --output ../cells --control --probe
     .venv/bin/python tests/benchmarks/detectors.py measure --output ../cells --control --detectors inp_former,glcf
+    .venv/bin/python tests/benchmarks/detectors.py measure --output ../cells --variant resnet18 --set backbone=resnet18
     .venv/bin/python tests/benchmarks/detectors.py table --output ../cells
 
-The second command writes the section between the two markers of RESULTS.md; the words on why a detector is weak are
-read from weaknesses.yaml beside it. Nothing is chosen on test frames here.
+The last command writes the section between the two markers of RESULTS.md; the words on why a detector is weak are
+read from weaknesses.yaml beside it. Rows without a cell are filled from earlier.yaml. `--variant TITLE --set KEY=VALUE`
+measures another configuration of a detector as a row of its own. Nothing is chosen on test frames here.
 """
 
 import argparse
 import hashlib
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -51,6 +54,7 @@ from training.progress import choose_reporter
 _HERE = Path(__file__).resolve().parent
 _RESULTS = _HERE / "RESULTS.md"
 _WEAKNESSES = _HERE / "weaknesses.yaml"
+_EARLIER = _HERE / "earlier.yaml"
 _BEGIN, _END = "<!-- detectors: begin -->", "<!-- detectors: end -->"
 # Features of the probe, and the untrained ones that are their control.
 _PROBES = {"embedded": None, "mobilenetv1_100": "untrained mobilenetv1_100", "resnet18": None}
@@ -61,7 +65,50 @@ _ACCURACY_COLUMNS = (
     *("I-AP (control)", "P-AUROC (control)", "AUPRO@0.3 (control)"),
 )
 
-Group = dict[str, list[Cell]]
+_EARLIER_MARK = "†"
+
+
+class Earlier(TypedDict):
+    """What `earlier.yaml` holds of one row: figures by line and name, those of its control, and the row of its cost."""
+
+    lines: dict[str, dict[str, float | None]]
+    controls: NotRequired[dict[str, dict[str, float | None]]]
+    cost: list[str]
+
+
+@dataclass
+class Side:
+    """A detector or its control on one line: cells, or earlier figures where there is none."""
+
+    cells: list[Cell] = field(default_factory=list)
+    figures: dict[str, float | None] = field(default_factory=dict)
+
+    def figure(self, name: str) -> float | None:
+        """Return the mean of the cells that have the figure, else the earlier one."""
+        if not self.cells:
+            return self.figures.get(name)
+        values = [cell.metrics[name].value for cell in self.cells if name in cell.metrics]
+        known = [value for value in values if value is not None]
+        return mean(known) if known else None
+
+    def interval(self) -> tuple[float, float] | None:
+        """Return the bounds of 95 % of the draws of the image AUROC."""
+        if self.cells:
+            draws = auroc_resamples(self.cells)
+            if not draws.size:
+                return None
+            low, high = np.percentile(draws, (2.5, 97.5))
+            return float(low), float(high)
+        low, high = self.figures.get("low"), self.figures.get("high")
+        return None if low is None or high is None else (low, high)
+
+
+@dataclass
+class Pair:
+    """What a row compares."""
+
+    fitted: Side
+    control: Side
 
 
 def measure(options: argparse.Namespace) -> int:
@@ -96,7 +143,7 @@ def _plans(options: argparse.Namespace, lines: Sequence[Path]) -> Iterator[CellP
             except ConfigFault as fault:
                 print(f"{detector} on {line.name} is left out: {fault}", flush=True)
                 continue
-            yield from (CellPlan(line.name, line, config) for config in configs)
+            yield from (CellPlan(line.name, line, config, variant=options.variant) for config in configs)
 
 
 def write_table(options: argparse.Namespace) -> int:
@@ -105,7 +152,8 @@ def write_table(options: argparse.Namespace) -> int:
     if not cells:
         print(f"{options.output} holds no cell; run measure first.", file=sys.stderr)
         return 1
-    section = f"{_BEGIN}\n{tell(cells, yaml.safe_load(_WEAKNESSES.read_text('utf-8')) or {})}{_END}"
+    weaknesses, earlier = (yaml.safe_load(path.read_text("utf-8")) or {} for path in (_WEAKNESSES, _EARLIER))
+    section = f"{_BEGIN}\n{tell(cells, weaknesses, earlier)}{_END}"
     text = options.results.read_text("utf-8")
     if _BEGIN in text and _END in text:
         before, after = text.split(_BEGIN)[0], text.split(_END, 1)[1]
@@ -117,13 +165,24 @@ def write_table(options: argparse.Namespace) -> int:
     return 0
 
 
-def tell(cells: Sequence[Cell], weaknesses: dict[str, str]) -> str:
-    """Return the section: what the figures mean, a table of accuracy, one of cost, and the words on weaknesses."""
-    lines = sorted({cell.line for cell in cells})
-    groups: dict[tuple[str, str], Group] = defaultdict(lambda: {"fitted": [], "control": []})
+def tell(cells: Sequence[Cell], weaknesses: dict[str, str], earlier: dict[str, Earlier]) -> str:
+    """Return the section: what the figures mean, a table of accuracy, one of cost, and the words on weaknesses.
+
+    Args:
+        cells: newly measured ones.
+        weaknesses: words by title of a row.
+        earlier: by title of a row; shown where there is no cell.
+    """
+    pairs: dict[tuple[str, str], Pair] = {}
+    for title, record in earlier.items():
+        for line in record["lines"]:
+            fitted = Side(figures=record["lines"][line])
+            pairs[title, line] = Pair(fitted, Side(figures=record.get("controls", {}).get(line, {})))
     for cell in cells:
-        groups[cell.detector, cell.line][cell.kind].append(cell)
-    names = _by_accuracy(groups, lines)
+        pair = pairs.setdefault((cell.title, cell.line), Pair(Side(), Side()))
+        (pair.fitted if cell.kind == "fitted" else pair.control).cells.append(cell)
+    lines = sorted({line for _, line in pairs})
+    names = _by_accuracy(pairs, lines)
     cpus = sorted({cell.speed.cpu for cell in cells if cell.speed is not None})
     seeds = sorted({cell.seed for cell in cells})
     parts = [
@@ -132,20 +191,12 @@ def tell(cells: Sequence[Cell], weaknesses: dict[str, str]) -> str:
         "### I-AUROC in short, control in brackets\n",
         _table(
             ("detector", *lines, "mean"),
-            (
-                _short_row(name, [groups.get((name, line), {"fitted": [], "control": []}) for line in lines])
-                for name in names
-            ),
+            (_short_row(name, [pairs.get((name, line), Pair(Side(), Side())) for line in lines]) for name in names),
         ),
         "### Accuracy\n",
         _table(
             _ACCURACY_COLUMNS,
-            (
-                _accuracy_row(name, line, groups[name, line])
-                for name in names
-                for line in lines
-                if (name, line) in groups
-            ),
+            (_accuracy_row(name, line, pairs[name, line]) for name in names for line in lines if (name, line) in pairs),
         ),
         _undefined(cells),
         "### Cost\n",
@@ -160,11 +211,7 @@ def tell(cells: Sequence[Cell], weaknesses: dict[str, str]) -> str:
                 "slowest operators",
                 "graph",
             ),
-            (
-                _cost_row(name, [cell for cell in cells if (cell.detector, cell.kind) == (name, "fitted")])
-                for name in names
-                if not name.startswith(_PROBE)
-            ),
+            _cost_rows(names, cells, earlier),
         ),
     ]
     notes = [f"- **{name}**: {' '.join(weaknesses[name].split())}" for name in names if name in weaknesses]
@@ -180,6 +227,8 @@ untrained backbone and descents of no step, passes over the good frames included
 draws of the test frames, good and defective ones apart. *Above control* is the interval of the difference over the
 same draws: where it holds 0, the detector is **within the noise of its control** on that line. `nearest neighbours` is
 the plain probe (`nearest_neighbour_probe.py`): no training, a memory bank of features; its maps are not measured.
+Figures with † are from commit 81f3747; scores frame by frame were not kept of them (`earlier.yaml`), so they are called
+above their control only where both intervals are apart. A row's title names what it changes of the small configuration.
 
 ms a frame: ONNX Runtime, batch 1, one thread, median of the thread's own CPU time, so that other work on the machine
 hardly moves it; CPU: {cpus}. Seconds of fitting are on the wall, on a machine with
@@ -190,27 +239,39 @@ other work: upper bounds.
 # ---- rows
 
 
-def _short_row(name: str, of_lines: Sequence[Group]) -> tuple[str, ...]:
-    means = [
-        f"{_figure([cell for group in of_lines for cell in group[kind]], 'i_auroc')}"
-        if all(group[kind] for group in of_lines)
-        else "-"
-        for kind in ("fitted", "control")
-    ]
-    told = [f"{_figure(group['fitted'], 'i_auroc')} ({_figure(group['control'], 'i_auroc')})" for group in of_lines]
+def _short_row(name: str, of_lines: Sequence[Pair]) -> tuple[str, ...]:
+    told = [f"{_told_figure(pair.fitted)} ({_told_figure(pair.control)})" for pair in of_lines]
+    means = []
+    for sides in ([pair.fitted for pair in of_lines], [pair.control for pair in of_lines]):
+        values = [side.figure("i_auroc") for side in sides]
+        known = [value for value in values if value is not None]
+        means.append(f"{mean(known):.3f}" if len(known) == len(values) else "-")
     return (name, *told, f"{means[0]} ({means[1]})")
 
 
-def _accuracy_row(name: str, line: str, group: Group) -> tuple[str, ...]:
-    fitted, control = group["fitted"], group["control"]
+def _accuracy_row(name: str, line: str, pair: Pair) -> tuple[str, ...]:
     return (
         name,
         line,
-        _with_interval(fitted),
-        _with_interval(control),
-        _above(fitted, control),
-        *(f"{_figure(fitted, name)} ({_figure(control, name)})" for name in ("i_ap", "p_auroc", "aupro")),
+        _with_interval(pair.fitted),
+        _with_interval(pair.control),
+        _above(pair.fitted, pair.control),
+        *(
+            f"{_told_figure(pair.fitted, figure)} ({_told_figure(pair.control, figure)})"
+            for figure in ("i_ap", "p_auroc", "aupro")
+        ),
     )
+
+
+def _cost_rows(names: Sequence[str], cells: Sequence[Cell], earlier: dict[str, Earlier]) -> Iterator[tuple[str, ...]]:
+    for name in names:
+        own = [cell for cell in cells if (cell.title, cell.kind) == (name, "fitted")]
+        if name.startswith(_PROBE):
+            continue
+        if own:
+            yield _cost_row(name, own)
+        elif name in earlier:
+            yield (name, *earlier[name]["cost"])
 
 
 def _cost_row(name: str, cells: Sequence[Cell]) -> tuple[str, ...]:
@@ -231,41 +292,38 @@ def _cost_row(name: str, cells: Sequence[Cell]) -> tuple[str, ...]:
     )
 
 
-def _with_interval(cells: Sequence[Cell]) -> str:
-    if not cells:
+def _with_interval(side: Side) -> str:
+    if side.figure("i_auroc") is None:
         return "not run"
-    told = _figure(cells, "i_auroc")
-    draws = auroc_resamples(cells)
-    return told if not draws.size else f"{told} [{_interval(draws)}]"
+    interval = side.interval()
+    told = _told_figure(side)
+    if interval is not None:
+        told += f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+    return told if side.cells else f"{told} {_EARLIER_MARK}"
 
 
-def _above(fitted: Sequence[Cell], control: Sequence[Cell]) -> str:
+def _above(fitted: Side, control: Side) -> str:
     """Return the interval of the difference, and a word where it holds 0."""
-    if not fitted or not control:
-        return "-"
-    difference = auroc_resamples(fitted) - auroc_resamples(control)
-    if not difference.size:
-        return "-"
-    low, high = np.percentile(difference, (2.5, 97.5))
-    if low > 0:
-        verdict = "yes"
-    elif high < 0:
-        verdict = "**below its control**"
+    if fitted.cells and control.cells:
+        difference = auroc_resamples(fitted.cells) - auroc_resamples(control.cells)
+        if not difference.size:
+            return "-"
+        low, high = np.percentile(difference, (2.5, 97.5))
+        told = f" [{low:+.3f}, {high:+.3f}]"
     else:
-        verdict = "**within noise**"
-    return f"{verdict} [{low:+.3f}, {high:+.3f}]"
+        # Of an earlier figure only the interval is known; where both are apart, so are the figures.
+        one, other = fitted.interval(), control.interval()
+        if one is None or other is None:
+            return "-"
+        low, high, told = one[0] - other[1], one[1] - other[0], ""
+    if low > 0:
+        return f"yes{told}"
+    return f"**below its control**{told}" if high < 0 else f"**within noise**{told}"
 
 
-def _interval(draws: np.ndarray) -> str:
-    low, high = np.percentile(draws, (2.5, 97.5))
-    return f"{low:.3f}, {high:.3f}"
-
-
-def _figure(cells: Sequence[Cell], name: str) -> str:
-    """Return the mean of the cells that have the figure, or a dash."""
-    values = [cell.metrics[name].value for cell in cells if name in cell.metrics]
-    known = [value for value in values if value is not None]
-    return f"{mean(known):.3f}" if known else "-"
+def _told_figure(side: Side, name: str = "i_auroc") -> str:
+    value = side.figure(name)
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _undefined(cells: Sequence[Cell]) -> str:
@@ -279,15 +337,15 @@ def _undefined(cells: Sequence[Cell]) -> str:
     return "".join(f"{line}: {reason}, so its pixel figures are not defined.\n" for reason, line in sorted(reasons))
 
 
-def _by_accuracy(groups: dict[tuple[str, str], Group], lines: Iterable[str]) -> list[str]:
-    """Order detectors by their mean I-AUROC over the lines, the best first, probes last."""
+def _by_accuracy(pairs: dict[tuple[str, str], Pair], lines: Iterable[str]) -> list[str]:
+    """Order rows by their mean I-AUROC over the lines, the best first, probes last."""
 
     def accuracy(name: str) -> float:
-        cells = [cell for line in lines for cell in groups.get((name, line), {"fitted": []})["fitted"]]
-        values = [cell.metrics["i_auroc"].value or 0.0 for cell in cells]
-        return mean(values) if values else 0.0
+        values = [pairs[name, line].fitted.figure("i_auroc") for line in lines if (name, line) in pairs]
+        known = [value for value in values if value is not None]
+        return mean(known) if known else 0.0
 
-    return sorted({name for name, _ in groups}, key=lambda name: (name.startswith(_PROBE), -accuracy(name)))
+    return sorted({name for name, _ in pairs}, key=lambda name: (name.startswith(_PROBE), -accuracy(name)))
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -296,9 +354,10 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _told(cell: Cell) -> str:
-    figures = ", ".join(f"{name} {_figure([cell], name)}" for name in ("i_auroc", "i_ap", "p_auroc", "aupro"))
+    side = Side([cell])
+    figures = ", ".join(f"{name} {_told_figure(side, name)}" for name in ("i_auroc", "i_ap", "p_auroc", "aupro"))
     speed = "" if cell.speed is None else f", {cell.speed.cpu_ms:.1f} ms a frame"
-    return f"{cell.detector} {cell.line} {cell.kind} seed {cell.seed}: {figures}, fit {cell.fit_s:.0f} s{speed}"
+    return f"{cell.title} {cell.line} {cell.kind} seed {cell.seed}: {figures}, fit {cell.fit_s:.0f} s{speed}"
 
 
 # ---- the probe
@@ -387,6 +446,7 @@ def main() -> None:
     )
     measuring.add_argument("--config", default="small", help="small, paper or a YAML file")
     measuring.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    measuring.add_argument("--variant", default="", help="title of what --set changes; makes a row of its own")
     measuring.add_argument("--seeds", nargs="+", type=int, default=[1])
     measuring.add_argument("--weights", type=Path, default=Path("../shared/weights"))
     measuring.add_argument("--threads", type=int, default=1)

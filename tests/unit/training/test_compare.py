@@ -132,6 +132,17 @@ def test_complete_when_a_cell_is_a_control_then_its_bundle_is_not_kept(compared)
     ]
 
 
+def test_cell_directory_when_configurations_of_one_detector_differ_then_each_has_a_place_and_a_title():
+    """Two configurations of one detector on one line do not overwrite each other."""
+    plain = CellPlan("bottle", Path(), make_config())
+    other = dataclasses.replace(plain, variant="other backbone")
+    kept = _cell([0.0], [1.0]).model_copy(update={"variant": other.variant})
+
+    assert cell_directory(Path(), plain) == Path("bottle/inp_former/fitted-1")
+    assert cell_directory(Path(), other) == Path("bottle/inp_former+other_backbone/fitted-1")
+    assert kept.title == "inp_former, other backbone"
+
+
 def test_complete_when_one_cell_fails_then_the_others_are_measured_and_the_fault_is_told(compared):
     """A comparison of ten detectors does not end with the first fault."""
     _, _, outcomes = compared
