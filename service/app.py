@@ -22,6 +22,7 @@ from service.auth import Keyring, KeysFileInvalid, MountedKeyring
 from service.contract.signature import refuse_unusable
 from service.engines.opening import open_engine
 from service.errors import FlawlineError
+from service.golden_watch import GoldenWatch
 from service.loading import BatcherOptions, OpenEngine
 from service.pipeline import Pipeline
 from service.records import Records
@@ -80,6 +81,9 @@ def create_app(
         # A thread of its own, and a daemon: loading must not keep the process from ending.
         threading.Thread(target=_load_and_look, args=(context, settings), name="flawline-load", daemon=True).start()
         watching = [asyncio.create_task(_watch(context, when_lost))]
+        if settings.golden_every_s:
+            golden = GoldenWatch(context.registry, context.telemetry, every_s=settings.golden_every_s, clock=clock)
+            watching.append(asyncio.create_task(golden.run()))
         if certificate is not None:
             watching.append(asyncio.create_task(_renew(certificate)))
         yield

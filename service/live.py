@@ -1,6 +1,6 @@
 """What serves and how it stands: plain data that the registry keeps and routes read. Nothing here changes anything."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from service.batcher import Batcher
 from service.contract.bundle import Manifest
 from service.contract.calibration import Calibration
+from service.contract.golden import Run
 from service.contract.policy import Policy, may_judge
 from service.engines.engine import Engine
 
@@ -34,6 +35,8 @@ class LoadedBundle:
         device: where the engine really runs.
         engine: the network; closed when nobody uses it any more.
         batcher: of its engine.
+        proofs: each replays the golden frames of one line on whatever it is given to run them, and raises where an
+            answer is another one than was validated; of a few lines, at least one.
     """
 
     manifest: Manifest
@@ -41,6 +44,7 @@ class LoadedBundle:
     device: str
     engine: Engine
     batcher: Batcher
+    proofs: tuple[Callable[[Run], None], ...]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,13 +7,14 @@ what is live; a version that comes out of here has answered its golden frames on
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from service.batcher import Batcher
 from service.contract.bundle import Bundle, Manifest, load_bundle, load_policy
-from service.contract.golden import GoldenSet, Run, merge_golden, read_golden_by_line, replay
+from service.contract.golden import GoldenSet, Run, read_golden_by_line, replay
 from service.contract.policy import Policy, inspected_mask, refuse_unfit
 from service.contract.signature import Trust
 from service.engines.engine import Engine
@@ -101,9 +102,10 @@ class Loader:
             engine.close()
             raise
         lean = replace(bundle, model=b"", files={})  # what is asked later must not keep the weights alive twice
+        proofs = tuple(partial(self._replay, lean, golden) for golden in known)
         batcher = Batcher(
             engine,
-            lambda: self._replay(lean, known, engine.run),
+            lambda: _all(proofs, engine.run),
             lines=len(lines),
             runners=self._options.runners,
             max_queue_size=self._options.max_queue_size,
@@ -113,7 +115,7 @@ class Loader:
             clock=self._clock,
         )
         self._telemetry.engine_loaded(name, self._clock() - started_at)
-        loaded = LoadedBundle(manifest, bundle.digest, engine.device, engine, batcher)
+        loaded = LoadedBundle(manifest, bundle.digest, engine.device, engine, batcher, proofs)
         index_of = {line: index for index, line in enumerate(manifest.lines)}
         return LoadedVersion(
             loaded,
@@ -138,14 +140,23 @@ class Loader:
         found = self._read_policies(live.name, live.bundle.manifest, live.policies)
         return live if not found else replace(live, policies={**live.policies, **found})
 
-    def _prove(self, bundle: Bundle, engine: Engine) -> GoldenSet:
-        """Replay the golden frames of every line, and return a few to ask again later."""
+    def _prove(self, bundle: Bundle, engine: Engine) -> list[GoldenSet]:
+        """Replay the golden frames of every line, and return those of a few lines to ask again later."""
         kept: list[GoldenSet] = []
         for golden in read_golden_by_line(bundle):
             self._replay(bundle, golden, engine.run)
             if sum(len(known.answers) for known in kept) < _FRAMES_TO_ASK_AGAIN:
                 kept.append(golden)
-        return merge_golden(kept)
+        return kept
+
+    def prove_again(self, version: LoadedVersion) -> None:
+        """Replay golden frames on a version that is loaded already, before it becomes live once more.
+
+        Raises:
+            BundleRefused: if an answer is another one than was validated.
+            EngineFailed: if the engine fails.
+        """
+        _all(version.bundle.proofs, version.bundle.engine.run)
 
     def _replay(self, bundle: Bundle, golden: GoldenSet, run: Run) -> None:
         try:
@@ -181,6 +192,11 @@ class Loader:
                 )
                 self._told.add((line, path.stem))
         return policies
+
+
+def _all(proofs: Iterable[Callable[[Run], None]], run: Run) -> None:
+    for proof in proofs:
+        proof(run)
 
 
 def fit_policy(policy: Policy, manifest: Manifest) -> LivePolicy:

@@ -150,9 +150,11 @@ class ServedLines(ABC):
             raise self._unknown()
         return status
 
-    def loaded(self) -> list[LoadedVersion]:
-        """Return every version that is loaded."""
-        return list(self._state.loaded.values())
+    def live_versions(self) -> list[LoadedVersion]:
+        """Return the version of each bundle that serves lines, where it is healthy."""
+        state = self._state
+        keys = {live.key for live in state.live.values() if live.bundle.batcher.is_healthy}
+        return [state.loaded[key] for key in sorted(keys)]
 
     @property
     def is_lost(self) -> bool:

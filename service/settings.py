@@ -93,6 +93,7 @@ class Settings(BaseSettings):
         max_batch_size: frames in one run; the schedule takes fewer where larger batches do not pay.
         max_queue_size: frames that one engine accepts and has not answered yet; one more is refused.
         stuck_after_s: a run that takes longer makes its line unhealthy.
+        golden_every_s: seconds between two replays of golden frames on each live engine, at low priority; 0 is off.
         decode_workers: threads that decode and resize; absent means one a CPU.
         default_deadline_s: from the arrival of a request to its answer, where the caller names none.
         max_deadline_s: the longest that a caller may name.
@@ -142,6 +143,7 @@ class Settings(BaseSettings):
     max_batch_size: int = Field(default=1, ge=1, le=256)
     max_queue_size: int = Field(default=64, ge=1, le=100_000)
     stuck_after_s: float = Field(default=30, gt=0, le=3600)
+    golden_every_s: float = Field(default=60, ge=0, le=86_400)
     decode_workers: int = Field(default=0, ge=0, le=256)
     default_deadline_s: float = Field(default=2, gt=0, le=600)
     max_deadline_s: float = Field(default=10, gt=0, le=600)

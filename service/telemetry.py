@@ -147,6 +147,7 @@ class Telemetry:
         )
         self._unloads = self._counter("engine_unloads", "Engines unloaded to make room for others.", "engine")
         self._store_unreachable = self._counter("store_unreachable", "Times that the store could not be asked.")
+        self._golden_checks = self._counter("golden_checks", "Replays of golden frames on live engines.", "outcome")
         self._golden_failures = self._counter("golden_failures", "Bundles whose golden frames came out differently.")
         self._dropped = self._counter("records_dropped", "Records that made room for newer ones.", "sink")
         self._dropped.labels("heatmaps")
@@ -249,6 +250,10 @@ class Telemetry:
     def shadow_disagreed(self, line: str, kind: str) -> None:
         """Count a frame on which the shadow would have said something else."""
         self._disagreements.labels(line, kind).inc()
+
+    def golden_checked(self, outcome: Literal["passed", "failed", "skipped"]) -> None:
+        """Count a replay of golden frames while lines are served; one that was skipped met a busy engine."""
+        self._golden_checks.labels(outcome).inc()
 
     def record_dropped(self, sink: Sink) -> None:
         """Count a record that made room for newer ones."""

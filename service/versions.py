@@ -160,6 +160,7 @@ class LoadedVersions(ServedLines):
     def _loaded_or_load(self, key: VersionKey) -> LoadedVersion:
         loaded = self._state.loaded.get(key)
         if loaded is not None and loaded.bundle.batcher.is_healthy:
+            self._loader.prove_again(loaded)
             return loaded
         try:
             return self._load_beside(key)

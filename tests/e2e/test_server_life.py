@@ -27,6 +27,18 @@ async def stuck(self, sockets=None):
 uvicorn.Server.serve = stuck
 """
 
+# A server whose device fails for good as soon as a file is there.
+DEVICE_GOES = """
+from pathlib import Path
+from service.engines.ort import OrtEngine
+run = OrtEngine.run
+def fail_once_gone(self, frames, line_index):
+    if Path({!r}).exists():
+        raise OSError("the device is gone")
+    return run(self, frames, line_index)
+OrtEngine.run = fail_once_gone
+"""
+
 
 def test_server_when_it_runs_then_its_runtime_reports_to_nobody(tmp_path, monkeypatch):
     """ONNX Runtime keeps a device id for its maker's telemetry; with us it does not even begin to."""
@@ -174,6 +186,22 @@ def test_server_when_its_log_is_read_then_every_line_is_json_and_each_frame_has_
     assert inspections["r-4"]["code"] == "unreadable_frame"
     assert "py.warnings" in {event["logger"] for event in events}
     assert inspections["r-1"]["seconds"].keys() >= {"decode", "infer", "total"}
+
+
+def test_server_when_the_device_is_gone_then_it_is_unready_within_a_period_and_ends_to_be_started_again(tmp_path):
+    """A device that fails for good is found without any frame: not ready, then exit code 1."""
+    make_bundle(tmp_path)
+    gone = tmp_path / "gone"
+    brief = {"FLAWLINE_GOLDEN_EVERY_S": "0.2"}
+    with ServerProcess(tmp_path, brief, before=DEVICE_GOES.format(str(gone))) as server:
+        server.ready()
+        gone.touch()
+        exit_code = server.exit_code()
+        told = [event["message"] for event in server.events()]
+
+    assert exit_code == 1
+    assert "a batcher is lost" in told
+    assert "an engine is lost; the process ends and wants to be started again" in told
 
 
 def test_server_when_a_reader_stalls_and_a_thread_never_ends_then_it_still_ends_in_time(tmp_path):

@@ -1,0 +1,84 @@
+"""Replays golden frames while lines are served, so that a device that has changed its mind is found without a defect.
+
+Each period and each live bundle, the golden frames of one of its lines go the way of every other frame: through the
+queue, at low priority, onto the runners. An engine that raises is then lost by the batcher's own rule, and one that
+hangs by its own alarm; one that answers with other numbers is distrusted, and its lines are unhealthy. A queue that has
+no room, or a deadline that passes behind other frames, proves nothing: frames that are answered are proof enough, and
+saturation is no fault.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import BundleRefused, EngineFailed, MomentError
+from service.live import LoadedVersion, VersionKey
+from service.registry import Registry
+from service.schedule import Priority
+from service.telemetry import Telemetry
+
+_log = logging.getLogger("flawline")
+
+_Answer = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+class GoldenWatch:
+    """Asks engines what is known; belongs where the event loop runs.
+
+    Args:
+        registry: knows what is live.
+        telemetry: counts.
+        every_s: between two replays of a bundle; also the time that one may take.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, registry: Registry, telemetry: Telemetry, *, every_s: float, clock: Callable[[], float]) -> None:
+        self._registry = registry
+        self._telemetry = telemetry
+        self._every_s = every_s
+        self._clock = clock
+        self._turn: dict[VersionKey, int] = {}
+
+    async def run(self) -> None:
+        """Replay again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(self._every_s)
+            await self.look()
+
+    async def look(self) -> None:
+        """Replay once on every live bundle, side by side, so that one that hangs hides no other."""
+        live = self._registry.live_versions()
+        self._turn = {version.key: self._turn.get(version.key, -1) + 1 for version in live}
+        await asyncio.gather(*(self._ask(version) for version in live))
+
+    async def _ask(self, version: LoadedVersion) -> None:
+        bundle = version.bundle
+        proof = bundle.proofs[self._turn[version.key] % len(bundle.proofs)]
+        loop, deadline = asyncio.get_running_loop(), self._clock() + self._every_s
+
+        async def submit(frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> _Answer:
+            line = bundle.manifest.lines[int(line_index[0])]
+            with bundle.batcher.place(deadline, line=line, weight=len(frames), priority=Priority.LOW) as place:
+                result = await bundle.batcher.submit(place, frames, int(line_index[0]))
+            return result.scores, result.anomaly_maps
+
+        def run(frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> _Answer:
+            return asyncio.run_coroutine_threadsafe(submit(frames, line_index), loop).result()
+
+        try:
+            await asyncio.to_thread(proof, run)
+        except MomentError:
+            self._telemetry.golden_checked("skipped")
+        except BundleRefused as error:
+            self._telemetry.golden_checked("failed")
+            bundle.batcher.distrust(error.sentence)
+        except EngineFailed:  # whether the engine is lost, the batcher has found out meanwhile
+            self._telemetry.golden_checked("failed")
+            _log.warning("a golden frame failed", extra={"bundle": version.key.name, "version": version.key.version})
+        except Exception:  # noqa: BLE001 - the edge of this task: looking goes on
+            _log.exception("a replay ended early")
+        else:
+            self._telemetry.golden_checked("passed")
