@@ -51,8 +51,9 @@ class InspectionRequest:
         received_at: monotonic seconds, when the handler of the first byte started.
         receive_s: seconds spent receiving the body.
         bundle_version: None takes the live one.
-        is_network_input: whether `data` is the network's input itself, `(H, W, 3)` uint8 RGB row by row, which is
-            neither decoded nor resized; then that is the frame whose pixels regions refer to.
+        is_network_input: whether `data` is the canvas itself, which the network takes or is cut for it, `(H, W, 3)`
+            uint8 RGB row by row. It is neither decoded nor resized; then that is the frame whose pixels regions refer
+            to.
         priority: how much the frame matters beside others.
     """
 

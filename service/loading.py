@@ -14,9 +14,10 @@ from pathlib import Path
 
 from service.batcher import Batcher
 from service.contract.bundle import Bundle, Manifest, load_bundle, load_policy
-from service.contract.golden import GoldenSet, Run, read_golden_by_line, replay
+from service.contract.golden import GoldenSet, read_golden_by_line, replay
 from service.contract.policy import Policy, inspected_mask, refuse_unfit
 from service.contract.signature import Trust
+from service.contract.tiling import Run
 from service.engines.engine import Engine
 from service.errors import BundleRefused, FlawlineError
 from service.live import LiveLine, LivePolicy, LoadedBundle, LoadedVersion
@@ -205,10 +206,9 @@ def fit_policy(policy: Policy, manifest: Manifest) -> LivePolicy:
     Raises:
         BundleRefused: if it does not fit the bundle.
     """
-    output = manifest.output
-    refuse_unfit(policy, output.score_rule)
+    refuse_unfit(policy, manifest.output.score_rule)
     window = manifest.input.window(1, 1)
-    inspected = inspected_mask(policy, output.map_height, output.map_width, window=window)
+    inspected = inspected_mask(policy, *manifest.map_size, window=window)
     return LivePolicy(policy, policy_digest(policy), inspected)
 
 

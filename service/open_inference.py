@@ -4,7 +4,7 @@ Before: the body was received within its limit. After: the pipeline inspects eac
 tensors, whose first side is the number of frames:
 
     in   encoded_frames  BYTES  [B] or [B, 1]   images as the camera encoded them; decoded and resized here
-         frames          UINT8  [B, H, W, 3]    RGB, of exactly the network's input size; either this or the one above
+         frames          UINT8  [B, H, W, 3]    RGB, of exactly the line's input size; either this or the one above
          part_id         BYTES  [B] or [B, 1]   optional: the caller's names of the parts; an empty one names none
     out  score           FP32   [B]
          anomaly_map     FP32   [B, h, w]
@@ -121,7 +121,7 @@ class InferRequest:
     Attributes:
         request_id: to be echoed; None where the caller sent none.
         frames: one image each, as encoded by the camera or, where `is_network_input`, `(H, W, 3)` uint8 RGB row by row.
-        is_network_input: whether the frames are the network's input itself.
+        is_network_input: whether the frames are the canvas itself.
         part_ids: one a frame; None where the part has no name.
         timeout_s: from the arrival of the request to its answer; None where the caller names none.
         policy: version to judge by; None takes the default one.
@@ -149,7 +149,7 @@ def model_spec(input_size: tuple[int, int], map_size: tuple[int, int], max_frame
     """Describe a bundle as a model.
 
     Args:
-        input_size: `(H, W)` of the network's input.
+        input_size: `(H, W)` of the network's input, or of the canvas that is cut into tiles for it.
         map_size: `(h, w)` of its anomaly map.
         max_frames: in one request.
     """

@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.batcher import RunResult
-from service.contract.frames import Frame, FrameLimits, decode_image, fit_to_input
+from service.contract.frames import Frame, FrameLimits, fit_to_input, read_frame
 from service.contract.geometry import InputSpec
 from service.contract.policy import Judgement, judge
 from service.contract.raw_frames import decode_raw
 from service.contract.regions import Window
+from service.contract.tiling import answer_of, cut_tiles
 from service.errors import DeadlinePassed, ParameterInvalid, UnreadableFrame
 from service.inspection import HeatmapKind, Inspection, InspectionRequest, RawLayout
 from service.live import Found
@@ -76,11 +77,14 @@ class Pipeline:
         """Inspect one frame by a version and a policy that were found already; raises what `inspect` raises."""
         bundle, deadline_s = found.line.bundle, self._deadline_s(request)
         deadline = request.received_at + deadline_s
-        with bundle.batcher.place(deadline, line=found.line.name, priority=request.priority) as place:
+        reserved = bundle.batcher.place(
+            deadline, line=found.line.name, weight=bundle.manifest.input.tile_count, priority=request.priority
+        )
+        with reserved as place:
             started_at = self._clock()
-            frame, pixels = await self._decode(request, bundle.manifest.input, deadline)
+            frame, tiles = await self._decode(request, bundle.manifest.input, deadline)
             decode_s = self._clock() - started_at
-            result = await bundle.batcher.submit(place, pixels[None], found.line.line_index)
+            result = await bundle.batcher.submit(place, tiles, found.line.line_index)
             ran_at = self._clock()
             window = _window(request, bundle.manifest.input, frame)
             judgement = await self._judge(result, found, window, deadline)
@@ -139,12 +143,12 @@ class Pipeline:
             )
 
     async def _judge(self, result: RunResult, found: Found, window: Window, deadline: float) -> Judgement:
-        policy, inspected = found.policy.policy, found.policy.inspected
-        rule = found.line.bundle.manifest.output.score_rule
-        decide = partial(judge, float(result.scores[0]), result.anomaly_maps[0], policy, rule, window, inspected)
-        # A good part is judged in microseconds. Tracing regions takes up to tens of milliseconds, in which the event
-        # loop could answer nobody else.
-        if policy.calibration == "good_parts" and not (result.anomaly_maps[0] >= policy.region_threshold).any():
+        policy, is_tiled = found.policy.policy, found.line.bundle.manifest.input.tiles is not None
+        decide = partial(_stitch_and_judge, result, found, window)
+        # A good part is judged in microseconds. Stitching maps and tracing regions take up to tens of milliseconds, in
+        # which the event loop could answer nobody else.
+        is_quick = policy.calibration == "good_parts" and not is_tiled
+        if is_quick and not (result.anomaly_maps[0] >= policy.region_threshold).any():
             return decide()
         async with self._until(deadline):
             return await asyncio.get_running_loop().run_in_executor(self._tracers, decide)
@@ -156,6 +160,13 @@ class Pipeline:
                 yield
         except TimeoutError as error:
             raise _deadline_passed() from error
+
+
+def _stitch_and_judge(result: RunResult, found: Found, window: Window) -> Judgement:
+    manifest = found.line.bundle.manifest
+    rule = manifest.output.score_rule
+    answer = answer_of(result.scores, result.anomaly_maps, manifest.input, rule)
+    return judge(float(answer.score), answer.anomaly_map, found.policy.policy, rule, window, found.policy.inspected)
 
 
 def _p_value(judgement: Judgement, found: Found) -> float | None:
@@ -176,10 +187,11 @@ def _window(request: InspectionRequest, spec: InputSpec, frame: Frame) -> Window
 
 
 def _take_as_input(data: bytes, spec: InputSpec) -> tuple[Frame, NDArray[np.uint8]]:
-    if len(data) != spec.height * spec.width * 3:
-        raise UnreadableFrame(f"The network takes {spec.height} x {spec.width} RGB pixels; send as many bytes.")
-    pixels = np.frombuffer(data, np.uint8).reshape(spec.height, spec.width, 3)
-    return Frame(pixels, spec.height, spec.width), pixels
+    height, width = spec.canvas_height, spec.canvas_width
+    if len(data) != height * width * 3:
+        raise UnreadableFrame(f"The network takes {height} x {width} RGB pixels; send as many bytes.")
+    canvas = np.frombuffer(data, np.uint8).reshape(height, width, 3)
+    return Frame(canvas, height, width), cut_tiles(canvas, spec)
 
 
 def _decode_and_fit(
@@ -187,10 +199,10 @@ def _decode_and_fit(
 ) -> tuple[Frame, NDArray[np.uint8]]:
     raw = request.raw
     if raw is None:
-        frame = decode_image(request.data, limits, spec.resize_target)
+        frame = read_frame(request.data, limits, spec)
     else:
         frame = decode_raw(request.data, raw.pixel_format, raw.width, raw.height, raw.stride, limits)
-    fitted = fit_to_input(frame.pixels, spec)
+    canvas = fit_to_input(frame.pixels, spec)
     if request.heatmap == "none":  # then nobody looks at the pixels again, and frames that wait stay small
-        frame = Frame(fitted, frame.height, frame.width)
-    return frame, fitted
+        frame = Frame(canvas, frame.height, frame.width)
+    return frame, cut_tiles(canvas, spec)

@@ -251,7 +251,8 @@ class LiveAnswer(_Wire):
     backbone: str | None
     device: str
     precision: str
-    input: FrameSize
+    input: FrameSize = Field(description="what frames are resized and cropped to")
+    tiles: int = Field(description="network inputs that this is cut into; 1 where frames are looked at whole")
     anomaly_map: FrameSize
     inspected: InspectedWindow
     default_policy: str

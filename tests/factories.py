@@ -37,9 +37,10 @@ from service.contract.bundle import (
 )
 from service.contract.calibration import Calibration
 from service.contract.frames import FrameLimits, decode_image, fit_to_input
-from service.contract.geometry import InputSpec
-from service.contract.golden import GoldenAnswer, Run, write_golden
+from service.contract.geometry import InputSpec, Tiling
+from service.contract.golden import GoldenAnswer, write_golden
 from service.contract.policy import Policy, ScoreRule, Verdict, inspected_mask, judge, may_judge
+from service.contract.tiling import Run, by_tiles
 
 HEIGHT, WIDTH = 32, 48  # not square, so that a swapped height and width shows
 FRAME_HEIGHT, FRAME_WIDTH = 64, 80  # another shape than the input, so that a forgotten resize shows
@@ -158,9 +159,17 @@ def make_runner(model: bytes) -> Run:
     return run
 
 
-def make_input(height: int = HEIGHT, width: int = WIDTH, margin: int = 0) -> InputSpec:
+def make_input(height: int = HEIGHT, width: int = WIDTH, margin: int = 0, tiles: Tiling | None = None) -> InputSpec:
     """Return an input whose resized frame is `margin` pixels larger on each side than what is cropped from it."""
-    return InputSpec(height=height, width=width, resize_height=height + 2 * margin, resize_width=width + 2 * margin)
+    rows, columns = (1, 1) if tiles is None else (tiles.rows, tiles.columns)
+    down, across = (0, 0) if tiles is None else (tiles.overlap_height, tiles.overlap_width)
+    return InputSpec(
+        height=height,
+        width=width,
+        resize_height=height + (rows - 1) * (height - down) + 2 * margin,
+        resize_width=width + (columns - 1) * (width - across) + 2 * margin,
+        tiles=tiles,
+    )
 
 
 def make_policy(**overrides: Any) -> Policy:
@@ -246,6 +255,7 @@ def bundle_files(
     height: int = HEIGHT,
     width: int = WIDTH,
     margin: int = 0,
+    tiles: Tiling | None = None,
     lines: tuple[str, ...] = (),
     conditional: bool = False,
     calibrated: bool = True,
@@ -263,6 +273,7 @@ def bundle_files(
         height: of the network's input; a multiple of `POOL`.
         width: of the network's input; a multiple of `POOL`.
         margin: pixels that a centre crop cuts from each side of the resized frame.
+        tiles: how frames are cut; overlaps are multiples of `POOL`.
         lines: the product lines; empty means one, called `name`.
         conditional: whether the graph takes a `line_index`.
         calibrated: whether the lines have a calibration.
@@ -273,7 +284,7 @@ def bundle_files(
         manifest: fields that differ from `make_manifest`.
     """
     lines = lines or (name,)
-    spec = make_input(height, width, margin)
+    spec = make_input(height, width, margin, tiles)
     rules = {line: make_policy(**{**(policy or {}), **(policies or {}).get(line, {})}) for line in lines}
     output = OutputSpec(
         map_height=height // POOL,
@@ -284,7 +295,7 @@ def bundle_files(
         manifest.setdefault("by_line", dict.fromkeys(lines, make_uncalibrated_record()))
     record = make_manifest(name=name, version=version, lines=lines, **{"input": spec, "output": output} | manifest)
     model = make_graph(height, width, reference=reference, conditional_lines=len(lines) if conditional else 0)
-    run = make_runner(model)
+    run = by_tiles(make_runner(model), record.input, record.output.score_rule)
     good = np.stack([fit_to_input(make_frame(seed=seed), spec) for seed in range(GOOD_PARTS)])
     files = {MODEL_FILE: model}
     for index, line in enumerate(lines):
@@ -323,12 +334,11 @@ def reseal(folder: Path, **manifest: Any) -> Path:
 
 
 def _golden_files(run: Run, record: Manifest, policies: Mapping[str, Policy]) -> dict[str, bytes]:
-    size = record.output.map_height, record.output.map_width
     answers, pngs, maps = [], [], []
     wanted = [(line, defect) for line in record.lines for defect in (False, False, True)]
     for index, (line, defect) in enumerate(wanted):
         policy = policies[line]
-        inspected = inspected_mask(policy, *size, window=record.input.window(1, 1))
+        inspected = inspected_mask(policy, *record.map_size, window=record.input.window(1, 1))
         png = encode(make_frame(seed=FIRST_GOLDEN_SEED + index, defect=defect))
         frame = decode_image(png, FrameLimits(), record.input.resize_target)
         line_index = np.array([record.lines.index(line)], np.int64)

@@ -32,6 +32,7 @@ Product = Annotated[
 ReviewRate = Annotated[float | None, typer.Option(help="wanted share of good parts that are REVIEW or FAIL")]
 FailRate = Annotated[float | None, typer.Option(help="wanted share of good parts that are FAIL")]
 Roi = Annotated[Path | None, typer.Option(help="mask image, white where parts are inspected")]
+Layout = Annotated[str | None, typer.Option(help="how the folder is read, where it could be read in several ways")]
 Line = Annotated[str | None, typer.Option(help="which of the bundle's lines, where it serves several")]
 Threads = Annotated[int | None, typer.Option(min=1, help="threads of one computation")]
 Settings = Annotated[
@@ -52,6 +53,8 @@ flawline train lines/bottle --fail-rate 0.02 --set hyperparameters.recipe.iterat
 flawline train --line bottle=lines/bottle --line cap=lines/cap --name bottling
 
 flawline train lines/leather --detector grnr --product texture
+
+flawline train lines/board --tiles 3x2
 
 flawline train --resume runs/bottle/20261122-101500
 """
@@ -80,6 +83,20 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
     roi: Annotated[
         list[str] | None,
         typer.Option(metavar="[NAME=]MASK", help="mask image, white where parts are inspected; of a --line: NAME=MASK"),
+    ] = None,
+    tiles: Annotated[
+        str | None,
+        typer.Option(metavar="ROWSxCOLUMNS", help="cut each frame into overlapping tiles, for small defects"),
+    ] = None,
+    tile_overlap: Annotated[
+        float | None, typer.Option(min=0, max=0.5, help="share of a tile that the next one covers too (default 0.25)")
+    ] = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]LAYOUT",
+            help="how the folder is read, where it could be read in several ways: mvtec, visa …",
+        ),
     ] = None,
     labelled_defects: Annotated[
         Path | None,
@@ -110,9 +127,14 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
             name=name,
             lines=lines or [],
             regions_of_interest=roi or [],
+            layouts=layout or [],
             labelled_defects=labelled_defects,
             device=device,
-            settings=[*(settings or []), *(f"{key}={value}" for key, value in named.items() if value is not None)],
+            settings=[
+                *(settings or []),
+                *(f"{key}={value}" for key, value in named.items() if value is not None),
+                *jobs.tile_settings(tiles, tile_overlap),
+            ],
         )
         jobs.train_lines(line_folder, wishes, threads)
 
@@ -130,13 +152,14 @@ def evaluate(
     bundle: Bundle,
     line_folder: Annotated[Path, typer.Argument(help="a line with test frames")],
     line: Line = None,
+    layout: Layout = None,
     output: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
     threads: Threads = None,
 ) -> None:
     """Measure a bundle on a line's test frames, at the bundle's own thresholds."""
     jobs = _jobs()
     with jobs.faults_as_sentences():
-        jobs.evaluate_bundle(bundle, line, line_folder, output, threads or 1)
+        jobs.evaluate_bundle(bundle, line, line_folder, layout, output, threads or 1)
 
 
 @commands.command(epilog="Example:\n\nflawline calibrate store/bottle/3 frames/good_of_last_week --fail-rate 0.02")

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service.contract.bundle import (
     CALIBRATION_FILE,
     MODEL_FILE,
@@ -25,9 +28,11 @@ from service.contract.bundle import (
     load_bundle,
 )
 from service.contract.calibration import Calibration
-from service.contract.golden import Run, read_golden, replay
+from service.contract.geometry import InputSpec
+from service.contract.golden import read_golden, replay
 from service.contract.graph import opset_of
 from service.contract.policy import Policy, ScoreRule
+from service.contract.tiling import Run, cut_tiles
 from training.calibrate import Calibrated
 from training.config import RunConfig
 from training.data.labelled_defects import LabelledDefects
@@ -81,7 +86,7 @@ class RunRecord:
         warnings: what is worth knowing of the lines together.
         backbone: its weights, or None.
         labelled_defects: what the detector learnt from beside good frames, or None.
-        score_rule: how scores are reduced from maps.
+        output: of the graph.
         fitting: what happened.
         model: bytes of the graph.
         parity: of the graph.
@@ -95,7 +100,7 @@ class RunRecord:
     warnings: tuple[str, ...]
     backbone: BackboneRecord | None
     labelled_defects: LabelledDefects | None
-    score_rule: ScoreRule
+    output: OutputSpec
     fitting: FitReport
     model: bytes
     parity: ParityRecord
@@ -103,9 +108,17 @@ class RunRecord:
     device: str
 
 
+def output_of(
+    graph: Run, canvas: NDArray[np.uint8], line_index: np.int64, spec: InputSpec, rule: ScoreRule
+) -> OutputSpec:
+    """Return what a graph answers to one network input, asked about a part of a canvas `(H, W, 3)` uint8."""
+    _, maps = graph(cut_tiles(canvas, spec)[:1], np.array([line_index], np.int64))
+    _, height, width = maps.shape
+    return OutputSpec(map_height=height, map_width=width, score_rule=rule)
+
+
 def make_manifest(run: RunRecord) -> Manifest:
     """Return the manifest of a run, complete but for version and digests, which the store adds."""
-    height, width = run.lines[0].held_out.maps.shape[1:]
     return Manifest(
         name=run.name,
         lines=tuple(line.name for line in run.lines),
@@ -113,8 +126,8 @@ def make_manifest(run: RunRecord) -> Manifest:
         detector=run.config.detector,
         backbone=run.backbone,
         hyperparameters=run.config.model_dump(mode="json"),
-        input=run.config.input,
-        output=OutputSpec(map_height=height, map_width=width, score_rule=run.score_rule),
+        input=run.config.frame_input,
+        output=run.output,
         opset=opset_of(run.model),
         precision="fp32",
         by_line={line.name: _line_record(line, run.config) for line in run.lines},
@@ -131,21 +144,19 @@ def make_manifest(run: RunRecord) -> Manifest:
 
 
 def _labelled_record(defects: LabelledDefects | None) -> LabelledDefectsRecord | None:
-    return None if defects is None else LabelledDefectsRecord(digest=defects.digest, frames=len(defects.frames))
+    return None if defects is None else LabelledDefectsRecord(digest=defects.digest, frames=defects.marked)
 
 
 def _tell_labelled(defects: LabelledDefects | None) -> dict[str, str]:
-    return {} if defects is None else {"Labelled defects": f"{len(defects.frames)} frames, {defects.digest}"}
+    return {} if defects is None else {"Labelled defects": f"{defects.marked} frames, {defects.digest}"}
 
 
 def tell_facts(run: RunRecord) -> RunFacts:
     """Return what the report says of a run."""
-    spec = run.config.input
-    cropped = f", cropped from {spec.resize_height}x{spec.resize_width}" if spec.height != spec.resize_height else ""
     seconds = ", ".join(f"{name} {duration:.0f} s" for name, duration in run.fitting.seconds.items())
     libraries = ", ".join(f"{name} {version}" for name, version in run.provenance.libraries.items())
     facts = {
-        "Input": f"{spec.height}x{spec.width} pixels (height x width){cropped}",
+        "Input": tell_input(run.config.frame_input),
         "Backbone weights": "none" if run.backbone is None else f"{run.backbone.source}, {run.backbone.digest}",
         **_tell_labelled(run.labelled_defects),
         "Network digest": hashlib.sha256(run.model).hexdigest(),
@@ -164,6 +175,20 @@ def tell_facts(run: RunRecord) -> RunFacts:
         losses=tuple((point.stage, point.step, sum(point.terms.values())) for point in run.fitting.losses),
         parity=run.parity,
         warnings=run.warnings,
+    )
+
+
+def tell_input(spec: InputSpec) -> str:
+    """Say in words what becomes of a frame."""
+    size = f"{spec.canvas_height}x{spec.canvas_width}"
+    resized = f"{spec.resize_height}x{spec.resize_width}"
+    cropped = "" if size == resized else f", cropped from {resized}"
+    if spec.tiles is None:
+        return f"{size} pixels (height x width){cropped}"
+    overlap = f"{spec.tiles.overlap_height} and {spec.tiles.overlap_width}"
+    return (
+        f"{size} pixels (height x width){cropped}, cut into {spec.tiles.rows} rows and {spec.tiles.columns} columns of "
+        f"tiles of {spec.height}x{spec.width} that overlap by {overlap} pixels"
     )
 
 

@@ -28,6 +28,7 @@ from models import DETECTORS, build_detector
 from models.detector import GradientStage, Recipe
 from service.contract.bundle import MODEL_FILE, SCHEMA_VERSION, MetricRecord, load_bundle
 from service.contract.frames import FrameLimits
+from service.contract.tiling import cut_tiles
 from training.config import RunConfig
 from training.data.check import check_dataset
 from training.data.detect import read_dataset
@@ -328,7 +329,8 @@ def _measure(plan: CellPlan, means: Means, digest: str, reporter: Reporter) -> C
 def _cell_of(plan: CellPlan, finished: FinishedRun, digest: str, total_s: float, speed_s: float) -> Cell:
     bundle, report = load_bundle(finished.bundle), finished.report
     (line,) = report.lines
-    frame = load_frame(read_dataset(plan.folder).train_good[0].path, plan.config.input, FrameLimits())
+    spec = plan.config.frame_input
+    canvas = load_frame(read_dataset(plan.folder).train_good[0].path, spec, FrameLimits())
     trainable, parameters = count_parameters(plan.config)
     return Cell(
         digest=digest,
@@ -344,7 +346,7 @@ def _cell_of(plan: CellPlan, finished: FinishedRun, digest: str, total_s: float,
         total_s=total_s,
         trainable_parameters=trainable,
         parameters=parameters,
-        speed=measure_speed(bundle.model, frame, speed_s),
+        speed=measure_speed(bundle.model, cut_tiles(canvas, spec), speed_s),
         model_bytes=(finished.bundle / MODEL_FILE).stat().st_size,
         bundle_bytes=sum(path.stat().st_size for path in finished.bundle.rglob("*") if path.is_file()),
         bundle=Path("store") / plan.line / finished.bundle.name,

@@ -20,6 +20,7 @@ from service.contract.frames import FrameLimits, decode_image, encode_jpeg, fit_
 from service.contract.heatmaps import overlay
 from service.contract.policy import Policy, Verdict, inspected_mask, judge
 from service.contract.regions import draw_outlines, outline_mask
+from service.contract.tiling import Run, by_tiles
 from training.compare import Cell, CellFailed, CellPlan, auroc_resamples, cell_directory
 from training.data.detect import read_dataset
 from training.data.loader import load_mask
@@ -29,6 +30,7 @@ from training.pages import duration, mebibytes, millions, percent, render_page
 
 _DEFECTS_SHOWN, _GOOD_SHOWN = 6, 2
 _PICTURE_PX = 320
+_ONLY_LINE = np.zeros(1, np.int64)
 _JPEG_QUALITY = 80
 _ANNOTATION_RGB = (80, 220, 80)
 _FIGURES = ("i_auroc", "i_ap", "p_auroc", "aupro")
@@ -208,20 +210,22 @@ class _Artist(NamedTuple):
     """A bundle that answers and draws."""
 
     detector: str
-    graph: GraphRun
+    run: Run
     manifest: Manifest
     policy: Policy
 
     @classmethod
     def load(cls, cell: Cell, path: Path) -> "_Artist":
         bundle = load_bundle(path)
+        manifest = bundle.manifest
         graph = GraphRun((path / MODEL_FILE).read_bytes())
-        return cls(cell.detector, graph, bundle.manifest, load_policy(path / POLICY_FILE))
+        run = by_tiles(graph, manifest.input, manifest.output.score_rule)
+        return cls(cell.detector, run, manifest, load_policy(path / POLICY_FILE))
 
     def draw(self, frame: NDArray[np.uint8], small: NDArray[np.uint8]) -> ShownOverlay:
         """Answer a frame `(H, W, 3)` and paint the answer over its thumbnail `(h, w, 3)`, both uint8."""
         spec, size = self.manifest.input, (frame.shape[0], frame.shape[1])
-        scores, maps = self.graph(fit_to_input(frame, spec)[None])
+        scores, maps = self.run(fit_to_input(frame, spec)[None], _ONLY_LINE)
         window = spec.window(*size)
         inspected = inspected_mask(self.policy, *maps.shape[1:], window=spec.window(1, 1))
         judgement = judge(float(scores[0]), maps[0], self.policy, self.manifest.output.score_rule, window, inspected)
@@ -230,7 +234,8 @@ class _Artist(NamedTuple):
 
 
 def _show(sample: Sample, artists: Sequence[_Artist]) -> ShownFrame:
-    frame = decode_image(sample.path.read_bytes(), FrameLimits()).pixels
+    bit_depth = artists[0].manifest.input.bit_depth
+    frame = decode_image(sample.path.read_bytes(), FrameLimits(), bit_depth=bit_depth).pixels
     height, width = frame.shape[:2]
     scale = min(1.0, _PICTURE_PX / max(height, width))
     small = resize_pixels(frame, max(1, round(height * scale)), max(1, round(width * scale)))

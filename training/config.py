@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from importlib.resources import files
+from math import gcd
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, Valid
 
 from models import DETECTORS
 from service.contract.bundle import GoldenRule
-from service.contract.geometry import InputSpec
+from service.contract.geometry import InputSpec, NetworkInput, Tiling
+from service.contract.policy import ScoreRule
 from training.data.split import HoldOut
 from training.weight_lock import backbone_name
 
@@ -37,6 +39,22 @@ class ConfigFault(Exception):
     """The run's description does not hold; the sentence names the key and says what to do."""
 
 
+class Tiles(BaseModel):
+    """Into how many overlapping parts a frame is cut, each of which the network looks at by itself.
+
+    Attributes:
+        rows: of tiles.
+        columns: of tiles.
+        overlap: share of a tile's height and width that it has in common with the next, to whole cells of the map.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: int = Field(ge=1)
+    columns: int = Field(ge=1)
+    overlap: float = Field(default=0.25, ge=0, le=0.5)
+
+
 class RunConfig(BaseModel):
     """Everything that decides what a run makes of a folder of frames.
 
@@ -48,7 +66,10 @@ class RunConfig(BaseModel):
         product: what the frames show, a `texture` that fills them or an `object`; some detectors judge one kind only,
             and then it must be said. Frames can't tell: a board that is seen at another place each time has no
             outline either.
-        input: sizes that frames are resized and cropped to.
+        input: sizes that frames are resized and cropped to, where they are not cut into tiles; and how many bits
+            their values have.
+        tiles: cuts each frame into overlapping parts of the network's input, so that small defects of large frames are
+            seen; None for frames that are looked at whole. `frame_input` says what that makes of the sizes.
         seed: of initial values, order of frames, bootstrap and planted defects.
         hold_out: which good frames fitting never sees; has a seed of its own, so that runs with several seeds are
             calibrated on the same frames.
@@ -70,7 +91,8 @@ class RunConfig(BaseModel):
     backbone: str | None = None
     product: Product | None = None
     hyperparameters: dict[str, JsonValue] = Field(default_factory=dict)
-    input: InputSpec
+    input: NetworkInput
+    tiles: Tiles | None = None
     seed: int = Field(default=1, ge=0, lt=2**31)
     hold_out: HoldOut = HoldOut()
     shots: int | None = Field(default=None, ge=1)
@@ -87,6 +109,33 @@ class RunConfig(BaseModel):
     @classmethod
     def _resolve_alias(cls, name: str | None) -> str | None:
         return None if name is None else backbone_name(name)
+
+    @property
+    def frame_input(self) -> InputSpec:
+        """What becomes of a frame; with tiles it is resized to what all of them cover, cropped in the same proportion.
+
+        Raises:
+            ConfigFault: if that is too large or too many.
+        """
+        whole = InputSpec(**self.input.model_dump())
+        if self.tiles is None or self.tiles.rows * self.tiles.columns == 1:
+            return whole
+        map_height, map_width = map_size_of(self.detector_config())
+        tiling = {
+            "rows": self.tiles.rows,
+            "columns": self.tiles.columns,
+            "overlap_height": _whole_cells(self.tiles.overlap, self.input.height, map_height),
+            "overlap_width": _whole_cells(self.tiles.overlap, self.input.width, map_width),
+        }
+        try:
+            tiled = whole.model_copy(update={"tiles": Tiling.model_validate(tiling)})
+            sizes = {
+                "resize_height": round(tiled.canvas_height * self.input.resize_height / self.input.height),
+                "resize_width": round(tiled.canvas_width * self.input.resize_width / self.input.width),
+            }
+            return InputSpec.model_validate(tiled.model_dump() | sizes)
+        except ValidationError as error:
+            raise ConfigFault(_first_fault(error, "tiles")) from error
 
     @property
     def makes_views(self) -> bool:
@@ -126,6 +175,11 @@ class RunConfig(BaseModel):
         except ValidationError as error:
             raise ConfigFault(_first_fault(error, "hyperparameters")) from error
         _refuse_other_products(self.detector, self.product, getattr(schema, "products", None))
+        if self.tiles is not None and score_rule_of(own).kind == "graph":
+            raise ConfigFault(
+                f"The score of {self.detector}, configured like this, is no mean or maximum of its map, so it can't be "
+                "told of a frame whose tiles' maps are stitched; leave tiles out."
+            )
         return own
 
     def to_yaml(self) -> str:
@@ -152,7 +206,22 @@ def load_config(source: str, detector: str = "inp_former", overrides: Iterable[s
     except ValidationError as error:
         raise ConfigFault(_first_fault(error)) from error
     config.detector_config()
+    _ = config.frame_input  # tiles that can't be cut are refused now
     return config
+
+
+def score_rule_of(own: Any) -> ScoreRule:
+    """Return how a detector with this configuration of its own reduces scores from maps; `graph` where it does not."""
+    if getattr(own, "score_reduction", None) == "maximum":
+        return ScoreRule(kind="maximum")
+    fraction = getattr(own, "top_fraction", None)
+    return ScoreRule(kind="graph") if fraction is None else ScoreRule(kind="top_fraction_mean", fraction=fraction)
+
+
+def map_size_of(own: Any) -> tuple[int, int]:
+    """Return `(height, width)` of the map of a detector with this configuration of its own: the image's by default."""
+    height, width = getattr(own, "map_size", None) or own.image_size
+    return height, width
 
 
 def parse_config(text: str) -> RunConfig:
@@ -165,6 +234,12 @@ def parse_config(text: str) -> RunConfig:
         return RunConfig.model_validate(yaml.safe_load(text))
     except (ValidationError, yaml.YAMLError) as error:
         raise ConfigFault("The run's config.yaml can't be read; start a new run.") from error
+
+
+def _whole_cells(overlap: float, side: int, map_side: int) -> int:
+    """Return an overlap in pixels, the nearest to a share of a side that is whole cells of the map; half at most."""
+    step = side // gcd(side, map_side)
+    return min(round(overlap * side / step), side // 2 // step) * step
 
 
 def _read_yaml(source: str, detector: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from models import DETECTORS, build_detector
 from models.detector import Detector
 from service.contract.bundle import BackboneRecord
 from service.contract.policy import ScoreRule
-from training.config import ConfigFault, RunConfig
+from training.config import ConfigFault, RunConfig, score_rule_of
 from training.data.labelled_defects import LabelledDefects
 from training.weights import ResolvedWeights, resolve_weights
 
@@ -125,14 +125,6 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def score_rule_of(own: Any) -> ScoreRule:
-    """Return how a detector with this configuration of its own reduces scores from maps; `graph` where it does not."""
-    if getattr(own, "score_reduction", None) == "maximum":
-        return ScoreRule(kind="maximum")
-    fraction = getattr(own, "top_fraction", None)
-    return ScoreRule(kind="graph") if fraction is None else ScoreRule(kind="top_fraction_mean", fraction=fraction)
 
 
 def _load(detector: _WithBackbone, name: str, resolved: ResolvedWeights) -> None:

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.contract.bundle import MetricRecord
-from service.contract.frames import FrameLimits, decode_image, fit_to_input, resize_map, resize_mask
+from service.contract.frames import FrameLimits, fit_to_input, read_frame, resize_map, resize_mask
 from service.contract.geometry import InputSpec
-from service.contract.golden import Run
 from service.contract.policy import Judgement, Policy, ScoreRule, Verdict, inspected_mask, judge
+from service.contract.tiling import Run
 from service.errors import FlawlineError, UnreadableFrame
 from training.data.loader import load_channels, load_mask
 from training.data.samples import ANOMALOUS, NORMAL, Sample
@@ -122,7 +122,7 @@ def ask(
     """Run frames through a detector or a graph, the next batch being decoded while this one runs.
 
     Args:
-        run: the detector or the graph.
+        run: the detector or the graph; of frames that are cut, `by_tiles` of it.
         samples: at least one.
         spec: the network's input.
         reporter: shows how far the work is.
@@ -236,7 +236,7 @@ def to_records(metrics: dict[str, Metric]) -> dict[str, MetricRecord]:
 
 def _read(sample: Sample, spec: InputSpec) -> _Fitted:
     try:
-        frame = decode_image(sample.path.read_bytes(), FrameLimits(), spec.resize_target)
+        frame = read_frame(sample.path.read_bytes(), FrameLimits(), spec)
     except FlawlineError as error:
         raise UnreadableFrame(f"{sample.path}: {error.sentence}") from error
     return _Fitted(fit_to_input(frame.pixels, spec), (frame.height, frame.width))

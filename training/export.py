@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from models.detector import AnomalyOutput, Detector, LineConditioned
 from service.contract.bundle import ParityRecord
-from service.contract.golden import Run
 from service.contract.graph import verify_graph
 from service.contract.policy import Policy, ScoreRule, bring_to_units, inspected_mask, verdict_of
 from service.contract.regions import Window
+from service.contract.tiling import Run
 from service.errors import BundleRefused, FlawlineError
 
 OPSET = 20

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.contract.bundle import Bundle, GoldenRule
-from service.contract.frames import FrameLimits, decode_image, encode_png, fit_to_input, resize_pixels
+from service.contract.frames import FrameLimits, encode_png, fit_to_input, read_frame, resize_pixels
 from service.contract.geometry import InputSpec
-from service.contract.golden import GoldenAnswer, GoldenSet, Run, write_golden
+from service.contract.golden import GoldenAnswer, GoldenSet, write_golden
 from service.contract.policy import Policy, ScoreRule, Verdict, inspected_mask, judge, may_judge
+from service.contract.tiling import Run
 from service.errors import FlawlineError, FrameNotComparable
 from training.data.samples import ANOMALOUS, Sample
 from training.evaluate import Answers, spread
@@ -61,7 +62,7 @@ class GoldenChooser:
     """What every candidate of one line is judged with.
 
     Attributes:
-        run: the exported graph.
+        run: the exported graph; of frames that are cut, `by_tiles` of it.
         line: name of the line.
         line_index: of the line among the bundle's.
         policy: the line's default rules.
@@ -157,7 +158,7 @@ class GoldenChooser:
                 yield golden
 
     def _pixels(self, sample: Sample) -> NDArray[np.uint8]:
-        frame = decode_image(sample.path.read_bytes(), FrameLimits(), self.spec.resize_target)
+        frame = read_frame(sample.path.read_bytes(), FrameLimits(), self.spec)
         height, width = frame.pixels.shape[:2]
         scale = min(
             1.0,

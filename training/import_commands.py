@@ -47,6 +47,7 @@ def import_checkpoint(  # noqa: PLR0917 - typer reads options from a signature; 
             name=name,
             lines=(),
             regions_of_interest=(),
+            layouts=[],
             labelled_defects=None,
             device=device,
             settings=[*(settings or []), *(f"{key}={value}" for key, value in rates.items() if value is not None)],

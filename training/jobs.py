@@ -20,7 +20,9 @@ from models import DETECTORS
 from service.client import ClientFault
 from service.contract.bundle import MANIFEST_FILE, REPORT_FILE, Bundle, LineName, MetricRecord, load_bundle
 from service.contract.frames import FrameLimits
+from service.contract.geometry import InputSpec
 from service.contract.policy import may_judge
+from service.contract.tiling import by_tiles
 from service.errors import ParameterInvalid
 from training.calibrate import read_region_of_interest
 from training.checkpoint import has_checkpoint
@@ -64,6 +66,7 @@ class Wishes:
         name: of the bundle, or None for the folder's or the only line's.
         lines: `NAME=FOLDER` each, in the order of their indices; none where one folder is given by itself.
         regions_of_interest: a mask image, or `NAME=MASK` each where lines are named.
+        layouts: how the folders are read, or `NAME=LAYOUT` each where that differs; none to find out.
         labelled_defects: folder of marked defects to learn from beside good frames, or None.
         device: where to fit.
         settings: `key=value`, in order.
@@ -77,6 +80,7 @@ class Wishes:
     name: str | None
     lines: Sequence[str]
     regions_of_interest: Sequence[str]
+    layouts: Sequence[str]
     labelled_defects: Path | None
     device: Device
     settings: Sequence[str]
@@ -251,16 +255,34 @@ def export_zero_shot(source: str, wishes: ZeroShotWishes, threads: int | None) -
         reporter.note(f"no verdicts yet: calibrate it with good parts, flawline calibrate {bundle} GOOD_FOLDER")
 
 
-def evaluate_bundle(path: Path, line: str | None, line_folder: Path, output: Path | None, threads: int) -> None:
+def tile_settings(tiles: str | None, overlap: float | None) -> list[str]:
+    """Return what `--tiles ROWSxCOLUMNS` and `--tile-overlap` set.
+
+    Raises:
+        ParameterInvalid: if they don't say how frames are cut.
+    """
+    settings = []
+    if tiles is not None:
+        rows, _, columns = tiles.lower().partition("x")
+        if not (rows.isdecimal() and columns.isdecimal()):
+            raise ParameterInvalid(f"--tiles {tiles!r} says no rows and columns; write for example 3x2.")
+        settings += [f"tiles.rows={int(rows)}", f"tiles.columns={int(columns)}"]
+    return settings if overlap is None else [*settings, f"tiles.overlap={overlap}"]
+
+
+def evaluate_bundle(
+    path: Path, line: str | None, line_folder: Path, layout: str | None, output: Path | None, threads: int
+) -> None:
     """Measure a bundle on a line's test frames and tell the figures."""
     bundle, reporter = load_bundle(path), _reporter()
     manifest = bundle.manifest
     name = _line_of(bundle, line)
-    samples = _test_samples(line_folder, reporter)
-    graph, index = GraphRun(bundle.model, threads), manifest.lines.index(name)
-    answers = ask(graph, samples, manifest.input, reporter, title="test frames", line_index=index)
+    samples = _test_samples(line_folder, layout, manifest.input, reporter)
+    spec, rule = manifest.input, manifest.output.score_rule
+    run, index = by_tiles(GraphRun(bundle.model, threads), spec, rule), manifest.lines.index(name)
+    answers = ask(run, samples, spec, reporter, title="test frames", line_index=index)
     policy = bundle.policies[name]
-    found = evaluate(answers, policy, manifest.output.score_rule, manifest.input, manifest.evaluation_resolution)
+    found = evaluate(answers, policy, rule, spec, manifest.evaluation_resolution)
     if may_judge(policy, is_calibrated=name in bundle.calibrations):
         rows = [(kind, *(str(count) for count in counts.values())) for kind, counts in found.verdict_counts().items()]
         reporter.table("Verdicts", ("frames", "PASS", "REVIEW", "FAIL"), rows)
@@ -291,7 +313,7 @@ def recalibrate_bundle(
         bundle,
         name,
         read_good_folder(good_folder),
-        [] if line_folder is None else _test_samples(line_folder, reporter),
+        [] if line_folder is None else _test_samples(line_folder, None, bundle.manifest.input, reporter),
         reporter,
         review_rate=_rate("review_rate", rates["review_rate"], record.review_rate),
         fail_rate=_rate("fail_rate", rates["fail_rate"], record.fail_rate),
@@ -372,8 +394,10 @@ def _figure_rows(figures: Mapping[str, MetricRecord]) -> list[tuple[str, str, st
     return rows
 
 
-def _test_samples(line_folder: Path, reporter: Reporter) -> list[Sample]:
-    dataset = check_dataset(read_dataset(line_folder), FrameLimits(), reporter).dataset
+def _test_samples(line_folder: Path, layout: str | None, spec: InputSpec, reporter: Reporter) -> list[Sample]:
+    dataset = check_dataset(
+        read_dataset(line_folder, layout), FrameLimits(), reporter, bit_depth=spec.bit_depth
+    ).dataset
     samples = [sample for sample in dataset.test if sample.label != UNKNOWN]
     if not samples:
         raise DatasetFault(f"{line_folder} has no test frames; put some into test/good and test/<kind>.")
@@ -405,10 +429,14 @@ def _only_line(folder: Path, wishes: Wishes) -> LineRequest:
     if len(wishes.regions_of_interest) > 1:
         raise ParameterInvalid("One line has one region of interest; give --roi once.")
     mask = next(iter(wishes.regions_of_interest), None)
+    named = [given for given in wishes.layouts if "=" in given]
+    if named or len(wishes.layouts) > 1:
+        raise ParameterInvalid("One line has one layout; give --layout once, without a name.")
     return LineRequest(
         name=_line_name(wishes.name or folder.resolve().name),
         folder=folder.resolve(),
         region_of_interest=None if mask is None else Path(mask).resolve(),
+        layout=next(iter(wishes.layouts), None),
     )
 
 
@@ -421,9 +449,24 @@ def _named_lines(wishes: Wishes) -> tuple[LineRequest, ...]:
         if name in masks:
             raise ParameterInvalid(f"The line {name} has two regions of interest; give --roi once a line.")
         masks[name] = mask
+    layouts = _layouts_of([name for name, _ in pairs], wishes.layouts)
     return tuple(
-        LineRequest(name=_line_name(name), folder=folder, region_of_interest=masks.get(name)) for name, folder in pairs
+        LineRequest(name=_line_name(name), folder=folder, region_of_interest=masks.get(name), layout=layouts.get(name))
+        for name, folder in pairs
     )
+
+
+def _layouts_of(lines: Sequence[str], given: Sequence[str]) -> dict[str, str]:
+    """Return the layout of each line that has one: its own, or the one that is given without a name."""
+    of_all = [layout for layout in given if "=" not in layout]
+    if len(of_all) > 1:
+        raise ParameterInvalid("Two layouts are given for all lines; write --layout NAME=LAYOUT where they differ.")
+    layouts = {line: layout for line in lines for layout in of_all}
+    for name, _, layout in (one.partition("=") for one in given if "=" in one):
+        if name not in lines:
+            raise ParameterInvalid(f"--layout {name}={layout}: there is no --line {name}.")
+        layouts[name] = layout
+    return layouts
 
 
 def _name_and_path(option: str, given: str, example: str) -> tuple[str, Path]:

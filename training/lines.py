@@ -95,12 +95,12 @@ def gather_lines(request: RunRequest, reporter: Reporter) -> GatheredLines:
     _refuse_taken_lines(request)
     many, released = len(request.lines) > 1, request.released is not None
     opened = [_open(line, request.config, is_one_of_many=many, is_released=released) for line in request.lines]
-    lines = tuple(_check(line, reporter) for line in opened)
+    lines = tuple(_check(line, request.config.input.bit_depth, reporter) for line in opened)
     _refuse_copies(lines)
     warnings = (
         *_told_of_release(request),
         *_lines_given_up(request),
-        *compare_frame_sizes(lines, request.config.input),
+        *compare_frame_sizes(lines, request.config.frame_input),
     )
     for warning in warnings:
         reporter.note(warning)
@@ -139,7 +139,7 @@ class _Opened(NamedTuple):
 
 def _open(line: LineRequest, config: RunConfig, *, is_one_of_many: bool, is_released: bool) -> _Opened:
     region = None if line.region_of_interest is None else read_region_of_interest(line.region_of_interest)
-    dataset = read_dataset(line.folder)
+    dataset = read_dataset(line.folder, line.layout)
     fitted_on: list[Sample]
     if is_released:
         fitted_on, held_out = [], [*dataset.train_good, *dataset.validation_good]
@@ -154,10 +154,10 @@ def _open(line: LineRequest, config: RunConfig, *, is_one_of_many: bool, is_rele
     return _Opened(line, dataset, fitted_on, held_out, region)
 
 
-def _check(line: _Opened, reporter: Reporter) -> GatheredLine:
+def _check(line: _Opened, bit_depth: int, reporter: Reporter) -> GatheredLine:
     return GatheredLine(
         name=line.request.name,
-        data=check_dataset(line.dataset, FrameLimits(), reporter),
+        data=check_dataset(line.dataset, FrameLimits(), reporter, bit_depth=bit_depth),
         fitted_on=line.fitted_on,
         held_out=line.held_out,
         tested=[sample for sample in line.dataset.test if sample.label != UNKNOWN],

@@ -15,13 +15,15 @@ from typing import Literal
 from service.contract.bundle import BackboneRecord, MetricRecord
 from service.contract.frames import FrameLimits
 from service.contract.policy import Policy
+from service.contract.tiling import by_tiles
 from training.checkpoint import has_checkpoint
 from training.config import RunConfig
 from training.data.check import CheckedDataset, check_dataset
 from training.data.detect import Category, read_dataset
 from training.data.loader import FileFrames
 from training.data.samples import NORMAL, UNKNOWN, DatasetFault, Sample
-from training.data.shots import ShotViews, choose_shots
+from training.data.shots import choose_shots
+from training.data.views import views_of
 from training.detectors import PreparedDetector, choose_device, prepare_detector
 from training.evaluate import ask, evaluate, to_records
 from training.export import DetectorRun
@@ -90,7 +92,13 @@ def measure(
     device = choose_device(equipment.device)
     make_deterministic(config.seed)
     checked = [
-        check_dataset(read_dataset(line.folder, line.layout), FrameLimits(), reporter, as_published=True)
+        check_dataset(
+            read_dataset(line.folder, line.layout),
+            FrameLimits(),
+            reporter,
+            as_published=True,
+            bit_depth=config.input.bit_depth,
+        )
         for line in lines
     ]
     _refuse_untested(lines, checked)
@@ -100,14 +108,14 @@ def measure(
     _fit(prepared, chosen, config, CheckpointPlan(directory, {"cell": digest}, has_checkpoint(directory)), reporter)
     fit_s = time.monotonic() - begun
 
-    run = DetectorRun(prepared.module, device)
+    spec, rule = config.frame_input, prepared.score_rule
+    run = by_tiles(DetectorRun(prepared.module, device), spec, rule)
     figures, frames = {}, {}
     for index, (line, data) in enumerate(zip(lines, checked, strict=True)):
         tested = [sample for sample in data.dataset.test if sample.label != UNKNOWN]
         title = f"test frames of {line.name}"
-        answers = ask(run, tested, config.input, reporter, title=title, line_index=index, batch_size=config.batch_size)
-        rule, size = prepared.score_rule, config.evaluation_resolution
-        found = evaluate(answers, _NO_VERDICTS, rule, config.input, size, seed=config.seed)
+        answers = ask(run, tested, spec, reporter, title=title, line_index=index, batch_size=config.batch_size)
+        found = evaluate(answers, _NO_VERDICTS, rule, spec, config.evaluation_resolution, seed=config.seed)
         figures[line.name] = to_records(found.metrics)
         good = sum(sample.label == NORMAL for sample in tested)
         frames[line.name] = (len(chosen[index]), good, len(tested) - good)
@@ -144,9 +152,15 @@ def _fit(
     reporter: Reporter,
 ) -> None:
     files = [(sample.path, index) for index, samples in enumerate(chosen) for sample in samples]
-    frames = FileFrames([path for path, _ in files], config.input, FrameLimits(), [index for _, index in files])
-    source = ShotViews(frames) if config.makes_views else frames
+    spec = config.frame_input
+    frames = FileFrames([path for path, _ in files], spec, FrameLimits(), [index for _, index in files])
     try:
-        fit(prepared.module, source, FitSettings(seed=config.seed), reporter, plan)
+        fit(
+            prepared.module,
+            views_of(frames, spec, makes_views=config.makes_views),
+            FitSettings(seed=config.seed),
+            reporter,
+            plan,
+        )
     finally:
         frames.close()

@@ -15,6 +15,7 @@ from service.contract.bundle import MODEL_FILE, Bundle, LineRecord
 from service.contract.golden import read_golden
 from service.contract.policy import Policy
 from service.contract.regions import Polygon
+from service.contract.tiling import by_tiles
 from training.bundles import bundle_files, verify_bundle
 from training.calibrate import Calibrated, calibrate
 from training.data.folders import good_samples
@@ -78,7 +79,8 @@ def recalibrate(
     old, record = bundle.policies[line], manifest.by_line[line]
     spec, rule = manifest.input, manifest.output.score_rule
     graph = GraphRun(bundle.model, threads)
-    held_out = ask(graph, good, spec, reporter, title="good frames", line_index=index)
+    whole = by_tiles(graph, spec, rule)
+    held_out = ask(whole, good, spec, reporter, title="good frames", line_index=index)
     calibrated = calibrate(
         held_out.scores,
         held_out.maps,
@@ -92,11 +94,11 @@ def recalibrate(
     calibrated = _with_filters_of(old, calibrated)
     evaluation = answers = None
     if tested:
-        answers = ask(graph, tested, spec, reporter, title="test frames", line_index=index)
+        answers = ask(whole, tested, spec, reporter, title="test frames", line_index=index)
         evaluation = evaluate(
             answers, calibrated.policy, rule, spec, manifest.evaluation_resolution, seed=manifest.seed
         )
-    chooser = GoldenChooser(graph, line, index, calibrated.policy, rule, spec, manifest.golden, manifest.seed)
+    chooser = GoldenChooser(whole, line, index, calibrated.policy, rule, spec, manifest.golden, manifest.seed)
     old_golden = read_golden(bundle)
     if record.is_calibrated:
         chosen = chooser.choose_again(old_golden)

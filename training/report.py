@@ -448,7 +448,7 @@ def _picture(
     sample, frame_size = answers.samples[index], answers.frame_sizes[index]
     scale = min(1.0, _THUMBNAIL_PX / max(frame_size))
     height, width = max(1, round(frame_size[0] * scale)), max(1, round(frame_size[1] * scale))
-    decoded = decode_image(sample.path.read_bytes(), FrameLimits(), (height, width))
+    decoded = decode_image(sample.path.read_bytes(), FrameLimits(), (height, width), spec.bit_depth)
     pixels = resize_pixels(decoded.pixels, height, width)
     painted = overlay(pixels, answers.maps[index], policy, judgement.regions, spec.window(*frame_size), frame_size)
     if sample.mask_paths:

@@ -278,11 +278,11 @@ def _differences_of(plan: Plan) -> Iterator[str]:
     told = read_published().get(plan.config.detector)
     if told is not None and plan.setting != told.setting and plan.setting not in SHOTS:
         yield f"The setting is {plan.setting}; the paper's first setting is {told.setting}."
-    spec = plan.config.input
-    if (spec.height, spec.width) != (spec.resize_height, spec.resize_width):
+    spec = plan.config.frame_input
+    if (spec.canvas_height, spec.canvas_width) != (spec.resize_height, spec.resize_width):
         yield (
-            f"Frames are cropped from {spec.resize_height}x{spec.resize_width} to {spec.height}x{spec.width}; pixel "
-            "figures are measured inside the crop."
+            f"Frames are cropped from {spec.resize_height}x{spec.resize_width} to "
+            f"{spec.canvas_height}x{spec.canvas_width}; pixel figures are measured inside the crop."
         )
     if plan.config.evaluation_resolution == "original":
         yield "Our pixel figures are measured at the frames' own size."

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from service.contract.bundle import Manifest, MetricRecord
 from service.contract.frames import FrameLimits
 from service.contract.geometry import InputSpec
-from service.contract.golden import Run
 from service.contract.policy import ScoreRule
+from service.contract.tiling import Run, by_tiles
 from training.bundles import (
     MeasuredLine,
     RunRecord,
     bundle_files,
     make_manifest,
+    output_of,
     tell_facts,
     tell_line_facts,
     verify_bundle,
@@ -37,7 +38,7 @@ from training.config import RunConfig
 from training.data.labelled_defects import LabelledDefects, read_labelled_defects
 from training.data.loader import FileFrames, load_frame
 from training.data.samples import Sample
-from training.data.shots import ShotViews
+from training.data.views import views_of
 from training.detectors import (
     PreparedDetector,
     choose_device,
@@ -63,6 +64,7 @@ _PARITY_FRAMES = 18
 _FEWEST_PARITY_FRAMES = 4
 # What decides how a detector is fitted; other keys may change between a run and its export.
 _FITTING_KEYS = {"detector", "backbone", "hyperparameters", "input", "seed", "hold_out"}
+_DEEPEST_BITS = 16
 _SHOT_KEYS = {"shots", "shot_seed", "shot_views"}
 
 Beginning = Literal["new", "resume", "export", "import"]
@@ -110,7 +112,7 @@ def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: B
         Exception: a fault of any step, each a type of its own with a sentence that tells what to do; they are listed
             in `training/__main__.py`.
     """
-    config, spec = request.config, request.config.input
+    config, spec = request.config, request.config.frame_input
     device = choose_device(request.device)
     make_deterministic(config.seed)
     if request.labelled_defects is not None:
@@ -126,18 +128,19 @@ def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: B
     fitting = _fit(prepared, gathered, defects, config, directory, reporter, beginning)
     rule = prepared.score_rule
 
-    run = DetectorRun(prepared.module, device)
+    run = by_tiles(DetectorRun(prepared.module, device), spec, rule)
     measured = [_measure(run, index, line, len(lines), rule, config, reporter) for index, line in enumerate(lines)]
 
     reporter.note("exporting, and comparing the graph with PyTorch")
-    on_cpu = DetectorRun(prepared.module.to("cpu"), torch.device("cpu"))
+    on_cpu = by_tiles(DetectorRun(prepared.module.to("cpu"), torch.device("cpu")), spec, rule)
     model = export_graph(prepared.detector)
     graph = GraphRun(model)
+    whole = by_tiles(graph, spec, rule)
     policies = {line.name: line.calibrated.policy for line in measured}
     shown, line_index = _some_frames(measured, config)
-    parity = check_parity(on_cpu, graph, shown, line_index, list(policies.values()), rule, spec.window(1, 1))
+    parity = check_parity(on_cpu, whole, shown, line_index, list(policies.values()), rule, spec.window(1, 1))
     golden = golden_files(
-        [frame for index, line in enumerate(measured) for frame in _choose_golden(graph, index, line, rule, config)]
+        [frame for index, line in enumerate(measured) for frame in _choose_golden(whole, index, line, rule, config)]
     )
 
     record = RunRecord(
@@ -147,7 +150,7 @@ def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: B
         warnings=gathered.warnings,
         backbone=prepared.backbone,
         labelled_defects=defects,
-        score_rule=rule,
+        output=output_of(graph, shown[0], line_index[0], spec, rule),
         fitting=fitting,
         model=model,
         parity=parity,
@@ -184,9 +187,7 @@ def _fit(
     reporter: Reporter,
     beginning: Beginning,
 ) -> FitReport:
-    # A run on all frames keeps the identity that it had before there were shots.
-    deciding = _FITTING_KEYS if config.shots is None else _FITTING_KEYS | _SHOT_KEYS
-    fitting = json.dumps(config.model_dump(mode="json", include=deciding), sort_keys=True)
+    fitting = json.dumps(_deciding(config), sort_keys=True)
     identity = {
         "configuration": hashlib.sha256(fitting.encode()).hexdigest(),
         "data": gathered.digest,
@@ -199,12 +200,26 @@ def _fit(
     if beginning == "export":
         _refuse_unfitted(directory, identity, prepared)
     plan = CheckpointPlan(directory, identity, resume=beginning != "new")
-    frames = FileFrames(gathered.fitted_on, config.input, FrameLimits(), gathered.fitted_on_lines)
-    source = ShotViews(frames) if config.makes_views else frames
+    frames = FileFrames(gathered.fitted_on, config.frame_input, FrameLimits(), gathered.fitted_on_lines)
     try:
-        return fit(prepared.module, source, FitSettings(seed=config.seed), reporter, plan)
+        return fit(
+            prepared.module,
+            views_of(frames, config.frame_input, makes_views=config.makes_views),
+            FitSettings(seed=config.seed),
+            reporter,
+            plan,
+        )
     finally:
         frames.close()
+
+
+def _deciding(config: RunConfig) -> dict[str, Any]:
+    """Return what decides how a detector is fitted; keys that came later count only where they are used."""
+    keys = _FITTING_KEYS if config.shots is None else _FITTING_KEYS | _SHOT_KEYS
+    deciding: dict[str, Any] = config.model_dump(mode="json", include=keys)
+    if config.input.bit_depth == _DEEPEST_BITS:
+        del deciding["input"]["bit_depth"]
+    return deciding if config.tiles is None else deciding | {"tiles": config.tiles.model_dump()}
 
 
 def _refuse_unfitted(directory: Path, identity: dict[str, str], prepared: PreparedDetector) -> None:
@@ -228,7 +243,9 @@ def _measure(
 ) -> MeasuredLine:
     """Ask a fitted detector about one line's frames, calibrate it there, and evaluate it."""
     of_line = "" if lines == 1 else f" of {line.name}"
-    asked = partial(ask, run, spec=config.input, reporter=reporter, line_index=index, batch_size=config.batch_size)
+    asked = partial(
+        ask, run, spec=config.frame_input, reporter=reporter, line_index=index, batch_size=config.batch_size
+    )
     held_out = asked(samples=line.held_out, title=f"good frames{of_line}")
     tested = asked(samples=line.tested, title=f"test frames{of_line}") if line.tested else None
     calibrated = calibrate(
@@ -239,12 +256,12 @@ def _measure(
         fail_rate=config.fail_rate,
         version=_FIRST_POLICY,
         region_of_interest=line.region_of_interest,
-        window=config.input.window(1, 1),
+        window=config.frame_input.window(1, 1),
     )
     evaluation = None
     if tested is not None:
         resolution = config.evaluation_resolution
-        evaluation = evaluate(tested, calibrated.policy, rule, config.input, resolution, seed=config.seed)
+        evaluation = evaluate(tested, calibrated.policy, rule, config.frame_input, resolution, seed=config.seed)
     return MeasuredLine(line, held_out, tested, calibrated, evaluation)
 
 
@@ -262,13 +279,13 @@ def _some_frames(lines: Sequence[MeasuredLine], config: RunConfig) -> tuple[NDAr
         for turn, sample in enumerate(chosen):
             turns[turn].append((index, sample))
     mixed = [pair for turn in sorted(turns) for pair in turns[turn]]
-    frames = np.stack([load_frame(sample.path, config.input, FrameLimits()) for _, sample in mixed])
+    frames = np.stack([load_frame(sample.path, config.frame_input, FrameLimits()) for _, sample in mixed])
     return frames, np.array([index for index, _ in mixed], np.int64)
 
 
 def _choose_golden(graph: Run, index: int, line: MeasuredLine, rule: ScoreRule, config: RunConfig) -> list[GoldenFrame]:
     policy = line.calibrated.policy
-    chooser = GoldenChooser(graph, line.name, index, policy, rule, config.input, config.golden, config.seed)
+    chooser = GoldenChooser(graph, line.name, index, policy, rule, config.frame_input, config.golden, config.seed)
     return chooser.choose(line.held_out, line.tested, config.golden_frames)
 
 

@@ -40,6 +40,7 @@ class LineRequest(BaseModel):
         name: under which it is served.
         folder: the data set.
         region_of_interest: a mask image, white where parts are inspected, or None.
+        layout: how the folder is read, or None to find out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,6 +48,7 @@ class LineRequest(BaseModel):
     name: LineName
     folder: Path
     region_of_interest: Path | None = None
+    layout: str | None = None
 
 
 class RunRequest(BaseModel):

@@ -59,27 +59,26 @@ class GraphSpeed(BaseModel):
     operators: tuple[OperatorShare, ...]
 
 
-def measure_speed(model: bytes, frame: NDArray[np.uint8], least_s: float = 3.0) -> GraphSpeed:
+def measure_speed(model: bytes, tiles: NDArray[np.uint8], least_s: float = 3.0) -> GraphSpeed:
     """Time a graph on one frame with one thread, then profile it.
 
     Args:
         model: bytes of `model.onnx`.
-        frame: `(H, W, 3)` uint8, of the graph's input size.
+        tiles: `(T, H, W, 3)` uint8, what the graph takes of the frame; T is 1 where frames are not cut.
         least_s: seconds that timing lasts at least, within 15 to 200 runs.
 
     Raises:
         ExportFailed: if the runtime can't load the graph.
     """
-    frames = frame[None]
     graph = GraphRun(model)
-    graph(frames)  # the first run allocates
+    graph(tiles)  # the first run allocates
     walls: list[float] = []
     own: list[float] = []
     begun = time.perf_counter()
     while len(walls) < _LARGEST_REPEATS and (len(walls) < _LEAST_REPEATS or time.perf_counter() - begun < least_s):
         # With one thread the runtime works on the caller's, so the caller's CPU time is the frame's.
         wall, cpu = time.perf_counter(), time.thread_time()
-        graph(frames)
+        graph(tiles)
         own.append(time.thread_time() - cpu)
         walls.append(time.perf_counter() - wall)
     return GraphSpeed(
@@ -87,7 +86,7 @@ def measure_speed(model: bytes, frame: NDArray[np.uint8], least_s: float = 3.0) 
         wall_ms=1000 * median(walls),
         repeats=len(walls),
         cpu=name_cpu(),
-        operators=_profile(model, frames),
+        operators=_profile(model, tiles),
     )
 
 

@@ -20,10 +20,10 @@ from models import DETECTORS
 from service.contract.bundle import BackboneRecord, Bundle, DataRecord, LineRecord, Manifest, OutputSpec, ParityRecord
 from service.contract.frames import fit_to_input
 from service.contract.geometry import InputSpec
-from service.contract.golden import Run
 from service.contract.graph import opset_of
 from service.contract.policy import Policy, ScoreRule, refuse_unfit, spread_of
-from training.bundles import bundle_files, verify_bundle
+from service.contract.tiling import Run, by_tiles
+from training.bundles import bundle_files, output_of, tell_input, verify_bundle
 from training.checkpoint import load_checkpoint, restore_detector
 from training.config import ConfigFault, RunConfig
 from training.detectors import PreparedDetector, prepare_detector
@@ -85,6 +85,7 @@ class _Made:
     rule: ScoreRule
     golden: list[GoldenFrame]
     parity: ParityRecord
+    output: OutputSpec
     backbone: BackboneRecord | None
     provenance: Provenance
 
@@ -103,7 +104,7 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
         ExportFailed: if the graph can't be made, or does not say what the detector says.
         GoldenFailed: if no generated frame is clear of the thresholds.
     """
-    config, spec = request.config, request.config.input
+    config, spec = request.config, request.config.frame_input
     make_deterministic(config.seed)
     prepared = prepare_detector(config, request.weights, request.weight_folders, torch.device("cpu"))
     if request.fitted_in is None:
@@ -120,14 +121,15 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
     reporter.note("exporting, and comparing the graph with PyTorch")
     model = export_graph(prepared.detector)
     graph = GraphRun(model)
+    whole = by_tiles(graph, spec, rule)
     frames = generate_frames(spec, config.golden_frames, config.seed)
     inputs = np.stack([fit_to_input(pixels, spec) for pixels, _ in frames])
-    policy = _choose_policy(graph, inputs, spec, request.calibration)
+    policy = _choose_policy(whole, inputs, spec, request.calibration)
     refuse_unfit(policy, rule)
-    on_cpu = DetectorRun(prepared.module, torch.device("cpu"))
+    on_cpu = by_tiles(DetectorRun(prepared.module, torch.device("cpu")), spec, rule)
     of_line = np.zeros(len(inputs), np.int64)
-    parity = check_parity(on_cpu, graph, inputs, of_line, [policy], rule, spec.window(1, 1))
-    chooser = GoldenChooser(graph, request.name, 0, policy, rule, spec, config.golden, config.seed)
+    parity = check_parity(on_cpu, whole, inputs, of_line, [policy], rule, spec.window(1, 1))
+    chooser = GoldenChooser(whole, request.name, 0, policy, rule, spec, config.golden, config.seed)
 
     made = _Made(
         request=request,
@@ -137,6 +139,7 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
         rule=rule,
         golden=chooser.take(frames, is_calibrated=False),
         parity=parity,
+        output=output_of(graph, inputs[0], of_line[0], spec, rule),
         backbone=prepared.backbone,
         provenance=describe_run(config.seed, datetime.now(UTC)),
     )
@@ -236,7 +239,7 @@ def _choose_policy(run: Run, inputs: NDArray[np.uint8], spec: InputSpec, calibra
 
 def _restlessness(run: Run, spec: InputSpec) -> float:
     """Return the largest spread of the maps of flat frames; never 0."""
-    flat = np.stack([np.full((spec.height, spec.width, 3), level, np.uint8) for level in _FLAT_LEVELS])
+    flat = np.stack([np.full((spec.canvas_height, spec.canvas_width, 3), level, np.uint8) for level in _FLAT_LEVELS])
     _, maps = run(flat, np.zeros(len(flat), np.int64))
     return max(float(np.finfo(np.float32).tiny), *(spread_of(anomaly_map) for anomaly_map in maps))
 
@@ -244,7 +247,6 @@ def _restlessness(run: Run, spec: InputSpec) -> float:
 def _make_manifest(made: _Made) -> Manifest:
     request, provenance = made.request, made.provenance
     fitted = request.fitted_for
-    height, width = made.golden[0].anomaly_map.shape
     data = DataRecord(
         name="no frames" if fitted is None else f"frames of {', '.join(line.name for line in fitted.lines)}",
         digest=_NO_FRAMES,
@@ -260,8 +262,8 @@ def _make_manifest(made: _Made) -> Manifest:
         detector=request.config.detector,
         backbone=made.backbone,
         hyperparameters=request.config.model_dump(mode="json"),
-        input=request.config.input,
-        output=OutputSpec(map_height=height, map_width=width, score_rule=made.rule),
+        input=request.config.frame_input,
+        output=made.output,
         opset=opset_of(made.model),
         precision="fp32",
         by_line={
@@ -285,7 +287,7 @@ def _render(made: _Made) -> str:
     facts = {
         "Fitted on": "nothing" if fitted is None else f"other lines: {', '.join(line.name for line in fitted.lines)}",
         "Backbone weights": "none" if made.backbone is None else f"{made.backbone.source}, {made.backbone.digest}",
-        "Input": f"{request.config.input.height}x{request.config.input.width} pixels (height x width)",
+        "Input": tell_input(request.config.frame_input),
         "Sources": made.provenance.git_revision or "not a checkout",
         "Libraries": ", ".join(f"{name} {version}" for name, version in made.provenance.libraries.items()),
     }
@@ -299,4 +301,4 @@ def _render(made: _Made) -> str:
         losses=(),
         parity=made.parity,
     )
-    return render_zero_shot(run, made.policy, made.golden, made.rule, request.config.input)
+    return render_zero_shot(run, made.policy, made.golden, made.rule, request.config.frame_input)

@@ -69,7 +69,10 @@ class BackboneRecord(_Record):
 
 
 class OutputSpec(_Record):
-    """What the graph answers: `score` float32 `[B]` and `anomaly_map` float32 `[B, map_height, map_width]`."""
+    """What the graph answers: `score` float32 `[B]` and `anomaly_map` float32 `[B, map_height, map_width]`.
+
+    Of a tiled frame that is the answer to one tile; `Manifest.map_size` is that of the whole frame.
+    """
 
     map_height: int = Field(gt=0)
     map_width: int = Field(gt=0)
@@ -210,6 +213,18 @@ class Manifest(_Record):
     git_revision: str | None
     created_at: str
     files: dict[str, Digest]
+
+    @property
+    def map_size(self) -> tuple[int, int]:
+        """`(height, width)` of a frame's map, which of a tiled frame is stitched from those of its tiles."""
+        return self.input.stitched_size(self.output.map_height, self.output.map_width)
+
+    @model_validator(mode="after")
+    def _tiles_can_be_stitched(self) -> Self:
+        self.input.stitched_size(self.output.map_height, self.output.map_width)
+        if self.input.tiles is not None and self.output.score_rule.kind == "graph":
+            raise ValueError("frames are cut into tiles, but the score can't be reduced from a stitched map")
+        return self
 
     @model_validator(mode="after")
     def _each_line_is_described_once(self) -> Self:

@@ -4,8 +4,11 @@ A threshold only means the same in both places if both see the same pixels, so t
 scaled JPEG decoding, and one resize. Pixel rules:
 
 - Frames are taken as stored: EXIF orientation is ignored, as masks and cameras know nothing of it.
-- Grey is repeated to RGB; 16-bit keeps its top 8 bits; palettes are resolved; an alpha channel is refused, because
-  what lies under it is a guess.
+- Grey is repeated to RGB, without a copy before the resize; palettes are resolved; an alpha channel is refused,
+  because what lies under it is a guess.
+- Of 16-bit pixels the upper eight of the bits that they really have are kept. Cameras write 10 or 12 bits into the
+  lower end of 16, where the top eight would be black, so the bundle says how many there are (`bit_depth`); a value with
+  more is refused.
 - JPEG is decoded at the smallest DCT scale (1/1, 1/2, 1/4, 1/8) that is no smaller than the target. It is about six
   times faster than a full decode and moves pixels by about one grey level, which is why calibration uses it as well.
 - The resize is Pillow's bilinear filter with antialias on 8-bit pixels.
@@ -23,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-from service.contract.geometry import InputSpec
+from service.contract.geometry import InputSpec, NetworkInput
 from service.errors import FrameTooLarge, MediaTypeNotAllowed, UnreadableFrame
 
 FORMAT_OF_MEDIA_TYPE = {
@@ -60,6 +63,9 @@ _CODEC_ERRORS = (
     Warning,  # where the process runs with warnings as errors
 )
 
+_DEEPEST_BITS = 16
+_TIFF_BITS_PER_SAMPLE = 258
+_PNG_DEPTH_AT = 24
 _PNG_CHUNKS_AT = 8
 # Adam7's passes as (first column, first row, column step, row step); ISO/IEC 15948, section 8.2.
 _PNG_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -106,7 +112,8 @@ class Frame:
     """One decoded camera image.
 
     Attributes:
-        pixels: `(h, w, 3)` uint8 RGB; smaller than the original where a JPEG was decoded at reduced scale.
+        pixels: `(h, w, 3)` uint8 RGB, to be read only; smaller than the original where a JPEG was decoded at reduced
+            scale. Of a grey frame all three channels are the same bytes.
         height: pixels of the original frame.
         width: pixels of the original frame.
     """
@@ -128,49 +135,85 @@ def read_header(data: bytes, limits: FrameLimits) -> ImageHeader:
         return _header_of(image)
 
 
-def decode_image(data: bytes, limits: FrameLimits, target: tuple[int, int] | None = None) -> Frame:
+def read_frame(data: bytes, limits: FrameLimits, spec: NetworkInput) -> Frame:
+    """Decode one encoded frame for a network: what training and service read frames with.
+
+    Raises:
+        FrameTooLarge: if bytes or pixels are over the limit.
+        MediaTypeNotAllowed: if the format is known but not accepted here.
+        UnreadableFrame: if it can't be decoded completely, or has more bits than the network's input says.
+    """
+    return decode_image(data, limits, (spec.resize_height, spec.resize_width), spec.bit_depth)
+
+
+def decode_image(
+    data: bytes, limits: FrameLimits, target: tuple[int, int] | None = None, bit_depth: int = _DEEPEST_BITS
+) -> Frame:
     """Decode one encoded image to RGB.
 
     Args:
         data: the encoded image.
         limits: bounds that are checked before decoding.
         target: `(height, width)` that the frame will be resized to; lets a JPEG be decoded at reduced scale.
+        bit_depth: how many bits the values of 16-bit images have, 8 to 16.
 
     Raises:
         FrameTooLarge: if bytes or pixels are over the limit.
         MediaTypeNotAllowed: if the format is known but not accepted here.
-        UnreadableFrame: if it can't be decoded completely.
+        UnreadableFrame: if it can't be decoded completely, or a value has more bits than `bit_depth`.
     """
     with _open(data, limits) as image:
         header = _header_of(image)
         try:
             if target is not None and header.format == "JPEG":
                 image.draft(None, (target[1], target[0]))
-            pixels = _to_rgb(image)
-            complete = _is_complete(data, image, pixels, target)
+            decoded = _decode(image)
+            complete = _is_complete(data, image, decoded, target)
         except _CODEC_ERRORS as error:
             raise _damaged(header) from error
     if not complete:
         raise _damaged(header)
-    return Frame(pixels, header.height, header.width)
+    return Frame(to_rgb(_to_eight_bits(decoded, data, header, bit_depth)), header.height, header.width)
+
+
+def is_deep(data: bytes, limits: FrameLimits) -> bool:
+    """Tell whether an encoded image is grey of 16 bits, whose values `bit_depth` is about.
+
+    Raises:
+        CallerError: whatever `read_header` raises.
+    """
+    return read_header(data, limits).mode in _SIXTEEN_BIT_MODES
 
 
 def fit_to_input(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.uint8]:
-    """Resize and crop a frame to what the network takes: the one resize.
+    """Resize and crop a frame to the canvas, which is what the network takes or is cut into tiles: the one resize.
 
     Args:
         pixels: `(h, w, 3)` uint8 RGB.
         spec: the bundle's input.
 
     Returns:
-        `(spec.height, spec.width, 3)` uint8 RGB, contiguous.
+        `(spec.canvas_height, spec.canvas_width, 3)` uint8 RGB, contiguous.
     """
     height, width = spec.resize_height, spec.resize_width
     if pixels.shape[:2] != (height, width):
-        resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-        pixels = np.asarray(resized)
-    top, left = (height - spec.height) // 2, (width - spec.width) // 2
-    return np.ascontiguousarray(pixels[top : top + spec.height, left : left + spec.width])
+        # Each channel is resized by itself, so one of a grey frame's is enough.
+        alike = is_grey(pixels)
+        source = Image.fromarray(pixels[:, :, 0] if alike else pixels)
+        resized = np.asarray(source.resize((width, height), Image.Resampling.BILINEAR))
+        pixels = to_rgb(resized)
+    top, left = (height - spec.canvas_height) // 2, (width - spec.canvas_width) // 2
+    return np.ascontiguousarray(pixels[top : top + spec.canvas_height, left : left + spec.canvas_width])
+
+
+def to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return `(h, w)` grey as `(h, w, 3)` whose channels are the same bytes, to be read only; RGB as it is."""
+    return np.broadcast_to(pixels[:, :, None], (*pixels.shape, 3)) if pixels.ndim == 2 else pixels
+
+
+def is_grey(pixels: NDArray[np.uint8]) -> bool:
+    """Tell whether the three channels of a frame `(h, w, 3)` are the same bytes, as `to_rgb` makes them."""
+    return pixels.strides[2] == 0
 
 
 def decode_mask(data: bytes) -> NDArray[np.bool_]:
@@ -292,11 +335,37 @@ def _header_of(image: ImageFile.ImageFile) -> ImageHeader:
     return ImageHeader(str(image.format), image.height, image.width, image.mode)
 
 
-def _to_rgb(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
-    if image.mode in _SIXTEEN_BIT_MODES:
-        grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.asarray(image.convert("RGB"))
+def _decode(image: ImageFile.ImageFile) -> NDArray[Any]:
+    """Return `(h, w, 3)` uint8, or of a grey image `(h, w)`, uint8 or of 16 bits."""
+    if image.mode == "L" or image.mode in _SIXTEEN_BIT_MODES:
+        return np.asarray(image)
+    return np.asarray(image.convert("L" if image.mode == "1" else "RGB"))
+
+
+def _to_eight_bits(pixels: NDArray[Any], data: bytes, header: ImageHeader, bit_depth: int) -> NDArray[np.uint8]:
+    if header.mode in _SIXTEEN_BIT_MODES:
+        if bit_depth < _DEEPEST_BITS and int(pixels.max()) >> bit_depth:
+            raise UnreadableFrame(
+                f"A pixel has more than {bit_depth} bits, which is all that frames of this line have; send what the "
+                "camera wrote, or train with another input.bit_depth."
+            )
+        return (pixels >> (bit_depth - 8)).astype(np.uint8)
+    if bit_depth < _DEEPEST_BITS and header.mode == "RGB" and _has_deep_colours(data, header):
+        # The codec has kept the top eight bits of each colour, which are empty here.
+        raise UnreadableFrame(
+            f"Colours of 16 bits can't be read as {bit_depth} bits; send 8 bits a colour, or grey of 16 bits."
+        )
+    return pixels
+
+
+def _has_deep_colours(data: bytes, header: ImageHeader) -> bool:
+    if header.format == "PNG":
+        return data[_PNG_DEPTH_AT] == _DEEPEST_BITS
+    if header.format != "TIFF":
+        return False
+    with Image.open(io.BytesIO(data), formats=["TIFF"]) as image:
+        depths: tuple[int, ...] = getattr(image, "tag_v2", {}).get(_TIFF_BITS_PER_SAMPLE, (8,))
+    return max(depths) > 8
 
 
 def _holds_several(image: ImageFile.ImageFile) -> bool:
@@ -310,9 +379,7 @@ def _holds_several(image: ImageFile.ImageFile) -> bool:
     return True
 
 
-def _is_complete(
-    data: bytes, image: ImageFile.ImageFile, pixels: NDArray[np.uint8], target: tuple[int, int] | None
-) -> bool:
+def _is_complete(data: bytes, image: ImageFile.ImageFile, pixels: NDArray[Any], target: tuple[int, int] | None) -> bool:
     """Tell whether the file held every pixel, in the two cases where Pillow fills in the rest without a word.
 
     A PNG's compressed stream may end early and leave the last rows zero; a JPEG's may end early, before a proper end
@@ -346,11 +413,11 @@ def _png_holds_all_rows(data: bytes) -> bool:
     return missing <= 0
 
 
-def _jpeg_ends_late(data: bytes, target: tuple[int, int] | None, pixels: NDArray[np.uint8]) -> bool:
+def _jpeg_ends_late(data: bytes, target: tuple[int, int] | None, pixels: NDArray[Any]) -> bool:
     """Decode again with more data before the end marker: a complete image does not change, an unfinished one does."""
     end = data.rfind(_JPEG_END)
     longer = data[:end] + bytes(range(1, 128)) * 2 + data[end:]
     with Image.open(io.BytesIO(longer), formats=["JPEG"]) as image:
         if target is not None:
             image.draft(None, (target[1], target[0]))
-        return np.array_equal(_to_rgb(image), pixels)
+        return np.array_equal(_decode(image), pixels)

@@ -5,7 +5,7 @@ still gives the verdict that was validated.
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,12 +15,10 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, Validation
 
 from service.contract.bundle import GOLDEN_FILE, GOLDEN_MAPS_FILE, Bundle, LineName, Manifest
 from service.contract.calibration import read_arrays
-from service.contract.frames import Frame, FrameLimits, decode_image, fit_to_input
+from service.contract.frames import Frame, FrameLimits, fit_to_input, read_frame
 from service.contract.policy import Policy, Verdict, inspected_mask, judge, may_judge
+from service.contract.tiling import Run, by_tiles
 from service.errors import BundleRefused, FlawlineError
-
-# Frames `(B, H, W, 3)` uint8 and `line_index` `(B,)` int64 to scores `(B,)` and maps `(B, h, w)`, both float32.
-Run = Callable[[NDArray[np.uint8], NDArray[np.int64]], tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 _UNREADABLE = "The golden set can't be read; export the bundle again."
 
@@ -32,7 +30,7 @@ class GoldenAnswer(BaseModel):
         line: whose policy judges the frame, and whose index the graph is told.
         file: path of the PNG within the bundle.
         description: what the frame shows, in words.
-        score: raw score of the graph.
+        score: raw score of the frame.
         verdict: under the line's default policy; `NO_VERDICT` where that needs a calibration and there is none.
     """
 
@@ -102,7 +100,7 @@ def read_golden_by_line(bundle: Bundle) -> Iterator[GoldenSet]:
         maps = read_arrays(bundle.files[GOLDEN_MAPS_FILE], GOLDEN_MAPS_FILE)["anomaly_maps"]
     except (ValidationError, KeyError, FlawlineError) as error:
         raise BundleRefused(_UNREADABLE) from error
-    shape = (len(answers), bundle.manifest.output.map_height, bundle.manifest.output.map_width)
+    shape = (len(answers), *bundle.manifest.map_size)
     shown: dict[str, list[int]] = {}
     for index, answer in enumerate(answers):
         shown.setdefault(answer.line, []).append(index)
@@ -126,7 +124,7 @@ def merge_golden(sets: Sequence[GoldenSet]) -> GoldenSet:
 
 def _read_frame(bundle: Bundle, answer: GoldenAnswer) -> Frame:
     try:
-        return decode_image(bundle.files[answer.file], FrameLimits(), bundle.manifest.input.resize_target)
+        return read_frame(bundle.files[answer.file], FrameLimits(), bundle.manifest.input)
     except (KeyError, FlawlineError) as error:
         raise BundleRefused(_UNREADABLE) from error
 
@@ -137,13 +135,14 @@ def replay(bundle: Bundle, golden: GoldenSet, run: Run) -> None:
     Args:
         bundle: verified.
         golden: its golden set.
-        run: the network on the device.
+        run: the network on the device, which of a tiled frame is asked about the tiles.
 
     Raises:
         BundleRefused: if an answer differs by more than the manifest's rule allows; the sentence names the frame.
         EngineFailed: whatever `run` raises is passed on.
     """
     manifest = bundle.manifest
+    run = by_tiles(run, manifest.input, manifest.output.score_rule)
     judges = {
         line: _judge_of(line, bundle.policies[line], manifest, golden) for line in {a.line for a in golden.answers}
     }
@@ -177,7 +176,6 @@ class _Judge(NamedTuple):
 
 
 def _judge_of(line: str, policy: Policy, manifest: Manifest, golden: GoldenSet) -> _Judge:
-    size = manifest.output.map_height, manifest.output.map_width
     shown = [answer.line == line for answer in golden.answers]
     maps = golden.anomaly_maps[shown]
     magnitude = abs(policy.fail_threshold)
@@ -186,7 +184,7 @@ def _judge_of(line: str, policy: Policy, manifest: Manifest, golden: GoldenSet) 
     return _Judge(
         line_index=manifest.lines.index(line),
         policy=policy,
-        inspected=inspected_mask(policy, *size, window=manifest.input.window(1, 1)),
+        inspected=inspected_mask(policy, *manifest.map_size, window=manifest.input.window(1, 1)),
         span=float(maps.max() - maps.min()),
         magnitude=max(magnitude, float(np.finfo(np.float32).tiny)),
     )

@@ -105,14 +105,16 @@ def _describe(live: LiveLine) -> LiveAnswer:
     policy = live.policies[live.default_policy].policy
     calibration = live.calibration if policy.calibration == "good_parts" else None
     top, left, height, width = manifest.input.window(1, 1)
+    map_height, map_width = manifest.map_size
     return LiveAnswer(
         bundle=Versioned(version=manifest.version, digest=bundle.digest),
         detector=manifest.detector,
         backbone=None if manifest.backbone is None else manifest.backbone.name,
         device=bundle.device,
         precision=manifest.precision,
-        input=FrameSize(height=manifest.input.height, width=manifest.input.width),
-        anomaly_map=FrameSize(height=manifest.output.map_height, width=manifest.output.map_width),
+        input=FrameSize(height=manifest.input.canvas_height, width=manifest.input.canvas_width),
+        tiles=manifest.input.tile_count,
+        anomaly_map=FrameSize(height=map_height, width=map_width),
         inspected=InspectedWindow(top=top, left=left, height=height, width=width),
         default_policy=live.default_policy,
         calibration="none" if calibration is None and policy.calibration == "good_parts" else policy.calibration,

@@ -216,10 +216,10 @@ def _readable(request: Request, model: str) -> LiveLine:
 
 
 def _spec(line: LiveLine, settings: Settings) -> ModelSpec:
-    network, output = line.bundle.manifest.input, line.bundle.manifest.output
+    manifest = line.bundle.manifest
     return open_inference.model_spec(
-        (network.height, network.width),
-        (output.map_height, output.map_width),
+        (manifest.input.canvas_height, manifest.input.canvas_width),
+        manifest.map_size,
         settings.max_frames_per_request,
     )
 

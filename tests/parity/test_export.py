@@ -18,7 +18,7 @@ from service.contract.graph import opset_of, verify_graph
 from service.contract.policy import Policy, ScoreRule
 from tests.factories import make_frame, make_policy
 from tests.tiny_detectors import TINY, make_detector
-from training.detectors import score_rule_of
+from training.config import score_rule_of
 from training.export import DetectorRun, ExportFailed, GraphRun, check_parity, export_graph
 
 _CPU = torch.device("cpu")

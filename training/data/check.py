@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.contract.frames import FrameLimits, decode_image, decode_mask_values
+from service.contract.frames import FrameLimits, decode_image, decode_mask_values, is_deep
 from service.errors import FlawlineError
 from training.data.samples import ANOMALOUS, Dataset, DatasetFault, Sample
 from training.progress import Reporter
 
 # A JPEG is decoded at an eighth of its size: all its bytes are still read, so a truncated one is found.
 _SMALLEST = (1, 1)
+# A quarter of the range, or less, is all that such frames use.
+_MANY_EMPTY_BITS = 2
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class CheckedDataset:
 
 @dataclass(frozen=True)
 class _Finding:
-    """What one sample's files showed: digests, or a fault, and perhaps a warning."""
+    """What one sample's files showed: digests, or a fault, and perhaps a warning; of 16 bits, the largest value."""
 
     sample: Sample
     image_digest: str = ""
@@ -53,10 +55,17 @@ class _Finding:
     mask_digests: tuple[str, ...] = ()
     fault: str | None = None
     warning: str | None = None
+    largest_value: int | None = None
 
 
 def check_dataset(
-    dataset: Dataset, limits: FrameLimits, reporter: Reporter, threads: int = 2, *, as_published: bool = False
+    dataset: Dataset,
+    limits: FrameLimits,
+    reporter: Reporter,
+    threads: int = 2,
+    *,
+    as_published: bool = False,
+    bit_depth: int = 16,
 ) -> CheckedDataset:
     """Decode every image and mask once and compare their content.
 
@@ -67,6 +76,7 @@ def check_dataset(
         threads: decoders at work.
         as_published: tell rather than refuse the same content in two splits or under two labels: others measured on
             these very frames, so a figure to set beside theirs must, too.
+        bit_depth: how many bits the values of 16-bit frames have.
 
     Raises:
         DatasetFault: if a file can't be read, is over a limit, has a mask of another size, or, unless the set is taken
@@ -77,7 +87,7 @@ def check_dataset(
         reporter.bar("checking files", len(dataset.samples)) as bar,
     ):
         findings = []
-        for finding in pool.map(lambda sample: _look_at(sample, limits), dataset.samples):
+        for finding in pool.map(lambda sample: _look_at(sample, limits, bit_depth), dataset.samples):
             findings.append(finding)
             bar.advance()
     contradictions = tuple(_contradictions(findings))
@@ -92,16 +102,17 @@ def check_dataset(
         frame_size=Counter(finding.frame_size for finding in findings).most_common(1)[0][0],
         warnings=(
             *(finding.warning for finding in findings if finding.warning),
+            *_empty_bits(findings, bit_depth),
             *(contradictions or _repetitions(findings)),
         ),
     )
 
 
-def _look_at(sample: Sample, limits: FrameLimits) -> _Finding:
+def _look_at(sample: Sample, limits: FrameLimits, bit_depth: int) -> _Finding:
     path = sample.path
     try:
         data = path.read_bytes()
-        frame = decode_image(data, limits, _SMALLEST)
+        frame = decode_image(data, limits, _SMALLEST, bit_depth)
         marked = False
         digests = []
         for path in sample.mask_paths:
@@ -120,7 +131,25 @@ def _look_at(sample: Sample, limits: FrameLimits) -> _Finding:
         return _Finding(sample, fault=f"{path} can't be read ({error.strerror}); check the file and its permissions.")
     empty = sample.label == ANOMALOUS and bool(digests) and not marked
     warning = f"{path} marks no pixel although its image is anomalous; it adds no region." if empty else None
-    return _Finding(sample, _sha256(data), (frame.height, frame.width), tuple(digests), warning=warning)
+    return _Finding(
+        sample,
+        _sha256(data),
+        (frame.height, frame.width),
+        tuple(digests),
+        warning=warning,
+        largest_value=int(frame.pixels.max()) if is_deep(data, limits) else None,
+    )
+
+
+def _empty_bits(findings: Sequence[_Finding], bit_depth: int) -> Iterator[str]:
+    """Say that deep frames would be dark, because the camera writes fewer bits than the file has room for."""
+    deep = [finding.largest_value for finding in findings if finding.largest_value is not None]
+    used = bit_depth - 8 + max(deep, default=255).bit_length()
+    if bit_depth - used >= _MANY_EMPTY_BITS:
+        yield (
+            f"The frames have {bit_depth} bits a pixel and no value that needs more than {used}, so they are nearly "
+            f"black; if the camera has 10 or 12 bits, say so: --set input.bit_depth={max(8, used + used % 2)}."
+        )
 
 
 def _fault_of_channel(path: Path, values: NDArray[Any], sample: Sample) -> str | None:

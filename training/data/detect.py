@@ -166,7 +166,7 @@ def _fitting(root: Path) -> list[str]:
 
 def _only(root: Path, fitting: list[str]) -> str:
     if len(fitting) > 1:
-        raise DatasetFault(f"{root} could be read as {' or as '.join(fitting)}; name the layout.")
+        raise DatasetFault(f"{root} could be read as {' or as '.join(fitting)}; say which with --layout.")
     return fitting[0]
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from service.contract.frames import FrameLimits, decode_image, decode_mask, fit_to_input
+from service.contract.frames import FrameLimits, decode_mask, fit_to_input, read_frame
 from service.contract.geometry import InputSpec
+from service.contract.tiling import cut_tiles
 from service.errors import FlawlineError
 from training.data.folders import GOOD, anomalous_samples, subfolders
 from training.data.samples import DatasetFault, Sample
@@ -25,11 +26,13 @@ class LabelledDefects:
 
     Attributes:
         digest: SHA-256 in hex over sorted relative paths and contents, masks included.
-        frames: `(n, H, W, 3)` uint8 RGB.
+        marked: how many frames there were.
+        frames: `(n, H, W, 3)` uint8 RGB; where frames are cut, those of their tiles that show a defect.
         masks: `(n, H, W)` bool, none of them empty.
     """
 
     digest: str
+    marked: int
     frames: NDArray[np.uint8]
     masks: NDArray[np.bool_]
 
@@ -62,7 +65,8 @@ def read_labelled_defects(root: Path, spec: InputSpec, limits: FrameLimits, know
     frames, masks = zip(*(_load(image, mask, spec, limits) for image, mask in pairs), strict=True)
     files = [path for pair in pairs for path in pair]
     lines = sorted(f"{path.relative_to(root).as_posix()} {_digest(path)}" for path in files)
-    return LabelledDefects(hashlib.sha256("\n".join(lines).encode()).hexdigest(), np.stack(frames), np.stack(masks))
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return LabelledDefects(digest, len(pairs), np.concatenate(frames), np.concatenate(masks))
 
 
 def _refuse_known(samples: Iterable[Sample], known: Iterable[Sample]) -> None:
@@ -82,10 +86,10 @@ def _refuse_known(samples: Iterable[Sample], known: Iterable[Sample]) -> None:
 
 
 def _load(image: Path, mask: Path, spec: InputSpec, limits: FrameLimits) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Return frame `(H, W, 3)` and mask `(H, W)`, both resized and cropped alike."""
+    """Return what the network takes of a frame where a defect shows, `(n, H, W, 3)`, and its masks `(n, H, W)`."""
     path = image
     try:
-        frame = decode_image(image.read_bytes(), limits, spec.resize_target)
+        frame = read_frame(image.read_bytes(), limits, spec)
         path = mask
         marked = decode_mask(mask.read_bytes())
     except FlawlineError as error:
@@ -95,10 +99,11 @@ def _load(image: Path, mask: Path, spec: InputSpec, limits: FrameLimits) -> tupl
         raise DatasetFault(f"{mask} has {sizes}; draw the mask at the size of {image}.")
     grey = np.repeat(marked[..., None].astype(np.uint8) * 255, 3, axis=2)
     # Every pixel that a defect touches: a thin scratch must not vanish when the mask shrinks.
-    seen = fit_to_input(grey, spec)[..., 0] > 0
-    if not seen.any():
+    seen = cut_tiles(fit_to_input(grey, spec), spec)[..., 0] > 0
+    shows = seen.any(axis=(1, 2))
+    if not shows.any():
         raise DatasetFault(f"{mask} marks nothing that the network would see; draw the defect, or take both away.")
-    return fit_to_input(frame.pixels, spec), seen
+    return cut_tiles(fit_to_input(frame.pixels, spec), spec)[shows], seen[shows]
 
 
 def _digest(path: Path) -> str:

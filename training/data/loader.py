@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.contract.frames import FrameLimits, decode_image, decode_mask, decode_mask_values, fit_to_input
+from service.contract.frames import FrameLimits, decode_mask, decode_mask_values, fit_to_input, read_frame
 from service.contract.geometry import InputSpec
 from training.data.samples import Sample, Saturation
 
@@ -66,7 +66,7 @@ class FileFrames:
 
     Args:
         paths: image files.
-        spec: the network's input.
+        spec: what becomes of each.
         limits: what the decoder accepts.
         line_index: which line each frame shows; None if all show the first.
         threads: decoders at work.
@@ -88,7 +88,7 @@ class FileFrames:
         self._spec = spec
         self._limits = limits
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="frames")
-        self._places = memory_bytes // (spec.height * spec.width * 3)
+        self._places = memory_bytes // (spec.canvas_height * spec.canvas_width * 3)
         self._kept: dict[int, Pixels] = {}
 
     def __len__(self) -> int:
@@ -126,13 +126,13 @@ def _one_line_each(line_index: Sequence[int] | None, count: int) -> LineIndex:
 
 
 def load_frame(path: Path, spec: InputSpec, limits: FrameLimits) -> Pixels:
-    """Read one image file as the network takes it, `(H, W, 3)` uint8 RGB.
+    """Read one image file as the canvas that the network takes or is cut for it, `(H, W, 3)` uint8 RGB.
 
     Raises:
         FlawlineError: if the file is no image that the limits allow.
         OSError: if the file can't be opened.
     """
-    return fit_to_input(decode_image(path.read_bytes(), limits, spec.resize_target).pixels, spec)
+    return fit_to_input(read_frame(path.read_bytes(), limits, spec).pixels, spec)
 
 
 def load_mask(sample: Sample, height: int, width: int) -> NDArray[np.bool_]:

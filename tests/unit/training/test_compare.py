@@ -260,7 +260,7 @@ def test_read_cells_when_a_file_is_of_another_kind_then_it_is_passed_over(tmp_pa
 
 def test_speed_when_measured_then_operators_share_all_of_the_time():
     """A frame has a price, and the operators' shares of it add up."""
-    speed = measure_speed(make_graph(), make_frame(32, 48), least_s=0.0)
+    speed = measure_speed(make_graph(), make_frame(32, 48)[None], least_s=0.0)
 
     assert speed.cpu_ms > 0
     assert speed.repeats == 15

@@ -3,7 +3,7 @@
 import pytest
 
 from models.inp_former import InpFormerConfig
-from training.config import ConfigFault, load_config, parse_config
+from training.config import ConfigFault, load_config, map_size_of, parse_config
 
 
 def test_paper_configuration_gives_the_published_values():
@@ -11,7 +11,7 @@ def test_paper_configuration_gives_the_published_values():
     config = load_config("paper")
 
     assert config.detector_config() == InpFormerConfig()
-    assert config.input.window(448, 448) == (28.0, 28.0, 392.0, 392.0)
+    assert config.frame_input.window(448, 448) == (28.0, 28.0, 392.0, 392.0)
 
 
 def test_small_configuration_inspects_the_whole_frame_on_a_small_network():
@@ -19,7 +19,7 @@ def test_small_configuration_inspects_the_whole_frame_on_a_small_network():
     config = load_config("small")
 
     assert config.detector_config().backbone == "embedded"
-    assert config.input.window(300, 300) == (0.0, 0.0, 300.0, 300.0)
+    assert config.frame_input.window(300, 300) == (0.0, 0.0, 300.0, 300.0)
 
 
 def test_load_config_when_values_are_set_then_each_level_takes_them():
@@ -104,3 +104,61 @@ def test_load_config_when_the_line_is_said_to_be_a_texture_then_the_texture_dete
     config = load_config(source, "grnr", ["product=texture"])
 
     assert (config.product, config.detector_config().support) == ("texture", 40)
+
+
+def test_frame_input_when_frames_are_cut_then_covers_all_tiles_and_keeps_the_crops_proportion():
+    """INP-Former sees 392 of 448 pixels; of three rows that overlap by a quarter it sees 980 of 1120."""
+    config = load_config("paper", overrides=["tiles.rows=3", "tiles.columns=2"])
+
+    spec = config.frame_input
+
+    assert config.detector_config().image_size == (392, 392) == (spec.height, spec.width)
+    assert (spec.canvas_height, spec.canvas_width) == (980, 686)
+    assert (spec.resize_height, spec.resize_width) == (1120, 784)
+    assert spec.stitched_size(256, 256) == (640, 448)
+
+
+@pytest.mark.parametrize("overlap", [0, 0.33, 0.5])
+@pytest.mark.parametrize("detector", ["inp_former", "inp_former_pp"])
+def test_frame_input_when_any_overlap_is_wanted_then_it_is_whole_cells_of_the_map(detector, overlap):
+    """The overlap is the nearest that maps can be stitched by, never above a half."""
+    settings = ["tiles.rows=2", "tiles.columns=3", f"tiles.overlap={overlap}"]
+    config = load_config("paper", detector, settings)
+
+    spec = config.frame_input
+
+    spec.stitched_size(*map_size_of(config.detector_config()))
+    assert abs(spec.tiles.overlap_height / spec.height - overlap) <= 1 / 16
+
+
+@pytest.mark.parametrize("settings", [[], ["tiles.rows=1", "tiles.columns=1"]], ids=["none", "one"])
+def test_frame_input_when_there_is_one_tile_then_frames_are_looked_at_whole(settings):
+    """One tile is no tiling."""
+    config = load_config("small", overrides=settings)
+
+    assert config.frame_input.tiles is None
+    assert config.frame_input.resize_target == (256, 256)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["tiles.rows=3"], "tiles.columns"),
+        (["tiles.rows=0", "tiles.columns=2"], "tiles.rows"),
+        (["tiles.rows=2", "tiles.columns=2", "tiles.overlap=0.6"], "tiles.overlap"),
+        (["tiles.rows=9", "tiles.columns=9"], "at most 64 tiles"),
+        (["tiles.rows=60", "tiles.columns=1"], "resize_height"),
+    ],
+)
+def test_load_config_when_tiles_make_no_sense_then_the_sentence_names_them(settings, words):
+    """Tiles that can't be cut are refused with the configuration, before a frame is read."""
+    with pytest.raises(ConfigFault, match=words):
+        load_config("small", overrides=settings)
+
+
+def test_load_config_when_the_score_is_no_reduction_of_the_map_then_tiles_are_refused():
+    """What a stitched map's score would be, only the network could say."""
+    settings = ["tiles.rows=2", "tiles.columns=2", "hyperparameters.score_reduction=deviation"]
+
+    with pytest.raises(ConfigFault, match="leave tiles out"):
+        load_config("small", "rb_ae", settings)

@@ -387,7 +387,7 @@ def test_read_real_iad_with_several_splits_prefers_the_plain_ones(tmp_path):
     assert read_dataset(line).layout == "real_iad"
     assert read_dataset(line, "real_iad_sv").layout == "real_iad_sv"
     (root / "realiad_jsons" / "toy_brick.json").unlink()
-    with pytest.raises(DatasetFault, match=r"real_iad_sv or as real_iad_fuiad_0\.0; name the layout"):
+    with pytest.raises(DatasetFault, match=r"real_iad_sv or as real_iad_fuiad_0\.0; say which with --layout"):
         read_dataset(line)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from service.contract.frames import FrameLimits, encode_jpeg, encode_png
+from tests.factories import encode
 from training.data.check import check_dataset
 from training.data.detect import read_dataset
 from training.data.samples import DatasetFault
@@ -139,3 +140,37 @@ def test_check_with_a_file_that_vanished_names_it(root):
 
     with pytest.raises(DatasetFault, match=r"0.png can't be read \(No such file"):
         check_dataset(dataset, FrameLimits(), SilentReporter())
+
+
+def _deep_line(root, largest):
+    """Write a line whose 16-bit frames hold values up to a largest one."""
+    for index in range(3):
+        deep = np.full((8, 6), index, np.uint16)
+        deep[3, 3] = largest
+        _write(root / f"train/good/{index}.png", encode(deep))
+    return root
+
+
+def test_check_when_deep_frames_would_be_black_then_says_how_many_bits_they_have(tmp_path):
+    """A 12-bit camera's frames in 16-bit files are told of, with the setting that makes them visible."""
+    (warning,) = (one for one in _check(_deep_line(tmp_path, 0x0FFF)).warnings if "bits" in one)
+
+    assert "--set input.bit_depth=12" in warning
+
+
+@pytest.mark.parametrize(("largest", "bit_depth"), [(0xFFFF, 16), (0x0FFF, 12), (0x4000, 16)])
+def test_check_when_deep_frames_use_their_range_then_says_nothing_of_it(tmp_path, largest, bit_depth):
+    """Frames that are as deep as was said, or merely not overexposed, are nothing to warn of."""
+    dataset = read_dataset(_deep_line(tmp_path, largest))
+
+    checked = check_dataset(dataset, FrameLimits(), SilentReporter(), bit_depth=bit_depth)
+
+    assert not [warning for warning in checked.warnings if "bits" in warning]
+
+
+def test_check_when_a_frame_is_deeper_than_was_said_then_names_it(tmp_path):
+    """A value that does not fit is found in the first minute, not in the middle of a run."""
+    dataset = read_dataset(_deep_line(tmp_path, 0x1000))
+
+    with pytest.raises(DatasetFault, match=r"train/good/0\.png: A pixel has more than 12 bits"):
+        check_dataset(dataset, FrameLimits(), SilentReporter(), bit_depth=12)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from service.contract.frames import FrameLimits, encode_jpeg, encode_png
-from service.contract.geometry import InputSpec
+from service.contract.geometry import InputSpec, Tiling
 from training.data.labelled_defects import read_labelled_defects
 from training.data.samples import ANOMALOUS, NORMAL, DatasetFault, Sample
 
@@ -113,3 +113,15 @@ def test_defects_when_there_are_none_then_the_expected_folders_are_told(tmp_path
     """An empty or wrong folder never leads to a run that silently learns from nothing."""
     with pytest.raises(DatasetFault, match="holds no labelled defect"):
         _read(tmp_path)
+
+
+def test_defects_when_frames_are_cut_then_are_the_tiles_that_show_one(root):
+    """A defect in one corner is learnt from that corner's tile; tiles without a defect are no defects."""
+    tiles = Tiling(rows=2, columns=2, overlap_height=0, overlap_width=0)
+    spec = InputSpec(height=12, width=16, resize_height=24, resize_width=32, tiles=tiles)
+
+    defects = read_labelled_defects(root, spec, FrameLimits(), ())
+
+    assert (defects.marked, defects.frames.shape, defects.masks.shape) == (2, (2, 12, 16, 3), (2, 12, 16))
+    assert defects.masks[0, 4:8, 8:12].all()
+    assert defects.masks[1, 8:, 12:].all()

@@ -13,6 +13,7 @@ from PIL import Image
 
 from service.contract import frames
 from service.contract.frames import FrameLimits, decode_image, decode_mask, fit_to_input, read_header
+from service.contract.geometry import Tiling
 from service.errors import CallerError, FrameTooLarge, MediaTypeNotAllowed, UnreadableFrame
 from tests.factories import encode, make_frame, make_input
 from tests.strategies import images
@@ -492,3 +493,68 @@ def test_header_when_the_frame_is_larger_than_the_codec_likes_then_only_our_limi
     assert (promised.height, promised.width) == (side, side)
     with pytest.raises(FrameTooLarge, match=f"{side * side - 1} pixels"):
         read_header(header, FrameLimits(max_pixels=side * side - 1))
+
+
+@pytest.mark.parametrize("bit_depth", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_decoding_when_a_camera_has_fewer_bits_than_the_file_keeps_its_upper_eight(image_format, bit_depth):
+    """A 12-bit camera's values in a 16-bit file are not black, in either container."""
+    deep = np.random.default_rng(2).integers(0, 2**bit_depth, (6, 5)).astype(np.uint16)
+
+    frame = decode_image(encode(deep, image_format), LIMITS, bit_depth=bit_depth)
+
+    np.testing.assert_array_equal(frame.pixels, np.stack([deep >> (bit_depth - 8)] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_decoding_when_a_value_has_more_bits_than_the_camera_is_refused(image_format):
+    """A value that would wrap round to black is refused, never clipped in silence."""
+    deep = np.full((6, 5), 1 << 12, np.uint16)
+
+    with pytest.raises(UnreadableFrame, match="more than 12 bits"):
+        decode_image(encode(deep, image_format), LIMITS, bit_depth=12)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "BMP", "JPEG"])
+def test_decoding_when_the_file_has_eight_bits_ignores_the_bit_depth(image_format):
+    """What a camera's deep files hold says nothing of files of eight bits."""
+    data = encode(make_frame(9, 8), image_format)
+
+    np.testing.assert_array_equal(decode_image(data, LIMITS, bit_depth=12).pixels, decode_image(data, LIMITS).pixels)
+
+
+def test_decoding_when_colours_of_sixteen_bits_are_said_to_have_twelve_is_refused():
+    """The codec keeps the empty upper bits of such colours, so they are refused rather than taken for black."""
+    deep = np.random.default_rng(3).integers(0, 2**12, (6, 5, 3))
+
+    with pytest.raises(UnreadableFrame, match="grey of 16 bits"):
+        decode_image(png(5, 6, 16, 2, png_rows(deep, ">u2")), LIMITS, bit_depth=12)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "BMP", "TIFF", "JPEG"])
+def test_decoding_when_the_frame_is_grey_holds_its_pixels_once(image_format):
+    """Twenty megapixels of grey are 20 MB and not 60: the three channels are the same bytes."""
+    frame = decode_image(encode(make_frame(16, 24)[:, :, 0], image_format), LIMITS)
+
+    assert frame.pixels.shape == (16, 24, 3)
+    assert frames.is_grey(frame.pixels)
+
+
+@given(images(channels=None), st.integers(1, 30), st.integers(1, 30))
+def test_resize_when_grey_is_held_once_gives_the_same_bits(grey, height, width):
+    """The quick way of grey frames is the slow one, to the bit."""
+    spec = make_input(height, width)
+
+    np.testing.assert_array_equal(
+        fit_to_input(frames.to_rgb(grey), spec), fit_to_input(np.stack([grey] * 3, axis=-1), spec)
+    )
+
+
+def test_resize_when_frames_are_cut_gives_the_canvas():
+    """What is resized and cropped is all that the tiles cover."""
+    tiling = Tiling(rows=2, columns=3, overlap_height=4, overlap_width=2)
+
+    canvas = fit_to_input(make_frame(40, 50), make_input(16, 12, 3, tiling))
+
+    assert canvas.shape == (28, 32, 3)
+    assert canvas.flags.c_contiguous
