@@ -337,8 +337,8 @@ def _header_of(image: ImageFile.ImageFile) -> ImageHeader:
 
 def _decode(image: ImageFile.ImageFile) -> NDArray[Any]:
     """Return `(h, w, 3)` uint8, or of a grey image `(h, w)`, uint8 or of 16 bits."""
-    if image.mode == "L" or image.mode in _SIXTEEN_BIT_MODES:
-        return np.asarray(image)
+    if image.mode in ("L", "RGB") or image.mode in _SIXTEEN_BIT_MODES:
+        return np.asarray(image)  # where converting would copy the whole frame once more
     return np.asarray(image.convert("L" if image.mode == "1" else "RGB"))
 
 

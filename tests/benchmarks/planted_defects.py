@@ -123,7 +123,7 @@ def judge(line: Path, config: RunConfig, weights: Path, kinds: Sequence[str]) ->
     make_deterministic(config.seed)
     fitted_on, held_out = split_good(read_dataset(line), config.hold_out)
     prepared = prepare_detector(config, None, (weights,), device)
-    frames = FileFrames([sample.path for sample in fitted_on], config.input, FrameLimits())
+    frames = FileFrames([sample.path for sample in fitted_on], config.frame_input, FrameLimits())
     begun = time.process_time()
     try:
         fit(prepared.module, frames, FitSettings(seed=config.seed), SilentReporter())
@@ -153,7 +153,7 @@ def _frames(samples: Sequence[Sample], config: RunConfig, kind: str | None) -> l
         frame = decode_image(sample.path.read_bytes(), FrameLimits()).pixels
         if kind is not None:
             frame = KINDS[kind](frame, np.random.default_rng((number, list(KINDS).index(kind))))
-        frames.append(fit_to_input(frame, config.input))
+        frames.append(fit_to_input(frame, config.frame_input))
     return frames
 
 

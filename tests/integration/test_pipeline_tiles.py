@@ -17,8 +17,9 @@ from service.engines.engine import EngineOutput
 from service.engines.ort import OrtEngine
 from service.errors import EngineFailed, UnreadableFrame
 from service.inspection import RawLayout
+from service.loading import BatcherOptions
 from service.pipeline import Pipeline
-from service.registry import BatcherOptions, Registry
+from service.registry import Registry
 from service.stores.directory import DirectoryStore
 from service.telemetry import Telemetry
 from tests.factories import encode, make_bundle, make_frame, make_runner
