@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from service.engines.engine import Engine, EngineOutput
 from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded
-from service.schedule import Priority, Promised, RunTimes, Turns, WaitingFrame, admit, decide, has_room
+from service.schedule import Priority, Promised, RunTimes, Shares, WaitingFrame, admit, decide, has_room
 from service.telemetry import EngineMeter
 
 # The loop's timers may fire a little early; looking again just after the moment saves a second look.
@@ -152,7 +152,7 @@ class Batcher:
         self._runners = runners
         self._max_queue_size = max_queue_size
         self._run_times = run_times
-        self._turns = Turns()
+        self._shares = Shares()
         self._stuck_after_s = stuck_after_s
         self._meter = meter
         self._clock = clock
@@ -297,7 +297,7 @@ class Batcher:
         free_in_s = [max(0.0, batch.expected_end - now) for batch in self._running]
         free_in_s += [0.0] * (self._runners - len(free_in_s))
         ahead = [place.promised() for place in self._places if place.is_ahead]
-        admission = admit(ahead, new.promised(), free_in_s, now, self._run_times, self._turns)
+        admission = admit(ahead, new.promised(), free_in_s, now, self._run_times, self._shares)
         if not has_room(
             self._max_queue_size,
             len(self._places),
@@ -321,14 +321,12 @@ class Batcher:
             self._next_look.cancel()
             self._next_look = None
         if not self._waiting:
-            if not self._running:
-                self._turns = Turns()  # nobody is behind anybody
             return
         now = self._clock()
-        frames = (entry.waiting for entry in self._waiting.values())
+        frames = [entry.waiting for entry in self._waiting.values()]
         busy = len(self._running)
-        decision = decide(frames, self._runners - busy, busy, now, self._run_times, self._turns)
-        self._turns = decision.turns
+        decision = decide(frames, self._runners - busy, busy, now, self._run_times, self._shares)
+        self._shares = decision.shares
         for numbers in decision.batches:
             self._start([self._waiting.pop(number) for number in numbers], now)
         for number in decision.expired:

@@ -5,9 +5,9 @@ an argument: seconds of any monotonic clock.
 
 Rules:
 
-1.  Frames that matter more go first. Among those, lines take turns: a frame's turn comes later the more its line was
-    ahead of the others lately, and the more frames of the line go before it. Among frames of the same turn the earliest
-    deadline goes first, then the first to arrive. So a line that sends too much waits behind itself, not before others.
+1.  Frames that matter more go first. Among those, frames of lines that had more than their share lately stand back
+    behind those of all others. Then the earliest deadline goes first, then the first to arrive. So a line that sends
+    too much gets what the others leave, and they do not wait behind it.
 2.  No frame waits while a runner is idle: nothing is ever collected.
 3.  Waiting frames are split evenly over the idle runners, rather than filling one batch. A batch never weighs more than
     `max_batch_size`, except that one frame that alone weighs more runs alone. No frame joins a batch that would then
@@ -25,8 +25,7 @@ what is ahead of it in mind, and `has_room` whether the queue has a place for it
 places as it leaves free, so that there is always one for a line that has none, and what matters less leaves room.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -35,10 +34,18 @@ from typing import NamedTuple, Self
 # Learned times follow a faster run quickly and a slower one slowly: a single stall must not refuse good frames.
 _FASTER_SHARE = 0.5
 _SLOWER_SHARE = 0.1
+# A queue moves at the mean pace, of which one stall is but a part; more than so many times the mean is a stall.
+_PACE_SHARE = 0.1
+_LONGEST_STALL = 4
 # A larger batch must save at least this share of the time a frame takes, or it is not worth the longer wait.
 _WORTHWHILE_GAIN = 0.05
 # What is ahead of a frame may take a little longer than learned, and a frame that is accepted should be in time.
 _WAIT_MARGIN = 1.1
+# A line that had more than so many times an even share stands back; what ran longer ago than the window counts little.
+_FAIR_SHARE = 1.25
+_WINDOW_INPUTS = 200
+_FORGOTTEN = 0.05
+_LARGEST_UNIT = 1e3
 # How many places a line may hold for each one that is free.
 _PLACES_A_FREE_ONE = 2
 
@@ -99,10 +106,12 @@ class RunTimes:
     """What runs have taken so far; never changed, only replaced.
 
     Attributes:
-        seconds: of a batch of weight i + 1; None where none of that weight has run.
+        seconds: of a batch of weight i + 1, rather the quick ones; None where none of that weight has run.
+        pace_s: mean seconds of late for each network input; 0 where nothing has run.
     """
 
     seconds: tuple[float | None, ...]
+    pace_s: float = 0.0
 
     @classmethod
     def unknown(cls, max_batch_size: int) -> Self:
@@ -117,12 +126,15 @@ class RunTimes:
     def learn(self, weight: int, seconds: float) -> "RunTimes":
         """Return what is known after one more run."""
         index = min(weight, self.max_batch_size) - 1
-        seconds = seconds * (index + 1) / weight
+        input_s = seconds / weight
+        pace_s = self.pace_s or input_s
+        pace_s += _PACE_SHARE * (min(input_s, _LONGEST_STALL * pace_s) - pace_s)
+        seconds = input_s * (index + 1)
         known = self.seconds[index]
         if known is not None:
             share = _FASTER_SHARE if seconds < known else _SLOWER_SHARE
             seconds = known + share * (seconds - known)
-        return RunTimes((*self.seconds[:index], seconds, *self.seconds[index + 1 :]))
+        return RunTimes((*self.seconds[:index], seconds, *self.seconds[index + 1 :]), pace_s)
 
     def of(self, weight: int) -> float:
         """Estimate the seconds of a batch, from the nearest known weights; 0 where nothing is known.
@@ -154,36 +166,49 @@ class RunTimes:
 
 
 @dataclass(frozen=True, slots=True)
-class Turns:
-    """Which lines were served more than others lately; never changed, only replaced.
-
-    This is start-time fair queueing (Goyal, Vin and Cheng, 1997): what a line got is counted from where the others are
-    when it begins to send, so that a silent line saves nothing up.
+class Shares:
+    """How much each line had of the engine lately; never changed, only replaced.
 
     Attributes:
-        lead: network inputs that a line had beyond the others; a line that is not named is not ahead.
+        used: network inputs that ran, by line, in a unit that grows: what ran a window ago counts 1 / e.
+        total: of all lines.
+        unit: what one input counts now.
     """
 
-    lead: Mapping[str, int] = field(default_factory=dict)
+    used: Mapping[str, float] = field(default_factory=dict)
+    total: float = 0.0
+    unit: float = 1.0
 
-    def of(self, line: str) -> int:
-        """Return a line's lead."""
-        return self.lead.get(line, 0)
+    def is_over(self, line: str) -> bool:
+        """Whether a line had more than an even share allows."""
+        return self.used.get(line, 0.0) * len(self.used) > _FAIR_SHARE * self.total and len(self.used) > 1
 
-    def after(self, started: Iterable[WaitingFrame], waiting_lines: Iterable[str]) -> "Turns":
-        """Return what holds after frames started.
+    def left_to_excess(self) -> float:
+        """Return what part of the engine goes to lines that have more than their share, in (0, 1]."""
+        if not self.total:
+            return 1.0
+        excess = sum(used for line, used in self.used.items() if self.is_over(line)) / self.total
+        return max(excess, 1 / len(self.used))
 
-        Args:
-            started: in their order.
-            waiting_lines: of the frames that go on waiting; what they are behind is not forgotten.
-        """
-        lead, reached = dict(self.lead), 0
+    def among(self, lines: Collection[str]) -> "Shares":
+        """Return what holds where these lines want something as well, though they may have had nothing yet."""
+        if all(line in self.used for line in lines):
+            return self
+        return Shares(dict.fromkeys(lines, 0.0) | dict(self.used), self.total, self.unit)
+
+    def after(self, started: Sequence[WaitingFrame]) -> "Shares":
+        """Return what holds after frames started."""
+        if not started:
+            return self
+        used, total, unit = dict(self.used), self.total, self.unit
         for frame in started:
-            begins = lead.get(frame.line, 0)
-            reached = max(reached, begins)
-            lead[frame.line] = begins + frame.weight
-        reached = min([reached, *(self.of(line) for line in waiting_lines)])
-        return Turns({line: ahead - reached for line, ahead in lead.items() if ahead > reached})
+            used[frame.line] = used.get(frame.line, 0.0) + unit * frame.weight
+            total += unit * frame.weight
+            unit *= 1 + frame.weight / _WINDOW_INPUTS
+        if unit > _LARGEST_UNIT:  # small numbers again, and lines that have long been silent are forgotten
+            used = {line: each / unit for line, each in used.items() if each > _FORGOTTEN * unit}
+            total, unit = sum(used.values()), 1.0
+        return Shares(used, min(total, unit * _WINDOW_INPUTS), unit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,14 +220,14 @@ class Decision:
         expired: whose deadline has passed.
         refused: that can't meet their deadline any more.
         look_again_at: when the next waiting frame would be refused; None where no frame goes on waiting.
-        turns: of the lines from now on.
+        shares: of the lines from now on.
     """
 
     batches: tuple[tuple[int, ...], ...]
     expired: tuple[int, ...]
     refused: tuple[int, ...]
     look_again_at: float | None
-    turns: Turns
+    shares: Shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,12 +244,12 @@ class Admission:
 
 
 def decide(
-    waiting: Iterable[WaitingFrame],
+    waiting: Collection[WaitingFrame],
     idle_runners: int,
     busy_runners: int,
     now: float,
     run_times: RunTimes,
-    turns: Turns,
+    shares: Shares,
 ) -> Decision:
     """Decide about every waiting frame.
 
@@ -234,24 +259,24 @@ def decide(
         busy_runners: that are running one.
         now: the time.
         run_times: learned so far.
-        turns: of the lines so far.
+        shares: of the lines so far.
     """
-    by_deadline = sorted(waiting, key=_urgency)
-    expired = tuple(frame.number for frame in by_deadline if frame.deadline <= now)
-    alive = [frame for frame in by_deadline if frame.deadline > now]
+    lines = {frame.line for frame in waiting}
+    shares = shares.among(lines)
+    over = {line for line in lines if shares.is_over(line)}
+    in_order = sorted(waiting, key=lambda frame: (frame.priority, frame.line in over, frame.deadline, frame.number))
+    expired = tuple(frame.number for frame in in_order if frame.deadline <= now)
+    alive = [frame for frame in in_order if frame.deadline > now]
     run_s = {weight: run_times.of(weight) for weight in {frame.weight for frame in alive}}
     ready = [frame for frame in alive if frame.deadline - run_s[frame.weight] > now]
     if alive and not ready and idle_runners > 0 and busy_runners == 0:
         ready = [max(alive, key=lambda frame: (frame.deadline, frame.number))]
     kept = {frame.number for frame in ready}
     refused = tuple(frame.number for frame in alive if frame.number not in kept)
-    in_turns = _in_turns(ready, turns, run_times.best_weight)
-    batches = _split(in_turns, idle_runners, now, run_times)
+    batches = _split(ready, idle_runners, now, run_times)
     gone = sum(len(batch) for batch in batches)  # the first ones
-    waits_on = in_turns[gone:]
-    look_again_at = min((frame.deadline - run_s[frame.weight] for frame in waits_on), default=None)
-    turns = turns.after(in_turns[:gone], {frame.line for frame in waits_on})
-    return Decision(batches, expired, refused, look_again_at, turns)
+    look_again_at = min((frame.deadline - run_s[frame.weight] for frame in ready[gone:]), default=None)
+    return Decision(batches, expired, refused, look_again_at, shares.after(ready[:gone]))
 
 
 def admit(
@@ -260,7 +285,7 @@ def admit(
     runners_free_in_s: Sequence[float],
     now: float,
     run_times: RunTimes,
-    turns: Turns,
+    shares: Shares,
 ) -> Admission:
     """Say whether one more frame could be answered in time.
 
@@ -270,22 +295,17 @@ def admit(
         runners_free_in_s: for each runner, when it is expected to be idle; 0 where it is.
         now: the time.
         run_times: learned so far.
-        turns: of the lines so far.
+        shares: of the lines so far.
     """
     best = run_times.best_weight
-    input_s = run_times.of(best) / best / len(runners_free_in_s)
-    own, of_others = 0, defaultdict[str, int](int)
-    weight_before = 0
-    for other in ahead:
-        if other.priority < new.priority:
-            weight_before += other.weight
-        elif other.priority == new.priority and other.line == new.line:
-            own += other.weight * (other.deadline <= new.deadline)
-        elif other.priority == new.priority:
-            of_others[other.line] += other.weight
-    # Until the line's turn comes, each other line comes as far as it.
-    turn = turns.of(new.line) + own + new.weight
-    weight_before += own + sum(min(weight, max(0, turn - turns.of(line))) for line, weight in of_others.items())
+    input_s = max(run_times.of(best) / best, run_times.pace_s) / len(runners_free_in_s)
+    is_over = shares.is_over(new.line)
+    before = (new.priority, is_over, new.deadline)
+    weight_before = sum(
+        other.weight for other in ahead if (other.priority, shares.is_over(other.line), other.deadline) <= before
+    )
+    if is_over:  # frames of others that are still to come will go before it as well
+        input_s /= shares.left_to_excess()
     wait_s = min(runners_free_in_s) + weight_before * input_s
     nothing_runs = not any(runners_free_in_s) and weight_before == 0
     ends_at = now + wait_s * _WAIT_MARGIN + run_times.of(new.weight)
@@ -305,20 +325,6 @@ def has_room(places: int, taken: int, taken_by_line: int, priority: Priority, *,
     if taken >= places * _SHARE_OF_PLACES[priority]:
         return False
     return not is_shared or taken_by_line < _PLACES_A_FREE_ONE * (places - taken)
-
-
-def _urgency(frame: WaitingFrame) -> tuple[Priority, float, int]:
-    return frame.priority, frame.deadline, frame.number
-
-
-def _in_turns(ready: Iterable[WaitingFrame], turns: Turns, a_turn: int) -> list[WaitingFrame]:
-    """Put frames, most urgent first, in the order in which they shall run; a turn is so many network inputs."""
-    before = defaultdict(int, turns.lead)
-    in_turns = []
-    for frame in ready:
-        in_turns.append((frame.priority, before[frame.line] // a_turn, frame.deadline, frame.number, frame))
-        before[frame.line] += frame.weight
-    return [frame for *_, frame in sorted(in_turns, key=lambda turn: turn[:-1])]
 
 
 def _split(

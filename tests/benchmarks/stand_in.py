@@ -1,6 +1,6 @@
 """A stand-in detector for the service's benchmarks: as much work as a small real one, in a bundle like any other.
 
-    python tests/benchmarks/stand_in.py STORE [--lines 10]
+    python -m tests.benchmarks.stand_in STORE [--lines 10]
 
 A feature extractor in the shape of MobileNet V1 with random weights, two levels, teacher and student as convolutions of
 one pixel, and a map of the input's size: 19 ms of one core a frame. The frames are a textured surface with a sensor's

@@ -1,19 +1,22 @@
 """Promises of the schedule, each rule of its docstring, on examples and as a state machine."""
 
+import random
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from service.schedule import Decision, Priority, Promised, RunTimes, Turns, WaitingFrame, admit, decide, has_room
+from service.schedule import Decision, Priority, Promised, RunTimes, Shares, WaitingFrame, admit, decide, has_room
 
 NOW = 100.0
 ROUNDING_S = 1e-9
 
 FLAT = RunTimes((1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0))  # a CPU: batches save nothing
 CHEAP = RunTimes((1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35))  # a GPU: batches cost next to nothing
+OFTEN_A = Shares({"a": 6.0, "b": 1.0, "c": 1.0, "": 1.0}, 9.0)  # where line a had most of the engine
 
 
 def waiting(*deadlines: float) -> list[WaitingFrame]:
@@ -51,47 +54,51 @@ def waiting(*deadlines: float) -> list[WaitingFrame]:
             id="what matters more goes first, whatever the deadlines",
         ),
         pytest.param(
-            [*waiting(10, 10, 10, 10), WaitingFrame(4, NOW + 60, line="b"), WaitingFrame(5, NOW + 50, line="c")],
-            6,
+            [WaitingFrame(0, NOW + 10, line="a"), *(WaitingFrame(n, NOW + 60 - n, line="bc"[n - 1]) for n in (1, 2))],
+            3,
             FLAT,
-            ((5,), (4,), (0,), (1,), (2,), (3,)),
-            id="lines that had nothing go before one that had",
+            ((2,), (1,), (0,)),
+            id="a line that had too much stands back",
         ),
         pytest.param(
-            [*waiting(10, 10), WaitingFrame(2, NOW + 60, weight=2, line="b"), WaitingFrame(3, NOW + 70, line="b")],
-            4,
+            [
+                WaitingFrame(0, NOW + 60, line="b"),
+                WaitingFrame(1, NOW + 50, line="b"),
+                WaitingFrame(2, NOW + 9, line="c"),
+            ],
+            3,
             FLAT,
-            ((2,), (0,), (1,), (3,)),
-            id="a line's turn comes by the inputs before it",
+            ((2,), (1,), (0,)),
+            id="lines within their shares go by deadline alone",
         ),
     ],
 )
 def test_batches_when_frames_wait_then_follow_the_rules(frames, idle, run_times, batches):
     """Which frames run together follows from deadlines, idle runners and learned run times."""
-    decision = decide(frames, idle, 1, NOW, run_times, Turns({"": 1}))
+    decision = decide(frames, idle, 1, NOW, run_times, OFTEN_A)
 
     assert decision.batches == batches
 
 
 def test_decision_when_deadlines_are_past_or_out_of_reach_then_expires_and_refuses():
     """A passed deadline expires, one that can't be met is refused, and the rest runs."""
-    decision = decide(waiting(-1, 0, 0.5, 1, 1.5), 1, 1, NOW, FLAT, Turns())
+    decision = decide(waiting(-1, 0, 0.5, 1, 1.5), 1, 1, NOW, FLAT, Shares())
 
     assert decision == Decision(
-        batches=((4,),), expired=(0, 1), refused=(2, 3), look_again_at=None, turns=Turns({"": 1})
+        batches=((4,),), expired=(0, 1), refused=(2, 3), look_again_at=None, shares=decision.shares
     )
 
 
 def test_decision_when_frames_go_on_waiting_then_looks_again_before_the_first_would_be_too_late():
     """The next look is at the latest moment at which a waiting frame could still start in time."""
-    decision = decide(waiting(7, 5), 0, 2, NOW, FLAT, Turns())
+    decision = decide(waiting(7, 5), 0, 2, NOW, FLAT, Shares())
 
-    assert decision == Decision(batches=(), expired=(), refused=(), look_again_at=NOW + 4, turns=Turns())
+    assert decision == Decision(batches=(), expired=(), refused=(), look_again_at=NOW + 4, shares=Shares({"": 0.0}))
 
 
 def test_decision_when_nothing_runs_and_all_seem_hopeless_then_tries_the_one_with_most_time():
     """A wrong estimate can't refuse frames for ever, because an idle engine tries one nevertheless."""
-    decision = decide(waiting(0.2, 0.9, 0.5), 2, 0, NOW, FLAT, Turns())
+    decision = decide(waiting(0.2, 0.9, 0.5), 2, 0, NOW, FLAT, Shares())
 
     assert decision.batches == ((1,),)
     assert set(decision.refused) == {0, 2}
@@ -113,7 +120,7 @@ def test_admission_when_others_are_ahead_then_counts_what_comes_before(ahead, de
     """A frame is admitted if it can end in time behind running frames and behind those with earlier deadlines."""
     promised = [Promised(NOW + other) for other in ahead]
 
-    admission = admit(promised, Promised(NOW + deadline), free_in_s, NOW, FLAT, Turns())
+    admission = admit(promised, Promised(NOW + deadline), free_in_s, NOW, FLAT, Shares())
 
     assert (admission.is_possible, admission.wait_s) == (possible, pytest.approx(wait_s))
 
@@ -140,62 +147,54 @@ def test_admission_when_what_is_ahead_matters_less_then_it_does_not_count():
     """A frame waits for nothing that matters less, and for all that matters more or as much."""
     ahead = [Promised(NOW + 1, weight=4, priority=Priority.LOW), Promised(NOW + 9, weight=2)]
 
-    normal = admit(ahead, Promised(NOW + 8), [1, 1], NOW, FLAT, Turns())
-    low = admit(ahead, Promised(NOW + 8, priority=Priority.LOW), [1, 1], NOW, FLAT, Turns())
+    normal = admit(ahead, Promised(NOW + 8), [1, 1], NOW, FLAT, Shares())
+    low = admit(ahead, Promised(NOW + 8, priority=Priority.LOW), [1, 1], NOW, FLAT, Shares())
 
     assert (normal.wait_s, low.wait_s) == (1, 4)
 
 
-def test_turns_when_two_lines_always_wait_then_each_gets_the_same_whatever_it_sends():
-    """A line with thirty frames for each of another, all of them more urgent, is served no more than that one."""
-    turns, served = Turns(), Counter[str]()
-    noisy = [WaitingFrame(number, NOW + 1 + number / 100, line="noisy") for number in range(30)]
-    quiet = [WaitingFrame(100 + number, NOW + 50 + number, line="quiet") for number in range(10)]
+def test_shares_when_two_lines_always_wait_then_neither_gets_much_more_whatever_it_sends():
+    """A line whose frames are all more urgent than another's gets little more than an even share of the engine."""
+    shares, served = Shares(), Counter[str]()
 
+    for number in range(2000):
+        frames = [WaitingFrame(0, NOW + 1, line="noisy"), WaitingFrame(1, NOW + 50, line="quiet")]
+        decision = decide(frames, 1, 0, NOW, RunTimes.unknown(1), shares)
+        shares = decision.shares
+        served[frames[decision.batches[0][0]].line] += number >= 1000
+
+    assert served["noisy"] / served["quiet"] == pytest.approx(1.25 / 0.75, rel=0.1)
+
+
+def test_shares_when_a_line_was_silent_then_it_counts_no_more_and_saved_nothing_up():
+    """What ran long ago is forgotten, and so are lines that run no more."""
+    shares = Shares().after([WaitingFrame(0, NOW, line="gone")] * 100)
+    for _ in range(3000):
+        shares = shares.after([WaitingFrame(0, NOW, line="a"), WaitingFrame(1, NOW, line="b")])
+
+    assert set(shares.used) == {"a", "b"}
+    assert not any(shares.is_over(line) for line in ("a", "b", "gone"))
+
+
+def test_shares_when_frames_have_tiles_then_each_tile_counts():
+    """A line with a tenth of the frames has too much where each of them is of fifty tiles."""
+    shares = Shares()
     for _ in range(20):
-        decision = decide([*noisy, *quiet], 1, 0, NOW, RunTimes.unknown(1), turns)
-        ((number,),), turns = decision.batches, decision.turns
-        served["noisy" if number < 100 else "quiet"] += 1
-        noisy, quiet = ([f for f in frames if f.number != number] for frames in (noisy, quiet))
+        shares = shares.after([WaitingFrame(0, NOW, weight=50, line="tiled")] + [WaitingFrame(1, NOW, line="b")] * 9)
 
-    assert served == {"noisy": 10, "quiet": 10}
+    assert shares.is_over("tiled")
+    assert not shares.is_over("b")
 
 
-def test_turns_when_a_line_was_silent_then_it_saved_nothing_up():
-    """A line that begins to send late shares from then on; it does not catch up on what it never wanted."""
-    turns = Turns()
-    for number in range(50):
-        turns = turns.after([WaitingFrame(number, NOW, line="noisy")], ["noisy"])
+def test_admission_when_a_line_had_too_much_then_only_its_own_frames_wait_for_its_queue():
+    """A noisy line's queue is not in the way of others; its own next frame gets just what they leave."""
+    ahead = [Promised(NOW + 5, line="a") for _ in range(10)]
 
-    assert turns.of("noisy") == 1
-    assert turns.of("quiet") == 0
+    quiet = admit(ahead, Promised(NOW + 9, line="b"), [1, 1], NOW, FLAT, OFTEN_A)
+    noisy = admit(ahead, Promised(NOW + 9, line="a"), [1, 1], NOW, FLAT, OFTEN_A)
 
-
-def test_turns_when_frames_have_tiles_then_a_turn_costs_as_many():
-    """A frame of eight tiles lets the other lines have eight inputs before the next one."""
-    heavy = [WaitingFrame(number, NOW + 9, weight=8, line="heavy") for number in (0, 1)]
-    light = [WaitingFrame(10 + number, NOW + 60, line="light") for number in range(12)]
-    turns, order = Turns(), []
-    waits = [*heavy, *light]
-
-    while waits:
-        decision = decide(waits, 1, 0, NOW, RunTimes.unknown(1), turns)
-        ((number,),), turns = decision.batches, decision.turns
-        order.append(number)
-        waits = [frame for frame in waits if frame.number != number]
-
-    assert order.index(1) - order.index(0) == 9
-
-
-def test_admission_when_other_lines_wait_then_counts_them_for_as_many_turns_as_the_own_line_has():
-    """A noisy line's queue stands in the way of its own frames and hardly in that of others."""
-    ahead = [Promised(NOW + 5, line="noisy") for _ in range(20)]
-
-    quiet = admit(ahead, Promised(NOW + 9, line="quiet"), [1, 1], NOW, FLAT, Turns())
-    noisy = admit(ahead, Promised(NOW + 9, line="noisy"), [1, 1], NOW, FLAT, Turns())
-
-    assert (quiet.is_possible, quiet.wait_s) == (True, 1.5)
-    assert (noisy.is_possible, noisy.wait_s) == (False, 11)
+    assert (quiet.is_possible, quiet.wait_s) == (True, 1)
+    assert (noisy.is_possible, noisy.wait_s) == (False, pytest.approx(1 + 5 * 9 / 6))
 
 
 @pytest.mark.parametrize(
@@ -232,6 +231,117 @@ def test_run_times_when_a_frame_is_heavier_than_a_batch_then_learn_its_share():
     assert run_times.of(2) == pytest.approx(1.0)
 
 
+def test_admission_when_runs_are_uneven_then_the_queue_is_expected_to_move_at_their_mean():
+    """Quick runs tell what a run may take, not how soon what is ahead will be done."""
+    run_times = RunTimes.unknown(1)
+    for _ in range(100):
+        run_times = run_times.learn(1, 1.0).learn(1, 3.0)
+
+    admission = admit([Promised(NOW + 5)] * 10, Promised(NOW + 90), [0.5], NOW, run_times, Shares())
+
+    assert run_times.of(1) < 1.5
+    assert admission.wait_s == pytest.approx(20.5, rel=0.1)
+
+
+def test_pace_when_a_run_stalls_then_moves_little():
+    """One run of a thousand times the usual length does not close the queue."""
+    run_times = RunTimes.unknown(1).learn(1, 1.0)
+
+    assert run_times.learn(1, 1000.0).pace_s == pytest.approx(1.3)
+
+
+class _Plant:
+    """Lines that send frames at random times to two runners, in a time of its own: schedule and queue, nothing else."""
+
+    def __init__(self, rates, deadline_s, seconds, seed):
+        generator = random.Random(seed)  # noqa: S311 - times of arrival, no secret
+        self.arrivals = []
+        for line, rate in rates.items():
+            at = generator.expovariate(rate)
+            while at < seconds:
+                self.arrivals.append((at, line))
+                at += generator.expovariate(rate)
+        self.arrivals.sort()
+        self.deadline_s = deadline_s
+        self.lengths = random.Random(seed)  # noqa: S311 - as above
+        self.run_times = RunTimes.unknown(1)
+        self.shares = Shares()
+        self.waiting: dict[int, tuple[float, WaitingFrame]] = {}
+        self.running: list[tuple[float, float, float, WaitingFrame]] = []
+        self.latencies: dict[str, list[float]] = {line: [] for line in rates}
+        self.refused = Counter[str]()
+        self.late = 0
+
+    def run(self):
+        """Let everything happen in its order."""
+        for number, (at, line) in enumerate(self.arrivals):
+            while self.running and min(self.running)[0] <= at:
+                self._end()
+            self._arrive(number, at, line)
+        while self.running:
+            self._end()
+        return self
+
+    def _arrive(self, number, now, line):
+        held = Counter(frame.line for _, frame in self.waiting.values()) + Counter(r[3].line for r in self.running)
+        free_in_s = [max(0.0, began + self.run_times.of(1) - now) for _, began, _, _ in self.running]
+        free_in_s += [0.0] * (2 - len(free_in_s))
+        ahead = [Promised(frame.deadline, line=frame.line) for _, frame in self.waiting.values()]
+        new = Promised(now + self.deadline_s, line=line)
+        is_possible = admit(ahead, new, free_in_s, now, self.run_times, self.shares).is_possible
+        if has_room(64, held.total(), held[line], Priority.NORMAL, is_shared=True) and is_possible:
+            self.waiting[number] = now, WaitingFrame(number, new.deadline, line=line)
+            self._decide(now)
+        else:
+            self.refused[line] += 1
+
+    def _end(self):
+        run = min(self.running)
+        self.running.remove(run)
+        now, began, arrived, frame = run
+        self.latencies[frame.line].append(now - arrived)
+        self.late += now > frame.deadline
+        self.run_times = self.run_times.learn(1, now - began)
+        self._decide(now)
+
+    def _decide(self, now):
+        busy = len(self.running)
+        waiting = [frame for _, frame in self.waiting.values()]
+        decision = decide(waiting, 2 - busy, busy, now, self.run_times, self.shares)
+        self.shares = decision.shares
+        for number in (n for batch in decision.batches for n in batch):
+            arrived, frame = self.waiting.pop(number)
+            self.running.append((now + self.lengths.uniform(0.018, 0.024), now, arrived, frame))
+        for number in (*decision.expired, *decision.refused):
+            self.late += 1
+            del self.waiting[number]
+
+
+def _p99(plant):
+    return np.percentile([s for line, all_s in plant.latencies.items() if line != "line0" for s in all_s], 99)
+
+
+def test_lines_when_one_sends_twenty_times_its_share_then_the_others_hardly_notice():
+    """Nine lines at 60 % of what two runners can do: their 99th percentile rises by at most a fifth."""
+    rates = {f"line{number}": 5.7 for number in range(10)}
+
+    usual = _Plant(rates, 2.0, 60, seed=1).run()
+    flooded = _Plant({**rates, "line0": 20 * 5.7}, 2.0, 60, seed=1).run()
+
+    assert _p99(flooded) <= 1.2 * _p99(usual)
+    assert set(flooded.refused) == {"line0"}
+    assert len(flooded.latencies["line0"]) > 0.9 * 60 * (2 / 0.021 - 9 * 5.7)
+
+
+def test_queue_when_three_times_too_much_comes_then_runners_are_busy_and_the_accepted_are_in_time():
+    """With deadlines of ten runs, the runners never rest, what is accepted ends in time, and the rest is refused."""
+    plant = _Plant({"line0": 3 * 2 / 0.021}, 0.21, 20, seed=2).run()
+
+    answered = len(plant.latencies["line0"])
+    assert answered >= 0.97 * 20 * 2 / 0.021
+    assert plant.late <= 0.005 * answered
+
+
 class ScheduleMachine(RuleBasedStateMachine):
     """Frames arrive, runs end, time passes; after each event one decision is taken and held against every rule."""
 
@@ -249,7 +359,7 @@ class ScheduleMachine(RuleBasedStateMachine):
         self.running: list[list[WaitingFrame]] = []
         self.left: list[int] = []
         self.look_again_at: float | None = None
-        self.turns = Turns()
+        self.shares = Shares()
 
     @rule(
         in_s=st.integers(0, 80).map(lambda n: n / 8),
@@ -282,9 +392,9 @@ class ScheduleMachine(RuleBasedStateMachine):
 
     def _decide(self):
         idle, busy = self.runners - len(self.running), len(self.running)
-        decision = decide(self.waiting.values(), idle, busy, self.now, self.run_times, self.turns)
+        decision = decide(self.waiting.values(), idle, busy, self.now, self.run_times, self.shares)
         self._hold_against_rules(decision, idle, busy)
-        self.turns = decision.turns
+        self.shares = decision.shares
         self.running += [[self.waiting[number] for number in batch] for batch in decision.batches]
         for number in (*decision.expired, *decision.refused, *(n for batch in decision.batches for n in batch)):
             del self.waiting[number]  # raises where a frame left before
@@ -317,26 +427,11 @@ class ScheduleMachine(RuleBasedStateMachine):
         assert decision.look_again_at is None or decision.look_again_at > self.now - ROUNDING_S
 
     def _hold_against_order(self, started, others):
-        """Priorities, turns of the lines, deadlines: nobody who waits on could have gone before one who started."""
-        served, a_turn = Counter(self.turns.lead), self.run_times.best_weight
-        for at, frame in enumerate(started):
-            for other in started[at + 1 :] + others:
-                assert frame.priority <= other.priority
-                if frame.line == other.line and frame.priority == other.priority:
-                    assert (frame.deadline, frame.number) < (other.deadline, other.number)
-                elif frame.priority == other.priority:
-                    more_urgent = sum(
-                        rival.weight
-                        for rival in started[at + 1 :] + others
-                        if rival.line == other.line
-                        and (rival.priority, rival.deadline, rival.number)
-                        < (other.priority, other.deadline, other.number)
-                    )
-                    turn, other_turn = served[frame.line] // a_turn, (served[other.line] + more_urgent) // a_turn
-                    assert turn < other_turn or (
-                        turn == other_turn and (frame.deadline, frame.number) < (other.deadline, other.number)
-                    )
-            served[frame.line] += frame.weight
+        """Priorities, shares of the lines, deadlines: nobody who waits on could have gone before one who started."""
+        order = [(frame.priority, self.shares.is_over(frame.line), frame.deadline, frame.number) for frame in started]
+        last = [(f.priority, self.shares.is_over(f.line), f.deadline, f.number) for f in others]
+        assert order == sorted(order)
+        assert not order or not last or max(order) < min(last)
 
     @invariant()
     def each_frame_leaves_exactly_once(self):
