@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from service.batcher import Batcher
 from service.contract.bundle import Manifest
 from service.contract.calibration import Calibration
-from service.contract.golden import Run
 from service.contract.policy import Policy, may_judge
+from service.contract.tiling import Run
 from service.engines.engine import Engine
 
 # `unloaded`: nothing is wrong with the line, but its network is not in memory.
