@@ -31,6 +31,7 @@ from service.errors import (
     UnknownPolicy,
     UnknownVersion,
 )
+from service.heap import give_back
 from service.live import (
     NOT_CALIBRATED,
     LineStatus,
@@ -141,6 +142,7 @@ class Registry(LoadedVersions):
             self._fault = "Loading ended early, in a way that nobody foresaw; the log says how."
             _log.exception("loading ended early")
         finally:
+            give_back()
             self._is_loading = False
 
     def rescan(self) -> Rescanned:
@@ -162,6 +164,8 @@ class Registry(LoadedVersions):
                     activated.append(key)
                 else:
                     refused[key] = reason
+            if activated or refused:
+                give_back()
             return Rescanned(tuple(activated), refused, self._offer_new_policies())
 
     def activate(self, name: str, version: str) -> None:

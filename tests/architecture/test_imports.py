@@ -64,7 +64,7 @@ LAYERS = (
     ("service.settings", "service.telemetry"),
     ("service.batcher", "service.warm_up"),
     ("service.live",),
-    ("service.catalogue", "service.loading", "service.memory", "service.served"),
+    ("service.catalogue", "service.heap", "service.loading", "service.memory", "service.served"),
     ("service.versions",),
     ("service.auth", "service.records", "service.registry"),
     ("service.pipeline",),
