@@ -11,6 +11,8 @@ ARG PYTHON=python:3.11-slim-bookworm
 FROM ${PYTHON} AS build
 # Where torch comes from. The wheels of this index are built for CPUs; those of PyPI (an empty argument) bring CUDA along.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Or a folder of wheels that is mounted into the build, where no index is within reach.
+ARG PIP_FIND_LINKS=
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/flawline
 WORKDIR /src

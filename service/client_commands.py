@@ -150,6 +150,7 @@ def camera(
     authority: Authority = None,
     certificate: Certificate = None,
     seed: Annotated[int, typer.Option(help="Of arrivals.")] = 1,
+    heatmaps: Annotated[bool, typer.Option("--heatmaps", help="Have the server keep a heatmap of each frame.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Tell the end as JSON, and nothing before.")] = False,
 ) -> None:
     """Trigger cameras and tell what they saw."""
@@ -171,7 +172,7 @@ def camera(
         ) as client:
 
             async def send(name: str, frame: ClientFrame, number: int) -> Outcome:
-                return await client.inspect(name, frame, sequence=number)
+                return await client.inspect(name, frame, sequence=number, heatmap="overlay" if heatmaps else "none")
 
             watching = asyncio.create_task(show.refresh())
             try:

@@ -1,7 +1,7 @@
 """Makes the trial's first line, once: draws plates, fits a detector to the good ones, publishes its bundle.
 
 Runs in the training image: `python first_line.py FRAMES STORE`, then options of `flawline train`. The camera
-gets plates that fitting never saw, one in sixteen of them scratched.
+gets plates that fitting never saw, one in thirty-two of them scratched.
 """
 
 import subprocess
@@ -16,10 +16,10 @@ LINE = "brushed_plate"
 # Plates are easy; a line of your own takes the configuration's steps.
 _STEPS = "hyperparameters.recipe.iterations=300"
 # One plate in so many that the camera sees is scratched.
-_SCRATCHED_EVERY = 16
+_SCRATCHED_EVERY = 32
 
 
-def draw_line(frames: Path, *, fit: int = 120, shown: int = 96) -> None:
+def draw_line(frames: Path, *, fit: int = 240, shown: int = 96) -> None:
     """Write plates to fit a detector to, and others for the camera, in the order of its shooting."""
     good, scratched = draw_plates(seed=7), draw_plates(seed=8, scratched=True)
     for number in range(fit):

@@ -22,6 +22,7 @@ from grafana_foundation_sdk.models.dashboard import (
     DashboardCursorSync,
     DashboardLinkType,
     DataSourceRef,
+    DynamicConfigValue,
     Threshold,
     ThresholdsMode,
     VariableRefresh,
@@ -38,6 +39,9 @@ _FLEET = 'namespace=~"$namespace"'
 _ON_GPU = 'exported_namespace=~"$namespace"'
 _RATE = "[$__rate_interval]"
 
+# A verdict has its colour wherever it is drawn.
+_VERDICT_COLOURS = {"PASS": "green", "REVIEW": "yellow", "FAIL": "red", "NO_VERDICT": "purple"}
+
 Kind = Literal["timeseries", "stat", "heatmap", "table"]
 
 
@@ -49,11 +53,13 @@ class Query:
         expression: PromQL, with the dashboard's variables.
         legend: how a series is named, with `{{label}}`.
         may_be_empty: why it is empty on an ordinary day, or None where that would be a fault.
+        has_exemplars: whether single inspections are drawn as points beside it, each with a link to its heatmap.
     """
 
     expression: str
     legend: str
     may_be_empty: str | None = None
+    has_exemplars: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ def _quantiles(metric: str, labels: str, by: str) -> list[Query]:
         Query(
             f"histogram_quantile({quantile}, sum by ({by}, le) (rate({metric}_bucket{{{labels}}}{_RATE})))",
             f"p{int(100 * quantile)} {{{{{by}}}}}",
+            has_exemplars=quantile > 0.5,
         )
         for quantile in (0.5, 0.99)
     ]
@@ -110,6 +117,14 @@ _LINES_PANELS = (
                 "no frame was without a verdict",
             ),
         ],
+    ),
+    Panel(
+        "Scores against the threshold",
+        "Median and highest, in units of the fail threshold: at 1 a part fails. A point is one part: click it for its "
+        "heatmap, as long as the service keeps it.",
+        "none",
+        _quantiles("flawline_score", _LINE, "line"),
+        critical=1,
     ),
     Panel(
         "Share of stopped parts",
@@ -139,6 +154,13 @@ _LINES_PANELS = (
         [Query(f'flawline_image_quality{{{_LINE},stat="focus"}}', "{{line}}")],
     ),
     Panel(
+        "Promise of thirty days",
+        "Budget of errors that is left, of frames with a verdict and of frames in time: 100 % is untouched; below 0"
+        " the promise is broken.",
+        "percentunit",
+        [Query(f"slo:flawline_budget:left30d{{{_LINE}}}", "{{line}} {{slo}}")],
+    ),
+    Panel(
         "Why frames had no verdict",
         "By the code that the caller was told.",
         "reqps",
@@ -149,7 +171,6 @@ _LINES_PANELS = (
                 "no frame was without a verdict",
             )
         ],
-        width=24,
     ),
 )
 
@@ -227,6 +248,23 @@ _LATENCY_PANELS = (
         ],
         warning=0.001,
         critical=0.01,
+    ),
+    Panel(
+        "Time left, every frame",
+        "How many answered frames had how much time to spare.",
+        "s",
+        [Query(f"sum by (le) (increase(flawline_deadline_slack_seconds_bucket{{{_LINE}}}{_RATE}))", "{{le}}")],
+        kind="heatmap",
+    ),
+    Panel(
+        "Frames nobody waited for",
+        "Dropped before their run, or answered too late: the caller had left, or the deadline had passed.",
+        "reqps",
+        [
+            Query(
+                f"sum by (engine, reason) (rate(flawline_discarded_total{{{_FLEET}}}{_RATE}))", "{{engine}} {{reason}}"
+            )
+        ],
     ),
 )
 
@@ -411,6 +449,8 @@ def _draw(panel: Panel) -> Any:
     drawn.title(panel.title).description(panel.meaning).datasource(_SOURCE).unit(panel.unit).span(panel.width).height(8)
     for query, letter in zip(panel.queries, "ABCDEF", strict=False):
         target = prometheus.Dataquery().expr(query.expression).legend_format(query.legend).ref_id(letter)
+        if query.has_exemplars:
+            target.exemplar(True)
         if panel.kind == "heatmap":
             target.format(PromQueryFormat.HEATMAP)
         if panel.kind == "table":
@@ -419,6 +459,10 @@ def _draw(panel: Panel) -> Any:
     if panel.kind == "timeseries":
         legend = VizLegendOptions().show_legend(True).display_mode(LegendDisplayMode.LIST)
         drawn.legend(legend.placement(LegendPlacement.BOTTOM)).fill_opacity(8).line_width(2)
+        for verdict, colour in _VERDICT_COLOURS.items():
+            if any("{{verdict}}" in query.legend for query in panel.queries):
+                fixed = {"mode": "fixed", "fixedColor": colour}
+                drawn.override_by_regexp(f"/(^| ){verdict}$/", [DynamicConfigValue(id_val="color", value=fixed)])
     if panel.warning is not None or panel.critical is not None:
         steps = [Threshold(value=None, color="green")]
         steps += [

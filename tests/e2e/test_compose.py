@@ -120,14 +120,14 @@ def test_composition_when_something_is_wrong_then_the_pager_hears_of_it(tmp_path
 
 
 def test_first_line_when_drawn_then_the_camera_sees_other_plates_and_now_and_then_a_scratched_one(tmp_path):
-    """Plates to fit to, plates that fitting never saw, and the last of sixteen is brighter where the scratch is."""
-    runpy.run_path(str(COMPOSE / "first_line.py"))["draw_line"](tmp_path, fit=2, shown=16)
+    """Plates to fit to, plates that fitting never saw, and the last of thirty-two is brighter where the scratch is."""
+    runpy.run_path(str(COMPOSE / "first_line.py"))["draw_line"](tmp_path, fit=2, shown=32)
 
     fit = [file.read_bytes() for file in sorted((tmp_path / "brushed_plate/train/good").iterdir())]
     shown = [file.read_bytes() for file in sorted((tmp_path / "camera").iterdir())]
     brightest = [decode_image(data, FrameLimits(), None).pixels[150:200, 70:130].max() for data in shown]
 
-    assert (len(fit), len(shown), len({*fit, *shown})) == (2, 16, 18)
+    assert (len(fit), len(shown), len({*fit, *shown})) == (2, 32, 34)
     assert max(brightest[:-1]) < 220 < brightest[-1]
 
 

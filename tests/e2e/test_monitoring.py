@@ -10,8 +10,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
@@ -19,7 +21,8 @@ from tests.factories import encode, make_bundle, make_frame
 from tests.programs import prometheus as run_prometheus
 from tests.servers import ServerProcess, wait_until
 
-K8S = Path(__file__).resolve().parents[2] / "k8s"
+ROOT = Path(__file__).resolve().parents[2]
+K8S = ROOT / "k8s"
 MONITORING = K8S / "monitoring"
 LINES = ("cap", "screw")
 VARIABLES = {"$namespace": ".*", "$line": ".*", "$__rate_interval": "5s"}
@@ -27,15 +30,15 @@ VARIABLES = {"$namespace": ".*", "$line": ".*", "$__rate_interval": "5s"}
 FRAMES = 60
 
 
-def _build():
-    specification = importlib.util.spec_from_file_location("monitoring_build", MONITORING / "build.py")
+def _script(name):
+    specification = importlib.util.spec_from_file_location(f"monitoring_{name}", MONITORING / f"{name}.py")
     module = importlib.util.module_from_spec(specification)
-    sys.modules["monitoring_build"] = module
+    sys.modules[specification.name] = module
     specification.loader.exec_module(module)
     return module
 
 
-BUILD = _build()
+BUILD, PICTURE = _script("build"), _script("picture")
 PANEL_QUERIES = [
     pytest.param(query, id=f"{name}: {panel.title} {number}")
     for name, (_, panels) in BUILD.DASHBOARD_PANELS.items()
@@ -57,7 +60,8 @@ def prometheus(tmp_path_factory):
     (folder / "keys.json").write_text(json.dumps({"keys": []}))
     with ServerProcess(folder / "store") as server:
         server.ready()
-        with run_prometheus(folder, _scraping(folder, server.url)) as api:
+        scraping = _scraping(folder, server.url)
+        with run_prometheus(folder, scraping, "--enable-feature=exemplar-storage") as api:
             _load(server)
             yield api
 
@@ -66,16 +70,15 @@ def _load(server):
     frames = [encode(make_frame(seed=seed, defect=seed % 4 == 0)) for seed in range(4)]
     for number in range(FRAMES):
         for line in LINES:
-            answer = server.http.post(
-                f"/v1/lines/{line}/inspect", content=frames[number % 4], headers={"Content-Type": "image/png"}
-            )
+            wanted = {"Content-Type": "image/png", "X-Heatmap": "overlay"}
+            answer = server.http.post(f"/v1/lines/{line}/inspect", content=frames[number % 4], headers=wanted)
             assert answer.status_code == 200
         for line in LINES:
             server.http.post(f"/v1/lines/{line}/inspect", content=b"x", headers={"Content-Type": "image/png"})
 
 
 def _scraping(folder, url):
-    rules = re.sub(r"interval: 30s", "interval: 1s", BUILD.RULES.read_text("utf-8"))
+    rules = re.sub(r"interval: \d+[sm]", "interval: 1s", BUILD.RULES.read_text("utf-8"))
     (folder / "rules.yaml").write_text(rules)
     targets = {"targets": [url.removeprefix("http://")], "labels": {"namespace": "flawline"}}
     return {
@@ -85,9 +88,14 @@ def _scraping(folder, url):
     }
 
 
-def _ask(api, expression):
+def _filled(expression):
     for name, value in VARIABLES.items():
         expression = expression.replace(name, value)
+    return expression
+
+
+def _ask(api, expression):
+    expression = _filled(expression)
     answer = api.get("/api/v1/query", params={"query": expression}).json()
     assert answer["status"] == "success", f"{expression}: {answer.get('error')}"
     return answer["data"]["result"]
@@ -115,6 +123,40 @@ def test_rule_when_cameras_run_then_every_metric_in_it_exists(prometheus, rule):
     for name in names:
         wait_until(lambda name=name: bool(_ask(prometheus, name)), f"the metric {name}")
     _ask(prometheus, rule["expr"])
+
+
+@needs_prometheus
+def test_point_beside_a_panel_when_followed_then_leads_to_the_heatmap_of_that_inspection(prometheus):
+    """Grafana asks for exemplars, and makes each one a link as the trial's data source says."""
+    [source] = yaml.safe_load((ROOT / "docker/compose/grafana-datasource.yaml").read_text())["datasources"]
+    [link] = source["jsonData"]["exemplarTraceIdDestinations"]
+    [panel] = [panel for panel in BUILD.DASHBOARD_PANELS["lines"][1] if "Scores" in panel.title]
+    [query] = [_filled(query.expression) for query in panel.queries if query.has_exemplars]
+
+    def exemplars():
+        span = {"start": time.time() - 300, "end": time.time() + 1}
+        told = prometheus.get("/api/v1/query_exemplars", params={"query": query, **span}).json()
+        return [(series["seriesLabels"], point) for series in told["data"] for point in series["exemplars"]]
+
+    wait_until(lambda: bool(exemplars()), "an exemplar")
+    labels, point = exemplars()[0]
+    place = link["url"].replace("$${__value.raw}", point["labels"][link["name"]])
+    picture = httpx.get(f"http://{labels['instance']}{place.removeprefix('http://localhost:8000')}")
+
+    assert picture.status_code == 200
+    assert picture.headers["content-type"] == "image/png"
+
+
+@needs_prometheus
+@pytest.mark.parametrize("name", BUILD.DASHBOARD_PANELS)
+def test_dashboard_when_drawn_without_grafana_then_every_panel_has_its_place(prometheus, name):
+    """Whoever has no Grafana at hand still sees what it would show, from the committed file."""
+    dashboard = json.loads((BUILD.DASHBOARDS / f"flawline-{name}.json").read_text("utf-8"))
+
+    figure = PICTURE.draw(dashboard, PICTURE.Prometheus(str(prometheus.base_url), 1, VARIABLES))
+
+    drawn = {text.get_text() for axes in figure.axes for text in axes.texts}
+    assert {panel["title"] for panel in dashboard["panels"]} <= drawn
 
 
 @needs_prometheus

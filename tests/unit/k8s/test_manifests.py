@@ -4,12 +4,15 @@ Rendered by `kubectl kustomize`, checked against the schemas of several Kubernet
 rules, resource by resource. Nothing here needs a cluster, and nothing here was run on one.
 """
 
+import copy
+import json
 import re
 import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -20,8 +23,11 @@ K8S = Path(__file__).resolve().parents[3] / "k8s"
 OVERLAYS = sorted(path.parent.name for path in (K8S / "overlays").glob("*/kustomization.yaml"))
 VERSIONS = ("1.30", "1.33", "1.36")
 SERVING = ("cpu", "gpu", "gpu-mig", "keda", "monitoring")
-# Resources that Kubernetes itself does not know; their shapes are those of their own projects.
-FOREIGN = {"ScaledObject", "ServingRuntime", "InferenceService", "ServiceMonitor", "PrometheusRule"}
+# Resources that Kubernetes itself does not know; each shape says what it was written from.
+SHAPES = {
+    shape["properties"]["kind"]["const"]: shape
+    for shape in (json.loads(path.read_text("utf-8")) for path in sorted((K8S / "shapes").glob("*.json")))
+}
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 
@@ -64,12 +70,45 @@ def only(overlay, kind):
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_overlay_when_rendered_then_is_valid_for_kubernetes(overlay, version):
     """Every field of every built-in resource exists, and has the right type, in old and new clusters."""
-    known = [resource for resource in render(overlay) if resource["kind"] not in FOREIGN]
+    known = [resource for resource in render(overlay) if resource["kind"] not in SHAPES]
 
     for resource in known:
         kubernetes_validate.validate(resource, version, strict=True)
 
     assert known or overlay == "kserve"
+
+
+def foreign(overlay):
+    """Return the resources of an overlay that Kubernetes itself does not know."""
+    return [resource for resource in render(overlay) if resource["kind"] in SHAPES]
+
+
+@pytest.mark.parametrize("overlay", ["keda", "kserve", "monitoring"])
+def test_overlay_when_rendered_then_is_valid_for_operators_too(overlay):
+    """Resources of KEDA, KServe and the Prometheus operator have the shapes of their projects."""
+    assert foreign(overlay)
+    for resource in foreign(overlay):
+        jsonschema.validate(resource, SHAPES[resource["kind"]], jsonschema.Draft202012Validator)
+        if resource["kind"] == "ServingRuntime":  # a pod in disguise
+            parts = {name: resource["spec"][name] for name in ("containers", "volumes")}
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "as-kserve-starts-it"}, "spec": parts}
+            kubernetes_validate.validate(pod, VERSIONS[-1], strict=True)
+
+
+def test_shapes_when_all_overlays_are_rendered_then_each_is_needed():
+    """No shape is kept for a resource that nobody writes any more."""
+    assert {resource["kind"] for overlay in OVERLAYS for resource in foreign(overlay)} == set(SHAPES)
+
+
+@pytest.mark.parametrize("overlay", ["keda", "kserve", "monitoring"])
+def test_overlay_when_a_field_is_misspelt_then_its_shape_refuses_it(overlay):
+    """A shape that lets everything pass would be no check: one more letter anywhere in the spec, and it is refused."""
+    for resource in foreign(overlay):
+        for name in resource["spec"]:
+            wrong = copy.deepcopy(resource)
+            wrong["spec"][name + "s"] = wrong["spec"].pop(name)
+            with pytest.raises(jsonschema.ValidationError):
+                jsonschema.validate(wrong, SHAPES[resource["kind"]], jsonschema.Draft202012Validator)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
