@@ -25,7 +25,7 @@ WORKDIR /src
 # Dependencies first: they change seldom, and their layer is kept when only the sources change.
 COPY constraints.txt docker/constraints-gpu.txt pyproject.toml README.md LICENSE ./
 RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-print('\n'.join(p['dependencies'] + p['optional-dependencies']['gpu']))" > wanted.txt \
+print('\n'.join(p['dependencies'] + p['optional-dependencies']['gpu'] + p['optional-dependencies']['tracing']))" > wanted.txt \
     && /opt/flawline/bin/pip install --quiet -c constraints.txt -c constraints-gpu.txt -r wanted.txt
 COPY service service
 COPY models models

@@ -32,7 +32,7 @@ from service.routes.context import Context
 from service.routes.openapi import complete_openapi
 from service.routes.problems import REQUEST_ID_HEADER, install_problems
 from service.schemas import ProblemDocument
-from service.settings import Settings
+from service.settings import Settings, SettingsInvalid
 from service.shadows import Shadows
 from service.stores.directory import DirectoryStore
 from service.stores.mirror import Mirror
@@ -40,6 +40,7 @@ from service.stores.objects import Location, Objects
 from service.stores.store import Store
 from service.telemetry import Telemetry
 from service.tls import ServerCertificate
+from service.traces import Traces
 from service.versions import RegistryOptions
 
 _REQUEST_ID_HEADER = REQUEST_ID_HEADER.lower().encode()
@@ -69,6 +70,7 @@ def create_app(
 
     Raises:
         KeysFileInvalid: if there is a keys file that can't be used.
+        SettingsInvalid: if traces are wanted and their library is not installed.
         SigningFailed: if signatures are asked for and could not be checked.
         StoreUnreachable: if the store can't even be named to the library that speaks with it.
     """
@@ -95,6 +97,8 @@ def create_app(
             async with asyncio.timeout(settings.drain_timeout_s):
                 await context.registry.drain()
                 await context.after_answers.finish()
+                if context.traces is not None:
+                    await asyncio.to_thread(context.traces.close)
         except TimeoutError:
             _log.error("draining took too long; the service ends without what is left")
         context.registry.close()
@@ -204,11 +208,22 @@ def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[
         patience_s=settings.max_deadline_s,
         clock=clock,
     )
-    context = Context(settings, keyring, registry, pipeline, records, shadows, telemetry, clock)
+    traces = _trace_to(settings, telemetry)
+    context = Context(settings, keyring, registry, pipeline, records, shadows, telemetry, clock, traces)
     telemetry.watch_readiness(lambda: not context.reasons_not_ready())
     if settings.keys_file is not None and isinstance(keyring, MountedKeyring):
         telemetry.watch_keys(settings.keys_file, keyring.is_in_force)
     return context
+
+
+def _trace_to(settings: Settings, telemetry: Telemetry) -> Traces | None:
+    if settings.traces_endpoint is None:
+        return None
+    try:
+        from service.collector import open_traces  # noqa: PLC0415 - only who names a collector has its library
+    except ModuleNotFoundError as error:
+        raise SettingsInvalid("FLAWLINE_TRACES_ENDPOINT needs more: pip install 'flawline[tracing]'.") from error
+    return open_traces(settings.traces_endpoint, settings.traces_share, partial(telemetry.record_dropped, "traces"))
 
 
 def _store_of(settings: Settings) -> Store:

@@ -48,6 +48,7 @@ class RunResult(NamedTuple):
         scores: `(T,)` float32, raw scores of the graph, one for each network input of the frame.
         anomaly_maps: `(T, h, w)` float32.
         batch_size: frames that ran together.
+        batch_number: of their run; no other run of this engine has it.
         queue_s: seconds from the arrival until a runner took it.
         infer_s: seconds in the engine.
     """
@@ -55,6 +56,7 @@ class RunResult(NamedTuple):
     scores: NDArray[np.float32]
     anomaly_maps: NDArray[np.float32]
     batch_size: int
+    batch_number: int
     queue_s: float
     infer_s: float
 
@@ -157,6 +159,7 @@ class Batcher:
         self._meter = meter
         self._clock = clock
         self._numbers = count()
+        self._run_numbers = count()
         self._places: set[Place] = set()
         self._places_of: Counter[str] = Counter()
         self._waiting: dict[int, _Entry] = {}
@@ -428,13 +431,14 @@ class Batcher:
         except Exception as error:  # noqa: BLE001 - the edge: a runtime may raise anything
             _log.exception("a run failed", extra={"batch_size": len(entries)})
             return self._run_alone(entries) if len(entries) > 1 else self._give_up(error)
-        ended_at = self._clock()
+        ended_at, number = self._clock(), next(self._run_numbers)
         first_of = list(accumulate((entry.place.weight for entry in entries), initial=0))
         answers: list[RunResult | FlawlineError] = [
             RunResult(
                 scores=output.scores[first:end],
                 anomaly_maps=output.anomaly_maps[first:end],
                 batch_size=len(entries),
+                batch_number=number,
                 queue_s=started_at - entry.submitted_at,
                 infer_s=ended_at - started_at,
             )

@@ -51,6 +51,7 @@ class InspectionRequest:
         received_at: monotonic seconds, when the handler of the first byte started.
         receive_s: seconds spent receiving the body.
         bundle_version: None takes the live one.
+        trace_parent: the caller's `traceparent`, as W3C Trace Context writes it.
         is_network_input: whether `data` is the canvas itself, which the network takes or is cut for it, `(H, W, 3)`
             uint8 RGB row by row. It is neither decoded nor resized; then that is the frame whose pixels regions refer
             to.
@@ -70,6 +71,7 @@ class InspectionRequest:
     received_at: float
     receive_s: float
     bundle_version: str | None = None
+    trace_parent: str | None = None
     is_network_input: bool = False
     priority: Priority = Priority.NORMAL
 
@@ -98,6 +100,7 @@ class Inspection:
         window: where the map lies on the original frame, `(top, left, height, width)` in its pixels.
         policy: that judged.
         batch_size: frames in the batch that this one ran in.
+        batch_number: of that batch, among those of the bundle's engine.
         timings_s: seconds by stage: receive, decode, queue, infer, postprocess.
         deadline_s: seconds after the arrival by which the answer was due.
     """
@@ -120,5 +123,6 @@ class Inspection:
     window: Window
     policy: Policy
     batch_size: int
+    batch_number: int
     timings_s: Mapping[str, float]
     deadline_s: float

@@ -110,6 +110,7 @@ class Pipeline:
             window=window,
             policy=found.policy.policy,
             batch_size=result.batch_size,
+            batch_number=result.batch_number,
             timings_s={
                 "receive": request.receive_s,
                 "decode": decode_s,

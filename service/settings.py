@@ -105,6 +105,8 @@ class Settings(BaseSettings):
         max_heatmap_bytes_kept: memory that they may take.
         max_disagreements_kept: frames on which a shadow disagreed, to be read by administrators.
         drain_timeout_s: after SIGTERM, to answer what was accepted; not below `max_deadline_s`.
+        traces_endpoint: of an OpenTelemetry collector that takes OTLP over HTTP; absent means no traces.
+        traces_share: of inspections that are traced, where the caller's `traceparent` has not decided.
         log_level: of the JSON log.
     """
 
@@ -155,6 +157,8 @@ class Settings(BaseSettings):
     max_heatmap_bytes_kept: int = Field(default=256 * 2**20, ge=0)
     max_disagreements_kept: int = Field(default=1000, ge=1, le=1_000_000)
     drain_timeout_s: float = Field(default=15, gt=0, le=3600)
+    traces_endpoint: Annotated[str, Field(pattern=r"^https?://[^/\s]+(/\S*)?$")] | None = None
+    traces_share: float = Field(default=1, ge=0, le=1)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @field_validator("lines", "pinned_lines", "formats", mode="before")

@@ -35,7 +35,7 @@ from service.inspection import Inspection
 from service.tallies import Tally
 
 Discarded = Literal["caller_left", "late"]
-Sink = Literal["heatmaps", "disagreements"]
+Sink = Literal["heatmaps", "disagreements", "traces"]
 
 UNKNOWN_LINE = "unknown"
 CALLER_LEFT = "caller_left"
@@ -149,9 +149,12 @@ class Telemetry:
         self._store_unreachable = self._counter("store_unreachable", "Times that the store could not be asked.")
         self._golden_checks = self._counter("golden_checks", "Replays of golden frames on live engines.", "outcome")
         self._golden_failures = self._counter("golden_failures", "Bundles whose golden frames came out differently.")
-        self._dropped = self._counter("records_dropped", "Records that made room for newer ones.", "sink")
+        self._dropped = self._counter(
+            "records_dropped", "Records that made room for newer ones, or that nobody took.", "sink"
+        )
         self._dropped.labels("heatmaps")
         self._dropped.labels("disagreements")
+        self._dropped.labels("traces")
         self._shadow_frames = self._counter(
             "shadow_frames", "Answered frames of lines with a shadow: compared with it, or shed.", "line", "outcome"
         )
@@ -184,6 +187,10 @@ class Telemetry:
     def declare_line(self, line: str) -> None:
         """Let a line of the registry be a label."""
         self._lines.add(line)
+
+    def known_line(self, line: str) -> str:
+        """Return a line's name, or `unknown` where the registry has no such line."""
+        return line if line in self._lines else UNKNOWN_LINE
 
     def engine(self, engine: str) -> EngineMeter:
         """Return the gauges of an engine, under the name of its bundle."""
@@ -255,9 +262,9 @@ class Telemetry:
         """Count a replay of golden frames while lines are served; one that was skipped met a busy engine."""
         self._golden_checks.labels(outcome).inc()
 
-    def record_dropped(self, sink: Sink) -> None:
-        """Count a record that made room for newer ones."""
-        self._dropped.labels(sink).inc()
+    def record_dropped(self, sink: Sink, records: int = 1) -> None:
+        """Count records that made room for newer ones, or that nobody took."""
+        self._dropped.labels(sink).inc(records)
 
     def inspected(self, inspection: Inspection, encode_s: float, total_s: float) -> None:
         """Count and log one answered frame.
@@ -305,7 +312,7 @@ class Telemetry:
             seconds: by stage, as far as is known; `total` among them.
             fields: whatever else is known, for the log: request and part id, bytes.
         """
-        known = line if line in self._lines else UNKNOWN_LINE
+        known = self.known_line(line)
         self._no_verdict.labels(known, reason).inc()
         verdict = Verdict.NO_VERDICT.value
         if known in self._model_labels:

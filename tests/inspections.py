@@ -54,6 +54,7 @@ def make_inspection(**overrides: Any) -> Inspection:
         "window": (0.0, 0.0, 40.0, 50.0),
         "policy": policy,
         "batch_size": 2,
+        "batch_number": 1,
         "timings_s": STAGES_S,
         "deadline_s": 2.0,
     }

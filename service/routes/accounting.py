@@ -15,6 +15,8 @@ from service.routes.context import Context, context_of
 from service.routes.problems import request_id_of
 from service.telemetry import CALLER_LEFT
 
+TRACE_PARENT_HEADER = "traceparent"
+
 _Result = TypeVar("_Result")
 
 
@@ -50,6 +52,9 @@ def count_later(request: Request, line: str, reason: str, frames: int = 1) -> No
         total_s = round(context.clock() - request.state.received_at, 6)
         for _ in range(frames):
             context.telemetry.not_inspected(line, reason, request_id=request_id_of(request), seconds={"total": total_s})
+            if context.traces is not None:
+                known = context.telemetry.known_line(line)
+                context.traces.not_inspected(known, reason, request.headers.get(TRACE_PARENT_HEADER), total_s)
 
     asyncio.get_running_loop().call_soon(count)
 
@@ -106,4 +111,6 @@ async def _record(context: Context, inspection: Inspection, encode_s: float, tot
 
 def _count(context: Context, inspection: Inspection, encode_s: float, total_s: float) -> None:
     context.telemetry.inspected(inspection, encode_s, total_s)
+    if context.traces is not None:
+        context.traces.inspected(inspection, encode_s, total_s)
     context.shadows.show(inspection)

@@ -15,6 +15,7 @@ from service.registry import Registry
 from service.settings import Settings
 from service.shadows import Shadows
 from service.telemetry import Telemetry
+from service.traces import Traces
 
 
 class AfterAnswers:
@@ -68,6 +69,7 @@ class Context:
 
     Attributes:
         clock: seconds, monotonic; the one that deadlines are measured with.
+        traces: None where no collector is named.
     """
 
     settings: Settings
@@ -78,6 +80,7 @@ class Context:
     shadows: Shadows
     telemetry: Telemetry
     clock: Callable[[], float]
+    traces: Traces | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     after_answers: AfterAnswers = field(default_factory=AfterAnswers)
 

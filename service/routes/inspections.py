@@ -18,7 +18,7 @@ from service.auth import Caller
 from service.errors import DeadlinePassed, FlawlineError, NotAuthorised, ParameterInvalid
 from service.inspection import Inspection, InspectionRequest
 from service.routes import answers
-from service.routes.accounting import count_later, counting, record_later, unless_left
+from service.routes.accounting import TRACE_PARENT_HEADER, count_later, counting, record_later, unless_left
 from service.routes.bodies import Upload, receive_frame, receive_frames, usable
 from service.routes.context import Context, caller_of, context_of
 from service.routes.openapi import BATCH_OPERATION, FRAME_OPERATION, HEATMAP_ANSWERS, OPTION_HEADERS
@@ -216,6 +216,7 @@ def _ask(request: Request, line: str, options: InspectionOptions, upload: Upload
         received_at=received_at,
         receive_s=context_of(request).clock() - received_at,
         bundle_version=options.bundle_version,
+        trace_parent=request.headers.get(TRACE_PARENT_HEADER),
         priority=Priority[options.priority.upper()],
     )
 

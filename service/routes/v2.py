@@ -25,7 +25,7 @@ from service.inspection import Inspection, InspectionRequest
 from service.live import LineStatus, LiveLine
 from service.open_inference import JSON_LENGTH_HEADER, Coding, InferAnswer, InferRequest, ModelSpec, Values
 from service.registry import Registry
-from service.routes.accounting import counting, record_later, unless_left
+from service.routes.accounting import TRACE_PARENT_HEADER, counting, record_later, unless_left
 from service.routes.bodies import receive_body
 from service.routes.context import Context, caller_of, context_of
 from service.routes.problems import request_id_of
@@ -283,6 +283,7 @@ def _works(
             received_at=received_at,
             receive_s=receive_s,
             bundle_version=bundle_version,
+            trace_parent=request.headers.get(TRACE_PARENT_HEADER),
             is_network_input=asked.is_network_input,
         )
 

@@ -25,6 +25,7 @@ DOORS = {
     "cv2": ("service/contract/regions.py", "service/contract/raw_frames.py"),
     "timm": ("models/backbones.py",),
     "torchvision": ("models/backbones.py",),
+    "opentelemetry": ("service/traces.py", "service/collector.py"),
     "prometheus_client": ("service/telemetry.py",),
     "fastapi": ("service/app.py", ROUTES),
     "starlette": ("service/app.py", ROUTES),
@@ -62,7 +63,7 @@ LAYERS = (
     ("service.contract", "service.schedule"),
     ("service.drift", "service.engines", "service.inspection", "service.stores", "service.tallies", "service.tls"),
     ("service.settings", "service.telemetry"),
-    ("service.batcher", "service.warm_up"),
+    ("service.batcher", "service.traces", "service.warm_up"),
     ("service.live",),
     ("service.catalogue", "service.heap", "service.loading", "service.memory", "service.served"),
     ("service.versions",),
@@ -72,6 +73,7 @@ LAYERS = (
     ("service.schemas",),
     ("service.open_inference", "service.client"),
     ("service.routes", "service.camera"),
+    ("service.collector",),
     ("service.app", "service.protocol", "service.operator_commands"),
     ("service.__main__", "service.client_commands"),
 )
@@ -83,7 +85,7 @@ MODELS_STANDARD_LIBRARY = frozenset(
 )
 BELOW_DETECTORS = ("models.detector", "models.backbones", "models.blocks")
 # Their runtimes are not installed everywhere.
-OPTIONAL = ("service/engines/trt.py", "service/engines/cuda.py", "service/engines/openvino.py")
+OPTIONAL = ("service/engines/trt.py", "service/engines/cuda.py", "service/engines/openvino.py", "service/collector.py")
 HEAVY = ("torch", "torchvision", "timm", "models", "training", "matplotlib", "safetensors")
 
 

@@ -90,7 +90,7 @@ def test_service_image_when_built_then_holds_no_torch(name):
         "optional-dependencies",
     }
 
-    assert extras in ({"service", "client"}, {"gpu"})
+    assert extras in ({"service", "client", "tracing"}, {"gpu", "tracing"})
 
 
 def test_gpu_image_when_installed_then_every_package_of_the_extra_is_pinned():
