@@ -107,7 +107,10 @@ class Traces:
         """Return the span of the batch that a frame ran in; the first of its frames makes it."""
         key = (inspection.bundle_digest, inspection.batch_number)
         if key not in self._batches:
-            size = {"flawline.batch_size": inspection.batch_size, "flawline.device": inspection.device}
+            size: dict[str, int | str] = {
+                "flawline.batch_size": inspection.batch_size,
+                "flawline.device": inspection.device,
+            }
             # In a trace of its own: it belongs to no single caller.
             span = self._tracer.start_span("batch", Context(), attributes=size, start_time=start)
             span.end(end)
