@@ -24,7 +24,7 @@ install: $(STAMP) ## make .venv with everything, at the pinned versions
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Flawline needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH_SOURCE) -c constraints.txt -e '.[service,client,training,demo,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH_SOURCE) -c constraints.txt -e '.[service,client,openvino,training,demo,dev]'
 	@touch $@
 
 demo: $(STAMP) ## the main job on real frames: fit, evaluate, export, serve, inspect (LINE=folder for your own)

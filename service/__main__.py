@@ -23,10 +23,14 @@ import typer
 import uvicorn
 from rich.markup import escape
 
+from service.engine_commands import build_engine
 from service.operator_commands import bundle_commands, keys
 
 GROUP = "flawline.commands"
 commands = typer.Typer()
+commands.command(
+    "build-engine", epilog="Example:\n\nflawline build-engine store/bottle/3 --max-batch-size 16 --opt-batch-size 8"
+)(build_engine)
 commands.add_typer(bundle_commands)
 commands.add_typer(keys, name="keys")
 

@@ -25,7 +25,7 @@ _KINDS = {
     "unit": "one file of the sources",
 }
 # Where tests look for material and for a second interpreter; all other variables of ours would change the service.
-_KEPT_VARIABLES = frozenset({"FLAWLINE_SHARED", "FLAWLINE_SERVICE_PYTHON"})
+_KEPT_VARIABLES = frozenset({"FLAWLINE_GPU_WHEELS", "FLAWLINE_SHARED", "FLAWLINE_SERVICE_PYTHON"})
 _CONNECTING = frozenset({"socket.connect", "socket.sendto"})
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as `flawline` does, before anything imports the runtime

@@ -33,6 +33,12 @@ ReviewRate = Annotated[float | None, typer.Option(help="wanted share of good par
 FailRate = Annotated[float | None, typer.Option(help="wanted share of good parts that are FAIL")]
 Roi = Annotated[Path | None, typer.Option(help="mask image, white where parts are inspected")]
 Layout = Annotated[str | None, typer.Option(help="how the folder is read, where it could be read in several ways")]
+Precision = Annotated[
+    Literal["fp32", "fp16", "int8"] | None,
+    typer.Option(
+        help="of the graph: fp32 (default), fp16 for GPUs, int8 for CPUs; refused where verdicts would differ"
+    ),
+]
 Line = Annotated[str | None, typer.Option(help="which of the bundle's lines, where it serves several")]
 Threads = Annotated[int | None, typer.Option(min=1, help="threads of one computation")]
 Settings = Annotated[
@@ -80,6 +86,7 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
     shot_seed: Annotated[int | None, typer.Option(min=0, help="chooses these frames")] = None,
     review_rate: ReviewRate = None,
     fail_rate: FailRate = None,
+    precision: Precision = None,
     roi: Annotated[
         list[str] | None,
         typer.Option(metavar="[NAME=]MASK", help="mask image, white where parts are inspected; of a --line: NAME=MASK"),
@@ -113,7 +120,7 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
         raise typer.Exit(_CALLERS_FAULT)
     jobs = _jobs()
     named = {"backbone": backbone, "product": product, "seed": seed, "review_rate": review_rate, "fail_rate": fail_rate}
-    named |= {"shots": shots, "shot_seed": shot_seed}
+    named |= {"shots": shots, "shot_seed": shot_seed, "precision": precision}
     with jobs.faults_as_sentences():
         if resume is not None:
             jobs.resume_run(resume, threads)
@@ -188,6 +195,8 @@ Examples:
 
 flawline export runs/bottle/20261122-101500 --fail-rate 0.02
 
+flawline export runs/bottle/20261122-101500 --precision int8
+
 flawline export grnr --name leather --product texture
 
 flawline export grnr --name leather --product texture --calibration self
@@ -200,6 +209,10 @@ def export(  # noqa: PLR0917 - typer reads options from a signature; nobody call
     store: Annotated[Path | None, typer.Option(help="folder of all bundles; default: the run's, or store")] = None,
     review_rate: ReviewRate = None,
     fail_rate: FailRate = None,
+    precision: Precision = None,
+    keep_float: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="operators that stay in float32; may be repeated")
+    ] = None,
     zero_shot: Annotated[
         bool, typer.Option("--zero-shot", help="for a line that the run was not fitted on, without any of its frames")
     ] = False,
@@ -223,9 +236,16 @@ def export(  # noqa: PLR0917 - typer reads options from a signature; nobody call
             source,
             asked=zero_shot,
             rates=(review_rate, fail_rate),
+            precision=precision or keep_float,
             others={"--name": name, "--calibration": calibration, "--config": config, "--product": product},
         ):
-            jobs.export_run(Path(source), store, {"review_rate": review_rate, "fail_rate": fail_rate}, threads)
+            changes = {
+                "review_rate": review_rate,
+                "fail_rate": fail_rate,
+                "precision": precision,
+                "keep_float": keep_float,
+            }
+            jobs.export_run(Path(source), store, changes, threads)
             return
         chosen = [] if product is None else [f"product={product}"]
         wishes = jobs.ZeroShotWishes(

@@ -129,7 +129,7 @@ def make_manifest(run: RunRecord) -> Manifest:
         input=run.config.frame_input,
         output=run.output,
         opset=opset_of(run.model),
-        precision="fp32",
+        precision=run.config.precision,
         by_line={line.name: _line_record(line, run.config) for line in run.lines},
         labelled_defects=_labelled_record(run.labelled_defects),
         evaluation_resolution=run.config.evaluation_resolution,

@@ -33,6 +33,7 @@ _CONFIG_OF_SIZE = {"paper": "{detector}.yaml", "small": "{detector}_small.yaml"}
 
 
 Product = Literal["texture", "object"]
+Precision = Literal["fp32", "fp16", "int8"]
 
 
 class ConfigFault(Exception):
@@ -83,6 +84,8 @@ class RunConfig(BaseModel):
         golden_frames: how many frames of each line the golden set has at most.
         evaluation_resolution: whether pixel figures are measured at the frames' own size or at the model's.
         batch_size: frames a forward pass in evaluation and calibration; it changes speed, never an answer.
+        precision: of the exported graph.
+        keep_float: patterns of names of operators that stay in float32 at any precision, as in `node_conv2d_1*`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -104,6 +107,8 @@ class RunConfig(BaseModel):
     golden_frames: int = Field(default=8, ge=2, le=64)
     evaluation_resolution: Literal["original", "model"] = "original"
     batch_size: int = Field(default=8, ge=1, le=512)
+    precision: Precision = "fp32"
+    keep_float: tuple[str, ...] = ()
 
     @field_validator("backbone")
     @classmethod

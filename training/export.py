@@ -61,7 +61,8 @@ class EndToEnd(nn.Module):
             frames: `(B, H, W, 3)` uint8 RGB.
             line_index: `(B,)` int64, which line each frame shows; for line-conditioned detectors only.
         """
-        images = frames.permute(0, 3, 1, 2).to(torch.float32) / 255
+        # Cast first: TensorRT takes bytes as an input and nowhere else.
+        images = frames.to(torch.float32).permute(0, 3, 1, 2) / 255
         output: AnomalyOutput = self.detector(images) if line_index is None else self.detector(images, line_index)
         return output.score, output.anomaly_map
 

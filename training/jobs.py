@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import typer
@@ -189,10 +189,17 @@ def resume_run(directory: Path, threads: int | None) -> None:
     _run(read_request(directory), directory, "resume" if has_checkpoint(directory) else "new", threads)
 
 
-def export_run(directory: Path, store: Path | None, rates: Mapping[str, float | None], threads: int | None) -> None:
-    """Evaluate, calibrate and export a fitted run again."""
+def export_run(directory: Path, store: Path | None, changes: Mapping[str, Any], threads: int | None) -> None:
+    """Evaluate, calibrate and export a fitted run again, with other rates or in another precision.
+
+    Args:
+        directory: of the run.
+        store: receives the bundle, or None for the run's own.
+        changes: values of the run's configuration; None keeps one.
+        threads: of one computation, or None for torch's choice.
+    """
     request = read_request(directory)
-    given = {key: value for key, value in rates.items() if value is not None}
+    given = {key: value for key, value in changes.items() if value is not None}
     try:
         config = RunConfig.model_validate(request.config.model_dump(mode="json") | given)
     except ValidationError as error:
@@ -202,7 +209,12 @@ def export_run(directory: Path, store: Path | None, rates: Mapping[str, float | 
 
 
 def is_zero_shot(
-    source: str, *, asked: bool, rates: Sequence[float | None], others: Mapping[str, object | None]
+    source: str,
+    *,
+    asked: bool,
+    rates: Sequence[float | None],
+    precision: object | None,
+    others: Mapping[str, object | None],
 ) -> bool:
     """Tell which of its two exports is meant, and refuse options of the other one.
 
@@ -214,6 +226,11 @@ def is_zero_shot(
         raise ConfigFault(
             "Without frames there is nothing to choose rates by; leave --review-rate and --fail-rate out, and give "
             "them to flawline calibrate."
+        )
+    if wanted and precision:
+        raise ConfigFault(
+            "Without frames nobody can tell whether another precision gives the same verdicts; leave --precision and "
+            "--keep-float out."
         )
     strange = [option for option, value in others.items() if value is not None]
     if not wanted and strange:

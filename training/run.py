@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from service.contract.bundle import Manifest, MetricRecord
+from service.contract.bundle import Manifest, MetricRecord, ParityRecord
 from service.contract.frames import FrameLimits
 from service.contract.geometry import InputSpec
 from service.contract.policy import ScoreRule
-from service.contract.tiling import Run, by_tiles
+from service.contract.tiling import Run, by_tiles, cut_tiles
 from training.bundles import (
     MeasuredLine,
     RunRecord,
@@ -49,9 +49,10 @@ from training.detectors import (
 from training.evaluate import ask, evaluate, spread
 from training.export import DetectorRun, GraphRun, check_parity, export_graph
 from training.fit import CheckpointPlan, FitReport, FitSettings, fit
-from training.golden import GoldenChooser, GoldenFrame, golden_files
+from training.golden import GoldenChooser, GoldenFrame, golden_files, plant_defect
 from training.import_checkpoint import adopt_released
 from training.lines import GatheredLine, GatheredLines, gather_lines
+from training.precision import JudgedFrames, check_verdicts, layers_of, lower_precision
 from training.progress import Reporter
 from training.report import LineReport, ReportData, collect, render
 from training.reproducibility import describe_run, make_deterministic
@@ -66,6 +67,10 @@ _FEWEST_PARITY_FRAMES = 4
 _FITTING_KEYS = {"detector", "backbone", "hyperparameters", "input", "seed", "hold_out"}
 _DEEPEST_BITS = 16
 _SHOT_KEYS = {"shots", "shot_seed", "shot_views"}
+
+# On which the ranges of activations are found.
+_RANGE_FRAMES = 32
+_PLANTED_FRAMES = 8
 
 Beginning = Literal["new", "resume", "export", "import"]
 
@@ -139,6 +144,12 @@ def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: B
     policies = {line.name: line.calibrated.policy for line in measured}
     shown, line_index = _some_frames(measured, config)
     parity = check_parity(on_cpu, whole, shown, line_index, list(policies.values()), rule, spec.window(1, 1))
+    if config.precision != "fp32":
+        reporter.note(f"bringing the graph to {config.precision}, measuring and calibrating again with it")
+        model, parity, measured = _lower(model, config, gathered, measured, rule, reporter)
+        graph = GraphRun(model)
+        whole = by_tiles(graph, spec, rule)
+        policies = {line.name: line.calibrated.policy for line in measured}
     golden = golden_files(
         [frame for index, line in enumerate(measured) for frame in _choose_golden(whole, index, line, rule, config)]
     )
@@ -263,6 +274,70 @@ def _measure(
         resolution = config.evaluation_resolution
         evaluation = evaluate(tested, calibrated.policy, rule, config.frame_input, resolution, seed=config.seed)
     return MeasuredLine(line, held_out, tested, calibrated, evaluation)
+
+
+def _lower(
+    model: bytes,
+    config: RunConfig,
+    gathered: GatheredLines,
+    exact: Sequence[MeasuredLine],
+    rule: ScoreRule,
+    reporter: Reporter,
+) -> tuple[bytes, ParityRecord, list[MeasuredLine]]:
+    """Return the graph in the wanted precision, how far it is from float32, and its lines measured with it."""
+    precision = config.precision
+    if precision == "fp32":
+        raise ValueError("float32 is what the graph is in")
+    seen = range(0, len(gathered.fitted_on), max(1, len(gathered.fitted_on) // _RANGE_FRAMES))[:_RANGE_FRAMES]
+    spec = config.frame_input
+    tiles = [cut_tiles(load_frame(gathered.fitted_on[i], spec, FrameLimits()), spec) for i in seen]
+    frames = np.concatenate(tiles)
+    shown = np.repeat(np.array([gathered.fitted_on_lines[i] for i in seen], np.int64), [len(cut) for cut in tiles])
+    lowered = lower_precision(model, precision, frames, shown, config.keep_float)
+    graphs = tuple(by_tiles(GraphRun(one), spec, rule) for one in (model, lowered))
+    measured = [
+        _measure(graphs[1], index, line.gathered, len(exact), rule, config, reporter)
+        for index, line in enumerate(exact)
+    ]
+    compared = []
+    for index, lines in enumerate(zip(exact, measured, strict=True)):
+        planted = _plant(lines[0], config)
+        of_line = np.full(len(planted), index, np.int64)
+        before, after = (
+            _judged(line, *_in_turn(graph, planted, of_line)) for line, graph in zip(lines, graphs, strict=True)
+        )
+        compared.append((before, after))
+    parity = check_verdicts(precision, compared, rule, spec.window(1, 1), layers_of(model))
+    return lowered, parity, measured
+
+
+def _plant(line: MeasuredLine, config: RunConfig) -> NDArray[np.uint8]:
+    """Return held-out good frames with defects planted on them, `(n, H, W, 3)` uint8."""
+    generator = np.random.default_rng(config.seed)
+    chosen = spread(line.held_out)[:_PLANTED_FRAMES]
+    return np.stack(
+        [
+            plant_defect(load_frame(sample.path, config.frame_input, FrameLimits()), generator, (i + 1) / len(chosen))
+            for i, sample in enumerate(chosen)
+        ]
+    )
+
+
+def _in_turn(
+    graph: Run, frames: NDArray[np.uint8], line_index: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    answers = [graph(frames[i : i + 1], line_index[i : i + 1]) for i in range(len(frames))]
+    return np.concatenate([scores for scores, _ in answers]), np.concatenate([maps for _, maps in answers])
+
+
+def _judged(line: MeasuredLine, scores: NDArray[np.float32], maps: NDArray[np.float32]) -> JudgedFrames:
+    """Return what a graph says of a line's held-out, test and further frames."""
+    answers = line.answers.values()
+    return JudgedFrames(
+        scores=np.concatenate([*(answer.scores for answer in answers), scores]),
+        maps=np.concatenate([*(answer.maps for answer in answers), maps]),
+        policy=line.calibrated.policy,
+    )
 
 
 def _some_frames(lines: Sequence[MeasuredLine], config: RunConfig) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

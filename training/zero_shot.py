@@ -105,6 +105,8 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
         GoldenFailed: if no generated frame is clear of the thresholds.
     """
     config, spec = request.config, request.config.frame_input
+    if config.precision != "fp32":
+        raise ConfigFault("A zero-shot bundle is fp32: without frames nobody can tell what another precision changes.")
     make_deterministic(config.seed)
     prepared = prepare_detector(config, request.weights, request.weight_folders, torch.device("cpu"))
     if request.fitted_in is None:

@@ -151,19 +151,22 @@ class LineRecord(_Record):
 
 
 class ParityRecord(_Record):
-    """How far the exported graph is from PyTorch, on real frames.
+    """How far the exported graph is from PyTorch, or from the float32 graph that it was made from, on real frames.
 
     Attributes:
         frames: how many were compared.
         map_difference: largest difference of a map value, as a fraction of the maps' range.
         score_difference: largest difference of a score.
         verdicts_differ: frames whose verdict differs; always 0 in a bundle that was written.
+        verdicts_at_threshold: frames so near to a threshold that either verdict is right, and whose verdict differs;
+            only graphs of another precision than float32, which were compared with that, have any.
     """
 
     frames: int = Field(ge=1)
     map_difference: float = Field(ge=0)
     score_difference: float = Field(ge=0)
     verdicts_differ: Literal[0]
+    verdicts_at_threshold: int = Field(default=0, ge=0)
 
 
 class GoldenRule(_Record):

@@ -51,8 +51,8 @@ def architecture() -> str:
     Raises:
         EngineFailed: if there is no GPU, or no driver for it.
     """
-    status, count = runtime.cudaGetDeviceCount()
-    if status != runtime.cudaError_t.cudaSuccess or not count:
+    status, *count = runtime.cudaGetDeviceCount()
+    if status != runtime.cudaError_t.cudaSuccess or not any(count):
         raise EngineFailed("There is no GPU that CUDA can use here; look at the driver, or ask for another device.")
     attribute = runtime.cudaDeviceAttr
     major = check(runtime.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMajor, DEVICE))

@@ -54,10 +54,10 @@ class OpenVinoEngine:
             inputs, outputs = _signature(model.inputs), _signature(model.outputs)
             self._is_conditional = self._promise.check_signature(inputs, outputs)
             compiled = core.compile_model(model, "CPU", settings)
-            requests = [compiled.create_infer_request() for _ in range(options.instances)]
+            # The last request takes the network with it.
+            self._pool: Pool[Any] = Pool(options.instances, compiled.create_infer_request, lambda _: None)
         except RuntimeError as error:
             raise BundleRefused("The runtime can't load model.onnx; export the bundle again.") from error
-        self._pool: Pool[Any] = Pool(requests, lambda _: None)  # the last request takes the network with it
         self.device = "openvino:cpu"
         self.size_bytes = len(bundle.model)
 

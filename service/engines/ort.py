@@ -101,9 +101,9 @@ class OrtGpuEngine:
             )
         self._promise = Promise.of(bundle.manifest)
         self._most = options.max_batch_size
-        instances = [_GpuSession(bundle, self._promise, options) for _ in range(options.instances)]
+        self._pool = Pool(options.instances, lambda: _GpuSession(bundle, self._promise, options), _GpuSession.close)
+        instances = self._pool.instances
         self._is_conditional = instances[0].is_conditional
-        self._pool = Pool(instances, _GpuSession.close)
         # Each session holds the weights; what it computes in between is not known.
         self.size_bytes = sum(len(bundle.model) + instance.buffer_bytes for instance in instances)
 
@@ -154,7 +154,7 @@ class _GpuSession:
         self._bindings: dict[int, tuple[Any, Any]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="flawline-gpu")
         try:
-            providers = _gpu_providers(bundle, options, promise, self._lane.stream)
+            providers = _providers(bundle, options, promise, self._lane.stream)
             self._session: Any = self._thread.submit(_open_session, bundle.model, options, providers).result()
             self.is_conditional = _check_session(self._session, promise)
         except BaseException:
@@ -212,10 +212,12 @@ class _GpuSession:
         return binding, run_options
 
 
-def _gpu_providers(
+def _providers(
     bundle: Bundle, options: EngineOptions, promise: Promise, stream: int | None
 ) -> list[tuple[str, dict[str, str]] | str]:
-    """Return the providers of a GPU session, with what each is told; every value is text, as the runtime wants it."""
+    """Return the providers of a session with a lane, and what each is told; every value is text, as they want it."""
+    if options.device == "cpu":
+        return list(_PROVIDERS["cpu"])
     graphs = "1" if options.cuda_graphs else "0"
     shared = {"device_id": "0", "user_compute_stream": str(stream)}
     # Memory grows by what is asked for, not by doubling: several engines share the device.

@@ -1,6 +1,6 @@
 """Instances of one engine: each serves one run at a time, and a run takes whichever is free."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from threading import Lock
@@ -12,19 +12,31 @@ _Instance = TypeVar("_Instance")
 
 
 class Pool(Generic[_Instance]):
-    """Lends instances, and closes each of them in the end.
+    """Opens instances, lends them, and closes each of them in the end.
 
     Args:
-        instances: at least one.
+        count: of instances, at least one.
+        make: opens one; what it raises closes those that are open already.
         close: gives an instance's memory back.
+
+    Attributes:
+        instances: to be looked at; only who lends one may use it.
     """
 
-    def __init__(self, instances: Sequence[_Instance], close: Callable[[_Instance], None]) -> None:
+    def __init__(self, count: int, make: Callable[[], _Instance], close: Callable[[_Instance], None]) -> None:
+        self.instances: list[_Instance] = []
+        try:
+            for _ in range(count):
+                self.instances.append(make())
+        except BaseException:
+            for instance in self.instances:
+                close(instance)
+            raise
         self._close = close
         self._lock = Lock()
         self._is_closed = False
         self._free: SimpleQueue[_Instance | None] = SimpleQueue()  # None tells those who wait that the end has come
-        for instance in instances:
+        for instance in self.instances:
             self._free.put(instance)
 
     @contextmanager
@@ -56,4 +68,5 @@ class Pool(Generic[_Instance]):
             with suppress(Empty):
                 while (instance := self._free.get_nowait()) is not None:
                     self._close(instance)
+            self.instances.clear()
             self._free.put(None)

@@ -154,10 +154,11 @@ class TrtEngine:
         }
         if not self._is_conditional:
             del tensors["line_index"]
-        contexts = [_Context(self._engine, tensors, options, self._log) for _ in range(options.instances)]
-        self._pool = Pool(contexts, _Context.close)
+        self._pool = Pool(
+            options.instances, lambda: _Context(self._engine, tensors, options, self._log), _Context.close
+        )
         of_context = int(self._engine.device_memory_size_v2)
-        self.size_bytes = len(plan.data) + sum(of_context + context.buffer_bytes for context in contexts)
+        self.size_bytes = len(plan.data) + sum(of_context + context.buffer_bytes for context in self._pool.instances)
         self._lost: str | None = None
         self._closing = threading.Lock()
 

@@ -16,11 +16,11 @@ ROUTES = "service/routes/"
 
 # Each outside library and the only files that may import it; a folder stands for all files in it.
 DOORS = {
-    "onnxruntime": ("service/engines/ort.py", "training/export.py"),
+    "onnxruntime": ("service/engines/ort.py", "training/export.py", "training/precision.py"),
     "openvino": ("service/engines/openvino.py",),
     "tensorrt": ("service/engines/trt.py",),
     "cuda": ("service/engines/cuda.py",),
-    "onnx": ("service/contract/graph.py", "training/export.py"),
+    "onnx": ("service/contract/graph.py", "training/export.py", "training/precision.py"),
     "PIL": ("service/contract/frames.py",),
     "cv2": ("service/contract/regions.py", "service/contract/raw_frames.py"),
     "timm": ("models/backbones.py",),
@@ -74,7 +74,7 @@ LAYERS = (
     ("service.open_inference", "service.client"),
     ("service.routes", "service.camera"),
     ("service.collector",),
-    ("service.app", "service.protocol", "service.operator_commands"),
+    ("service.app", "service.engine_commands", "service.protocol", "service.operator_commands"),
     ("service.__main__", "service.client_commands"),
 )
 
