@@ -1,7 +1,7 @@
 """What we ask of TensorRT and of CUDA Python is there, in the real bindings of both releases.
 
 `.ci/run` puts the wheels into a folder that `FLAWLINE_GPU_WHEELS` names: `tensorrt-cu13-bindings` of releases 10 and
-11, and `cuda-bindings`. They need no GPU to be looked at: TensorRT's load with empty libraries in the place of NVIDIA's,
+11, and `cuda-bindings`. They need no GPU to be looked at: TensorRT's load with empty libraries in place of NVIDIA's,
 made here by the C compiler, and CUDA's answer every call with "no driver", after they have looked at its arguments.
 """
 
