@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,20 @@ def test_export_when_a_run_is_fitted_then_publishes_the_same_network_with_other_
     first, second = load_bundle(finished.bundle), _published(result.output)
     assert second.model == first.model
     assert second.policies["bottle"].fail_threshold < first.policies["bottle"].fail_threshold
+
+
+def test_export_when_another_precision_is_asked_for_then_the_bundle_is_calibrated_with_that_graph(finished, tmp_path):
+    """The service accepts it: the manifest tells the precision, and golden set and thresholds are the graph's own."""
+    directory = shutil.copytree(finished.directory, tmp_path / "run")  # an export keeps what it was asked for in there
+
+    result = _invoke("export", directory, "--precision", "fp16", "--store", tmp_path / "store", "--threads", "1")
+
+    assert result.exit_code == 0, result.output
+    first, half = load_bundle(finished.bundle), _published(result.output)
+    assert (first.manifest.precision, half.manifest.precision) == ("fp32", "fp16")
+    assert len(half.model) < len(first.model)
+    assert half.manifest.parity.frames > GOOD // 2 + TEST_GOOD + DEFECTS  # and planted defects
+    replay(half, read_golden(half), make_runner(half.model))
 
 
 def test_calibrate_when_other_good_parts_come_then_publishes_a_new_version(finished, line):
