@@ -10,6 +10,7 @@ frames of the line, those near a threshold included.
 """
 
 import argparse
+import shutil
 import statistics
 import tempfile
 import time
@@ -36,7 +37,8 @@ CPU_ENGINES: tuple[tuple[Device, InferencePrecision], ...] = (("cpu", "f32"), ("
 
 def export(run: Path, precision: str, keep_float: list[str], store: Path) -> Bundle:
     """Export a run in one precision into a store of its own and read the bundle as the service does."""
-    export_run(run, store, {"precision": precision, "keep_float": keep_float or None}, 1)
+    copy = shutil.copytree(run, store / "run")  # an export keeps what it was asked for in the run's directory
+    export_run(copy, store, {"precision": precision, "keep_float": keep_float}, 1)
     (manifest,) = store.glob("*/*/manifest.json")
     return load_bundle(manifest.parent)
 
@@ -78,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     request = read_request(options.run)
     samples = [sample for sample in read_dataset(request.lines[0].folder).samples if sample.split == "test"]
-    frames = np.stack([load_frame(sample.path, request.config.input, FrameLimits()) for sample in samples])
+    frames = np.stack([load_frame(sample.path, request.config.frame_input, FrameLimits()) for sample in samples])
     refused: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         bundles = {"fp32": export(options.run, "fp32", [], Path(folder) / "fp32")}
