@@ -205,6 +205,12 @@ class Batcher:
         """Whether one more frame would run at once and leave nobody waiting."""
         return self.is_healthy and len(self._places) < self._runners
 
+    def refuse_hopeless(
+        self, deadline: float, *, line: str, weight: int = 1, priority: Priority = Priority.NORMAL
+    ) -> None:
+        """Refuse a frame that would get no place now, before more is done for it; arguments and faults of `place`."""
+        self._admit(Place(deadline, line, weight, priority))
+
     @contextmanager
     def place(
         self, deadline: float, *, line: str, weight: int = 1, priority: Priority = Priority.NORMAL

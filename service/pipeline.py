@@ -27,6 +27,7 @@ from service.errors import DeadlinePassed, ParameterInvalid, UnreadableFrame
 from service.inspection import HeatmapKind, Inspection, InspectionRequest, RawLayout
 from service.live import Found
 from service.registry import Registry
+from service.schedule import Priority
 
 __all__ = ["HeatmapKind", "Inspection", "InspectionRequest", "Pipeline", "RawLayout"]
 
@@ -62,6 +63,25 @@ class Pipeline:
         # Apart from the decoders, so that an answer that is nearly there does not wait behind frames that just came.
         self._tracers = ThreadPoolExecutor(decode_workers, thread_name_prefix="flawline-trace")
 
+    def refuse_hopeless(
+        self, found: Found, received_at: float, deadline_s: float | None, priority: Priority = Priority.NORMAL
+    ) -> None:
+        """Refuse a frame whose body has not come yet and that could not be answered in time even if it came at once.
+
+        Args:
+            found: what would serve it.
+            received_at: when its request came.
+            deadline_s: after that; None takes the service's default.
+            priority: of the frame.
+
+        Raises:
+            ParameterInvalid: if the deadline is out of bounds.
+            MomentError: if the line has no place left, or the deadline can't be met.
+        """
+        deadline = received_at + self._deadline_s(deadline_s)
+        weight = found.line.bundle.manifest.input.tile_count
+        found.line.bundle.batcher.refuse_hopeless(deadline, line=found.line.name, weight=weight, priority=priority)
+
     async def inspect(self, request: InspectionRequest) -> Inspection:
         """Inspect one frame.
 
@@ -75,7 +95,7 @@ class Pipeline:
 
     async def inspect_by(self, found: Found, request: InspectionRequest) -> Inspection:
         """Inspect one frame by a version and a policy that were found already; raises what `inspect` raises."""
-        bundle, deadline_s = found.line.bundle, self._deadline_s(request)
+        bundle, deadline_s = found.line.bundle, self._deadline_s(request.deadline_s)
         deadline = request.received_at + deadline_s
         reserved = bundle.batcher.place(
             deadline, line=found.line.name, weight=bundle.manifest.input.tile_count, priority=request.priority
@@ -126,12 +146,12 @@ class Pipeline:
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._tracers.shutdown(wait=False, cancel_futures=True)
 
-    def _deadline_s(self, request: InspectionRequest) -> float:
-        if request.deadline_s is None:
+    def _deadline_s(self, asked_s: float | None) -> float:
+        if asked_s is None:
             return self._default_deadline_s
-        if not 0 < request.deadline_s <= self._max_deadline_s:
+        if not 0 < asked_s <= self._max_deadline_s:
             raise ParameterInvalid(f"A deadline lies between 0 and {self._max_deadline_s * 1000:g} ms.")
-        return request.deadline_s
+        return asked_s
 
     async def _decode(
         self, request: InspectionRequest, spec: InputSpec, deadline: float

@@ -78,8 +78,11 @@ async def inspect(request: Request, line: str) -> Response:
         caller = caller_of(request)
         caller.demand("inspect", line)
         options = _read_options(request)
-        context.registry.find(line, options.bundle_version, options.policy)  # no body is taken that can't be judged
+        found = context.registry.find(line, options.bundle_version, options.policy)
         caller.spend_frame()
+        # No body is taken that can't be judged, or not in time.
+        priority, deadline_s = Priority[options.priority.upper()], _deadline_s(options)
+        context.pipeline.refuse_hopeless(found, request.state.received_at, deadline_s, priority)
         upload = await receive_frame(request, context.settings.frame_limits, _receive_timeout_s(context, options))
         asked = _ask(request, line, options, upload)
         inspection = await unless_left(request, context.pipeline.inspect(asked))
@@ -194,6 +197,10 @@ def _read_options(request: Request) -> InspectionOptions:
         raise ParameterInvalid(sentence_of(error.errors())) from error
 
 
+def _deadline_s(options: InspectionOptions) -> float | None:
+    return None if options.deadline_ms is None else options.deadline_ms / 1000
+
+
 def _receive_timeout_s(context: Context, options: InspectionOptions) -> float:
     if options.deadline_ms is None:
         return context.settings.default_deadline_s
@@ -209,7 +216,7 @@ def _ask(request: Request, line: str, options: InspectionOptions, upload: Upload
         part_id=options.part_id,
         view=options.view,
         sequence=None if options.sequence is None else options.sequence + index,
-        deadline_s=None if options.deadline_ms is None else options.deadline_ms / 1000,
+        deadline_s=_deadline_s(options),
         policy_version=options.policy,
         heatmap="overlay" if _wants_picture(request) else options.heatmap,
         request_id=request_id_of(request),

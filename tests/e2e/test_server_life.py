@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -161,6 +162,19 @@ def test_server_when_told_to_stop_under_load_then_accepted_frames_are_answered_a
     # Connections that the kernel had taken but the server had not are cut; no frame that was judged lost its answer.
     assert sum(event["verdict"] == "PASS" for event in told) == sum(answer.status_code == 200 for answer in answers)
     assert len(cut_off) <= CAMERAS
+
+
+def test_server_when_a_bad_frame_comes_among_seventy_good_ones_then_none_of_them_is_harmed(tmp_path):
+    """Frames share batches and not their fate: what can't be read is told so, and every neighbour gets its verdict."""
+    make_bundle(tmp_path)
+    frames = [GOOD[: len(GOOD) // 2] if number % 14 == 3 else GOOD for number in range(75)]
+    with ServerProcess(tmp_path, {"FLAWLINE_MAX_BATCH_SIZE": "8", "FLAWLINE_MAX_QUEUE_SIZE": "100"}) as server:
+        server.ready()
+        with ThreadPoolExecutor(16) as cameras:
+            answers = list(cameras.map(lambda frame: server.http.post(INSPECT, content=frame, headers=PNG), frames))
+
+    told = [(answer.status_code, answer.json()["verdict"]) for answer in answers]
+    assert told == [(200, "PASS") if frame is GOOD else (400, "NO_VERDICT") for frame in frames]
 
 
 def test_server_when_its_log_is_read_then_every_line_is_json_and_each_frame_has_one(tmp_path):

@@ -1,6 +1,7 @@
 """The moments in which the service must say no, or too late: loading, full, stuck, left alone, told to stop."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -119,6 +120,23 @@ def test_queue_when_full_then_503_with_the_wait_and_health_stays_true(store):
         assert refused.json()["verdict"] == "NO_VERDICT"
         assert (live.status_code, ready.status_code) == (200, 200)
         assert [side.answer().json()["verdict"] for side in (first, second)] == ["PASS", "PASS"]
+
+
+def test_queue_when_full_then_a_frame_is_refused_before_its_body_came(store):
+    """A camera that is too much for the line hears so after the head of its request, and need not send the frame."""
+    head = f"POST {INSPECT} HTTP/1.1\r\nHost: test\r\nContent-Type: image/png\r\nContent-Length: {len(GOOD)}\r\n\r\n"
+    with _serving(store, max_queue_size=1) as (http, engine):
+        first = _occupy(http, engine)
+        with socket.create_connection((http.base_url.host, http.base_url.port), timeout=PATIENCE_S) as connection:
+            connection.sendall(head.encode())
+            refused = connection.recv(65536)
+            engine.release()
+            first.answer()
+            connection.sendall(GOOD + head.encode() + GOOD)  # the same connection serves the next frame
+            answered = connection.recv(65536)
+
+    assert refused.startswith(b"HTTP/1.1 503 ")
+    assert answered.startswith(b"HTTP/1.1 200 ")
 
 
 def test_priority_when_a_frame_may_wait_then_those_that_may_not_go_first_and_it_is_shed_sooner(store):
