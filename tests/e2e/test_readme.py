@@ -73,3 +73,21 @@ def test_readme_when_followed_goes_from_good_parts_to_an_overlay(tmp_path: Path)
     assert any('"verdict":"' in answer for answer in answers)
     picture = read_header((tmp_path / "overlay.png").read_bytes(), FrameLimits())
     assert (picture.format, picture.height, picture.width) == ("PNG", 72, 80)
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_readme_when_it_renders_the_cluster_then_the_command_gives_resources() -> None:
+    """The one command of deployment that needs neither Docker nor a cluster, as it stands there."""
+    done = subprocess.run(_named("kubectl", "kustomize"), cwd=_ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert "kind: Deployment" in done.stdout
+
+
+def test_readme_when_a_command_needs_more_than_a_clone_then_it_says_so() -> None:
+    """Whoever has no Docker learns it before typing; the file that is named exists."""
+    [command] = [words for words in _commands() if words[0] == "docker"]
+    text = (_ROOT / "README.md").read_text(encoding="utf-8")
+
+    assert (_ROOT / command[command.index("-f") + 1]).is_file()
+    assert "needs Docker" in next(line for line in text.splitlines() if line.startswith("docker compose"))
