@@ -1,4 +1,5 @@
 # Training: everything from a folder of good frames to a bundle. An ordinary user; frames, store and runs are volumes.
+# 1.5 GB over its base with torch for CPUs.
 #
 #   docker build -f docker/training.Dockerfile -t flawline/training:0.1.0 .                          # CPU
 #   docker build -f docker/training.Dockerfile --build-arg TORCH_INDEX= -t flawline/training:0.1.0 . # CUDA, several GB
