@@ -385,11 +385,16 @@ def _is_complete(data: bytes, image: ImageFile.ImageFile, pixels: NDArray[Any], 
     A PNG's compressed stream may end early and leave the last rows zero; a JPEG's may end early, before a proper end
     marker, and leave the last blocks middle grey. Both are looked at closely only where the last pixels look like that.
     """
-    if image.format == "PNG" and (image.info.get("interlace") or not np.asarray(image)[-1].any()):
+    if image.format == "PNG" and (image.info.get("interlace") or not _last_row(image).any()):
         return _png_holds_all_rows(data)
     if image.format == "JPEG" and (pixels[-1, -1] == _JPEG_FILLER).all():
         return _jpeg_ends_late(data, target, pixels)
     return True
+
+
+def _last_row(image: ImageFile.ImageFile) -> NDArray[Any]:
+    """Return the last row as it is stored, without a copy of the others."""
+    return np.asarray(image.crop((0, image.height - 1, image.width, image.height)))
 
 
 def _png_holds_all_rows(data: bytes) -> bool:
