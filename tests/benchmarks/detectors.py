@@ -2,12 +2,13 @@
 
 Every cell is one complete run with the committed configuration, from the folder of frames to a bundle, and is kept as
 one JSON file in the output folder with a digest of configuration, data, weights and the detector's sources. A cell
-that is still true is not measured again, so the work can be stopped, and split over processes by --detectors.
+that is still true is not measured again, so the work can be stopped, and split over processes by --detectors. The
+cells lie in `cells/` beside this file and are committed; the bundles beside them are not.
 
-    .venv/bin/python tests/benchmarks/detectors.py measure --output ../cells --control --probe
-    .venv/bin/python tests/benchmarks/detectors.py measure --output ../cells --control --detectors inp_former,glcf
-    .venv/bin/python tests/benchmarks/detectors.py measure --output ../cells --variant resnet18 --set backbone=resnet18
-    .venv/bin/python tests/benchmarks/detectors.py table --output ../cells
+    .venv/bin/python tests/benchmarks/detectors.py measure --control --probe
+    .venv/bin/python tests/benchmarks/detectors.py measure --control --detectors inp_former,glcf
+    .venv/bin/python tests/benchmarks/detectors.py measure --variant resnet18 --set backbone=resnet18
+    .venv/bin/python tests/benchmarks/detectors.py table
 
 The last command writes the section between the two markers of RESULTS.md; the words on why a detector is weak are
 read from weaknesses.yaml beside it. Rows without a cell are filled from earlier.yaml. `--variant TITLE --set KEY=VALUE`
@@ -54,6 +55,7 @@ from training.progress import choose_reporter
 _HERE = Path(__file__).resolve().parent
 _RESULTS = _HERE / "RESULTS.md"
 _WEAKNESSES = _HERE / "weaknesses.yaml"
+_CELLS = _HERE / "cells"
 _EARLIER = _HERE / "earlier.yaml"
 _BEGIN, _END = "<!-- detectors: begin -->", "<!-- detectors: end -->"
 # Features of the probe, and the untrained ones that are their control.
@@ -437,7 +439,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     measuring = commands.add_parser("measure", help="measure what is missing")
-    measuring.add_argument("--output", type=Path, required=True, help="folder of the cells")
+    measuring.add_argument("--output", type=Path, default=_CELLS, help="folder of the cells")
     measuring.add_argument("--detectors", help="names with commas between; default: all")
     measuring.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of lines")
     measuring.add_argument("--lines", help="names with commas between; default: all")
@@ -454,7 +456,7 @@ def main() -> None:
     measuring.add_argument("--probe", action="store_true", help="also the nearest-neighbour probe")
     measuring.set_defaults(work=measure)
     telling = commands.add_parser("table", help="write the section of RESULTS.md")
-    telling.add_argument("--output", type=Path, required=True, help="folder of the cells")
+    telling.add_argument("--output", type=Path, default=_CELLS, help="folder of the cells")
     telling.add_argument("--results", type=Path, default=_RESULTS)
     telling.set_defaults(work=write_table)
     options = parser.parse_args()
