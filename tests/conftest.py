@@ -4,6 +4,7 @@ A test's marker follows from its folder. Order is random (pytest-randomly) and w
 here keeps state from one test to the next.
 """
 
+import gc
 import ipaddress
 import os
 import random
@@ -56,6 +57,13 @@ def pytest_configure(config: pytest.Config) -> None:
         del os.environ[name]
     os.environ["HF_HUB_OFFLINE"] = "1"  # timm then says what is missing, rather than waiting for a network
     sys.addaudithook(_refuse_network)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported by now out of the garbage collector's rounds; exports and fits allocate by the million."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -196,9 +196,14 @@ TINY: Mapping[str, Any] = {
 }
 
 
-def make_detector(variant: str) -> nn.Module:
-    """Build a tiny detector with random backbone weights; its stages have not run yet."""
-    detector = build_detector(variant.partition("-")[0], TINY[variant])
+def make_detector(variant: str, **changes: Any) -> nn.Module:
+    """Build a tiny detector with random backbone weights; its stages have not run yet.
+
+    Args:
+        variant: a key of `TINY`.
+        changes: fields of its configuration with other values.
+    """
+    detector = build_detector(variant.partition("-")[0], replace(TINY[variant], **changes))
     assert isinstance(detector, nn.Module)
     if hasattr(detector, "load_backbone_weights"):
         detector.load_backbone_weights(untrained_weights(TINY[variant].backbone))

@@ -608,7 +608,7 @@ def test_caller_when_it_hangs_up_then_every_frame_of_its_request_is_dropped_and_
         gate.hold()
         try:
             with pytest.raises(httpx.ReadTimeout):
-                httpx.post(http.base_url.join(INFER), **_bytes_input(GOOD, frames=3), timeout=1)
+                httpx.post(http.base_url.join(INFER), **_bytes_input(GOOD, frames=3), timeout=httpx.Timeout(60, read=2))
             wait_until(
                 lambda: (
                     f'flawline_no_verdict_total{{line="{MODEL}",reason="caller_left"}} 3.0' in http.get("/metrics").text

@@ -220,7 +220,7 @@ def test_caller_when_it_hangs_up_then_its_frame_is_dropped_and_counted(store):
     with _serving(store) as (http, engine):
         first = _occupy(http, engine)
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(http.base_url.join(INSPECT), content=GOOD, headers=PNG, timeout=0.5)
+            httpx.post(http.base_url.join(INSPECT), content=GOOD, headers=PNG, timeout=httpx.Timeout(60, read=2))
         wait_until(
             lambda: 'flawline_no_verdict_total{line="demo_line",reason="caller_left"} 1.0' in http.get("/metrics").text,
             "the count",

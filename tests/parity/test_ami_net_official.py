@@ -59,7 +59,9 @@ def _fill(key: str, shape: list[int]) -> Tensor:
     return torch.from_numpy(value)
 
 
+@cache
 def _detector(folder: Path) -> AmiNet:
+    """Build the one detector: half a gigabyte, drawn number by number. Only `trace` changes it, after `_answers`."""
     entries = json.loads((folder / "state_dict_keys.json").read_text())
     state = {entry["key"]: _fill(entry["key"], entry["shape"]) for entry in entries if entry["key"] != _POSITIONS}
     return import_ami_net(state).eval()
@@ -165,6 +167,7 @@ def trace():
     """Run the three recorded training steps: no jitter, one given mask."""
     folder = require_shared("parity/ami_net")
     expected = np.load(folder / "expected_train.npz")
+    _answers()  # of the detector before it is trained
     detector = _detector(folder)
     detector.config = replace(detector.config, jitter=0.0)
     (stage,) = detector.stages()

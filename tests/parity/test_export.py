@@ -1,19 +1,19 @@
 """The graph that leaves training says what PyTorch says, from camera bytes to verdict, or it does not leave."""
 
 import warnings
-from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from models.backbones import untrained_weights
-from models.detector import AnomalyOutput, PassStage
-from models.pnpt import Pnpt
+from models.detector import AnomalyOutput, LineConditioned, PassStage
 from service.contract.graph import opset_of, verify_graph
 from service.contract.policy import Policy, ScoreRule
 from tests.factories import make_frame, make_policy
@@ -65,24 +65,40 @@ def _check(detector, policy=None, rule=_MAXIMUM):
     return check_parity(DetectorRun(detector, _CPU), graph, _frames(), _ONLY_LINE, [policy or _policy()], rule)
 
 
+class _Exported(NamedTuple):
+    """A tiny detector, its graph, and frames with their lines; nobody changes them."""
+
+    detector: nn.Module
+    model: bytes
+    frames: NDArray[np.uint8]
+    line_index: NDArray[np.int64]
+
+
+@cache
+def _exported(variant: str) -> _Exported:
+    """Export a tiny detector once for all tests; a line-conditioned one knows three lines, and batches mix them."""
+    detector = make_detector(variant, **({"lines": 3} if hasattr(TINY[variant], "lines") else {}))
+    frames = np.stack([make_frame(*detector.image_size, seed=seed, defect=seed % 2 == 1) for seed in range(9)])
+    line_index = np.array([2, 0, 1, 1, 2, 0, 0, 1, 2], np.int64) * isinstance(detector, LineConditioned)
+    for stage in detector.stages():
+        if isinstance(stage, PassStage):
+            stage.show(torch.from_numpy(frames).permute(0, 3, 1, 2) / 255, torch.from_numpy(line_index))
+            stage.finish()
+    return _Exported(detector.eval(), export_graph(detector), frames, line_index)
+
+
 @pytest.mark.parametrize("variant", sorted(TINY))
 def test_export_graph_when_a_detector_is_fitted_then_its_graph_passes_parity(variant):
     """Every detector leaves as one self-contained graph of standard operators with the same answers at any batch."""
-    detector = make_detector(variant)
-    frames = np.stack([make_frame(*detector.image_size, seed=seed, defect=seed % 2 == 1) for seed in range(9)])
-    for stage in detector.stages():
-        if isinstance(stage, PassStage):
-            stage.show(torch.from_numpy(frames).permute(0, 3, 1, 2) / 255, torch.from_numpy(_ONLY_LINE))
-            stage.finish()
+    detector, model, frames, line_index = _exported(variant)
     run = DetectorRun(detector, _CPU)
-    scores = run(frames)[0]
+    scores = run(frames, line_index)[0]
     policy = _policy(review_threshold=float(np.median(scores)) * 1.001, fail_threshold=float(scores.max()) * 1.01)
-
-    model = export_graph(detector)
+    policies = [policy] * (int(line_index.max()) + 1)
 
     verify_graph(model)
     assert opset_of(model) == 20
-    parity = check_parity(run, GraphRun(model), frames, _ONLY_LINE, [policy], score_rule_of(TINY[variant]))
+    parity = check_parity(run, GraphRun(model), frames, line_index, policies, score_rule_of(TINY[variant]))
     assert parity.frames == 9
     assert parity.map_difference < 1e-4
 
@@ -111,33 +127,41 @@ def test_export_graph_when_read_then_has_the_names_and_shapes_of_the_contract():
     assert values["frames"].elem_type == onnx.TensorProto.UINT8
 
 
-def _line_conditioned() -> Pnpt:
-    """Build a tiny detector of three lines that have seen their good frames; its weights don't matter here."""
-    detector = Pnpt(replace(TINY["pnpt"], lines=3))
-    detector.load_backbone_weights(untrained_weights("test_resnet"))
-    images = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    for stage in detector.stages():
-        if isinstance(stage, PassStage):
-            stage.show(images, torch.arange(6) % 3)
-            stage.finish()
-    return detector.eval()
+def test_export_graph_when_pnpt_was_fitted_on_several_lines_then_its_graph_holds_no_average_of_features():
+    """The graph holds the prompts that it chooses from by a frame's line, and not what they were made of."""
+    detector, model, frames, line_index = _exported("pnpt")
+
+    swapped = DetectorRun(detector, _CPU)(frames, (line_index + 1) % 3)[1]
+
+    assert not np.allclose(swapped, GraphRun(model)(frames, line_index)[1], rtol=0, atol=1e-3)
+    held = [tuple(one.dims) for one in onnx.load_from_string(model).graph.initializer]
+    assert tuple(detector.prompts.shape) in held
+    assert tuple(detector.pool.shape) not in held
 
 
-def test_export_graph_when_pnpt_was_fitted_on_several_lines_then_its_graph_mixes_them_as_pytorch_does():
-    """The graph chooses each frame's prompt by its line, in batches of any size, and holds no average of features."""
-    detector = _line_conditioned()
-    frames = np.stack([make_frame(64, 64, seed=seed) for seed in range(5)])
-    line_index = np.array([2, 0, 1, 1, 2], np.int64)
+def test_exported_graph_of_rb_ae_holds_the_reference_and_a_runtime_reads_it_only_once(tmp_path):
+    """The frame is a constant of the graph; at load everything that depends on it alone is folded into constants."""
+    detector, model, _, _ = _exported("rb_ae")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
 
-    model = export_graph(detector)
+    onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
-    graph, run = GraphRun(model), DetectorRun(detector, _CPU)
-    for count in (1, 2, 5):
-        for found, expected in zip(
-            graph(frames[:count], line_index[:count]), run(frames[:count], line_index[:count]), strict=True
-        ):
-            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)  # float32 in another order
-    assert not any(detector.pool.shape == tuple(one.dims) for one in onnx.load_from_string(model).graph.initializer)
+    assert detector.reference.numpy().tobytes() in model
+    folded = (tmp_path / "optimised.onnx").read_bytes()
+    encoder, decoder = 8, 10
+    attention = 3 * 2  # query and the way out; keys and values are constants
+    assert len(_kernels(folded)) == 2 * encoder + decoder + attention
+    assert len(_kernels(model)) == 3 * encoder + decoder + 2 * attention
+    # The three passes of the encoder have one set of kernels between them.
+    assert len(set(_kernels(model))) == encoder + decoder + 2 * attention
+
+
+def _kernels(model: bytes) -> list[str]:
+    """Return the name of each convolution's kernel."""
+    nodes = onnx.load_from_string(model).graph.node
+    return [node.input[1] for node in nodes if node.op_type in ("Conv", "FusedConv")]
 
 
 def test_export_when_prompts_are_an_input_then_the_graph_judges_by_those():
@@ -146,7 +170,7 @@ def test_export_when_prompts_are_an_input_then_the_graph_judges_by_those():
     class Prompted(nn.Module):
         def __init__(self):
             super().__init__()
-            self.detector = _line_conditioned()
+            self.detector = _exported("pnpt").detector
 
         def forward(self, images, prompts):
             return tuple(self.detector.judge(images, prompts))

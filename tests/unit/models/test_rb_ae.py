@@ -5,8 +5,6 @@ from dataclasses import replace
 from functools import cache
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +22,6 @@ from models.rb_ae import (
     structural_similarity,
 )
 from tests.tiny_detectors import TINY
-from training.export import export_graph
 from training.optimisers import build_optimiser, learning_rate_at
 
 _SIZE = (64, 64)
@@ -248,32 +245,6 @@ def test_reference_when_the_state_is_loaded_elsewhere_goes_with_it():
 
     assert torch.equal(other.reference, detector.reference)
     assert torch.equal(other(_images()).anomaly_map, detector(_images()).anomaly_map)
-
-
-def test_exported_graph_holds_the_reference_and_a_runtime_reads_it_only_once(tmp_path):
-    """The frame is a constant of the graph; at load everything that depends on it alone is folded into constants."""
-    detector = _build()
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    options.log_severity_level = 3
-
-    model = export_graph(detector)
-    onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-    assert detector.reference.numpy().tobytes() in model
-    folded = (tmp_path / "optimised.onnx").read_bytes()
-    encoder, decoder = 8, 10
-    attention = 3 * 2  # query and the way out; keys and values are constants
-    assert len(_kernels(folded)) == 2 * encoder + decoder + attention
-    assert len(_kernels(model)) == 3 * encoder + decoder + 2 * attention
-    # The three passes of the encoder have one set of kernels between them.
-    assert len(set(_kernels(model))) == encoder + decoder + 2 * attention
-
-
-def _kernels(model: bytes) -> list[str]:
-    """Return the name of each convolution's kernel."""
-    nodes = onnx.load_from_string(model).graph.node
-    return [node.input[1] for node in nodes if node.op_type in ("Conv", "FusedConv")]
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.3])
