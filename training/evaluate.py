@@ -195,6 +195,7 @@ def evaluate(
             **image_metrics(scores, labels, seed=seed),
             **_pixel_metrics(answers, spec, resolution, seed),
             **_figures_of_kinds(answers, spec, resolution, by_kind),
+            **_figures_of_pieces(answers.samples, scores),
         },
         by_kind=by_kind,
         roc=roc_curve(scores, labels),
@@ -289,6 +290,22 @@ def _figures_of_kinds(
         "spro": _mean(of_kind),
         "i_auroc_of_kinds": _mean(by_kind),
     }
+
+
+def _figures_of_pieces(samples: Sequence[Sample], scores: NDArray[np.float32]) -> dict[str, Metric]:
+    """Return Real-IAD's S-AUROC: a piece scores as its worst frame, and is anomalous where any of its frames is.
+
+    Empty for lines whose test frames each show a piece of their own.
+    """
+    pieces: dict[str, tuple[float, int]] = {}
+    for sample, score in zip(samples, scores, strict=True):
+        piece = sample.group or str(sample.path)
+        worst, label = pieces.get(piece, (float("-inf"), 0))
+        pieces[piece] = max(worst, float(score)), max(label, sample.label)
+    if len(pieces) == len(samples):
+        return {}
+    worst_scores, labels = zip(*pieces.values(), strict=True)
+    return {"s_auroc": auroc(np.array(worst_scores, np.float32), labels)}
 
 
 def _spro(answers: Answers, kind: str, spec: InputSpec, resolution: Resolution) -> Metric:

@@ -479,6 +479,7 @@ _METRIC_NAMES = {
     "i_auroc": ("Image AUROC", "chance that a random defective frame scores higher than a random good one"),
     "i_ap": ("Image AP", "average share of right alarms, over all thresholds"),
     "i_f1max": ("Image F1-max", "best balance of found defects and right alarms, at a threshold only the labels know"),
+    "s_auroc": ("Sample AUROC", "the same as image AUROC, for pieces that several frames show; the worst frame counts"),
     "p_auroc": ("Pixel AUROC", "the same as image AUROC, for pixels"),
     "p_ap": ("Pixel AP", "the same as image AP, for pixels; the strictest figure of localisation"),
     "p_f1max": ("Pixel F1-max", "the same as image F1-max, for pixels"),

@@ -24,6 +24,7 @@ _TITLES = {
     "aupro": "AUPRO@0.3",
     "spro": "sPRO@0.05, mean of kinds",
     "i_auroc_of_kinds": "I-AUROC, mean of kinds",
+    "s_auroc": "S-AUROC, over pieces of several frames",
 }
 _STYLE = """
 :root { color-scheme: light dark; }

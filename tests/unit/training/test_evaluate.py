@@ -69,6 +69,23 @@ def test_evaluate_when_masks_exist_then_all_figures_are_defined(tmp_path, resolu
     }
 
 
+def test_evaluate_when_several_frames_show_a_piece_then_it_scores_as_its_worst_frame(tmp_path):
+    """A defect that one of two views shows is found by that view, and its good views spoil no figure of pieces."""
+    samples = read_dataset(write_line(tmp_path, masks=False)).test
+    good = [sample for sample in samples if sample.label == 0]
+    bad = [sample for sample in samples if sample.label == 1]
+    views = [replace(good[0], group="a"), replace(good[1], group="a")]
+    # Labelled by its piece, a view without the defect looks as good as it is.
+    views += [replace(bad[0], group="b"), replace(bad[0], path=good[2].path, group="b")]
+
+    pieces = evaluate(_ask(views), make_policy(), _RULE, make_input())
+    alone = evaluate(_ask([replace(view, group=None) for view in views]), make_policy(), _RULE, make_input())
+
+    assert pieces.metrics["s_auroc"].value == 1.0
+    assert pieces.metrics["i_auroc"].value < 1.0
+    assert "s_auroc" not in alone.metrics
+
+
 def test_evaluate_when_the_input_is_cropped_then_masks_are_cropped_alike(tmp_path):
     """Pixel figures are measured where the detector looked: a perfect map stays perfect under a crop."""
     spec = make_input(margin=8)
