@@ -426,3 +426,4 @@ def log_json_lines(level: str, stream: TextIO | None = None) -> None:
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it says of a caller's file is no fault of ours

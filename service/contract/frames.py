@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from service.contract.geometry import InputSpec, NetworkInput
+from service.contract.jpeg_restarts import restarts_fit
 from service.errors import FrameTooLarge, MediaTypeNotAllowed, UnreadableFrame
 
 FORMAT_OF_MEDIA_TYPE = {
@@ -380,15 +381,17 @@ def _holds_several(image: ImageFile.ImageFile) -> bool:
 
 
 def _is_complete(data: bytes, image: ImageFile.ImageFile, pixels: NDArray[Any], target: tuple[int, int] | None) -> bool:
-    """Tell whether the file held every pixel, in the two cases where Pillow fills in the rest without a word.
+    """Tell whether the file held every pixel, in the cases where Pillow fills in the rest without a word.
 
     A PNG's compressed stream may end early and leave the last rows zero; a JPEG's may end early, before a proper end
     marker, and leave the last blocks middle grey. Both are looked at closely only where the last pixels look like that.
+    A JPEG that lost what lies between two restart markers is middle grey there, wherever that is; markers tell.
     """
     if image.format == "PNG" and (image.info.get("interlace") or not _last_row(image).any()):
         return _png_holds_all_rows(data)
-    if image.format == "JPEG" and (pixels[-1, -1] == _JPEG_FILLER).all():
-        return _jpeg_ends_late(data, target, pixels)
+    if image.format == "JPEG":
+        is_filled = bool((pixels[-1, -1] == _JPEG_FILLER).all())
+        return restarts_fit(data, closely=is_filled) and not (is_filled and not _jpeg_ends_late(data, target, pixels))
     return True
 
 

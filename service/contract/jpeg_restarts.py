@@ -1,0 +1,87 @@
+"""The restart markers of a JPEG: whether every stretch between them is there.
+
+Cameras write restart markers so that a decoder can go on after damage, and so it does: it fills the stretch that is
+lost with grey and says nothing. A defect there would be gone, and the part `PASS`. So the markers are counted: they
+come in order, and there are as many as the frame's size asks for. Files without restart markers cost a look at their
+head.
+(ITU-T T.81, sections B.1 and E.1.4.)
+"""
+
+import re
+import struct
+from collections.abc import Iterator
+
+_START_OF_SCAN, _END, _FIRST_RESTART, _RESTART_INTERVAL = 0xDA, 0xD9, 0xD0, 0xDD
+_SEQUENTIAL = frozenset({0xC0, 0xC1})
+_FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC9, 0xCA, 0xCB})
+_BLOCK = 8
+_MARKER = re.compile(rb"\xff+([^\x00\xff])")
+
+
+def restarts_fit(data: bytes, *, closely: bool) -> bool:
+    """Tell whether a JPEG has all of its restart markers, in order; True where it was written without.
+
+    Args:
+        data: a file that a decoder has taken for a JPEG.
+        closely: whether to look for markers in a file that says it was written without, which takes longer.
+    """
+    interval, frame, kind = 0, b"", 0
+    for marker, start, end in _segments(data):
+        if marker == _RESTART_INTERVAL and end - start >= 2:
+            (interval,) = struct.unpack_from(">H", data, start)
+        elif marker in _FRAMES:
+            frame, kind = data[start:end], marker
+        elif marker == _START_OF_SCAN:
+            if interval == 0 and not closely:
+                return True
+            found = [int(match.group(1)[0]) - _FIRST_RESTART for match in _MARKER.finditer(data, end)]
+            if kind in _SEQUENTIAL and end > start and data[start] == _components(frame):
+                return _fit_one_scan(found, -(-_units(frame) // interval) - 1 if interval else 0)
+            return _are_in_order(found, interval)
+    return False
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield marker, start and end of each segment before the first scan's data, that scan's own head included."""
+    at = 2
+    while (match := _MARKER.search(data, at)) is not None and match.end() + 2 <= len(data):
+        start = match.end() + 2
+        (length,) = struct.unpack_from(">H", data, match.end())
+        end = match.end() + max(2, length)
+        yield match.group(1)[0], start, end
+        if match.group(1)[0] == _START_OF_SCAN:
+            return
+        at = end
+
+
+def _fit_one_scan(found: list[int], wanted: int) -> bool:
+    restarts = found[:wanted]
+    ends = found[wanted : wanted + 1] == [_END - _FIRST_RESTART]
+    return ends and restarts == [index % 8 for index in range(wanted)]
+
+
+def _are_in_order(found: list[int], interval: int) -> bool:
+    """Tell whether the restarts of every scan count on from zero; how many a scan needs is not asked."""
+    expected = 0
+    for marker in found:
+        if 0 <= marker < 8:
+            if interval == 0 or marker != expected % 8:
+                return False
+            expected += 1
+        else:
+            expected = 0
+    return True
+
+
+def _components(frame: bytes) -> int:
+    return frame[5] if len(frame) > 5 else 0
+
+
+def _units(frame: bytes) -> int:
+    """Return how many coded units a scan of all components has."""
+    height, width, count = struct.unpack_from(">HHB", frame, 1)
+    factors = [frame[7 + 3 * index] for index in range(count) if 7 + 3 * index < len(frame)]
+    across, down = max((f >> 4 for f in factors), default=1), max((f & 15 for f in factors), default=1)
+    if count == 1:  # a scan of one component is coded block by block
+        across = down = 1
+    return int(-(-width // (_BLOCK * max(1, across))) * -(-height // (_BLOCK * max(1, down))))
