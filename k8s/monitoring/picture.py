@@ -43,11 +43,11 @@ class Prometheus:
         self._variables = variables
         self.end = time.time()
         self.start = self.end - 60 * minutes
+        self.step = (self.end - self.start) / _STEPS
 
     def over_time(self, expression: str) -> list[dict[str, Any]]:
         """Return the series of a query, each with its labels and `values`."""
-        step = (self.end - self.start) / _STEPS
-        return self._ask("query_range", expression, start=self.start, end=self.end, step=step)
+        return self._ask("query_range", expression, start=self.start, end=self.end, step=self.step)
 
     def now(self, expression: str) -> list[dict[str, Any]]:
         """Return the samples of a query at the end of the range, each with its labels and `value`."""
@@ -152,7 +152,8 @@ def _draw_heatmap(axes: Axes, panel: Mapping[str, Any], prometheus: Prometheus) 
         origin="lower",
         aspect="auto",
         cmap="plasma",
-        extent=(times[0] - prometheus.end, times[-1] - prometheus.end, 0, len(series)),
+        # A cell reaches back to the moment before, so that a single one has a width as well.
+        extent=(times[0] - prometheus.step - prometheus.end, times[-1] - prometheus.end, 0, len(series)),
         interpolation="nearest",
     )
     _name_axes(axes, panel, prometheus)

@@ -31,7 +31,7 @@ def inspection_of(number, height=24, width=32, **changes):
 def dropped(telemetry):
     """Return how many heatmaps made room."""
     text = telemetry.exposition()[0].decode()
-    (line,) = [line for line in text.splitlines() if line.startswith("flawline_records_dropped_total{")]
+    (line,) = [line for line in text.splitlines() if line.startswith('flawline_records_dropped_total{sink="heatmaps"}')]
     return float(line.split()[-1])
 
 
