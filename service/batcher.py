@@ -102,6 +102,7 @@ class _Batch:
 
     entries: list[_Entry]
     weight: int
+    started_at: float
     expected_end: float
     alarm: asyncio.TimerHandle
 
@@ -360,7 +361,7 @@ class Batcher:
             entry.place.is_ahead = False
         alarm = self._here.call_later(self._stuck_after_s, self._lose, "A run does not end")
         weight = sum(entry.place.weight for entry in entries)
-        batch = _Batch(entries, weight, now + self._run_times.of(weight), alarm)
+        batch = _Batch(entries, weight, now, now + self._run_times.of(weight), alarm)
         self._running.add(batch)
         for size in self._run_sizes(weight):
             self._meter.batch(size)
@@ -370,7 +371,8 @@ class Batcher:
         batch.alarm.cancel()
         self._running.discard(batch)
         if outcome.run_s is not None:
-            self._run_times = self._run_times.learn(batch.weight, outcome.run_s)
+            occupied_s = self._clock() - batch.started_at
+            self._run_times = self._run_times.learn(batch.weight, outcome.run_s, occupied_s)
         if outcome.is_engine_lost:
             self._lose("The engine fails on frames whose answers are known")
         elif self._fault is None:

@@ -39,8 +39,9 @@ _PACE_SHARE = 0.1
 _LONGEST_STALL = 4
 # A larger batch must save at least this share of the time a frame takes, or it is not worth the longer wait.
 _WORTHWHILE_GAIN = 0.05
-# What is ahead of a frame may take a little longer than learned, and a frame that is accepted should be in time.
-_WAIT_MARGIN = 1.1
+# What is ahead of a frame may take longer than learned, and decoding, judging and answering take their time as well; a
+# frame that is accepted should be in time.
+_WAIT_MARGIN = 1.25
 # A line that had more than so many times an even share stands back; what ran longer ago than the window counts little.
 _FAIR_SHARE = 1.25
 _WINDOW_INPUTS = 200
@@ -107,7 +108,7 @@ class RunTimes:
 
     Attributes:
         seconds: of a batch of weight i + 1, rather the quick ones; None where none of that weight has run.
-        pace_s: mean seconds of late for each network input; 0 where nothing has run.
+        pace_s: mean seconds of late that a network input kept a runner, hand-overs included; 0 where nothing has run.
     """
 
     seconds: tuple[float | None, ...]
@@ -123,12 +124,20 @@ class RunTimes:
         """The largest weight of a batch."""
         return len(self.seconds)
 
-    def learn(self, weight: int, seconds: float) -> "RunTimes":
-        """Return what is known after one more run."""
+    def learn(self, weight: int, seconds: float, occupied_s: float | None = None) -> "RunTimes":
+        """Return what is known after one more run.
+
+        Args:
+            weight: of the batch.
+            seconds: that the run took.
+            occupied_s: from the decision to run it until the runner could take the next batch. On a busy machine
+                threads wait for each other on the way, and a queue moves no faster. None: as long as the run.
+        """
         index = min(weight, self.max_batch_size) - 1
         input_s = seconds / weight
-        pace_s = self.pace_s or input_s
-        pace_s += _PACE_SHARE * (min(input_s, _LONGEST_STALL * pace_s) - pace_s)
+        kept_s = (seconds if occupied_s is None else max(seconds, occupied_s)) / weight
+        pace_s = self.pace_s or kept_s
+        pace_s += _PACE_SHARE * (min(kept_s, _LONGEST_STALL * pace_s) - pace_s)
         seconds = input_s * (index + 1)
         known = self.seconds[index]
         if known is not None:
