@@ -1,7 +1,10 @@
 """Runs real programs beside a test: on free ports of 127.0.0.1, and never longer than the test."""
 
+import http.server
+import queue
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +33,30 @@ def running(command: Sequence[str | Path]) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         process.terminate()
         process.wait(PATIENCE_S)
+
+
+@contextmanager
+def listening() -> Iterator[tuple[str, queue.SimpleQueue[bytes]]]:
+    """Take whatever is posted, as a pager or a collector would; yield the address and the bodies that arrive."""
+    arrived: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    class Listener(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            arrived.put(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing on the test's output."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", arrived
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @contextmanager

@@ -4,16 +4,13 @@ Grafana and Docker are not among them. Only addresses are changed, from its name
 """
 
 import hashlib
-import http.server
 import json
 import os
-import queue
 import re
 import runpy
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,7 +21,7 @@ import yaml
 
 from service.contract.frames import FrameLimits, decode_image
 from tests.factories import make_bundle
-from tests.programs import answers, free_port, prometheus, running
+from tests.programs import answers, free_port, listening, prometheus, running
 from tests.servers import PATIENCE_S, ServerProcess, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,30 +30,6 @@ _PROGRAMS = ("prometheus", "prometheus-alertmanager")
 _MISSING = [program for program in _PROGRAMS if shutil.which(program) is None]
 # Older than half a year, which is when an alert asks for new ones.
 _KEYS_AGE_S = 200 * 86400
-
-
-@contextmanager
-def _webhook():
-    """Listen as an operator's pager would; yield its address and what arrives."""
-    told = queue.Queue()
-
-    class Pager(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            told.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_):
-            """Say nothing on the test's output."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pager) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}", told
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 @contextmanager
@@ -106,11 +79,11 @@ def test_composition_when_something_is_wrong_then_the_pager_hears_of_it(tmp_path
     make_bundle(tmp_path / "store")
     with ExitStack() as stack:
         server = stack.enter_context(ServerProcess(tmp_path / "store", {"FLAWLINE_KEYS_FILE": str(keys)}))
-        pager, told = stack.enter_context(_webhook())
+        pager, told = stack.enter_context(listening())
         manager = stack.enter_context(_alertmanager(tmp_path, pager))
         scraping = _scraping(server.url.removeprefix("http://"), manager, key)
         stack.enter_context(prometheus(tmp_path, scraping))
-        call = told.get(timeout=PATIENCE_S)
+        call = json.loads(told.get(timeout=PATIENCE_S))
 
     [alert] = call["alerts"]
     assert call["receiver"] == "shown-only"

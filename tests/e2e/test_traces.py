@@ -1,14 +1,9 @@
 """Traces of a real server: sent to a real receiver on loopback, and lost without harm where nobody listens."""
 
-import http.server
-import queue
-import threading
-from contextlib import contextmanager
-
 import pytest
 
 from tests.factories import encode, make_bundle, make_frame
-from tests.programs import free_port
+from tests.programs import free_port, listening
 from tests.servers import PATIENCE_S, ServerProcess, wait_until
 
 trace_service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
@@ -17,33 +12,9 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 HEADERS = {"Content-Type": "image/png", "traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"}
 
 
-@contextmanager
-def _collector():
-    """Listen as a collector does; yield its address and the spans that arrive."""
-    arrived = queue.Queue()
-
-    class Collector(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            told = trace_service.ExportTraceServiceRequest.FromString(body)
-            for resource in told.resource_spans:
-                for scope in resource.scope_spans:
-                    for span in scope.spans:
-                        arrived.put(span)
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_):
-            """Say nothing on the test's output."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/v1/traces", arrived
-        finally:
-            server.shutdown()
-            thread.join()
+def _spans_of(body):
+    told = trace_service.ExportTraceServiceRequest.FromString(body)
+    return [span for resource in told.resource_spans for scope in resource.scope_spans for span in scope.spans]
 
 
 def _inspect(server):
@@ -53,13 +24,13 @@ def _inspect(server):
 def test_traces_when_a_collector_is_named_then_a_callers_trace_goes_through_all_stages(tmp_path):
     """From the header of a request to OTLP over HTTP; what is left is sent before the process ends."""
     make_bundle(tmp_path / "store")
-    with _collector() as (endpoint, arrived):
-        with ServerProcess(tmp_path / "store", {"FLAWLINE_TRACES_ENDPOINT": endpoint}) as server:
+    with listening() as (address, arrived):
+        with ServerProcess(tmp_path / "store", {"FLAWLINE_TRACES_ENDPOINT": f"{address}/v1/traces"}) as server:
             server.ready()
             answer = _inspect(server)
             server.terminate()
             code = server.exit_code()
-        spans = [arrived.get(timeout=PATIENCE_S) for _ in range(arrived.qsize())]
+        spans = [span for _ in range(arrived.qsize()) for span in _spans_of(arrived.get(timeout=PATIENCE_S))]
 
     assert (answer.json()["verdict"], code) == ("PASS", 0)
     ours = {span.name for span in spans if span.trace_id.hex() == TRACE}
