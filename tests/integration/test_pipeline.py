@@ -2,16 +2,14 @@
 
 import asyncio
 import time
-from contextlib import asynccontextmanager
+from functools import partial
 
 import numpy as np
 import pytest
 
 from service.contract.bundle import load_bundle
 from service.contract.frames import FrameLimits, decode_image, fit_to_input
-from service.contract.golden import read_golden
 from service.contract.policy import Verdict
-from service.engines.ort import OrtEngine
 from service.errors import (
     DeadlinePassed,
     FrameTooLarge,
@@ -22,11 +20,6 @@ from service.errors import (
     UnreadableFrame,
 )
 from service.inspection import RawLayout
-from service.loading import BatcherOptions
-from service.pipeline import Pipeline
-from service.registry import Registry
-from service.stores.directory import DirectoryStore
-from service.telemetry import Telemetry
 from tests.factories import (
     FRAME_HEIGHT,
     FRAME_WIDTH,
@@ -41,8 +34,11 @@ from tests.factories import (
 from tests.fakes import in_loop
 from tests.gated_engine import GatedEngine
 from tests.inspections import make_request
+from tests.pipelines import assert_golden_frames_hold
+from tests.pipelines import open_pipeline as open_with_limits
 
 LIMITS = FrameLimits(max_bytes=100_000, max_pixels=10_000)
+open_pipeline = partial(open_with_limits, limits=LIMITS)
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +52,6 @@ def store(tmp_path_factory):
     harsh = make_policy(version="harsh", review_threshold=0, fail_threshold=0)
     (policies / "harsh.json").write_text(harsh.model_dump_json())
     return store
-
-
-@asynccontextmanager
-async def open_pipeline(store, open_engine=OrtEngine, **options):
-    """Load a store and return a pipeline on it, with its registry."""
-    driven = BatcherOptions(**{"runners": 2, "max_batch_size": 4, "max_queue_size": 8, "stuck_after_s": 20} | options)
-    registry = Registry(DirectoryStore(store), None, open_engine, driven, Telemetry(), time.monotonic)
-    await asyncio.to_thread(registry.load)
-    pipeline = Pipeline(registry, limits=LIMITS, default_deadline_s=20, max_deadline_s=30, decode_workers=2)
-    try:
-        yield pipeline, registry
-    finally:
-        registry.close()
-        pipeline.close()
 
 
 @pytest.mark.parametrize(("defect", "verdict"), [(False, Verdict.PASS), (True, Verdict.FAIL)])
@@ -108,16 +90,7 @@ async def test_inspect_when_frame_is_answered_then_says_everything(store, defect
 @in_loop
 async def test_inspect_when_golden_frames_are_sent_then_verdicts_are_the_validated_ones(store):
     """What export promised of a frame is what the service says of it."""
-    bundle = load_bundle(store / "demo_line" / "1")
-    golden = read_golden(bundle)
-    async with open_pipeline(store) as (pipeline, _):
-        requests = [make_request(data=bundle.files[answer.file]) for answer in golden.answers]
-
-        inspections = await asyncio.gather(*(pipeline.inspect(request) for request in requests))
-
-    assert [i.judgement.verdict for i in inspections] == [answer.verdict for answer in golden.answers]
-    scores = [answer.score for answer in golden.answers]
-    assert [i.judgement.score for i in inspections] == pytest.approx(scores, rel=1e-5)
+    await assert_golden_frames_hold(store)
 
 
 @in_loop

@@ -1,30 +1,21 @@
 """Promises of frames that are cut into tiles: one frame, one place, one answer, the one that was validated."""
 
-import asyncio
-import time
-from contextlib import asynccontextmanager
-
 import numpy as np
 import pytest
 
 from service.contract.bundle import load_bundle
-from service.contract.frames import FrameLimits, fit_to_input
+from service.contract.frames import fit_to_input
 from service.contract.geometry import Tiling
-from service.contract.golden import read_golden
 from service.contract.policy import Verdict
 from service.contract.tiling import by_tiles
 from service.engines.engine import EngineOutput
 from service.engines.ort import OrtEngine
 from service.errors import EngineFailed, UnreadableFrame
 from service.inspection import RawLayout
-from service.loading import BatcherOptions
-from service.pipeline import Pipeline
-from service.registry import Registry
-from service.stores.directory import DirectoryStore
-from service.telemetry import Telemetry
 from tests.factories import encode, make_bundle, make_frame, make_runner
 from tests.fakes import in_loop
 from tests.inspections import make_request
+from tests.pipelines import assert_golden_frames_hold, open_pipeline
 
 TILES = Tiling(rows=2, columns=3, overlap_height=8, overlap_width=12)
 HEIGHT, WIDTH = 120, 200
@@ -52,20 +43,6 @@ class _Remembering:
         output = self._engine.run(frames, line_index)
         short = -1 if self._forgets and self.is_live else None
         return EngineOutput(output.scores[:short], output.anomaly_maps[:short])
-
-
-@asynccontextmanager
-async def open_pipeline(store, open_engine=OrtEngine, **options):
-    """Load a store and return a pipeline on it, with its registry."""
-    driven = BatcherOptions(**{"runners": 2, "max_batch_size": 4, "max_queue_size": 8, "stuck_after_s": 20} | options)
-    registry = Registry(DirectoryStore(store), None, open_engine, driven, Telemetry(), time.monotonic)
-    await asyncio.to_thread(registry.load)
-    pipeline = Pipeline(registry, limits=FrameLimits(), default_deadline_s=20, max_deadline_s=30, decode_workers=2)
-    try:
-        yield pipeline, registry
-    finally:
-        registry.close()
-        pipeline.close()
 
 
 def offline(store, line, frame):
@@ -99,16 +76,7 @@ async def test_inspect_when_frames_are_cut_then_answers_the_whole_frame_as_train
 @in_loop
 async def test_inspect_when_golden_frames_are_sent_then_verdicts_are_the_validated_ones(store):
     """What export promised of a cut frame is what the service says of it, many of them at once."""
-    bundle = load_bundle(store / "demo_line" / "1")
-    golden = read_golden(bundle)
-    async with open_pipeline(store) as (pipeline, _):
-        requests = [make_request(data=bundle.files[answer.file]) for answer in golden.answers]
-
-        inspections = await asyncio.gather(*(pipeline.inspect(request) for request in requests))
-
-    assert [i.judgement.verdict for i in inspections] == [answer.verdict for answer in golden.answers]
-    scores = [answer.score for answer in golden.answers]
-    assert [i.judgement.score for i in inspections] == pytest.approx(scores, rel=1e-5)
+    await assert_golden_frames_hold(store)
 
 
 @pytest.mark.parametrize("kind", ["raw", "canvas"])
