@@ -417,14 +417,12 @@ class Batcher:
 
     def _serve(self) -> None:
         """Run batches until told to end: the body of a runner's thread."""
-        while (batch := self._inbox.get()) is not None:
-            try:
-                outcome = self._run(batch.entries)
-            except BaseException:  # noqa: BLE001 - a runner that ends takes its frames with it; they must hear of it
-                _log.exception("a runner ended")
-                self._post(self._lose, "A runner ended")
-                return
-            self._post(self._finish, batch, outcome)
+        try:
+            while (batch := self._inbox.get()) is not None:
+                self._post(self._finish, batch, self._run(batch.entries))
+        except BaseException:  # noqa: BLE001 - a runner that ends takes its frames with it; they must hear of it
+            _log.exception("a runner ended")
+            self._post(self._lose, "A runner ended")
 
     def _post(self, callback: Callable[..., None], *arguments: object) -> None:
         try:

@@ -183,6 +183,10 @@ def test_swap_and_roll_back_when_frames_come_then_none_is_lost_and_none_is_wrong
         reseal(broken)
         refused = admin.post("/v1/bundles/demo_line/activate?version=3")
         after_some_frames()
+        damaged = make_bundle(store, version="4") / "model.onnx"
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+        found_damaged = admin.post("/v1/rescan").json()["refused"]
+        after_some_frames()
         states = admin.post("/v1/bundles/demo_line/roll-back").json()["versions"]
         after_some_frames()
         stop.set()
@@ -193,7 +197,9 @@ def test_swap_and_roll_back_when_frames_come_then_none_is_lost_and_none_is_wrong
 
     assert activated == [{"bundle": "demo_line", "version": "2"}]
     assert (refused.status_code, refused.json()["code"]) == (409, "version_refused")
-    assert [(one["version"], one["state"]) for one in states] == [("1", "live"), ("2", "stored"), ("3", "refused")]
+    assert "model.onnx" in found_damaged[0]["reason"]
+    stand = [(one["version"], one["state"]) for one in states]
+    assert stand == [("1", "live"), ("2", "stored"), ("3", "refused"), ("4", "refused")]
     assert {status for status, *_ in answers} == {200}
     assert all(verdict == expected for _, verdict, expected, _ in answers)
     assert {bundle["version"] for *_, bundle in answers} == {"1", "2"}
