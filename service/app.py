@@ -175,6 +175,7 @@ def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[
     if keyring.is_open:
         _log.warning("the service is open: without FLAWLINE_KEYS_FILE everybody may inspect and read every line")
     telemetry = Telemetry()
+    telemetry.count_lost_lines()
     options = BatcherOptions(
         runners=settings.runners_per_engine,
         max_batch_size=settings.max_batch_size,

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO, TypeVar
 
@@ -35,7 +36,7 @@ from service.inspection import Inspection
 from service.tallies import Tally
 
 Discarded = Literal["caller_left", "late"]
-Sink = Literal["heatmaps", "disagreements", "traces"]
+Sink = Literal["heatmaps", "disagreements", "traces", "log"]
 
 UNKNOWN_LINE = "unknown"
 CALLER_LEFT = "caller_left"
@@ -155,6 +156,7 @@ class Telemetry:
         self._dropped.labels("heatmaps")
         self._dropped.labels("disagreements")
         self._dropped.labels("traces")
+        self._dropped.labels("log")
         self._shadow_frames = self._counter(
             "shadow_frames", "Answered frames of lines with a shadow: compared with it, or shed.", "line", "outcome"
         )
@@ -178,6 +180,12 @@ class Telemetry:
         modified.set_function(lambda: _modified_at(file))
         in_force = self._gauge("keys_in_force", "1 while the keys file counts, 0 while a changed one is refused.")
         in_force.set_function(lambda: float(is_in_force()))
+
+    def count_lost_lines(self) -> None:
+        """Count the lines of the process's log that can't be written from now on."""
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, _LogWriter):
+                handler.tell_of_loss = partial(self.record_dropped, "log")
 
     def watch_certificate(self, expires_at: Callable[[], float]) -> None:
         """Have the end of the server's certificate told at every scrape; without TLS there is no such series."""
@@ -416,6 +424,18 @@ class JsonLines(logging.Formatter):
         return json.dumps(members, default=str)
 
 
+class _LogWriter(logging.StreamHandler[TextIO]):
+    """Writes lines, and tells of each one that can't be written: a full disk costs lines and never a frame."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self.tell_of_loss: Callable[[], None] = lambda: None
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - as the library calls it
+        """Tell of it; there is no other place where a traceback could go."""
+        self.tell_of_loss()
+
+
 def log_json_lines(level: str, stream: TextIO | None = None) -> None:
     """Make every logger of the process write JSON lines.
 
@@ -423,7 +443,7 @@ def log_json_lines(level: str, stream: TextIO | None = None) -> None:
         level: name of the lowest level that is written.
         stream: standard error where absent.
     """
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = _LogWriter(stream or sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it says of a caller's file is no fault of ours

@@ -7,6 +7,7 @@ and again until it holds or a bounded time is over.
 import json
 import os
 import queue
+import resource
 import signal
 import subprocess
 import sys
@@ -127,6 +128,11 @@ class ServerProcess:
     def terminate(self) -> None:
         """Send SIGTERM, as an orchestrator does, and return at once."""
         self._process.send_signal(signal.SIGTERM)
+
+    def limit_files(self, most_bytes: int | None) -> None:
+        """Let the process write no file beyond a size, as on a full disk; None lets it write any again."""
+        limit = resource.RLIM_INFINITY if most_bytes is None else most_bytes
+        resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
     def exit_code(self) -> int:
         """Wait for the end of the process."""

@@ -1,5 +1,6 @@
 """A server's life as a real process: start, refuse what is wrong, answer, stop in order."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
+from tests.cameras import Cameras
 from tests.factories import encode, make_bundle, make_frame, make_graph, reseal
 from tests.servers import PATIENCE_S, ServerProcess, wait_until
 
@@ -38,6 +40,19 @@ def fail_once_gone(self, frames, line_index):
         raise OSError("the device is gone")
     return run(self, frames, line_index)
 OrtEngine.run = fail_once_gone
+"""
+
+# A server whose log can't be written any more as soon as a file is there: the disk that it lies on is full.
+DISK_FILLS = """
+import os
+from pathlib import Path
+from service.engines.ort import OrtEngine
+run = OrtEngine.run
+def fill(self, frames, line_index):
+    if Path({!r}).exists():
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+    return run(self, frames, line_index)
+OrtEngine.run = fill
 """
 
 
@@ -132,9 +147,7 @@ def test_server_when_told_to_stop_under_load_then_accepted_frames_are_answered_a
         # A connection for each frame: one that is kept may be closed by the server just when the next frame is sent.
         while True:
             try:
-                answers.append(
-                    httpx.post(server.url + INSPECT, content=frame, headers=PNG | part, timeout=PATIENCE_S)
-                )
+                answers.append(httpx.post(server.url + INSPECT, content=frame, headers=PNG | part, timeout=PATIENCE_S))
             except httpx.ConnectError:
                 return
             except httpx.TransportError as error:
@@ -220,6 +233,27 @@ def test_server_when_the_device_is_gone_then_it_is_unready_within_a_period_and_e
     assert exit_code == 1
     assert "a batcher is lost" in told
     assert "an engine is lost; the process ends and wants to be started again" in told
+
+
+def test_log_when_its_disk_is_full_then_frames_are_judged_and_lost_lines_are_counted(tmp_path):
+    """A line that can't be written costs no frame its verdict, and the metrics tell that lines are missing."""
+    store, full = tmp_path / "store", tmp_path / "full"
+    make_bundle(store)
+    with ServerProcess(store, before=DISK_FILLS.format(str(full))) as server:
+        server.ready()
+        with Cameras(server.url) as cameras:
+            cameras.after()
+            full.touch()
+            cameras.after()
+        metrics, ready = server.http.get("/metrics").text, server.http.get("/healthz/ready")
+        server.terminate()
+        exit_code = server.exit_code()
+
+    cameras.assert_safe()
+    assert {told.status for told in cameras.told} == {200}
+    (lost,) = re.findall(r'^flawline_records_dropped_total\{sink="log"\} (\S+)$', metrics, re.MULTILINE)
+    assert float(lost) > 0
+    assert (ready.status_code, exit_code) == (200, 0)
 
 
 def test_server_when_a_reader_stalls_and_a_thread_never_ends_then_it_still_ends_in_time(tmp_path):

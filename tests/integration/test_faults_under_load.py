@@ -238,8 +238,8 @@ def shared(store) -> Iterator[httpx.Client]:
     ids=lambda misdeed: misdeed.__name__.strip("_").replace("_", " "),
 )
 def test_camera_when_others_misbehave_then_each_of_its_frames_has_its_verdict(shared, misdeed):
-    """Slow heads, slow bodies, slow readers, those who hang up and those who talk nonsense harm nobody but themselves."""
-    generator = random.Random(misdeed.__name__)
+    """Slow heads, bodies and readers, those who hang up and those who talk nonsense harm nobody but themselves."""
+    generator = random.Random(misdeed.__name__)  # noqa: S311 - noise, no secret
     address = urlsplit(str(shared.base_url))
     connections = []
     with Cameras(str(shared.base_url)) as cameras:

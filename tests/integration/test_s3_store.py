@@ -13,9 +13,10 @@ from service.errors import StoreUnreachable
 from service.stores.mirror import Mirror
 from service.stores.objects import Location, Objects
 from service.stores.publishing import PublishingRefused, publish_to_bucket
+from tests.cameras import Cameras
 from tests.factories import make_bundle, reseal
 from tests.s3 import BUCKET, CREDENTIALS, s3_server
-from tests.servers import ServerProcess
+from tests.servers import ServerProcess, wait_until
 
 pytest.importorskip("moto", reason="needs a real S3 server, moto's")
 
@@ -273,3 +274,37 @@ def test_server_when_its_store_is_a_bucket_then_serves_what_was_published_there(
         version = process.ready().line("demo_line")["live"]["bundle"]["version"]
 
     assert version == "2"
+
+
+def test_server_when_the_disk_of_its_mirror_is_full_then_it_goes_on_and_takes_the_version_when_there_is_room(
+    bucket, made, tmp_path
+):
+    """Under load, a version that can't be written leaves the one before it in service, and nothing half is loaded."""
+    bucket.publish(made / "2")
+    settings: dict[str, Any] = {
+        **CREDENTIALS,
+        "FLAWLINE_STORE_ENDPOINT": bucket.endpoint,
+        "FLAWLINE_STORE_DIRECTORY": str(tmp_path / "cache"),
+        "FLAWLINE_STORE_POLL_S": "0.1",
+    }
+    room = (made / "3/model.onnx").stat().st_size // 2
+    with ServerProcess(Path("unused"), settings, ["--store", bucket.url]) as process:
+        process.ready()
+        with Cameras(process.url) as cameras:
+            process.limit_files(room)
+            bucket.publish(made / "3")
+            wait_until(lambda: "flawline_store_unreachable_total 0.0" not in _metrics(process), "a look that fails")
+            cameras.after()
+            versions_while_full = {told.version for told in list(cameras.told)}
+            process.limit_files(None)
+            wait_until(lambda: cameras.told[-1].version == "3", "the new version")
+        ready = process.http.get("/healthz/ready").status_code
+
+    cameras.assert_safe()
+    assert {told.status for told in cameras.told} == {200}
+    assert versions_while_full == {"2"}
+    assert ready == 200
+
+
+def _metrics(process: ServerProcess) -> str:
+    return process.http.get("/metrics").text
