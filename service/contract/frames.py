@@ -296,7 +296,7 @@ def _open(data: bytes, limits: FrameLimits) -> ImageFile.ImageFile:
             "compressed image."
         )
     if not data:
-        raise UnreadableFrame("The body is empty; send the image's bytes.")
+        raise UnreadableFrame("The image is empty: it has no byte.")
     try:
         image = Image.open(io.BytesIO(data), formats=sorted(FRAME_FORMATS))
     except _CODEC_ERRORS as error:
