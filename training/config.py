@@ -327,7 +327,9 @@ def _first_fault(error: ValidationError, prefix: str = "") -> str:
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         level = " at the top level" if len(first["loc"]) == 1 else ""
         known = RunConfig.model_fields if level else [field.name for field in dataclasses.fields(HoldOut)]
-        return f"{place} is not known{level}{_did_you_mean(str(first['loc'][-1]), known)}; known are {', '.join(known)}."
+        return (
+            f"{place} is not known{level}{_did_you_mean(str(first['loc'][-1]), known)}; known are {', '.join(known)}."
+        )
     what = first["msg"].removeprefix("Value error, ")
     given = "" if isinstance(first["input"], dict) else f"; it is {first['input']!r}"
     return f"{place}: {what[0].lower()}{what[1:]}{given}."
