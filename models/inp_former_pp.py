@@ -21,9 +21,10 @@ Symbols: E, D = `tokens`, `rebuilt` (B, G, N, C), one entry a group of layers ·
 · gamma = `mining_exponent` · L_sc = coherence · L_sm = direction + magnitude · R = `residual` (B, C, h, w) · H = head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from types import MappingProxyType
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,10 @@ class InpFormerPpConfig(InpBranchConfig):
         recipe: the descent of the normal branch, or of both (section IV-A).
         head_recipe: the descent of the head in the staged schedule (100 epochs, by its authors).
     """
+
+    # How a detector that was fitted on other lines judges a new one: decoder and head know their features, the INPs are
+    # drawn from each image itself.
+    zero_shot_settings: ClassVar[Mapping[str, str]] = MappingProxyType({"map_source": "prototypes"})
 
     magnitude_weight: float = 1.0
     magnitude_reduction: Literal["mean", "sum"] = "mean"

@@ -72,11 +72,12 @@ def histograms(pool: PixelPool, maps: Sequence[Float32s], masks: Sequence[Bools]
     )
 
 
-def bootstrap(per_image: PerImage, anomalous_images: Bools, *, seed: int, limit: float) -> Float64s:
+def bootstrap(per_image: PerImage, anomalous_images: Bools, *, seed: int, limits: Sequence[float] = ()) -> Float64s:
     """Draw images with replacement, normal and anomalous ones apart.
 
     Returns:
-        `(resamples, 4)` AUROC, AP, F1-max and the area of cover; NaN where a resample has none.
+        `(resamples, 3 + limits)` AUROC, AP, F1-max and the area of cover up to each limit; NaN where a resample has
+        none.
     """
     generator = np.random.default_rng(seed)
     strata = [np.flatnonzero(anomalous_images == kind) for kind in (False, True)]
@@ -90,16 +91,16 @@ def bootstrap(per_image: PerImage, anomalous_images: Bools, *, seed: int, limit:
             if stratum.size:
                 share = np.full(stratum.size, 1 / stratum.size)
                 counts[:, stratum] = generator.multinomial(stratum.size, share, size=rows)
-        figures.append(_resampled_figures(counts, per_image, limit))
+        figures.append(_resampled_figures(counts, per_image, limits))
     return np.concatenate(figures)
 
 
-def _resampled_figures(counts: Float64s, per_image: PerImage, limit: float) -> Float64s:
-    """Compute the figures of resamples given how often each image was drawn, `(r, n)`; returns `(r, 4)`."""
+def _resampled_figures(counts: Float64s, per_image: PerImage, limits: Sequence[float]) -> Float64s:
+    """Compute the figures of resamples given how often each image was drawn, `(r, n)`; see `bootstrap`."""
     positive, negative = counts @ per_image.anomalous, counts @ per_image.normal  # (r, G)
     tp, fp = np.cumsum(positive, axis=1), np.cumsum(negative, axis=1)
     anomalous, normal = tp[:, -1], fp[:, -1]
-    figures = np.full((len(counts), 4), np.nan)
+    figures = np.full((len(counts), 3 + len(limits)), np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         # A resample may hold only anomalous images without a marked pixel: its figures are NaN and drop out.
         beaten = normal[:, None] - fp + negative / 2
@@ -112,5 +113,5 @@ def _resampled_figures(counts: Float64s, per_image: PerImage, limit: float) -> F
             rate = fp / normal[:, None]
             for row in range(len(counts)):
                 x, y = np.concatenate(([0.0], rate[row])), np.concatenate(([0.0], cover[row]))
-                figures[row, 3] = area_up_to(x, y, limit) / limit
+                figures[row, 3:] = [area_up_to(x, y, limit) / limit for limit in limits]
     return figures

@@ -20,10 +20,11 @@ from service.contract.policy import Judgement, Policy, ScoreRule, Verdict, inspe
 from service.contract.tiling import Run
 from service.errors import FlawlineError, UnreadableFrame
 from training.data.loader import load_channels, load_mask
-from training.data.samples import ANOMALOUS, NORMAL, Sample
+from training.data.samples import ANOMALOUS, AUPRO_LIMIT, NORMAL, Sample
 from training.metrics import (
     Curve,
     Metric,
+    aupro_name,
     auroc,
     image_metrics,
     pixel_metrics,
@@ -37,7 +38,7 @@ from training.progress import Reporter
 Resolution = Literal["original", "model"]
 
 _IMAGE_FIGURES = ("i_auroc", "i_ap", "i_f1max")
-_PIXEL_FIGURES = ("p_auroc", "p_ap", "p_f1max", "aupro")
+_PIXEL_FIGURES = ("p_auroc", "p_ap", "p_f1max")
 # Pixel figures hold every pixel of every test frame several times over: 16 bytes each at the peak.
 _LARGEST_PIXEL_COUNT = 400_000_000
 
@@ -219,7 +220,8 @@ def spread(answers: Answers) -> list[Sample]:
 
 def without_test_frames() -> dict[str, Metric]:
     """Return every figure as undefined, for lines that bring good frames only."""
-    return dict.fromkeys((*_IMAGE_FIGURES, *_PIXEL_FIGURES), Metric(None, "the line has no test frames"))
+    missing = Metric(None, "the line has no test frames")
+    return dict.fromkeys((*_IMAGE_FIGURES, *_PIXEL_FIGURES, aupro_name(AUPRO_LIMIT)), missing)
 
 
 def to_records(metrics: dict[str, Metric]) -> dict[str, MetricRecord]:
@@ -254,13 +256,16 @@ def _by_kind(samples: Sequence[Sample], scores: NDArray[np.float32]) -> dict[str
 
 def _pixel_metrics(answers: Answers, spec: InputSpec, resolution: Resolution, seed: int) -> dict[str, Metric]:
     anomalous = [sample for sample in answers.samples if sample.label == ANOMALOUS]
+    # A data set with a limit of its own has AUPRO at the usual one as well, to be compared with others.
+    limits = sorted({AUPRO_LIMIT, *(sample.aupro_limit for sample in answers.samples)})
+    figures = (*_PIXEL_FIGURES, *map(aupro_name, limits))
     if not anomalous:
-        return dict.fromkeys(_PIXEL_FIGURES, Metric(None, "there is no anomalous sample"))
+        return dict.fromkeys(figures, Metric(None, "there is no anomalous sample"))
     if not all(sample.mask_paths for sample in anomalous):
-        return dict.fromkeys(_PIXEL_FIGURES, Metric(None, "the line has image labels only, no masks"))
+        return dict.fromkeys(figures, Metric(None, "the line has image labels only, no masks"))
     windows = [_crop_of(spec, size) for size in answers.frame_sizes]
     if resolution == "original" and (crowd := _too_many(windows)) is not None:
-        return dict.fromkeys(_PIXEL_FIGURES, Metric(None, f"{crowd}; use evaluation_resolution: model"))
+        return dict.fromkeys(figures, Metric(None, f"{crowd}; use evaluation_resolution: model"))
     maps, masks = [], []
     for sample, anomaly_map, size, (top, left, bottom, right) in zip(
         answers.samples, answers.maps, answers.frame_sizes, windows, strict=True
@@ -272,7 +277,7 @@ def _pixel_metrics(answers: Answers, spec: InputSpec, resolution: Resolution, se
         else:
             maps.append(anomaly_map)
             masks.append(resize_mask(mask, *anomaly_map.shape))
-    return pixel_metrics(maps, masks, answers.labels, seed=seed)
+    return pixel_metrics(maps, masks, answers.labels, limits, seed=seed)
 
 
 def _figures_of_kinds(

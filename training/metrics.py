@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from training.bootstrap import PerImage, bootstrap, histograms, one_hot
+from training.data.samples import AUPRO_LIMIT
 from training.ranking import (
     Bools,
     Float32s,
@@ -128,7 +129,7 @@ def image_metrics(scores: ArrayLike, labels: ArrayLike, *, seed: int = 0) -> dic
         regions=None,
     )
     names = ("i_auroc", "i_ap", "i_f1max")
-    return _with_intervals(metrics, names, bootstrap(per_image, anomalous, seed=seed, limit=1.0))
+    return _with_intervals(metrics, names, bootstrap(per_image, anomalous, seed=seed))
 
 
 def roc_curve(scores: ArrayLike, labels: ArrayLike, points: int = 400) -> Curve:
@@ -156,7 +157,7 @@ def pixel_f1_max(maps: Sequence[Float32s], masks: Sequence[Bools]) -> Metric:
     return _f1_max(_rank_pixels(maps, masks))
 
 
-def aupro(maps: Sequence[Float32s], masks: Sequence[Bools], limit: float = 0.3) -> Metric:
+def aupro(maps: Sequence[Float32s], masks: Sequence[Bools], limit: float = AUPRO_LIMIT) -> Metric:
     """Area under the per-region overlap for false positive rates up to `limit`, divided by `limit`.
 
     Regions are 8-connected components and weigh the same, whatever their size; normal pixels are all others, of all
@@ -226,15 +227,20 @@ def saturation_area(area_px: int, threshold: float, *, relative: bool) -> int:
     return max(1, int(threshold * area_px)) if relative else max(1, min(int(threshold), area_px))
 
 
+def aupro_name(limit: float) -> str:
+    """Name AUPRO up to a false positive rate: `aupro` where that is the usual 0.3, else for example `aupro_at_0.05`."""
+    return "aupro" if limit == AUPRO_LIMIT else f"aupro_at_{limit:g}"
+
+
 def pixel_metrics(
     maps: Sequence[Float32s],
     masks: Sequence[Bools],
     labels: ArrayLike,
-    aupro_limit: float = 0.3,
+    aupro_limits: Sequence[float] = (AUPRO_LIMIT,),
     *,
     seed: int = 0,
 ) -> dict[str, Metric]:
-    """Return `p_auroc`, `p_ap`, `p_f1max` and `aupro`, with intervals where fewer than 100 images are anomalous.
+    """Return `p_auroc`, `p_ap`, `p_f1max` and AUPRO, with intervals where fewer than 100 images are anomalous.
 
     Values are exact; the intervals come from histograms with some 4096 quantile bins (error below 1e-3).
 
@@ -243,7 +249,7 @@ def pixel_metrics(
         masks: `(H, W)` bool each; all False for a normal image. An anomalous image without a marked pixel counts as
             normal pixels.
         labels: `(n,)`, 1 = anomalous, 0 = normal; the strata of the bootstrap.
-        aupro_limit: largest false positive rate of AUPRO, in (0, 1].
+        aupro_limits: largest false positive rates of AUPRO, in (0, 1], each a figure of its own; see `aupro_name`.
         seed: of the bootstrap.
 
     Raises:
@@ -260,13 +266,13 @@ def pixel_metrics(
         "p_auroc": _auroc(ranking),
         "p_ap": _average_precision(ranking),
         "p_f1max": _f1_max(ranking),
-        "aupro": _area_of_cover(ranking, aupro_limit),
+        **{aupro_name(limit): _area_of_cover(ranking, limit) for limit in aupro_limits},
     }
     if not 0 < int(anomalous_images.sum()) < _INTERVAL_BELOW or ranking.anomalous == 0 or ranking.normal == 0:
         return metrics
     per_image = histograms(pool, maps, masks)
-    figures = bootstrap(per_image, anomalous_images, seed=seed, limit=aupro_limit)
-    return _with_intervals(metrics, ("p_auroc", "p_ap", "p_f1max", "aupro"), figures)
+    figures = bootstrap(per_image, anomalous_images, seed=seed, limits=aupro_limits)
+    return _with_intervals(metrics, tuple(metrics), figures)
 
 
 def pixel_curves(maps: Sequence[Float32s], masks: Sequence[Bools], points: int = 400) -> PixelCurves:

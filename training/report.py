@@ -487,6 +487,7 @@ _METRIC_NAMES = {
         "AUPRO",
         "how much of each defect is covered while at most 30 % of good pixels are; each defect counts alike",
     ),
+    "aupro_at_0.05": ("AUPRO@0.05", "the same as AUPRO, while at most 5 % of good pixels are covered"),
 }
 
 _GROUPS: dict[Group, tuple[str, str]] = {

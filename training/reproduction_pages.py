@@ -22,6 +22,7 @@ _TITLES = {
     "p_ap": "P-AP",
     "p_f1max": "P-F1max",
     "aupro": "AUPRO@0.3",
+    "aupro_at_0.05": "AUPRO@0.05",
     "spro": "sPRO@0.05, mean of kinds",
     "i_auroc_of_kinds": "I-AUROC, mean of kinds",
     "s_auroc": "S-AUROC, over pieces of several frames",

@@ -1,8 +1,8 @@
 """A bundle without training frames: a detector that judges a line it never saw, told from a name to the store.
 
 Two kinds of detectors can do it: those that fit nothing at all (GRNR), and those that a run fitted on other lines and
-whose configuration says how they judge a new one (`zero_shot_settings`; INP-Former shows the distance to its prototypes
-instead of what its decoder rebuilds). There are no good parts, hence no calibration: such a line gets no verdict, until
+whose configuration says how they judge a new one (`zero_shot_settings`; INP-Former and INP-Former++ show the distance to
+their prototypes instead of what their decoder rebuilds). There are no good parts, hence no calibration: such a line gets no verdict, until
 `flawline calibrate` brings good parts, or unless its policy says that each frame is measured by itself
 (`service.contract.policy`). Golden frames are generated; they prove the device, not the line.
 """
@@ -212,7 +212,9 @@ def _take_over(prepared: PreparedDetector, directory: Path) -> None:
             f"Fitting stands at the stage {stages[state.stage].name!r}; complete it first: flawline train --resume "
             f"{directory}"
         )
-    restore_detector(prepared.module, state.detector)
+    # What only the other lines need is left out, as the head of INP-Former++.
+    asked_for = prepared.module.state_dict().keys()
+    restore_detector(prepared.module, {name: state.detector[name] for name in state.detector if name in asked_for})
 
 
 def _choose_policy(run: Run, inputs: NDArray[np.uint8], spec: InputSpec, calibration: Calibration) -> Policy:

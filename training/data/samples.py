@@ -16,6 +16,9 @@ NORMAL: Label = 0
 ANOMALOUS: Label = 1
 UNKNOWN: Label = -1
 
+# Up to which rate of false positives AUPRO is integrated where a data set's makers say nothing else.
+AUPRO_LIMIT = 0.3
+
 # How many faulty files one message names; the rest is counted.
 _NAMED_FAULTS = 5
 
@@ -65,6 +68,7 @@ class Sample:
         channels: mask files where each defect of the image has its own (MVTec LOCO); then `mask_path` is None.
         saturations: of every kind of defect that the channels may mark.
         group: pieces that belong together (views of one part) share it; they must not be split.
+        aupro_limit: the rate of false positives up to which the data set's makers integrate AUPRO, in (0, 1].
     """
 
     path: Path
@@ -75,6 +79,7 @@ class Sample:
     channels: tuple[Path, ...] = ()
     saturations: tuple[Saturation, ...] = ()
     group: str | None = None
+    aupro_limit: float = AUPRO_LIMIT
 
     @property
     def mask_paths(self) -> tuple[Path, ...]:

@@ -86,6 +86,25 @@ def test_evaluate_when_several_frames_show_a_piece_then_it_scores_as_its_worst_f
     assert "s_auroc" not in alone.metrics
 
 
+def test_evaluate_when_the_makers_integrate_aupro_elsewhere_then_both_figures_are_told(tmp_path):
+    """A data set's own limit is a figure of its own name and value, beside the usual one."""
+    samples = read_dataset(write_line(tmp_path)).test
+    usual, strict = (
+        evaluate(
+            replace(_ask(samples), samples=tuple(replace(sample, aupro_limit=limit) for sample in samples)),
+            make_policy(),
+            _RULE,
+            make_input(),
+        ).metrics
+        for limit in (0.3, 0.05)
+    )
+
+    assert strict["aupro"] == usual["aupro"]
+    assert strict["aupro_at_0.05"].value < strict["aupro"].value
+    assert strict["aupro_at_0.05"].interval is not None
+    assert "aupro_at_0.05" not in usual
+
+
 def test_evaluate_when_the_input_is_cropped_then_masks_are_cropped_alike(tmp_path):
     """Pixel figures are measured where the detector looked: a perfect map stays perfect under a crop."""
     spec = make_input(margin=8)

@@ -11,10 +11,11 @@ from service.contract.golden import read_golden, replay
 from service.contract.policy import Verdict, judge
 from service.errors import FrameNotComparable
 from tests.factories import make_input, make_runner
-from tests.tiny_line import make_config, make_request, write_line
-from training.checkpoint import CheckpointRefused
+from tests.tiny_line import TINY_RUN, make_config, make_request, write_line
+from training.checkpoint import CheckpointRefused, TrainingState, detector_tensors, save_checkpoint
 from training.config import ConfigFault, RunConfig
 from training.data.folders import good_samples
+from training.detectors import prepare_detector
 from training.progress import SilentReporter
 from training.recalibrate import recalibrate
 from training.run import train
@@ -31,6 +32,12 @@ _TINY_GRNR = RunConfig.model_validate(
         "golden_frames": 4,
     }
 )
+
+_TINY_PP = TINY_RUN["hyperparameters"] | {
+    "head_channels": [16, 8],
+    "scale_distance": True,
+    "head_recipe": TINY_RUN["hyperparameters"]["recipe"],
+}
 
 
 def _request(store, **changes):
@@ -175,6 +182,26 @@ def test_export_when_a_run_on_other_lines_is_taken_over_then_maps_show_the_neare
     assert bundle.manifest.hyperparameters["hyperparameters"]["map_source"] == "prototypes"
     assert bundle.manifest.by_line["leather"].data.name == "frames of screws"
     assert "other lines: screws" in bundle.files["report.html"].decode()
+
+
+def test_export_when_the_run_has_a_head_for_its_own_lines_then_the_bundle_does_without(tmp_path):
+    """INP-Former++ learnt a head from planted defects; a new line is judged by its prototypes alone."""
+    config = make_config(detector="inp_former_pp", hyperparameters=_TINY_PP)
+    prepared = prepare_detector(config, "untrained", (), torch.device("cpu"))
+    for stage in prepared.detector.stages()[:2]:
+        stage.show(
+            torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(4, dtype=torch.int64)
+        )
+        stage.finish()
+    state = TrainingState(len(prepared.detector.stages()), 0, detector_tensors(prepared.module))
+    save_checkpoint(tmp_path / "run", state, {"backbone": prepared.backbone.digest, "data": "of other lines"})
+    request = _request(tmp_path / "store", config=zero_shot_config(config), fitted_in=tmp_path / "run")
+
+    bundle = load_bundle(make_zero_shot(request, SilentReporter()))
+
+    assert any(name.startswith("seg_head") for name in state.detector)
+    assert bundle.manifest.detector == "inp_former_pp"
+    assert bundle.manifest.hyperparameters["hyperparameters"]["map_source"] == "prototypes"
 
 
 def test_export_when_the_backbone_is_not_the_runs_then_is_refused(run, tmp_path):
