@@ -1,10 +1,10 @@
 """A bundle without training frames: a detector that judges a line it never saw, told from a name to the store.
 
 Two kinds of detectors can do it: those that fit nothing at all (GRNR), and those that a run fitted on other lines and
-whose configuration says how they judge a new one (`zero_shot_settings`; INP-Former and INP-Former++ show the distance to
-their prototypes instead of what their decoder rebuilds). There are no good parts, hence no calibration: such a line gets no verdict, until
-`flawline calibrate` brings good parts, or unless its policy says that each frame is measured by itself
-(`service.contract.policy`). Golden frames are generated; they prove the device, not the line.
+whose configuration says how they judge a new one (`zero_shot_settings`; INP-Former and INP-Former++ show the distance
+to their prototypes instead of what their decoder rebuilds). There are no good parts, hence no calibration: such a line
+gets no verdict, until `flawline calibrate` brings good parts, or unless its policy says that each frame is measured by
+itself (`service.contract.policy`). Golden frames are generated; they prove the device, not the line.
 """
 
 from dataclasses import dataclass

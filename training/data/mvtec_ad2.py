@@ -6,8 +6,8 @@
     <root>/test_private/NNN_<light>.png, <root>/test_private_mixed/NNN_<light>.png     flat, no label
 
 Heckler-Kram et al., "The MVTec AD 2 Dataset", arXiv:2503.21622. Some archives unpack to `<category>/<category>/`; the
-outer folder can be given. Frames of the private splits have an unknown label, so no figure is measured on them. Its makers
-integrate AUPRO up to 5 % of the good pixels.
+outer folder can be given. Frames of the private splits have an unknown label, so no figure is measured on them. The
+makers integrate AUPRO up to 5 % of the good pixels.
 """
 
 import re
