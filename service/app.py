@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.auth import Keyring, KeysFileInvalid, MountedKeyring
+from service.choices import why_unusable
 from service.contract.signature import refuse_unusable
 from service.engines.opening import open_engine
 from service.errors import FlawlineError
@@ -70,7 +71,7 @@ def create_app(
 
     Raises:
         KeysFileInvalid: if there is a keys file that can't be used.
-        SettingsInvalid: if traces are wanted and their library is not installed.
+        SettingsInvalid: if traces are wanted and their library is not installed, or the state directory can't be used.
         SigningFailed: if signatures are asked for and could not be checked.
         StoreUnreachable: if the store can't even be named to the library that speaks with it.
     """
@@ -184,12 +185,15 @@ def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[
         stuck_after_s=settings.stuck_after_s,
     )
     store = _store_of(settings)
+    if settings.state_directory is not None and (reason := why_unusable(settings.state_directory)) is not None:
+        raise SettingsInvalid(f"FLAWLINE_STATE_DIRECTORY: {reason}")
     kept = RegistryOptions(
         activates_newest=settings.activate_newest,
         keeps_previous=settings.keep_previous,
         budget_bytes=settings.memory_budget_bytes or None,
         pinned=settings.pinned_lines,
         trust=settings.trust,
+        state_directory=settings.state_directory,
     )
     registry = Registry(store, settings.lines, open_engine, options, telemetry, clock, kept)
     pipeline = Pipeline(

@@ -22,13 +22,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import httpx
 import numpy as np
 import tenacity
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from service.contract.policy import Verdict
 from service.contract.raw_frames import PixelFormat
@@ -53,12 +53,21 @@ _LONGEST_PAUSE_S = 1.0
 _RETRIED_STATUS = (429, 503)
 _OK = 200
 _LINE = TypeAdapter(Name)
+_Answer = TypeVar("_Answer", bound=BaseModel)
 # Of our own answers: nobody sends megabytes as a verdict.
 _LARGEST_ANSWER_BYTES = 16 * 2**20
 
 
 class ClientFault(Exception):
-    """The server could not be asked for something that is no verdict; the sentence says why."""
+    """The server could not be asked for something that is no verdict; the sentence says why.
+
+    Args:
+        problem: the server's, or the client's own.
+    """
+
+    def __init__(self, problem: "Problem") -> None:
+        super().__init__(problem.sentence)
+        self.problem = problem
 
 
 @dataclass(frozen=True)
@@ -219,10 +228,7 @@ class Client:
         Raises:
             ClientFault: if the server can't be asked or refuses.
         """
-        try:
-            return _read_lines(self._http.get("/v1/lines"))
-        except httpx.HTTPError as error:
-            raise ClientFault(_not_reachable(error).sentence) from error
+        return _read_lines(self.ask("GET", "/v1/lines"))
 
     def heatmap(self, inspection_id: str, kind: Literal["png", "overlay", "f16"] = "overlay") -> bytes:
         """Return the heatmap of an inspection that asked for one.
@@ -230,10 +236,24 @@ class Client:
         Raises:
             ClientFault: if the server can't be asked, or no longer keeps it.
         """
+        return self.ask("GET", f"/v1/inspections/{inspection_id}/heatmap", kind=kind)
+
+    def ask(self, method: str, path: str, *, timeout_s: float = DEFAULT_DEADLINE_MS / 1e3, **parameters: str) -> bytes:
+        """Ask for something that is no verdict, once, and return the body of the answer.
+
+        Args:
+            method: of HTTP.
+            path: below the address of the server.
+            timeout_s: without any byte of the answer.
+            parameters: of the query.
+
+        Raises:
+            ClientFault: if the server can't be asked, does not answer in time, or refuses.
+        """
         try:
-            return _read_bytes(self._http.get(f"/v1/inspections/{inspection_id}/heatmap", params={"kind": kind}))
+            return _read_bytes(self._http.request(method, path, params=parameters, timeout=timeout_s))
         except httpx.HTTPError as error:
-            raise ClientFault(_not_reachable(error).sentence) from error
+            raise ClientFault(_no_answer(error)) from error
 
 
 class AsyncClient:
@@ -302,16 +322,16 @@ class AsyncClient:
     async def lines(self) -> list[LineSummary]:
         """Return every line that the key may know of; raises as `Client.lines` does."""
         try:
-            return _read_lines(await self._http.get("/v1/lines"))
+            return _read_lines(_read_bytes(await self._http.get("/v1/lines")))
         except httpx.HTTPError as error:
-            raise ClientFault(_not_reachable(error).sentence) from error
+            raise ClientFault(_no_answer(error)) from error
 
     async def heatmap(self, inspection_id: str, kind: Literal["png", "overlay", "f16"] = "overlay") -> bytes:
         """Return the heatmap of an inspection that asked for one; raises as `Client.heatmap` does."""
         try:
             return _read_bytes(await self._http.get(f"/v1/inspections/{inspection_id}/heatmap", params={"kind": kind}))
         except httpx.HTTPError as error:
-            raise ClientFault(_not_reachable(error).sentence) from error
+            raise ClientFault(_no_answer(error)) from error
 
 
 class _TooLate(Exception):
@@ -499,15 +519,18 @@ def _hear(response: httpx.Response, content: bytes, asked: _Asked) -> _Heard:
 
 
 def _hear_problem(response: httpx.Response, content: bytes) -> _Heard:
+    again = response.status_code in _RETRIED_STATUS
+    return _Heard(_without_verdict(_problem_of(response, content)), again, _retry_after_s(response))
+
+
+def _problem_of(response: httpx.Response, content: bytes) -> Problem:
     code, sentence, request_id = "answer_unusable", f"The server answered with status {response.status_code}.", None
     try:
         document = json.loads(content)
         code, sentence, request_id = str(document["code"]), str(document["detail"]), document.get("request_id")
     except (ValueError, KeyError, TypeError, AttributeError):
         pass  # whatever stands in between, a proxy for example, has its own way to refuse
-    problem = Problem(code, sentence, response.status_code, request_id if isinstance(request_id, str) else None)
-    again = response.status_code in _RETRIED_STATUS
-    return _Heard(_without_verdict(problem), again, _retry_after_s(response))
+    return Problem(code, sentence, response.status_code, request_id if isinstance(request_id, str) else None)
 
 
 def _retry_after_s(response: httpx.Response) -> float:
@@ -533,6 +556,12 @@ def _unheard(error: Exception) -> _Heard:
     return _Heard(_without_verdict(_not_reachable(error)), again=isinstance(error, httpx.TransportError))
 
 
+def _no_answer(error: Exception) -> Problem:
+    if isinstance(error, httpx.ReadTimeout):
+        return Problem("no_answer", "The server did not answer in time; whether it did what was asked is not known.")
+    return _not_reachable(error)
+
+
 def _not_reachable(error: Exception) -> Problem:
     return Problem("not_reachable", f"The server can't be reached ({type(error).__name__}); look at address and cable.")
 
@@ -545,15 +574,23 @@ def _without_verdict(problem: Problem) -> Outcome:
     return Outcome(Verdict.NO_VERDICT, None, problem)
 
 
-def _read_lines(response: httpx.Response) -> list[LineSummary]:
+def _read_lines(content: bytes) -> list[LineSummary]:
+    return read_answer(LinesAnswer, content).lines
+
+
+def read_answer(schema: type[_Answer], content: bytes) -> _Answer:
+    """Read an answer that is no verdict; a newer server may say more.
+
+    Raises:
+        ClientFault: if it does not fit.
+    """
     try:
-        return LinesAnswer.model_validate_json(_read_bytes(response), extra="ignore").lines
+        return schema.model_validate_json(content, extra="ignore")
     except ValidationError as error:
-        raise ClientFault("The server's list of lines does not fit this client; update it.") from error
+        raise ClientFault(_unusable("The server's answer does not fit this client; update it.")) from error
 
 
 def _read_bytes(response: httpx.Response) -> bytes:
     if response.status_code != _OK:
-        problem = _hear_problem(response, response.content).outcome.problem
-        raise ClientFault("The server refused." if problem is None else problem.sentence)
+        raise ClientFault(_problem_of(response, response.content))
     return response.content

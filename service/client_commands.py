@@ -6,13 +6,12 @@ Both speak through `service.client`, so their rule is its rule: whatever goes wr
 import asyncio
 import json
 import random
-import ssl
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from service.admin_commands import admin
 from service.camera import Arrivals, CameraPlan, Tally, run_camera
 from service.client import (
     DEFAULT_DEADLINE_MS,
@@ -32,6 +32,7 @@ from service.client import (
     RawFrame,
 )
 from service.client import Frame as ClientFrame
+from service.connection_options import Authority, Certificate, KeyFile, Url, leave, read_key, tls_context
 from service.contract.bundle import load_bundle, newest_bundles, promised_lines
 from service.contract.frames import FrameLimits, decode_image, encode_jpeg, encode_png
 from service.contract.golden import read_golden
@@ -39,20 +40,14 @@ from service.contract.policy import Verdict
 from service.errors import FlawlineError
 
 commands = typer.Typer()
+commands.add_typer(admin, name="admin")
 
 FrameFormat = Literal["file", "jpeg", "png", "rgb8", "mono8"]
 _COLOURS = {"PASS": "green", "REVIEW": "yellow", "FAIL": "red", "NO_VERDICT": "bold magenta"}
-_ALL_PASS, _NO_VERDICT, _USAGE, _NOT_ALL_PASS = 0, 1, 2, 3
+_ALL_PASS, _NO_VERDICT, _NOT_ALL_PASS = 0, 1, 3  # 2 is the caller's fault
 _REFRESH_HZ = 2.0
 
-Url = Annotated[str, typer.Option(envvar="FLAWLINE_CLIENT_URL", help="Address of the server.")]
-KeyFile = Annotated[
-    Path | None, typer.Option(envvar="FLAWLINE_CLIENT_KEY_FILE", help="File that holds the caller's key.")
-]
 Deadline = Annotated[float, typer.Option(help="Milliseconds from sending a frame to its answer.", min=1)]
-Authority = Annotated[Path | None, typer.Option(help="PEM file of the authority that signed the server's certificate.")]
-Certificate = Annotated[Path | None, typer.Option(help="PEM file with our certificate and key, for mutual TLS.")]
-
 _INSPECT_HELP = """Inspect image files, or every image in a folder, and tell the verdicts.
 
 The exit code is 0 if every part is PASS, 3 if one is REVIEW or FAIL, 1 if one has no verdict.
@@ -95,7 +90,7 @@ def inspect(
     """Inspect files and end with an exit code that a script can use."""
     files = list(_images(sources))
     if not files:
-        _leave(f"There is no image in {', '.join(map(str, sources))}; known are files with {', '.join(MEDIA_TYPES)}.")
+        leave(f"There is no image in {', '.join(map(str, sources))}; known are files with {', '.join(MEDIA_TYPES)}.")
     if overlays is not None:
         overlays.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -103,10 +98,10 @@ def inspect(
     with (
         Client(
             url,
-            _read_key(key_file),
+            read_key(key_file),
             deadline_ms=deadline_ms,
             connections=connections,
-            tls=_tls(authority, certificate),
+            tls=tls_context(authority, certificate),
         ) as client,
         ThreadPoolExecutor(connections) as cameras,
     ):
@@ -125,7 +120,7 @@ def inspect(
                 verdicts[outcome.verdict] += 1
                 _tell(file, outcome, console, as_json=as_json)
         except ClientFault as fault:
-            _leave(str(fault))
+            leave(str(fault))
     if not as_json:
         console.print(", ".join(f"{count} {verdict.value}" for verdict, count in verdicts.items()), highlight=False)
     raise typer.Exit(_exit_code(verdicts))
@@ -157,7 +152,7 @@ def camera(
     try:
         supplies = [_supply(name, frames, store, frame_format) for name in line]
     except FlawlineError as error:
-        _leave(error.sentence)
+        leave(error.sentence)
     plans = [CameraPlan(name, rate, arrivals, jitter, burst, buffer, seed + number) for number, name in enumerate(line)]
     tallies = [Tally() for _ in plans]
     show = _Display(plans, tallies, quiet=as_json)
@@ -165,10 +160,10 @@ def camera(
     async def shoot_all() -> None:
         async with AsyncClient(
             url,
-            _read_key(key_file),
+            read_key(key_file),
             deadline_ms=deadline_ms,
             connections=buffer * len(plans),
-            tls=_tls(authority, certificate),
+            tls=tls_context(authority, certificate),
         ) as client:
 
             async def send(name: str, frame: ClientFrame, number: int) -> Outcome:
@@ -266,11 +261,11 @@ def _supply(line: str, folder: Path | None, store: Path | None, frame_format: Fr
         FlawlineError: if a frame or bundle can't be read.
     """
     if (folder is None) == (store is None):
-        _leave("Give frames: --frames FOLDER, or --store STORE for the golden frames of the lines' bundles.")
+        leave("Give frames: --frames FOLDER, or --store STORE for the golden frames of the lines' bundles.")
     if store is not None:
         serving = [path for name, path in newest_bundles(store).items() if line in promised_lines(path, name)]
         if not serving:
-            _leave(f"{store} has no bundle of the line {line}; give --frames FOLDER instead.")
+            leave(f"{store} has no bundle of the line {line}; give --frames FOLDER instead.")
         bundle = load_bundle(serving[0])
         answers = [answer for answer in read_golden(bundle).answers if answer.line == line]
         encoded = [EncodedFrame(bundle.files[answer.file], "image/png") for answer in answers]
@@ -279,7 +274,7 @@ def _supply(line: str, folder: Path | None, store: Path | None, frame_format: Fr
             EncodedFrame(file.read_bytes(), MEDIA_TYPES[file.suffix.lower()]) for file in _images([folder or Path()])
         ]
     if not encoded:
-        _leave(f"There is no image in {folder}; known are files with {', '.join(MEDIA_TYPES)}.")
+        leave(f"There is no image in {folder}; known are files with {', '.join(MEDIA_TYPES)}.")
     random.Random(line).shuffle(encoded)  # noqa: S311 - an order, not a secret
     return [_convert(frame, frame_format) for frame in encoded]
 
@@ -337,29 +332,3 @@ def _exit_code(verdicts: Counter[Verdict]) -> int:
 def _part_id(file: Path) -> str | None:
     """Name the part by its file, where that can travel as an id."""
     return file.name if file.name.isascii() and file.name.isprintable() and '"' not in file.name else None
-
-
-def _read_key(file: Path | None) -> str | None:
-    if file is None:
-        return None
-    try:
-        return file.read_text("utf-8").strip()
-    except OSError as error:
-        _leave(f"The key file {file} can't be read: {error.strerror}.")
-
-
-def _tls(authority: Path | None, certificate: Path | None) -> ssl.SSLContext | None:
-    if authority is None and certificate is None:
-        return None
-    try:
-        context = ssl.create_default_context(cafile=authority)
-        if certificate is not None:
-            context.load_cert_chain(certificate)
-    except (OSError, ssl.SSLError) as error:
-        _leave(f"A certificate can't be used: {error}.")
-    return context
-
-
-def _leave(sentence: str) -> NoReturn:
-    typer.echo(sentence, err=True)
-    raise typer.Exit(_USAGE)

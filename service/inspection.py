@@ -90,6 +90,7 @@ class Inspection:
         policy_digest: SHA-256 of its canonical JSON.
         detector: method of the bundle.
         device: where the engine ran.
+        precision: that it computed in.
         judgement: verdict, score and regions.
         p_value: share of calibration good parts at least this anomalous, in (0, 1]; None where the frame was measured
             by itself.
@@ -114,6 +115,7 @@ class Inspection:
     policy_digest: str
     detector: str
     device: str
+    precision: str
     judgement: Judgement
     p_value: float | None
     review_threshold: float

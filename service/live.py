@@ -46,6 +46,16 @@ class LoadedBundle:
     batcher: Batcher
     proofs: tuple[Callable[[Run], None], ...]
 
+    @property
+    def precision(self) -> str:
+        """What the engine computes in."""
+        return self.engine.precision
+
+    @property
+    def provider(self) -> str:
+        """What runs the engine on its device, in the runtime's own word."""
+        return self.engine.provider
+
 
 @dataclass(frozen=True, eq=False)
 class LivePolicy:

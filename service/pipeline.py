@@ -121,6 +121,7 @@ class Pipeline:
             policy_digest=found.policy.digest,
             detector=bundle.manifest.detector,
             device=bundle.device,
+            precision=bundle.precision,
             judgement=judgement,
             p_value=_p_value(judgement, found),
             review_threshold=found.policy.policy.review_threshold,

@@ -7,6 +7,9 @@ A change is prepared beside what is live, by `service/loading.py`, and becomes t
 before is answered by what was live before, whoever asks after by the new version. What is replaced is kept for rolling
 back, and closed once it is too many and the last of its frames is answered.
 
+What administrators choose is noted by `service/choices.py` and counts again after a restart, where it could be kept; a
+file of choices that does not hold refuses every line.
+
 At the start, a newest version that is refused is not replaced by an older one: a silent step back would give verdicts
 that nobody expects, so the line is refused, with the sentence that says why, and the service is not ready. Whoever
 wants the older version removes the newer one. While an older version is live, a newer one that is refused changes
@@ -19,11 +22,12 @@ What changes anything blocks, one change after the other, and belongs into a thr
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from service.contract.policy import may_judge
 from service.errors import (
+    BundleRefused,
     LineNotCalibrated,
     StoreUnreachable,
     UnknownBundle,
@@ -35,6 +39,7 @@ from service.heap import give_back
 from service.live import (
     NOT_CALIBRATED,
     LineStatus,
+    LiveLine,
     LoadedVersion,
     VersionKey,
     VersionState,
@@ -43,7 +48,7 @@ from service.live import (
 from service.served import State
 from service.versions import History, LoadedVersions
 
-_SHORTEST_RETRY_S = 1.0
+_TAKEN_OUT = "It was unloaded by an administrator; load it again."
 
 _log = logging.getLogger("flawline")
 
@@ -111,6 +116,11 @@ class Registry(LoadedVersions):
         return lines
 
     @property
+    def why_forgotten(self) -> str | None:
+        """Why something that administrators chose would not survive a restart; None where all would."""
+        return self._choices.why_forgotten
+
+    @property
     def why_empty(self) -> str:
         """Why no line is served, where none is even known."""
         known = self._catalogue.why_stale or self._catalogue.why_unreadable or self._fault
@@ -134,6 +144,7 @@ class Registry(LoadedVersions):
         """Load every wanted line of the store; whatever is wrong with a bundle refuses its lines and no others."""
         try:
             with self._changing:
+                self._recall()
                 self._ask_store()
                 candidates = self._scan()
                 for name, version in candidates:
@@ -150,14 +161,16 @@ class Registry(LoadedVersions):
 
         Raises:
             StoreUnreachable: if it can't be asked; nothing has changed then.
+            BundleRefused: if nobody knows what administrators chose.
         """
         with self._changing:
+            self._refuse_to_guess()
             if not self._ask_store():
                 raise StoreUnreachable(self._catalogue.why_stale or "The store can't be asked.")
             activated, refused = [], {}
             for name in self._catalogue.names():
                 key = self._newer(name)
-                if key is None:
+                if key is None or self._taken_out.issuperset(self._catalogue.lines(*key)):
                     continue
                 reason = self._load_or_refuse(key)
                 if reason is None:
@@ -177,8 +190,10 @@ class Registry(LoadedVersions):
             EngineFailed: if the device does not take it; nothing has changed then.
         """
         with self._changing:
+            self._refuse_to_guess()
             self._go_live(self._loaded_or_load(self._stored(name, version)))
             self._hold_back_newer(name, version)
+            self._choices.choose_version(name, version, self._history(name).held_back)
 
     def roll_back(self, name: str) -> str:
         """Make the version live that was live before, or the next older one in the store where none was.
@@ -192,6 +207,7 @@ class Registry(LoadedVersions):
             EngineFailed: if the device does not take it; nothing has changed then.
         """
         with self._changing:
+            self._refuse_to_guess()
             history = self._histories.get(name, History())
             before = history.live[-2] if len(history.live) > 1 else self._older_than_live(name, history)
             if before is None:
@@ -202,6 +218,7 @@ class Registry(LoadedVersions):
                 history.live = [version for version in history.live if version not in (left, before)] + [before]
                 self._keep_only_what_is_needed(name)
             self._hold_back_newer(name, before)
+            self._choices.choose_version(name, before, self._history(name).held_back)
             return before
 
     def start_shadow(self, name: str, version: str) -> None:
@@ -213,6 +230,7 @@ class Registry(LoadedVersions):
             EngineFailed: if the device does not take it.
         """
         with self._changing:
+            self._refuse_to_guess()
             key = self._stored(name, version)
             if self._history(name).live[-1:] == [version]:
                 raise UnknownVersion("This version is live; a shadow is another one.")
@@ -228,7 +246,7 @@ class Registry(LoadedVersions):
             self._keep_only_what_is_needed(name)
 
     def activate_policy(self, line: str, version: str) -> None:
-        """Judge a line by another of its policies from now on, until another bundle version becomes live.
+        """Judge a line by another of its policies while this version of its bundle is live.
 
         Raises:
             UnknownLine: if there is no such line.
@@ -237,13 +255,15 @@ class Registry(LoadedVersions):
             LineNotCalibrated: if the policy needs a calibration and the line has none.
         """
         with self._changing:
-            serving = self._loader.with_new_policies(self.serving(line, None))
+            self._refuse_to_guess()
+            serving = self._loader.with_new_policies(self._loaded_line(line))
             policy = serving.policies.get(version)
             if policy is None:
                 raise UnknownPolicy("The line has no policy of this version, or its file was refused; see the log.")
             if not may_judge(policy.policy, is_calibrated=serving.calibration is not None):
                 raise LineNotCalibrated(NOT_CALIBRATED)
             self._replace_line(replace(serving, default_policy=version))
+            self._choices.choose_policy(line, *serving.key, version)
 
     def load_line(self, line: str) -> None:
         """Serve a line again that was unloaded; one that is served takes the newest version that may become live.
@@ -254,6 +274,7 @@ class Registry(LoadedVersions):
             EngineFailed: if the device does not take it.
         """
         with self._changing:
+            self._refuse_to_guess()
             self._ask_store()
             name = self._bundle_of(line)
             self._taken_out.discard(line)
@@ -262,6 +283,7 @@ class Registry(LoadedVersions):
             if key is None:
                 raise UnknownLine("There is no bundle of this line in the store.")
             self._go_live(self._loaded_or_load(key))
+            self._choices.load(line)
 
     def unload_line(self, line: str) -> None:
         """Serve a line no longer, until it is loaded again; its engine goes with the last line that uses it.
@@ -270,11 +292,13 @@ class Registry(LoadedVersions):
             UnknownLine: if there is no such line.
         """
         with self._changing:
+            self._refuse_to_guess()
             name = self.status(line).bundle
             self._taken_out.add(line)
+            self._choices.unload(line)
             state = self._state
             live = {known: serving for known, serving in state.live.items() if known != line}
-            status = LineStatus(line, name, "unloaded", "It was unloaded by an administrator; load it again.", None)
+            status = LineStatus(line, name, "unloaded", _TAKEN_OUT, None)
             self._state = replace(state, live=live, not_live={**state.not_live, line: status})
             if not any(serving.bundle.manifest.name == name for serving in live.values()):
                 self._end_shadow(name)
@@ -301,9 +325,18 @@ class Registry(LoadedVersions):
                     name, self._catalogue.wanted_of((name,)), "refused", f"Its folder can't be read: {error.strerror}."
                 )
                 continue
-            lines = self._catalogue.lines(name, versions[-1]) if versions else ()
-            if lines:
-                candidates.append((name, versions[-1]))
+            first = self._first(name, versions) if versions else ""
+            lines = self._catalogue.lines(name, first if first in versions else versions[-1]) if versions else ()
+            out = tuple(line for line in lines if line in self._taken_out)
+            self._note(name, out, "unloaded", _TAKEN_OUT)
+            lines = tuple(line for line in lines if line not in out)
+            if lines and self._choices.why_unknown is not None:
+                self._note(name, lines, "refused", self._choices.why_unknown)
+            elif lines and first not in versions:
+                chosen = f"An administrator chose version {first}, which is not in the store"
+                self._note(name, lines, "refused", f"{chosen}; put it back, or activate another one.")
+            elif lines:
+                candidates.append((name, first))
                 self._note(name, lines, "loading", "The line is loading; try again in a moment.")
         for missing in (self._wanted or frozenset()) - self._state.not_live.keys():
             self._note(missing, (missing,), "refused", "There is no bundle of this line in the store.")
@@ -319,9 +352,10 @@ class Registry(LoadedVersions):
         """Return the newest version where it should become live: not held back, and not refused as it is."""
         stored = self._catalogue.readable_versions(name)
         history = self._history(name)
-        if not stored or not self._catalogue.lines(name, stored[-1]):
+        live = history.live[-1] if history.live else None
+        newest = (stored[-1] if live is not None else self._first(name, stored)) if stored else ""
+        if newest not in stored or not self._catalogue.lines(name, newest):
             return None
-        newest, live = stored[-1], history.live[-1] if history.live else None
         if live is not None and (int(newest) <= int(live) or newest in history.held_back):
             return None
         if live is not None and not self._options.activates_newest:
@@ -330,6 +364,47 @@ class Registry(LoadedVersions):
         if refused is not None and not asks_again and refused[1] == self._catalogue.looks(name, newest):
             return None
         return VersionKey(name, newest)
+
+    def _first(self, name: str, stored: Sequence[str]) -> str:
+        """Return the version to begin with: what an administrator chose, or the newest one that is not held back."""
+        chosen = self._choices.chosen.versions.get(name)
+        if chosen is None:
+            return stored[-1]
+        newer = [version for version in stored if int(version) > int(chosen.live) and version not in chosen.held_back]
+        return newer[-1] if newer and self._options.activates_newest else chosen.live
+
+    def _recall(self) -> None:
+        """Take over what administrators chose before this start."""
+        self._choices.recall()
+        chosen = self._choices.chosen
+        self._taken_out |= set(chosen.unloaded)
+        for name, version in chosen.versions.items():
+            self._history(name).held_back |= set(version.held_back)
+
+    def _refuse_to_guess(self) -> None:
+        """Change nothing where nobody knows what administrators chose.
+
+        Raises:
+            BundleRefused: if that is so.
+        """
+        if self._choices.why_unknown is not None:
+            raise BundleRefused(self._choices.why_unknown)
+
+    def _loaded_line(self, line: str) -> LiveLine:
+        """Return what serves a line, or would but for its policy.
+
+        Raises:
+            UnknownLine: if there is no such line.
+            LineNotReady: if it is not served for another reason.
+        """
+        state = self._state
+        if line not in state.live and line in state.not_live and line not in self._taken_out:
+            name = state.not_live[line].bundle
+            live = self._history(name).live
+            version = state.loaded.get(VersionKey(name, live[-1])) if live else None
+            if version is not None and line in version.lines:
+                return version.lines[line]
+        return self.serving(line, None)
 
     def _older_than_live(self, name: str, history: History) -> str | None:
         live = int(history.live[-1]) if history.live else 0

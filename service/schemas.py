@@ -158,6 +158,7 @@ class InspectionAnswer(_Wire):
     policy: Versioned
     detector: str
     device: str
+    precision: str
     frame: FrameSize
     heatmap: HeatmapLink | None
     timings_ms: Timings
@@ -193,6 +194,8 @@ class LineSummary(_Wire):
     reason: str | None
     bundle: Versioned | None
     detector: str | None
+    device: str | None
+    precision: str | None
 
 
 class LinesAnswer(_Wire):
@@ -250,7 +253,8 @@ class LiveAnswer(_Wire):
     detector: str
     backbone: str | None
     device: str
-    precision: str
+    provider: str = Field(description="what runs the engine there, in the runtime's own word")
+    precision: str = Field(description="that the engine computes in: fp32, fp16, int8 or bf16")
     input: FrameSize = Field(description="what frames are resized and cropped to")
     tiles: int = Field(description="network inputs that this is cut into; 1 where frames are looked at whole")
     anomaly_map: FrameSize
@@ -322,6 +326,58 @@ class BundleAnswer(_Wire):
     bundle: str
     lines: list[str]
     versions: list[AdminVersionAnswer]
+
+
+class _Remembered(_Wire):
+    """Whether what administrators chose so far counts again after a restart, and why not.
+
+    Attributes:
+        remembered: whether all of it does.
+        why_forgotten: null where it does.
+    """
+
+    remembered: bool
+    why_forgotten: str | None
+
+
+class ChangedBundleAnswer(BundleAnswer, _Remembered):
+    """A bundle after a change, and whether the change outlives the process (`why_forgotten` says why not)."""
+
+
+class ChangedLineAnswer(LineSummary, _Remembered):
+    """A line after a change, and whether the change outlives the process (`why_forgotten` says why not)."""
+
+
+class AdminLineAnswer(_Wire):
+    """One line, as administrators see it; what serves it is null where nothing does.
+
+    Attributes:
+        line: its name.
+        state: how it stands.
+        reason: why it is not ready.
+        bundle: name of the bundle that serves it, or means to.
+        version: of that bundle.
+        policy: that judges where the caller names none.
+        policies: that may be asked for or activated.
+        device: of the engine.
+        precision: that the engine computes in.
+    """
+
+    line: str
+    state: LineState
+    reason: str | None
+    bundle: str | None
+    version: str | None
+    policy: str | None
+    policies: list[str]
+    device: str | None
+    precision: str | None
+
+
+class AdminLinesAnswer(_Remembered):
+    """Every line that the key covers."""
+
+    lines: list[AdminLineAnswer]
 
 
 class BundlesAnswer(_Wire):

@@ -64,6 +64,8 @@ class Settings(BaseSettings):
         activate_newest: whether a new version in the store becomes live by itself once it is proved, or waits for an
             administrator; at the start, the newest one is live in any case.
         keep_previous: whether the version before the live one stays loaded, so that rolling back takes no time.
+        state_directory: where administrators' choices (versions, policies, unloaded lines) are kept through restarts;
+            made where it is missing, absent means that they end with the process.
         memory_budget_bytes: of all engines together; beyond it, lines that were not asked for lately are unloaded, and
             loaded again when a frame comes. 0 is no limit.
         pinned_lines: never unloaded, separated by commas.
@@ -116,6 +118,7 @@ class Settings(BaseSettings):
     store_poll_s: float = Field(default=0, ge=0, le=86_400)
     activate_newest: bool = True
     keep_previous: bool = True
+    state_directory: Path | None = None
     memory_budget_bytes: int = Field(default=0, ge=0)
     pinned_lines: Annotated[frozenset[LineName], NoDecode] = frozenset()
     store_url: str | None = Field(default=None, pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w!.*'()/-]*)?$")

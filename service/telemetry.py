@@ -139,6 +139,9 @@ class Telemetry:
         self._engine_load = self._gauge(
             "engine_load_seconds", "From reading the bundle to its golden frames passed.", "engine"
         )
+        self._engine_info = self._gauge(
+            "engine_info", "A loaded engine; always 1.", "engine", "version", "device", "provider", "precision"
+        )
         self._model_info = self._gauge(
             "model_info", "What serves a line; always 1.", "line", "version", "digest", "policy", "device"
         )
@@ -211,6 +214,14 @@ class Telemetry:
     def engine_loaded(self, engine: str, seconds: float) -> None:
         """Record how long an engine took from its bundle's bytes to its golden frames passed."""
         self._engine_load.labels(engine).set(seconds)
+
+    def engine_runs(self, engine: str, version: str, device: str, provider: str, precision: str) -> None:
+        """Record where a loaded version runs, by what, and what it computes in."""
+        self._engine_info.labels(engine, version, device, provider, precision).set(1)
+
+    def engine_closed(self, engine: str, version: str, device: str, provider: str, precision: str) -> None:
+        """Forget a version that is in memory no longer."""
+        self._engine_info.remove(engine, version, device, provider, precision)
 
     def line_serves(
         self, line: str, version: str, digest: str, policy: str, device: str, calibration: Calibration | None

@@ -9,10 +9,13 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from service.batcher import Batcher
 from service.catalogue import Catalogue
+from service.choices import Choices
 from service.contract.bundle import MODEL_FILE
+from service.contract.policy import may_judge
 from service.contract.signature import Trust
 from service.errors import (
     BundleRefused,
@@ -46,6 +49,7 @@ class RegistryOptions:
         budget_bytes: memory of all engines together; None is no limit.
         pinned: lines whose engine is never unloaded.
         trust: whose signature bundles must have; None does not ask for one.
+        state_directory: where administrators' choices are kept through restarts; None forgets them.
     """
 
     activates_newest: bool = True
@@ -53,6 +57,7 @@ class RegistryOptions:
     budget_bytes: int | None = None
     pinned: frozenset[str] = frozenset()
     trust: Trust | None = None
+    state_directory: Path | None = None
 
 
 @dataclass
@@ -99,6 +104,7 @@ class LoadedVersions(ServedLines):
         self._catalogue = Catalogue(store, wanted)
         self._wanted = wanted
         self._options = options or RegistryOptions()
+        self._choices = Choices(self._options.state_directory)
         self._loader = Loader(store.directory, open_engine, driven, telemetry, clock, self._options.trust)
         self._telemetry = telemetry
         self._fault: str | None = None
@@ -196,10 +202,12 @@ class LoadedVersions(ServedLines):
         self._used_at[key] = self._clock()
         for line in loaded.lines:
             self._telemetry.declare_line(line)
+        loaded = replace(loaded, lines={line: self._by_its_policy(live) for line, live in loaded.lines.items()})
         replaced = self._state.loaded.get(key)
         if replaced is not None:
             self._retired.append(replaced)
         self._state = replace(self._state, loaded={**self._state.loaded, key: loaded})
+        self._telemetry.engine_runs(*_running(loaded))
         return loaded
 
     def _claim(self, name: str, lines: tuple[str, ...]) -> tuple[str, ...]:
@@ -220,14 +228,14 @@ class LoadedVersions(ServedLines):
     def _go_live(self, version: LoadedVersion) -> None:
         """Serve the lines of a loaded version by it."""
         key, state = version.key, self._state
-        served = {line: live for line, live in version.lines.items() if line not in self._taken_out}
+        served, refused = self._by_their_policies(version)
         others = {line: live for line, live in state.live.items() if live.bundle.manifest.name != key.name}
         absent = {
             line: status
             for line, status in state.not_live.items()
             if line not in served and (status.bundle != key.name or line in self._taken_out)
         }
-        self._state = replace(state, live={**others, **served}, not_live=absent)
+        self._state = replace(state, live={**others, **served}, not_live={**absent, **refused})
         for live in served.values():
             self._tell_of(live)
         dropped = state.live.keys() - self._state.live.keys()
@@ -241,13 +249,52 @@ class LoadedVersions(ServedLines):
         self._keep_only_what_is_needed(key.name)
         _log.info("version live", extra={**_named(key), "digest": version.bundle.digest})
 
+    def _by_their_policies(self, version: LoadedVersion) -> tuple[dict[str, LiveLine], dict[str, LineStatus]]:
+        """Return the lines that a version may serve, and those whose chosen policy is not there any more.
+
+        These are not judged by another one: it could pass what the chosen one stops.
+        """
+        served: dict[str, LiveLine] = {}
+        refused: dict[str, LineStatus] = {}
+        for line, live in version.lines.items():
+            if line in self._taken_out:
+                continue
+            found, wanted = self._by_its_policy(live), self._choices.policy_of(line, *version.key)
+            if wanted in (None, found.default_policy):
+                served[line] = found
+                continue
+            reason = (
+                f"An administrator chose its policy {wanted}, which is not there or was refused; put the file back and "
+                "load the line, or choose another policy."
+            )
+            refused[line] = LineStatus(line, version.key.name, "refused", reason, None)
+            _log.error("line refused", extra={"line": line, "reason": reason})
+        return served, refused
+
+    def _by_its_policy(self, live: LiveLine) -> LiveLine:
+        """Return a line judged by the policy that was chosen for it and this version, where there is that policy."""
+        wanted = self._choices.policy_of(live.name, *live.key)
+        if wanted in (None, live.default_policy):
+            return live
+        richer = live if wanted in live.policies else self._loader.with_new_policies(live)
+        policy = richer.policies.get(wanted or "")
+        if policy is None or not may_judge(policy.policy, is_calibrated=live.calibration is not None):
+            return live
+        return replace(richer, default_policy=policy.policy.version)
+
     def _replace_line(self, line: LiveLine) -> None:
         """Serve a line by the same version in another way."""
         state = self._state
         key = line.key
         version = state.loaded[key]
         changed = replace(version, lines={**version.lines, line.name: line})
-        self._state = replace(state, live={**state.live, line.name: line}, loaded={**state.loaded, key: changed})
+        not_live = {name: status for name, status in state.not_live.items() if name != line.name}
+        self._state = replace(
+            state,
+            live={**state.live, line.name: line},
+            not_live=not_live,
+            loaded={**state.loaded, key: changed},
+        )
         self._tell_of(line)
 
     def _offer_new_policies(self) -> tuple[tuple[str, str], ...]:
@@ -301,6 +348,7 @@ class LoadedVersions(ServedLines):
         for key in leaving:
             self._used_at.pop(key, None)
             self._retired.append(state.loaded[key])
+            self._telemetry.engine_closed(*_running(state.loaded[key]))
 
     def _make_room_for(self, key: VersionKey) -> None:
         """Unload what has to make room for a version, by what its file promises of its size."""
@@ -376,6 +424,12 @@ class LoadedVersions(ServedLines):
 
     def _history(self, name: str) -> History:
         return self._histories.setdefault(name, History())
+
+
+def _running(version: LoadedVersion) -> tuple[str, str, str, str, str]:
+    """Return the labels of a version in memory."""
+    bundle = version.bundle
+    return *version.key, bundle.device, bundle.provider, bundle.precision
 
 
 def _named(key: VersionKey) -> dict[str, str]:

@@ -46,7 +46,7 @@ class FakeEngine:
     """
 
     def __init__(self, map_size: tuple[int, int] = (4, 6), device: str = "fake") -> None:
-        self.device = device
+        self.device, self.provider, self.precision = device, "fake", "fp32"
         self.size_bytes = 0
         self.is_closed = False
         self.batches: list[int] = []

@@ -52,7 +52,7 @@ class GatedEngine:
 
 class _Gated:
     def __init__(self, gate: GatedEngine, engine: OrtEngine) -> None:
-        self.device = engine.device
+        self.device, self.provider, self.precision = engine.device, engine.provider, engine.precision
         self.size_bytes = engine.size_bytes
         self._gate = gate
         self._engine = engine

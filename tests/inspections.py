@@ -45,6 +45,7 @@ def make_inspection(**overrides: Any) -> Inspection:
         "policy_digest": "e" * 64,
         "detector": "distance_from_good",
         "device": "cpu",
+        "precision": "fp32",
         "judgement": Judgement(Verdict.REVIEW, 0.1, [], 0, np.zeros((2, 2), np.float32)),
         "p_value": 0.1,
         "review_threshold": policy.review_threshold,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from service.client import Client, ClientFault, Outcome
+from service.client import Client, ClientFault, Outcome, Problem
 
 
 class ServerDidNotStart(Exception):
@@ -88,7 +88,7 @@ def fetch_overlay(url: str, line: str, path: Path) -> bytes:
     with Client(url) as client:
         outcome = client.inspect(line, path, heatmap="overlay")
         if outcome.answer is None:
-            raise ClientFault("The frame got no verdict." if outcome.problem is None else outcome.problem.sentence)
+            raise ClientFault(outcome.problem or Problem("answer_unusable", "The frame got no verdict."))
         return client.heatmap(outcome.answer.inspection_id, "overlay")
 
 

@@ -56,10 +56,14 @@ class Engine(Protocol):
 
     Attributes:
         device: where it really runs, for example `cpu` or `cuda:0`.
+        provider: what runs it there, in the runtime's own word, for example `CPUExecutionProvider`.
+        precision: that it computes in: the bundle's, unless the runtime was told otherwise.
         size_bytes: memory that it takes on its device, as well as is known: weights, and buffers of its own.
     """
 
     device: str
+    provider: str
+    precision: str
     size_bytes: int
 
     def run(self, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:

@@ -59,6 +59,8 @@ class OpenVinoEngine:
         except RuntimeError as error:
             raise BundleRefused("The runtime can't load model.onnx; export the bundle again.") from error
         self.device = "openvino:cpu"
+        self.provider = "openvino"
+        self.precision: str = "bf16" if options.inference_precision == "bf16" else bundle.manifest.precision
         self.size_bytes = len(bundle.model)
 
     def run(self, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:

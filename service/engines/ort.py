@@ -49,6 +49,7 @@ class OrtEngine:
     """
 
     device = "cpu"
+    provider = _PROVIDERS["cpu"][0]
 
     def __init__(self, bundle: Bundle, options: EngineOptions = _DEFAULTS) -> None:
         self._promise = Promise.of(bundle.manifest)
@@ -57,6 +58,7 @@ class OrtEngine:
         self._run_options = onnxruntime.RunOptions()
         if options.memory_arena == "shrink":
             self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self.precision: str = bundle.manifest.precision
         self.size_bytes = len(bundle.model)
 
     def run(self, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
@@ -99,6 +101,8 @@ class OrtGpuEngine:
             raise EngineFailed(
                 f"This installation has no {wanted}; install the extra for it or ask for another device."
             )
+        self.provider = wanted
+        self.precision: str = bundle.manifest.precision
         self._promise = Promise.of(bundle.manifest)
         self._most = options.max_batch_size
         self._pool = Pool(options.instances, lambda: _GpuSession(bundle, self._promise, options), _GpuSession.close)

@@ -131,6 +131,7 @@ class TrtEngine:
     """
 
     device = "tensorrt:cuda:0"
+    provider = "tensorrt"
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         plan = read_plan(_cache_of(options), _key_of(bundle))
@@ -140,6 +141,7 @@ class TrtEngine:
                 f"{options.max_batch_size}; lower it, or build again: flawline build-engine BUNDLE --max-batch-size "
                 f"{options.max_batch_size}."
             )
+        self.precision: str = bundle.manifest.precision
         self._promise = Promise.of(bundle.manifest)
         self._most = options.max_batch_size
         self._log = _Log()  # must outlive runtime and engine

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.auth import Caller
 from service.errors import BundleRefused, FlawlineError, NotAuthorised, ParameterInvalid, VersionRefused
+from service.live import LineStatus
 from service.registry import Registry
 from service.routes.bodies import receive_body
 from service.routes.context import caller_of, context_of
@@ -25,13 +26,16 @@ from service.routes.lines import summary_of
 from service.routes.problems import request_id_of, responses
 from service.routes.v2 import SMALL_BODY_BYTES, index_of
 from service.schemas import (
+    AdminLineAnswer,
+    AdminLinesAnswer,
     AdminVersionAnswer,
     BundleAnswer,
     BundlesAnswer,
+    ChangedBundleAnswer,
+    ChangedLineAnswer,
     DisagreementAnswer,
     DisagreementsAnswer,
     JudgedAnswer,
-    LineSummary,
     Name,
     RefusedAnswer,
     RescanAnswer,
@@ -46,6 +50,14 @@ _NO_KEY = ("not_authenticated", "not_authorised")
 _CHANGE = (*_NO_KEY, "version_refused", "engine_failed", "internal")
 
 _audit = logging.getLogger("flawline.audit")
+
+
+@router.get("/v1/lines", responses=responses(*_NO_KEY))
+async def lines(request: Request) -> AdminLinesAnswer:
+    """List the lines that the key covers, and what serves each of them."""
+    caller, registry = _administrator(request), context_of(request).registry
+    covered = [status for status in registry.statuses() if caller.may("admin", status.line)]
+    return AdminLinesAnswer(lines=[_describe_line(status) for status in covered], **_remembered(registry))
 
 
 @router.get("/v1/bundles", responses=responses(*_NO_KEY))
@@ -64,7 +76,7 @@ async def bundle(request: Request, bundle: str) -> BundleAnswer:
 
 
 @router.post("/v1/bundles/{bundle}/activate", responses=responses(*_CHANGE, "unknown_bundle", "unknown_version"))
-async def activate(request: Request, bundle: str, version: Annotated[Version, Query()]) -> BundleAnswer:
+async def activate(request: Request, bundle: str, version: Annotated[Version, Query()]) -> ChangedBundleAnswer:
     """Load, verify and prove a version beside the live one, and make it live; what is refused changes nothing.
 
     Newer versions in the store no longer become live by themselves, until a still newer one comes.
@@ -72,24 +84,27 @@ async def activate(request: Request, bundle: str, version: Annotated[Version, Qu
     registry = _registry_for(request, bundle)
     async with _audited(request, "activate", bundle=bundle, version=version):
         await asyncio.to_thread(registry.activate, bundle, version)
-    return await asyncio.to_thread(_describe, registry, bundle)
+    return await asyncio.to_thread(_describe_changed, registry, bundle)
 
 
 @router.post("/v1/bundles/{bundle}/roll-back", responses=responses(*_CHANGE, "unknown_bundle", "unknown_version"))
-async def roll_back(request: Request, bundle: str) -> BundleAnswer:
+async def roll_back(request: Request, bundle: str) -> ChangedBundleAnswer:
     """Make the version live that was live before; the one that is left is held back until it is activated by name.
 
-    The service forgets this when it starts again: take the version out of the store as well.
+    Where the answer says that this is not remembered, take the version out of the store as well.
     """
     registry = _registry_for(request, bundle)
     async with _audited(request, "roll_back", bundle=bundle) as noted:
         noted["version"] = await asyncio.to_thread(registry.roll_back, bundle)
-    return await asyncio.to_thread(_describe, registry, bundle)
+    return await asyncio.to_thread(_describe_changed, registry, bundle)
 
 
 @router.put("/v1/bundles/{bundle}/shadow", responses=responses(*_CHANGE, "unknown_bundle", "unknown_version"))
 async def start_shadow(request: Request, bundle: str, version: Annotated[Version, Query()]) -> BundleAnswer:
-    """Let a version look at the frames that the live one answers; it is shed first, and answers nobody."""
+    """Let a version look at the frames that the live one answers; it is shed first, and answers nobody.
+
+    It ends with the process at the latest.
+    """
     registry = _registry_for(request, bundle)
     async with _audited(request, "start_shadow", bundle=bundle, version=version):
         await asyncio.to_thread(registry.start_shadow, bundle, version)
@@ -130,33 +145,34 @@ async def disagreements(request: Request, line: str) -> DisagreementsAnswer:
 @router.post(
     "/v1/lines/{line}/policy",
     responses=responses(
-        *_NO_KEY, "unknown_line", "unknown_policy", "line_not_ready", "line_loading", "line_not_calibrated"
+        *(*_NO_KEY, "version_refused", "unknown_line", "unknown_policy"),
+        *("line_not_ready", "line_loading", "line_not_calibrated"),
     ),
 )
-async def activate_policy(request: Request, line: str, version: Annotated[Name, Query()]) -> LineSummary:
-    """Judge a line by another of its policies where the caller names none, until another bundle version is live."""
+async def activate_policy(request: Request, line: str, version: Annotated[Name, Query()]) -> ChangedLineAnswer:
+    """Judge a line by another of its policies where the caller names none, while this bundle version is live."""
     _administrator(request, line)
     registry = context_of(request).registry
     async with _audited(request, "activate_policy", line=line, policy=version):
         await asyncio.to_thread(registry.activate_policy, line, version)
-    return summary_of(registry.status(line))
+    return _changed(registry, line)
 
 
 @router.post("/v1/lines/{line}/load", responses=responses(*_CHANGE, "unknown_line"))
-async def load(request: Request, line: str) -> LineSummary:
+async def load(request: Request, line: str) -> ChangedLineAnswer:
     """Serve a line that is not, or take the newest version of its bundle that is not held back."""
-    registry = await _load(request, line)
-    return summary_of(registry.status(line))
+    return _changed(await _load(request, line), line)
 
 
-@router.post("/v1/lines/{line}/unload", responses=responses(*_NO_KEY, "unknown_line", "line_loading"))
-async def unload(request: Request, line: str) -> LineSummary:
+@router.post(
+    "/v1/lines/{line}/unload", responses=responses(*_NO_KEY, "version_refused", "unknown_line", "line_loading")
+)
+async def unload(request: Request, line: str) -> ChangedLineAnswer:
     """Serve a line no longer, until it is loaded again; its engine goes with the last line that uses it."""
-    registry = await _unload(request, line)
-    return summary_of(registry.status(line))
+    return _changed(await _unload(request, line), line)
 
 
-@router.post("/v1/rescan", responses=responses(*_NO_KEY, "store_unreachable", "internal"))
+@router.post("/v1/rescan", responses=responses(*_NO_KEY, "version_refused", "store_unreachable", "internal"))
 async def rescan(request: Request) -> RescanAnswer:
     """Ask the store for new versions and policies now; needs a key that covers every line."""
     caller, registry = _administrator(request), context_of(request).registry
@@ -280,6 +296,34 @@ async def _audited(request: Request, action: str, **about: str) -> AsyncIterator
         _audit.warning("administration", extra={**noted, "outcome": FlawlineError.code})
         raise
     _audit.info("administration", extra={**noted, "outcome": "done"})
+
+
+def _describe_line(status: LineStatus) -> AdminLineAnswer:
+    live = status.live
+    return AdminLineAnswer(
+        line=status.line,
+        state=status.state,
+        reason=status.reason,
+        bundle=status.bundle,
+        version=None if live is None else live.bundle.manifest.version,
+        policy=None if live is None else live.default_policy,
+        policies=[] if live is None else sorted(live.policies),
+        device=None if live is None else live.bundle.device,
+        precision=None if live is None else live.bundle.precision,
+    )
+
+
+def _changed(registry: Registry, line: str) -> ChangedLineAnswer:
+    return ChangedLineAnswer(**vars(summary_of(registry.status(line))), **_remembered(registry))
+
+
+def _describe_changed(registry: Registry, name: str) -> ChangedBundleAnswer:
+    return ChangedBundleAnswer(**vars(_describe(registry, name)), **_remembered(registry))
+
+
+def _remembered(registry: Registry) -> dict[str, Any]:
+    why = registry.why_forgotten
+    return {"remembered": why is None, "why_forgotten": why}
 
 
 def _describe(registry: Registry, name: str) -> BundleAnswer:

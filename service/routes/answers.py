@@ -38,6 +38,7 @@ def describe(inspection: Inspection) -> dict[str, Any]:
         "policy": {"version": inspection.policy_version, "digest": inspection.policy_digest},
         "detector": inspection.detector,
         "device": inspection.device,
+        "precision": inspection.precision,
         "frame": {"height": inspection.frame.height, "width": inspection.frame.width},
         "heatmap": _link(inspection),
     }

@@ -97,6 +97,8 @@ def summary_of(status: LineStatus) -> LineSummary:
         reason=status.reason,
         bundle=None if bundle is None else Versioned(version=bundle.manifest.version, digest=bundle.digest),
         detector=None if bundle is None else bundle.manifest.detector,
+        device=None if bundle is None else bundle.device,
+        precision=None if bundle is None else bundle.precision,
     )
 
 
@@ -111,7 +113,8 @@ def _describe(live: LiveLine) -> LiveAnswer:
         detector=manifest.detector,
         backbone=None if manifest.backbone is None else manifest.backbone.name,
         device=bundle.device,
-        precision=manifest.precision,
+        provider=bundle.provider,
+        precision=bundle.precision,
         input=FrameSize(height=manifest.input.canvas_height, width=manifest.input.canvas_width),
         tiles=manifest.input.tile_count,
         anomaly_map=FrameSize(height=map_height, width=map_width),

@@ -101,6 +101,8 @@ async def model_metadata(request: Request, model: str) -> dict[str, Any]:
         "properties": {
             "detector": manifest.detector,
             "device": line.bundle.device,
+            "provider": line.bundle.provider,
+            "precision": line.bundle.precision,
             "digest": line.bundle.digest,
             "policy": line.default_policy,
         },
@@ -113,7 +115,7 @@ async def model_configuration(request: Request, model: str) -> dict[str, Any]:
     """Tell how a model is run, in the words of Triton's configuration."""
     line, settings = _readable(request, model), context_of(request).settings
     spec = _spec(line, settings)
-    on_gpu = line.bundle.device != "cpu"
+    on_gpu = "cuda" in line.bundle.device
     return {
         "name": line.name,
         "platform": PLATFORM,

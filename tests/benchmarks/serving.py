@@ -112,9 +112,22 @@ class Served:
     @property
     def memory_mib(self) -> float:
         """Resident memory of the process."""
+        return self._status("VmRSS") / 1024
+
+    @property
+    def threads(self) -> int:
+        """Threads of the process."""
+        return self._status("Threads")
+
+    @property
+    def open_files(self) -> int:
+        """Files and sockets that the process holds open."""
+        return sum(1 for _ in Path(f"/proc/{self._process.pid}/fd").iterdir())
+
+    def _status(self, name: str) -> int:
         for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) / 1024
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1])
         raise RuntimeError("the server has ended")
 
     def _listening(self) -> int:
@@ -295,15 +308,24 @@ def ready_store(folder: str, lines: int = 1) -> Path:
     return store if any(store.glob("*/1/manifest.json")) else make_store(store, lines)
 
 
-def arguments(about: str | None, **defaults: float) -> argparse.Namespace:
-    """Read a benchmark's arguments: numbers with defaults, each bounded, and where the store lies."""
+def arguments(about: str | None, optional: Sequence[str] = (), **defaults: float) -> argparse.Namespace:
+    """Read a benchmark's arguments: numbers with defaults, each bounded, and where the store lies.
+
+    Args:
+        about: the text of `--help`.
+        optional: numbers that are None where absent; their default is an example.
+        defaults: of the numbers.
+    """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", help="of the stand-in detector; kept for the next time, made where absent")
     for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{default} where absent")
+        told = f"for example {default}" if name in optional else f"{default} where absent"
+        kept = None if name in optional else default
+        parser.add_argument(f"--{name}", type=type(default), default=kept, help=told)
     read = parser.parse_args()
     for name in defaults:
-        if not 0 < getattr(read, name) <= 7200:
+        given = getattr(read, name)
+        if given is not None and not 0 < given <= 7200:
             parser.error(f"--{name} lies between 0 and 7200")
     read.store = read.store or tempfile.mkdtemp(prefix="flawline-store-")
     return read

@@ -36,7 +36,8 @@ class _Remembering:
 
     def __init__(self, bundle, *, forgets=False):
         self._engine, self._forgets = OrtEngine(bundle), forgets
-        self.device, self.sizes, self.is_live = "cpu", [], False
+        self.device, self.provider, self.precision = "cpu", "fake", "fp32"
+        self.sizes, self.is_live = [], False
 
     def run(self, frames, line_index):
         self.sizes.append(len(frames))

@@ -411,7 +411,7 @@ class Counting:
     """An engine that notes the size of each batch."""
 
     def __init__(self, engine):
-        self.device = engine.device
+        self.device, self.provider, self.precision = engine.device, engine.provider, engine.precision
         self.size_bytes = engine.size_bytes
         self.sizes = []
         self._engine = engine
@@ -506,7 +506,8 @@ async def test_find_when_engine_is_lost_then_line_is_unhealthy_and_service_not_r
 class Switched:
     """An engine that can be lost, as a GPU can."""
 
-    device = "fake"
+    device = provider = "fake"
+    precision = "fp32"
     size_bytes = 0
 
     def __init__(self):

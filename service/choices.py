@@ -1,0 +1,213 @@
+"""What administrators chose, kept through restarts: the live version, those held back, policies, unloaded lines.
+
+A file in a directory of its own holds it, where one is named; it is replaced as a whole, so that nobody ever reads half
+of it, and carries its own digest. One that does not hold is never guessed at: a version that somebody stepped back from
+must not come back because a disk forgot. What can't be written counts all the same while the process lives, is told as
+forgotten, and is written with the next change.
+
+Several processes may share the directory: each change is made to what the file holds by then. They read it when they
+start, and hear of each other's changes no sooner.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from service.contract.bundle import LineName
+
+CHOICES_FILE = "choices.json"
+
+_Version = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
+
+_MAX_BYTES = 64 * 2**20
+_NO_DIRECTORY = "No directory is named for it (FLAWLINE_STATE_DIRECTORY), so it is forgotten when the service ends."
+
+_log = logging.getLogger("flawline")
+
+
+class _Unreadable(Exception):
+    """The file is there and does not hold; the sentence says what to do."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+
+
+class ChosenVersion(BaseModel):
+    """Which version of a bundle somebody wanted live.
+
+    Attributes:
+        live: its number.
+        held_back: newer ones that lay in the store then; they become live only by name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    live: _Version
+    held_back: tuple[_Version, ...] = ()
+
+
+class Chosen(BaseModel):
+    """All that was chosen; nothing at first.
+
+    Attributes:
+        versions: by name of the bundle.
+        policies: of each line, by `<bundle>/<version>`: thresholds belong to the scores of one network.
+        unloaded: lines that are not to be served.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    versions: Mapping[LineName, ChosenVersion] = {}
+    policies: Mapping[LineName, Mapping[str, str]] = {}
+    unloaded: tuple[LineName, ...] = ()
+
+
+Change = Callable[[Chosen], Chosen]
+
+
+class Choices:
+    """The choices of this process, and the file that outlives it.
+
+    Args:
+        directory: of the file; None forgets everything with the process.
+
+    Attributes:
+        chosen: what counts.
+        why_forgotten: why something of it would not survive a restart, in a sentence; None where all would.
+        why_unknown: why nobody knows what was chosen before this start, in a sentence; None where it is known.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self.chosen = Chosen()
+        self.why_forgotten = _NO_DIRECTORY if directory is None else None
+        self.why_unknown: str | None = None
+        self._file = None if directory is None else directory / CHOICES_FILE
+        self._unwritten: list[Change] = []
+
+    def recall(self) -> None:
+        """Take over what the file holds; one that does not hold is told of in `why_unknown`."""
+        if self._file is None:
+            return
+        try:
+            self.chosen = _read(self._file)
+        except _Unreadable as error:
+            self.why_unknown = error.sentence
+            _log.exception("what administrators chose is not known")
+        else:
+            _log.info("choices recalled", extra={"choices": self.chosen.model_dump(mode="json")})
+
+    def choose_version(self, bundle: str, live: str, held_back: Collection[str]) -> None:
+        """Note which version of a bundle is wanted live."""
+        wanted = ChosenVersion(live=live, held_back=tuple(sorted(held_back, key=int)))
+        self._change(lambda chosen: chosen.model_copy(update={"versions": {**chosen.versions, bundle: wanted}}))
+
+    def choose_policy(self, line: str, bundle: str, version: str, policy: str) -> None:
+        """Note by which policy a line is judged while a version of its bundle is live."""
+
+        def change(chosen: Chosen) -> Chosen:
+            of_line = {**chosen.policies.get(line, {}), f"{bundle}/{version}": policy}
+            return chosen.model_copy(update={"policies": {**chosen.policies, line: of_line}})
+
+        self._change(change)
+
+    def unload(self, line: str) -> None:
+        """Note that a line is not to be served."""
+        self._change(lambda chosen: chosen.model_copy(update={"unloaded": tuple(sorted({*chosen.unloaded, line}))}))
+
+    def load(self, line: str) -> None:
+        """Note that a line is to be served again."""
+        self._change(
+            lambda chosen: chosen.model_copy(
+                update={"unloaded": tuple(known for known in chosen.unloaded if known != line)}
+            )
+        )
+
+    def policy_of(self, line: str, bundle: str, version: str) -> str | None:
+        """Return the policy that was chosen for a line and a version; None where none was."""
+        return self.chosen.policies.get(line, {}).get(f"{bundle}/{version}")
+
+    def _change(self, change: Change) -> None:
+        self.chosen = change(self.chosen)
+        if self._file is None:
+            return
+        self._unwritten.append(change)
+        try:
+            kept = _read(self._file)
+            for unwritten in self._unwritten:
+                kept = unwritten(kept)
+            _write(self._file, kept)
+        except _Unreadable as error:
+            self._tell(error.sentence)
+        except OSError as error:
+            self._tell(f"The state directory can't be written: {error.strerror or error}.")
+        else:
+            self._unwritten.clear()
+            self.why_forgotten = None
+
+    def _tell(self, sentence: str) -> None:
+        self.why_forgotten = f"It counts until the service ends, and is forgotten then. {sentence}"
+        _log.error("a choice can't be kept", extra={"reason": sentence})
+
+
+def why_unusable(directory: Path) -> str | None:
+    """Return why choices could not be kept in a directory, which is made where it is missing; None where they can."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"{directory} can't be made: {error.strerror}."
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return f"{directory} can't be written by this user."
+    return None
+
+
+def _read(file: Path) -> Chosen:
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(_MAX_BYTES)
+    except FileNotFoundError:
+        return Chosen()
+    except OSError as error:
+        raise _Unreadable(f"{file.name} in the state directory can't be read: {error.strerror}.") from error
+    try:
+        document = json.loads(data)
+        chosen = Chosen.model_validate(document["choices"])
+        holds = document["sha256"] == _digest(chosen)
+    except (ValueError, KeyError, TypeError, RecursionError, ValidationError):
+        holds = False
+    if not holds:
+        raise _Unreadable(
+            f"{file.name} in the state directory does not hold what was written, so nobody knows which versions and "
+            "policies administrators wanted; put it back from a copy, or remove it to begin with the newest versions, "
+            "and start the service again."
+        )
+    return chosen
+
+
+def _write(file: Path, chosen: Chosen) -> None:
+    document = {"sha256": _digest(chosen), "choices": chosen.model_dump(mode="json")}
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as opened:
+            opened.write(json.dumps(document, indent=2).encode() + b"\n")
+            opened.flush()
+            os.fsync(opened.fileno())
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too
+    finally:
+        os.close(folder)
+
+
+def _digest(chosen: Chosen) -> str:
+    text = json.dumps(chosen.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,247 @@
+"""Promises of administrators' choices: they count again after a restart, or the service says that they don't."""
+
+import json
+import time
+
+import pytest
+
+from service.choices import CHOICES_FILE, Choices, why_unusable
+from service.errors import BundleRefused, LineNotReady
+from service.loading import BatcherOptions
+from service.registry import Registry
+from service.stores.directory import DirectoryStore
+from service.telemetry import Telemetry
+from service.versions import RegistryOptions
+from tests.factories import make_bundle, make_policy
+from tests.servers import held_engine
+
+DRIVEN = BatcherOptions(runners=1, max_batch_size=1, max_queue_size=4, stuck_after_s=20)
+
+
+class Plant:
+    """A store, a state directory, and the service that starts on them again and again."""
+
+    def __init__(self, folder):
+        self.store, self.state = folder / "store", folder / "state"
+        self.state.mkdir()
+        self._started = []
+
+    def start(self, *, activates_newest=True):
+        """Return a registry that has loaded, as after a restart."""
+        options = RegistryOptions(activates_newest=activates_newest, state_directory=self.state)
+        store = DirectoryStore(self.store)
+        registry = Registry(store, None, held_engine, DRIVEN, Telemetry(), time.monotonic, options)
+        self._started.append(registry)
+        registry.load()
+        return registry
+
+    def add_policy(self, line, version, **fields):
+        """Write a policy file of a line, and return it."""
+        file = self.store / line / "policies" / f"{version}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(make_policy(version=version, **fields).model_dump_json())
+        return file
+
+    @property
+    def file(self):
+        """The file of choices."""
+        return self.state / CHOICES_FILE
+
+    def close(self):
+        """End every runner."""
+        for registry in self._started:
+            registry.close()
+
+
+@pytest.fixture
+def plant(tmp_path):
+    """Return a plant with two versions of one line."""
+    plant = Plant(tmp_path)
+    for version in ("1", "2"):
+        make_bundle(plant.store, version=version)
+    yield plant
+    plant.close()
+
+
+def live_version(registry):
+    """Return which version answers."""
+    return registry.find("demo_line", None, None).line.bundle.manifest.version
+
+
+def test_roll_back_when_the_service_starts_again_then_the_older_version_still_serves(plant):
+    """What somebody stepped back from does not come back by a restart, nor by a look at the store."""
+    plant.start().roll_back("demo_line")
+
+    again = plant.start()
+    again.rescan()
+
+    assert live_version(again) == "1"
+    assert again.is_ready
+    assert [(one.version, one.is_held_back) for one in again.versions("demo_line")] == [("1", False), ("2", True)]
+    assert again.why_forgotten is None
+
+
+def test_roll_back_when_a_still_newer_version_came_meanwhile_then_that_one_serves(plant):
+    """A version that nobody stepped back from becomes live by itself, as it would have without a restart."""
+    plant.start().roll_back("demo_line")
+    make_bundle(plant.store, version="3")
+
+    assert live_version(plant.start()) == "3"
+    assert live_version(plant.start(activates_newest=False)) == "1"
+
+
+def test_version_when_it_was_chosen_and_is_gone_then_the_line_is_refused_until_somebody_chooses_again(plant):
+    """An older version than the chosen one is no substitute that anybody asked for."""
+    make_bundle(plant.store, version="3")
+    plant.start().activate("demo_line", "2")
+    (plant.store / "demo_line" / "2").rename(plant.store / "demo_line" / ".2")
+
+    again = plant.start()
+    again.rescan()
+
+    assert again.status("demo_line").state == "refused"
+    assert "chose version 2" in again.status("demo_line").reason
+    assert not again.is_ready
+    again.activate("demo_line", "3")
+    assert live_version(again) == "3"
+
+
+def test_policy_when_the_service_starts_again_then_it_still_judges_and_only_its_own_version(plant):
+    """Thresholds belong to the scores of one network, so they come back with it and not with another."""
+    plant.add_policy("demo_line", "strict", fail_threshold=0.15)
+    first = plant.start()
+    first.activate_policy("demo_line", "strict")
+
+    again = plant.start()
+    by_strict = again.find("demo_line", None, None).policy.policy.version
+    make_bundle(plant.store, version="3")
+    again.rescan()
+    by_its_own = again.find("demo_line", None, None).policy.policy.version
+    again.roll_back("demo_line")
+
+    assert (by_strict, by_its_own) == ("strict", "1")
+    assert again.find("demo_line", None, None).policy.policy.version == "strict"
+
+
+def test_policy_when_it_was_chosen_and_is_gone_then_its_line_gives_no_verdict_by_another(plant):
+    """The bundle's own policy could pass what the chosen one stops; another choice or the file's return ends it."""
+    file = plant.add_policy("demo_line", "strict", fail_threshold=0.15)
+    plant.start().activate_policy("demo_line", "strict")
+    text = file.read_text()
+    file.unlink()
+
+    again = plant.start()
+
+    assert again.status("demo_line").state == "refused"
+    with pytest.raises(LineNotReady, match="chose its policy strict"):
+        again.find("demo_line", None, None)
+    file.write_text(text)
+    again.load_line("demo_line")
+    assert again.find("demo_line", None, None).policy.policy.version == "strict"
+    file.unlink()
+    last = plant.start()
+    last.activate_policy("demo_line", "1")
+    assert last.find("demo_line", None, None).policy.policy.version == "1"
+    assert last.is_ready
+
+
+def test_unloaded_line_when_the_service_starts_again_then_it_stays_unloaded_until_it_is_loaded(plant):
+    """A line that was taken out of service is not served by a restart, nor by a newer version."""
+    make_bundle(plant.store, "other_line")
+    plant.start().unload_line("demo_line")
+
+    again = plant.start()
+    make_bundle(plant.store, version="3")
+    again.rescan()
+
+    assert {status.line: status.state for status in again.statuses()} == {
+        "demo_line": "unloaded",
+        "other_line": "ready",
+    }
+    assert again.is_ready
+    again.load_line("demo_line")
+    assert live_version(again) == "3"
+    assert live_version(plant.start()) == "3"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda _: b"",
+        lambda data: data.replace(b'"live": "1"', b'"live": "2"'),
+        lambda data: data.replace(b'"held_back"', b'"held_black"'),
+        lambda _: b"[" * 100_000,
+        lambda _: b'{"sha256": null, "choices": null}',
+    ],
+    ids=["cut", "empty", "changed", "misspelt", "deep", "null"],
+)
+def test_file_when_it_does_not_hold_then_nothing_is_served_and_nothing_is_guessed(plant, spoil):
+    """The version that somebody stepped back from must not answer because a disk forgot."""
+    plant.start().roll_back("demo_line")
+    kept = plant.file.read_bytes()
+    plant.file.write_bytes(spoil(kept))
+
+    again = plant.start()
+
+    assert not again.is_ready
+    assert again.status("demo_line").state == "refused"
+    assert "put it back from a copy" in again.status("demo_line").reason
+    for change in (again.rescan, lambda: again.activate("demo_line", "2"), lambda: again.load_line("demo_line")):
+        with pytest.raises(BundleRefused, match="put it back"):
+            change()
+    plant.file.write_bytes(kept)
+    assert live_version(plant.start()) == "1"
+
+
+def test_file_when_it_can_not_be_written_then_the_choice_counts_is_told_and_is_written_with_the_next(plant):
+    """A full disk keeps nobody from stepping back; that it would be forgotten is said."""
+    registry = plant.start()
+    plant.state.rename(plant.state.with_name("away"))
+
+    registry.roll_back("demo_line")
+
+    assert live_version(registry) == "1"
+    assert "forgotten" in registry.why_forgotten
+    plant.state.with_name("away").rename(plant.state)
+    registry.unload_line("demo_line")
+    assert registry.why_forgotten is None
+    kept = json.loads(plant.file.read_text())["choices"]
+    assert kept["versions"] == {"demo_line": {"live": "1", "held_back": ["2"]}}
+    assert kept["unloaded"] == ["demo_line"]
+
+
+def test_choices_when_two_processes_share_the_file_then_neither_loses_the_others(tmp_path):
+    """A change is made to what the file holds by then, and nothing lies beside it afterwards."""
+    one, two = Choices(tmp_path), Choices(tmp_path)
+
+    one.choose_version("cap", "1", {"10", "9"})
+    two.unload("bottle")
+    one.unload("bottle")
+    two.load("bottle")
+    two.choose_policy("cap", "cap", "1", "strict")
+
+    third = Choices(tmp_path)
+    third.recall()
+    assert third.chosen.versions["cap"].held_back == ("9", "10")
+    assert third.chosen.unloaded == ()
+    assert third.policy_of("cap", "cap", "1") == "strict"
+    assert [file.name for file in tmp_path.iterdir()] == [CHOICES_FILE]
+
+
+def test_choices_when_no_directory_is_named_then_they_count_and_are_told_as_forgotten():
+    """Without a directory everything works as long as the process lives."""
+    choices = Choices(None)
+
+    choices.choose_policy("cap", "cap", "1", "strict")
+
+    assert choices.policy_of("cap", "cap", "1") == "strict"
+    assert "FLAWLINE_STATE_DIRECTORY" in choices.why_forgotten
+
+
+def test_directory_when_it_can_not_be_used_then_the_reason_is_told(tmp_path):
+    """A wrong path is found at the start, not with the first roll-back."""
+    (tmp_path / "file").touch()
+
+    assert why_unusable(tmp_path / "new" / "state") is None
+    assert "can't be made" in why_unusable(tmp_path / "file" / "state")
