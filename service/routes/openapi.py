@@ -72,6 +72,7 @@ _EXAMPLE = {
     "policy": {"version": "default", "digest": _DIGEST},
     "detector": "inp_former",
     "device": "cpu",
+    "precision": "fp32",
     "frame": {"height": 640, "width": 800},
     "heatmap": {
         "kind": "overlay",
