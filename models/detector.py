@@ -14,7 +14,7 @@ said otherwise, normalisation belongs to the backbone; height comes before width
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -43,7 +43,8 @@ class Recipe:
         betas: decay rates of the two moments.
         eps: guard added to the root of the second moment.
         amsgrad: whether the running maximum of the second moment is used.
-        batch_size: frames an iteration; the last incomplete batch of an epoch is dropped unless it is the only one.
+        batch_size: frames an iteration, of all processes together; the last incomplete
+            batch of an epoch is dropped unless it is the only one.
         epochs: passes over the frames; exactly one of `epochs` and `iterations` is set.
         iterations: number of updates.
         warmup_iterations: linear ramp from 0; at most a fifth of all iterations are used for it.
@@ -69,6 +70,26 @@ class Recipe:
         """Refuse a recipe without an end, or with two."""
         if (self.epochs is None) == (self.iterations is None):
             raise ValueError("set exactly one of epochs and iterations")
+
+
+class Step(int):
+    """The number of an iteration, and which share of its batch a loss is asked about.
+
+    A batch that several processes compute, or one process in parts, has several shares; `generator_of_step` draws
+    differently for each.
+
+    Args:
+        number: of the iteration, from 0.
+        share: of the batch, from 0.
+    """
+
+    share: int
+
+    def __new__(cls, number: int, share: int = 0) -> Self:
+        """Return the number, with its share beside it."""
+        step = super().__new__(cls, number)
+        step.share = share
+        return step
 
 
 @dataclass(frozen=True)
@@ -107,8 +128,8 @@ class GradientStage:
     Attributes:
         name: what the progress bar says.
         loss: `(inputs, step)` to named terms; the loop sums them. `inputs` is what `encode` returned, or the images
-            themselves where `encode` is None. All randomness comes from generators seeded with the step, so that a
-            resumed run equals an uninterrupted one.
+            themselves where `encode` is None. All randomness comes from `generator_of_step`, so that a resumed run
+            equals an uninterrupted one. Of the state, a loss may change running statistics of batch norms only.
         parameters: the tensors that this stage may change; all others stay as they are.
         recipe: optimiser, schedule and length.
         encode: the frozen front of the detector, images `(B, 3, H, W)` to a `(B, ...)` tensor, deterministic and

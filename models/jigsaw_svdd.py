@@ -46,6 +46,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.blocks.draws import generator_of_step
 from models.blocks.initial_values import draw_defaults
 from models.blocks.maps import require_image_size
 from models.blocks.smoothing import gaussian_matrix
@@ -394,7 +395,7 @@ class JigsawSvdd(nn.Module):
 
     def loss(self, centred: Tensor, step: int) -> dict[str, Tensor]:
         """Return the cross-entropies and the weighted SVDD terms of both patch sizes for images `(B, 3, H, W)`."""
-        generator = torch.Generator().manual_seed(self.config.seed * 2**32 + step)
+        generator = generator_of_step(self.config.seed, step)
         terms = {}
         for name, patch, embed, classifier in (
             ("large", _LARGE, self.encoder.encode_large, self.large_classifier),

@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.blocks.draws import generator_of_step
 from models.blocks.initial_values import draw_defaults
 from models.blocks.maps import map_deviation, require_image_size, resize_map
 from models.blocks.smoothing import gaussian_matrix
@@ -359,7 +360,7 @@ class RbAe(nn.Module):
 
     def reconstruction_loss(self, images: Tensor, step: int) -> dict[str, Tensor]:
         """Return the terms of L_rec for good images `(B, 3, H, W)`."""
-        images = self._flip(images, self._generator_of(step))
+        images = self._flip(images, generator_of_step(self.config.seed, step))
         with _batch_statistics(self._branch):
             _, repaired = self._repair_batch(images)
             painted = self.decoder(repaired)
@@ -367,7 +368,7 @@ class RbAe(nn.Module):
 
     def defect_loss(self, images: Tensor, step: int) -> dict[str, Tensor]:
         """Return L_rec of good images `(B, 3, H, W)` with and without planted defects, L_disc and L_rep, weighted."""
-        generator = self._generator_of(step)
+        generator = generator_of_step(self.config.seed, step)
         images = self._flip(images, generator)
         planted, masks = self._plant(images, generator)
         both = torch.cat((planted, images))
@@ -388,7 +389,7 @@ class RbAe(nn.Module):
     def head_loss(self, images: Tensor, step: int) -> dict[str, Tensor]:
         """Return focal and Dice loss of the head on good images `(B, 3, H, W)` in which defects were planted."""
         head = self._require_head()
-        generator = self._generator_of(step)
+        generator = generator_of_step(self.config.seed, step)
         planted, masks = self._plant(self._flip(images, generator), generator)
         with torch.no_grad():
             before, after = self._see_twice(planted)
@@ -457,9 +458,6 @@ class RbAe(nn.Module):
         if not self._may_run:
             raise RuntimeError("there is no reference frame yet; run the pass stages over the good frames first")
         return self.reference[None].to(torch.float32) / 255
-
-    def _generator_of(self, step: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.config.seed * 2**32 + step)
 
     def _flip(self, images: Tensor, generator: torch.Generator) -> Tensor:
         if not self.config.flips:

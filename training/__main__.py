@@ -63,6 +63,8 @@ flawline train lines/leather --detector grnr --product texture
 flawline train lines/board --tiles 3x2
 
 flawline train --resume runs/bottle/20261122-101500
+
+torchrun --standalone --nproc-per-node=4 --no-python flawline train lines/bottle
 """
 )
 def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls this by position
@@ -121,7 +123,7 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
     jobs = _jobs()
     named = {"backbone": backbone, "product": product, "seed": seed, "review_rate": review_rate, "fail_rate": fail_rate}
     named |= {"shots": shots, "shot_seed": shot_seed, "precision": precision}
-    with jobs.faults_as_sentences():
+    with jobs.faults_as_sentences(shares_work=True):
         if resume is not None:
             jobs.resume_run(resume, threads)
             return

@@ -9,8 +9,10 @@ import typer
 from rich.console import Console
 
 from training.checkpoint import CheckpointRefused
+from training.config import ConfigFault
 from training.distill import distil, write_student
 from training.distill_lessons import DistillConfig, Teacher
+from training.peers import refuse_company
 from training.progress import Reporter, choose_reporter
 from training.weight_lock import (
     LOCK_FILE,
@@ -33,8 +35,9 @@ def faults_as_sentences() -> Iterator[None]:
         typer.Exit: with that code.
     """
     try:
+        refuse_company()
         yield
-    except (CheckpointRefused, ValueError, WeightsRefused) as error:
+    except (CheckpointRefused, ConfigFault, ValueError, WeightsRefused) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(_CALLERS) from error
     except OSError as error:

@@ -92,6 +92,7 @@ class RunRecord:
         parity: of the graph.
         provenance: seeds, libraries, revision, time.
         device: where the detector was fitted.
+        processes: how many fitted it together.
     """
 
     name: str
@@ -106,6 +107,7 @@ class RunRecord:
     parity: ParityRecord
     provenance: Provenance
     device: str
+    processes: int = 1
 
 
 def output_of(
@@ -155,12 +157,13 @@ def tell_facts(run: RunRecord) -> RunFacts:
     """Return what the report says of a run."""
     seconds = ", ".join(f"{name} {duration:.0f} s" for name, duration in run.fitting.seconds.items())
     libraries = ", ".join(f"{name} {version}" for name, version in run.provenance.libraries.items())
+    together = "" if run.processes == 1 else f", by {run.processes} processes"
     facts = {
         "Input": tell_input(run.config.frame_input),
         "Backbone weights": "none" if run.backbone is None else f"{run.backbone.source}, {run.backbone.digest}",
         **_tell_labelled(run.labelled_defects),
         "Network digest": hashlib.sha256(run.model).hexdigest(),
-        "Fitting": f"on {run.device}{': ' + seconds if seconds else ''}",
+        "Fitting": f"on {run.device}{together}{': ' + seconds if seconds else ''}",
         "Seed": str(run.provenance.seed),
         "Sources": run.provenance.git_revision or "not a checkout",
         "Libraries": libraries,

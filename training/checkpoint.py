@@ -159,9 +159,14 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def is_backbone(name: str) -> bool:
+    """Tell whether a part of a detector, or one of its tensors, belongs to its frozen backbone."""
+    return f"{name}.".startswith(_BACKBONE)
+
+
 def detector_tensors(detector: nn.Module) -> dict[str, Tensor]:
     """Return the state of a detector without its backbone."""
-    return {name: value for name, value in detector.state_dict().items() if not name.startswith(_BACKBONE)}
+    return {name: value for name, value in detector.state_dict().items() if not is_backbone(name)}
 
 
 def restore_detector(detector: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -174,7 +179,7 @@ def restore_detector(detector: nn.Module, tensors: Mapping[str, Tensor]) -> None
         missing, unexpected = detector.load_state_dict(dict(tensors), strict=False)
     except RuntimeError as error:
         raise CheckpointRefused(f"The checkpoint does not fit the detector: {error}") from error
-    strange = [name for name in missing if not name.startswith(_BACKBONE)] + unexpected
+    strange = [name for name in missing if not is_backbone(name)] + unexpected
     if strange:
         raise CheckpointRefused(f"The checkpoint does not fit the detector: {', '.join(strange[:5])}.")
 

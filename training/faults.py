@@ -8,13 +8,14 @@ from training.data.samples import DatasetFault
 from training.export import ExportFailed
 from training.fit import FitFailed
 from training.golden import GoldenFailed
+from training.peers import PeerLost
 from training.ranking import ScoreNotFinite
 from training.run import RunNotFitted
 from training.run_directory import RunDirectoryFault
 from training.weight_lock import WeightsRefused
 from training.weights import WeightsUnavailable
 
-OURS: tuple[type[Exception], ...] = (EngineFailed, ExportFailed, FitFailed, GoldenFailed, ScoreNotFinite)
+OURS: tuple[type[Exception], ...] = (EngineFailed, ExportFailed, FitFailed, GoldenFailed, PeerLost, ScoreNotFinite)
 CALLERS: tuple[type[Exception], ...] = (
     BackboneUnavailable,
     CheckpointRefused,

@@ -4,6 +4,9 @@ Comes after the split and before evaluation. Rules:
 
 - What a step computes depends on (seed, stage, step) and on nothing else: not on the time, not on earlier draws. So a
   run that was stopped and resumed gives the same bits as one that was not.
+- Several processes may fit together (`peers.py`). Each batch is then split into shares, each share draws its own noise,
+  and a step's gradient and loss are the means over all of its frames. What is computed depends on the number of shares
+  and not on who computes them, but for the order of sums.
 - Signals are heard between two steps only, so that no checkpoint holds half an update.
 - Good frames only. Nothing here knows labels.
 """
@@ -12,24 +15,27 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 
 import numpy as np
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from models.detector import Detector, GradientStage, LineConditioned, PassStage, Recipe
+from models.detector import Detector, GradientStage, LineConditioned, PassStage, Recipe, Step
 from training.checkpoint import (
     LossPoint,
     TrainingState,
     detector_tensors,
+    is_backbone,
     load_checkpoint,
     optimiser_state,
     restore_detector,
@@ -38,6 +44,7 @@ from training.checkpoint import (
 )
 from training.data.loader import FrameSource, LineIndex
 from training.optimisers import build_optimiser, learning_rate_at
+from training.peers import Alone, PeerLost, Peers
 from training.progress import Reporter
 
 # Between two figures of speed, so that the number can be read.
@@ -60,12 +67,14 @@ class FitSettings:
         seed: of the order of frames.
         pass_batch_size: frames a batch where nothing is learnt by gradient: passes and encoding.
         cache_bytes: encoded frames are computed once and kept up to this bound, else for each batch again. A resumed
-            run needs the same bound to give the same bits.
+            run needs the same bound to give the same bits. Each process keeps its own.
+        shares: into how many parts each batch of a descent is split; each process computes equally many.
     """
 
     seed: int
     pass_batch_size: int = 16
     cache_bytes: int = 4 * 2**30
+    shares: int = 1
 
 
 @dataclass(frozen=True)
@@ -107,30 +116,35 @@ def fit(
     reporter: Reporter,
     plan: CheckpointPlan | None = None,
     clock: Callable[[], float] = time.monotonic,
+    peers: Peers | None = None,
 ) -> FitReport:
-    """Fit a detector on good frames; it ends in eval mode.
+    """Fit a detector on good frames; it ends in eval mode, and is the same in all processes.
 
     Args:
         detector: on the device that shall do the work.
         frames: good frames of the detector's image size.
         settings: seed and memory.
         reporter: shows progress.
-        plan: whether and where the run is kept.
+        plan: whether and where the run is kept; the first process keeps it.
         clock: seconds that only grow.
+        peers: who fits together; None where this process is alone.
 
     Raises:
         TypeError: if the module is no detector.
-        ValueError: if there are no frames, or their lines are not those that the detector is conditioned on.
+        ValueError: if there are no frames, their lines are not those that the detector is conditioned on, or the
+            processes can't compute equally many shares.
         FitStopped: after Ctrl-C or a termination signal, once the state is kept.
-        FitFailed: if the loss is not finite, or a pass refuses the frames that it saw.
+        FitFailed: if the loss is not finite, a pass refuses the frames that it saw, or a batch has fewer frames than
+            shares.
+        PeerLost: if another process has ended.
         CheckpointRefused: if the run shall be resumed from a checkpoint that does not fit.
     """
     if not isinstance(detector, Detector):
         raise TypeError(f"{type(detector).__name__} is no detector: it has no stages")
     if isinstance(detector, LineConditioned):
         _refuse_other_lines(detector.lines, frames.line_index)
-    with _deferred_signals() as stop:
-        run = _Run(detector, frames, settings, reporter, plan, clock, stop)
+    with _deferred_signals() as stop, _lost_for_a_reason(stop):
+        run = _Run(detector, frames, settings, reporter, plan, clock, stop, Alone() if peers is None else peers)
         seconds: dict[str, float] = {}
         first = run.begin()
         for index, stage in enumerate(detector.stages()):
@@ -168,7 +182,10 @@ class _Run:
         plan: CheckpointPlan | None,
         clock: Callable[[], float],
         stop: _Stop,
+        peers: Peers,
     ) -> None:
+        if settings.shares % peers.count:
+            raise ValueError(f"{peers.count} processes can't compute equally many of {settings.shares} shares")
         self._detector = detector
         self._frames = frames
         self._settings = settings
@@ -176,6 +193,9 @@ class _Run:
         self._plan = plan
         self._clock = clock
         self._stop = stop
+        self._peers = peers
+        own = settings.shares // peers.count
+        self._own_shares = range(peers.number * own, (peers.number + 1) * own)
         self._device = next((t.device for t in detector.state_dict().values()), torch.device("cpu"))
         self._resumed: TrainingState | None = None
         self._kept_at_s = clock()
@@ -184,9 +204,12 @@ class _Run:
     def begin(self) -> int:
         """Restore the kept state, or keep the initial one; return the first stage to run."""
         if self._plan is None or not self._plan.resume:
+            self._follow_first()
             self.keep(0, 0)
             return 0
         state = load_checkpoint(self._plan.directory, self._plan.identity)
+        # Nobody may keep a new checkpoint while others still read the old one.
+        self._peers.add_up(torch.zeros(1, device=self._device))
         restore_detector(self._detector, state.detector)
         self.losses = list(state.losses)
         self._resumed = state
@@ -194,7 +217,7 @@ class _Run:
 
     def keep(self, stage: int, step: int, optimiser: Optimizer | None = None) -> None:
         """Write a checkpoint, if one is wanted."""
-        if self._plan is None:
+        if self._plan is None or self._peers.number > 0:
             return
         tensors, scalars = ({}, {}) if optimiser is None else optimiser_state(optimiser)
         state = TrainingState(stage, step, detector_tensors(self._detector), tensors, scalars, tuple(self.losses))
@@ -202,7 +225,12 @@ class _Run:
         self._kept_at_s = self._clock()
 
     def observe(self, stage: PassStage) -> None:
-        """Show every frame once, in its own order."""
+        """Show every frame once, in its own order; the first process does it, and the others take its result over."""
+        if self._peers.number == 0:
+            self._observe(stage)
+        self._follow_first()
+
+    def _observe(self, stage: PassStage) -> None:
         self._detector.eval()
         with torch.no_grad(), self._reporter.bar(stage.name, len(self._frames)) as bar:
             for order, pixels in _taken_ahead(self._frames, self._in_order()):
@@ -215,9 +243,25 @@ class _Run:
             except ValueError as error:
                 raise FitFailed(f"The frames do not serve for '{stage.name}': {error}.") from error
 
+    def _follow_first(self) -> None:
+        """Take over what the first process has, as a resumed run takes over what was kept."""
+        if self._peers.count == 1:
+            return
+        is_first = self._peers.number == 0
+        # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
+        own = {name: value.detach().cpu().clone() for name, value in detector_tensors(self._detector).items()}
+        told = self._peers.hear_first(safetensors.torch.save(own) if is_first else b"")
+        if not is_first:
+            restore_detector(self._detector, safetensors.torch.load(told))
+
     def descend(self, index: int, stage: GradientStage) -> None:
         """Follow the gradient of the stage's loss to the end of its recipe."""
         total, batch = planned_iterations(stage.recipe, len(self._frames))
+        if batch < self._settings.shares:
+            raise FitFailed(
+                f"A batch of '{stage.name}' has {batch} frames, too few for {self._settings.shares} processes; start "
+                "fewer, or give more frames and a larger batch_size."
+            )
         optimiser = build_optimiser(stage.recipe, stage.parameters)
         done = 0
         if self._resumed is not None and self._resumed.stage == index and self._resumed.step > 0:
@@ -230,17 +274,91 @@ class _Run:
         with (
             _only_trainable(self._detector, stage.parameters),
             self._reporter.bar(stage.name, total, done) as bar,
+            closing(self._inputs(stage, self._parts(orders), encoded)) as inputs,
         ):
             speed = _Speed(self._clock)
-            for step, (inputs, line_index) in enumerate(self._inputs(stage, orders, encoded), start=done):
+            for step in range(done, total):
                 _set_rate(optimiser, learning_rate_at(stage.recipe, step, total))
-                # For layers that draw from torch's own generator, such as dropout.
-                torch.manual_seed(_seed_of(self._settings.seed, index, step))
-                terms = _descend_once(stage, optimiser, inputs, line_index, step)
+                parts = islice(inputs, len(self._own_shares))
+                terms = self._descend_once(stage, optimiser, parts, batch, (index, step))
                 self.losses.append(LossPoint(stage.name, step, terms))
                 bar.advance(figures={"loss": sum(terms.values()), **_parts(terms), "images/s": speed.after(batch)})
                 self._keep_if_due(index, step + 1, optimiser)
         _refuse_broken(stage)
+
+    def _parts(self, orders: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
+        """Yield the frames of this process' shares of each step, one share after the other."""
+        for order in orders:
+            parts = np.array_split(np.asarray(order, np.int64), self._settings.shares)
+            yield from (parts[share].tolist() for share in self._own_shares)
+
+    def _descend_once(
+        self,
+        stage: GradientStage,
+        optimiser: Optimizer,
+        parts: Iterable[tuple[Tensor, Tensor]],
+        batch: int,
+        place: tuple[int, int],
+    ) -> dict[str, float]:
+        """Make one step; return the terms of its loss.
+
+        Args:
+            stage: which is under way.
+            optimiser: of its parameters.
+            parts: what the loss takes of each of this process' shares, and the lines that they show.
+            batch: frames of all shares.
+            place: index of the stage, and step.
+        """
+        index, step = place
+        optimiser.zero_grad(set_to_none=True)
+        statistics = _RunningStatistics(self._detector) if self._settings.shares > 1 else None
+        terms: dict[str, float] = {}
+        for share, (inputs, line_index) in zip(self._own_shares, parts, strict=True):
+            # For layers that draw from torch's own generator, such as dropout.
+            torch.manual_seed(_seed_of(self._settings.seed, index, step, *([share] if share else [])))
+            weight = len(inputs) / batch
+            losses = stage.terms(inputs, line_index, Step(step, share))
+            loss: Tensor = torch.stack(list(losses.values())).sum() * weight
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+            for name, value in losses.items():
+                terms[name] = terms.get(name, 0.0) + weight * float(value.detach())
+            if statistics is not None:
+                statistics.learn(weight)
+        if self._peers.count > 1:
+            terms = self._average(stage, statistics, terms)
+        if statistics is not None:
+            statistics.apply()
+        _refuse_infinite(stage, step, terms)
+        if stage.recipe.clip_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(stage.parameters, stage.recipe.clip_gradient_norm)
+        optimiser.step()
+        return terms
+
+    def _average(
+        self, stage: GradientStage, statistics: "_RunningStatistics | None", terms: dict[str, float]
+    ) -> dict[str, float]:
+        """Add the gradients and terms of all processes up, which are weighted already, in one message.
+
+        It also tells whether somebody was asked to stop, so that all of them stop after the same step.
+        """
+        has_gradient = [float(parameter.grad is not None) for parameter in stage.parameters]
+        told = torch.tensor([*has_gradient, *terms.values(), float(self._stop.asked)], device=self._device)
+        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in stage.parameters]
+        learnt = [] if statistics is None else statistics.learnt
+        flat = torch.cat([part.flatten() for part in (told, *gradients, *learnt)])
+        self._peers.add_up(flat)
+
+        counts, *sums = torch.split(flat, [part.numel() for part in (told, *gradients, *learnt)])
+        told_by_all: list[float] = counts.tolist()
+        for parameter, seen, total in zip(
+            stage.parameters, told_by_all[: len(gradients)], sums[: len(gradients)], strict=True
+        ):
+            parameter.grad = total.view_as(parameter) if seen else None
+        for mine, total in zip(learnt, sums[len(gradients) :], strict=True):
+            mine.copy_(total.view_as(mine))
+        *figures, asked = told_by_all[len(gradients) :]
+        self._stop.asked = self._stop.asked or bool(asked)
+        return dict(zip(terms, figures, strict=True))
 
     def _keep_if_due(self, stage: int, step: int, optimiser: Optimizer) -> None:
         if self._plan is None:
@@ -301,8 +419,8 @@ class _Run:
 
     def _inputs(
         self, stage: GradientStage, orders: Iterable[Sequence[int]], encoded: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield what the loss of each step takes, `(B, ...)`, and the lines that it shows, `(B,)`."""
+    ) -> Generator[tuple[Tensor, Tensor]]:
+        """Yield what the loss takes of each share of each step, `(B, ...)`, and the lines that it shows, `(B,)`."""
         if encoded is not None:
             for order in orders:
                 yield encoded[torch.as_tensor(order)].to(self._device), self._lines(order)
@@ -328,23 +446,47 @@ def _refuse_other_lines(expected: int, line_index: LineIndex) -> None:
         raise ValueError(f"the detector is conditioned on the lines 0 to {expected - 1}, and the frames show {found}")
 
 
-def _descend_once(
-    stage: GradientStage, optimiser: Optimizer, inputs: Tensor, line_index: Tensor, step: int
-) -> dict[str, float]:
-    optimiser.zero_grad(set_to_none=True)
-    losses = stage.terms(inputs, line_index, step)
-    terms = {name: float(value.detach()) for name, value in losses.items()}
+class _RunningStatistics:
+    """What batch norms learn from the shares of one batch: the mean of what each share alone would have made of them.
+
+    Args:
+        detector: its frozen backbone learns nothing.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        own = [
+            module
+            for name, module in detector.named_modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase) and not is_backbone(name)  # noqa: SLF001  (no other name)
+        ]
+        self._kept = [
+            kept for module in own for kept in (module.running_mean, module.running_var) if isinstance(kept, Tensor)
+        ]
+        self._before = [kept.clone() for kept in self._kept]
+        # Differences, so that what no share changed stays as it is, to the bit.
+        self.learnt = [torch.zeros_like(kept) for kept in self._kept]
+
+    @torch.no_grad()
+    def learn(self, weight: float) -> None:
+        """Note what one share, of so much weight, has changed, and put it back."""
+        for kept, before, learnt in zip(self._kept, self._before, self.learnt, strict=True):
+            learnt.add_(kept - before, alpha=weight)
+            kept.copy_(before)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Change the batch norms by what all shares have learnt."""
+        for kept, learnt in zip(self._kept, self.learnt, strict=True):
+            kept.add_(learnt)
+
+
+def _refuse_infinite(stage: GradientStage, step: int, terms: Mapping[str, float]) -> None:
     if not all(math.isfinite(value) for value in terms.values()):
         told = ", ".join(f"{name} = {value:g}" for name, value in terms.items())
         raise FitFailed(
             f"The loss of '{stage.name}' is not finite at step {step} ({told}); lower the learning rate, or look at "
             "the frames."
         )
-    torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
-    if stage.recipe.clip_gradient_norm is not None:
-        nn.utils.clip_grad_norm_(stage.parameters, stage.recipe.clip_gradient_norm)
-    optimiser.step()
-    return terms
 
 
 def _refuse_broken(stage: GradientStage) -> None:
@@ -442,6 +584,17 @@ def _only_trainable(detector: nn.Module, parameters: Sequence[nn.Parameter]) -> 
     finally:
         for parameter in others:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _lost_for_a_reason(stop: _Stop) -> Iterator[None]:
+    """Where somebody stopped all processes, those that wait for one that ended earlier have not failed."""
+    try:
+        yield
+    except PeerLost as lost:
+        if stop.asked:
+            raise FitStopped("Fitting was stopped; the last checkpoint stands.") from lost
+        raise
 
 
 @contextmanager

@@ -36,10 +36,11 @@ from training.export import GraphRun
 from training.faults import CALLERS, OURS
 from training.fit import FitStopped
 from training.import_checkpoint import keep_released, read_released
+from training.peers import Peers, meet_peers, process_number, refuse_company
 from training.progress import Reporter, choose_reporter
 from training.recalibrate import read_good_folder, recalibrate
 from training.report import LineReport, ReportData, render
-from training.run import Beginning, train
+from training.run import Beginning, help_to_fit, train
 from training.run_directory import LineRequest, RunRequest, new_directory, read_report, read_request
 from training.weights import UNTRAINED
 from training.zero_shot import Calibration, ZeroShotRequest, make_zero_shot, zero_shot_config
@@ -108,23 +109,28 @@ class ZeroShotWishes:
 
 
 @contextlib.contextmanager
-def faults_as_sentences() -> Iterator[None]:
+def faults_as_sentences(*, shares_work: bool = False) -> Iterator[None]:
     """Turn every expected fault into one sentence on stderr and an exit code: 1 ours, 2 the caller's.
+
+    Args:
+        shares_work: whether the command knows what to do where torchrun started several of it.
 
     Raises:
         typer.Exit: with that code.
     """
     try:
+        if not shares_work:
+            refuse_company()
         yield
     except _FAULTS_OF_OURS as error:
         raise _leave(str(error), _OURS) from error
     except torch.OutOfMemoryError as error:
         sentence = "The GPU's memory is full; lower batch_size and hyperparameters.recipe.batch_size with --set."
-        raise _leave(sentence, _OURS) from error
+        raise _leave(sentence, _OURS, own=True) from error
     except CALLERS as error:
         raise _leave(str(error), _CALLERS) from error
     except OSError as error:
-        raise _leave(f"{error.filename or 'A file'}: {error.strerror or error}.", _CALLERS) from error
+        raise _leave(f"{error.filename or 'A file'}: {error.strerror or error}.", _CALLERS, own=True) from error
 
 
 def train_lines(line_folder: Path | None, wishes: Wishes, threads: int | None) -> None:
@@ -132,17 +138,22 @@ def train_lines(line_folder: Path | None, wishes: Wishes, threads: int | None) -
     lines = _named_lines(wishes) if line_folder is None else (_only_line(line_folder, wishes),)
     if wishes.name is None and len(lines) > 1:
         raise ParameterInvalid("Several lines make one bundle; give its name with --name.")
+    config = load_config(wishes.config, wishes.detector, wishes.settings)
+    peers = meet_peers(wishes.device)
     request = RunRequest(
         name=_line_name(wishes.name or lines[0].name),
         lines=lines,
         store=wishes.store.resolve(),
-        config=load_config(wishes.config, wishes.detector, wishes.settings),
+        config=config,
         weights=_weights_file(wishes.weights),
         weight_folders=_weight_folders(wishes.weights),
         labelled_defects=None if wishes.labelled_defects is None else wishes.labelled_defects.resolve(),
         device=wishes.device,
+        processes=peers.count,
     )
-    _run(request, new_directory(wishes.runs, request.name, datetime.now(UTC)), "new", threads)
+    # The first process makes it, and the others hear which.
+    own = new_directory(wishes.runs, request.name, datetime.now(UTC)) if peers.number == 0 else Path()
+    _run(request, Path(peers.hear_first(bytes(own)).decode()), "new", threads, peers)
 
 
 def import_released(
@@ -185,8 +196,21 @@ def _named_or_not(given: str) -> LineRequest:
 
 
 def resume_run(directory: Path, threads: int | None) -> None:
-    """Go on with a stopped run; one that was stopped before its first checkpoint begins again in the same place."""
-    _run(read_request(directory), directory, "resume" if has_checkpoint(directory) else "new", threads)
+    """Go on with a stopped run; one that was stopped before its first checkpoint begins again in the same place.
+
+    Raises:
+        ConfigFault: if so many processes can't go on with it.
+    """
+    request = read_request(directory)
+    beginning: Beginning = "resume" if has_checkpoint(directory) else "new"
+    peers = meet_peers(request.device)
+    if request.processes % peers.count:
+        raise ConfigFault(
+            f"The run splits each batch into as many shares as it had processes, {request.processes}, and "
+            f"{peers.count} processes can't have equally many of them; give torchrun "
+            f"--nproc-per-node={request.processes}, or go on without torchrun."
+        )
+    _run(request, directory, beginning, threads, peers)
 
 
 def export_run(directory: Path, store: Path | None, changes: Mapping[str, Any], threads: int | None) -> None:
@@ -365,11 +389,16 @@ def demonstrate(
     run_demo(line, folder, description, _weights_file(weights), _weight_folders(weights), _reporter())
 
 
-def _run(request: RunRequest, directory: Path, beginning: Beginning, threads: int | None) -> None:
+def _run(
+    request: RunRequest, directory: Path, beginning: Beginning, threads: int | None, peers: Peers | None = None
+) -> None:
     _use_threads(threads)
+    if peers is not None and peers.number > 0:
+        _help(request, directory, beginning, peers)
+        return
     reporter = _reporter()
     try:
-        finished = train(request, directory, reporter, beginning)
+        finished = train(request, directory, reporter, beginning, peers)
     except (FitStopped, KeyboardInterrupt) as stop:
         again = f" To go on where it stood: flawline train --resume {directory}" if any(directory.iterdir()) else ""
         raise _leave(f"Stopped.{again}", _STOPPED) from stop
@@ -379,6 +408,13 @@ def _run(request: RunRequest, directory: Path, beginning: Beginning, threads: in
             directory.rmdir()
     places = {"bundle": finished.bundle, "report": finished.bundle / REPORT_FILE, "run": directory}
     _tell(finished.report, reporter, places)
+
+
+def _help(request: RunRequest, directory: Path, beginning: Beginning, peers: Peers) -> None:
+    try:
+        help_to_fit(request, directory, beginning, peers)
+    except (FitStopped, KeyboardInterrupt) as stop:
+        raise _leave("Stopped.", _STOPPED) from stop
 
 
 def _tell(report: ReportData, reporter: Reporter, places: Mapping[str, Path]) -> None:
@@ -523,6 +559,10 @@ def _reporter() -> Reporter:
     return choose_reporter(Console())
 
 
-def _leave(sentence: str, code: int) -> typer.Exit:
-    Console(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False)
+def _leave(sentence: str, code: int, *, own: bool = False) -> typer.Exit:
+    """Say why; of several processes the first one says it for all, but for what may be each one's `own` matter."""
+    number = process_number()
+    if number == 0 or own:
+        of_whom = f"Process {number}: " if number else ""
+        Console(stderr=True, soft_wrap=True).print(f"{of_whom}{sentence}", markup=False, highlight=False)
     return typer.Exit(code)

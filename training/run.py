@@ -52,8 +52,9 @@ from training.fit import CheckpointPlan, FitReport, FitSettings, fit
 from training.golden import GoldenChooser, GoldenFrame, golden_files, plant_defect
 from training.import_checkpoint import adopt_released
 from training.lines import GatheredLine, GatheredLines, gather_lines
+from training.peers import Alone, Peers
 from training.precision import JudgedFrames, check_verdicts, layers_of, lower_precision
-from training.progress import Reporter
+from training.progress import Reporter, SilentReporter
 from training.report import LineReport, ReportData, collect, render
 from training.reproducibility import describe_run, make_deterministic
 from training.run_directory import RunRequest, keep_request, keep_results
@@ -103,7 +104,13 @@ class FinishedRun:
         return {line: record.metrics for line, record in self.manifest.by_line.items()}
 
 
-def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: Beginning = "new") -> FinishedRun:
+def train(
+    request: RunRequest,
+    directory: Path,
+    reporter: Reporter,
+    beginning: Beginning = "new",
+    peers: Peers | None = None,
+) -> FinishedRun:
     """Run from frames to bundle.
 
     Args:
@@ -112,26 +119,20 @@ def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: B
         reporter: shows how far the run is.
         beginning: fit anew, go on from the checkpoint, only export what is completely fitted, or take over what the
             method's authors fitted (`import_checkpoint.py` has then put it into the directory).
+        peers: who fits together, this process being the first; the others call `help_to_fit`. None for this one alone.
 
     Raises:
         Exception: a fault of any step, each a type of its own with a sentence that tells what to do; they are listed
             in `training/__main__.py`.
     """
     config, spec = request.config, request.config.frame_input
-    device = choose_device(request.device)
-    make_deterministic(config.seed)
-    if request.labelled_defects is not None:
-        refuse_labelled_defects(config)
+    peers = peers or Alone()
 
-    gathered = gather_lines(request, reporter)
-    lines = gathered.lines
-    prepared = prepare_detector(config, request.weights, request.weight_folders, device, len(lines))
-    defects = _read_defects(request.labelled_defects, gathered, spec)
-    if defects is not None:
-        give_labelled_defects(prepared, defects)
+    gathered, defects, prepared = _prepare(request, reporter)
+    lines, device, rule = gathered.lines, prepared.device, prepared.score_rule
     keep_request(directory, request)
-    fitting = _fit(prepared, gathered, defects, config, directory, reporter, beginning)
-    rule = prepared.score_rule
+    fitting = _fit(prepared, gathered, defects, request, directory, reporter, beginning, peers)
+    peers.part()
 
     run = by_tiles(DetectorRun(prepared.module, device), spec, rule)
     measured = [_measure(run, index, line, len(lines), rule, config, reporter) for index, line in enumerate(lines)]
@@ -167,6 +168,7 @@ def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: B
         parity=parity,
         provenance=describe_run(config.seed, datetime.now(UTC)),
         device=str(device),
+        processes=request.processes,
     )
     manifest = make_manifest(record)
     report = ReportData(
@@ -182,6 +184,38 @@ def train(request: RunRequest, directory: Path, reporter: Reporter, beginning: B
     return FinishedRun(bundle, directory, manifest, report, fitting)
 
 
+def help_to_fit(request: RunRequest, directory: Path, beginning: Beginning, peers: Peers) -> None:
+    """Do the part of a run that processes after the first one have: fit with it, and write nothing.
+
+    Args:
+        request: as the first process has it.
+        directory: of the run; read where the run is resumed.
+        beginning: as the first process has it.
+        peers: who fits together.
+
+    Raises:
+        Exception: as `train`.
+    """
+    silent = SilentReporter()
+    gathered, defects, prepared = _prepare(request, silent)
+    _fit(prepared, gathered, defects, request, directory, silent, beginning, peers)
+    peers.part()
+
+
+def _prepare(request: RunRequest, reporter: Reporter) -> tuple[GatheredLines, LabelledDefects | None, PreparedDetector]:
+    config = request.config
+    device = choose_device(request.device)
+    make_deterministic(config.seed)
+    if request.labelled_defects is not None:
+        refuse_labelled_defects(config)
+    gathered = gather_lines(request, reporter)
+    prepared = prepare_detector(config, request.weights, request.weight_folders, device, len(gathered.lines))
+    defects = _read_defects(request.labelled_defects, gathered, config.frame_input)
+    if defects is not None:
+        give_labelled_defects(prepared, defects)
+    return gathered, defects, prepared
+
+
 def _read_defects(folder: Path | None, gathered: GatheredLines, spec: InputSpec) -> LabelledDefects | None:
     if folder is None:
         return None
@@ -193,11 +227,13 @@ def _fit(
     prepared: PreparedDetector,
     gathered: GatheredLines,
     defects: LabelledDefects | None,
-    config: RunConfig,
+    request: RunRequest,
     directory: Path,
     reporter: Reporter,
     beginning: Beginning,
+    peers: Peers,
 ) -> FitReport:
+    config = request.config
     fitting = json.dumps(_deciding(config), sort_keys=True)
     identity = {
         "configuration": hashlib.sha256(fitting.encode()).hexdigest(),
@@ -206,6 +242,8 @@ def _fit(
     }
     if defects is not None:
         identity["labelled defects"] = defects.digest
+    if request.processes > 1:
+        identity["processes"] = str(request.processes)
     if beginning == "import":
         adopt_released(prepared.detector, directory, identity)
     if beginning == "export":
@@ -216,9 +254,10 @@ def _fit(
         return fit(
             prepared.module,
             views_of(frames, config.frame_input, makes_views=config.makes_views),
-            FitSettings(seed=config.seed),
+            FitSettings(seed=config.seed, shares=request.processes),
             reporter,
             plan,
+            peers=peers,
         )
     finally:
         frames.close()

@@ -65,6 +65,7 @@ class RunRequest(BaseModel):
             then all held out.
         weight_folders: folders that may hold the file.
         device: where to fit.
+        processes: how many fitted together when the run began; each batch is split into as many shares.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,6 +79,7 @@ class RunRequest(BaseModel):
     labelled_defects: Path | None = None
     released: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    processes: int = Field(default=1, ge=1, le=256)
 
 
 def new_directory(runs: Path, name: str, now: datetime) -> Path:

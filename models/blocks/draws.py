@@ -2,7 +2,13 @@
 
 import torch
 
+from models.detector import Step
+
+# Below it lies the step, so that no draw is made twice in a run.
+_SHARE = 2**24
+
 
 def generator_of_step(seed: int, step: int) -> torch.Generator:
-    """Return a new generator on the CPU whose draws follow from the run's seed and the step alone."""
-    return torch.Generator().manual_seed(seed * 2**32 + step)
+    """Return a new generator on the CPU whose draws follow from the run's seed, the step and its share alone."""
+    share = step.share if isinstance(step, Step) else 0
+    return torch.Generator().manual_seed(seed * 2**32 + share * _SHARE + step)

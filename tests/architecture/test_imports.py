@@ -25,6 +25,7 @@ DOORS = {
     "cv2": ("service/contract/regions.py", "service/contract/raw_frames.py"),
     "timm": ("models/backbones.py",),
     "torchvision": ("models/backbones.py",),
+    "torch.distributed": ("training/peers.py",),
     "opentelemetry": ("service/traces.py", "service/collector.py"),
     "prometheus_client": ("service/telemetry.py",),
     "fastapi": ("service/app.py", ROUTES),
