@@ -400,8 +400,9 @@ def _run(
     try:
         finished = train(request, directory, reporter, beginning, peers)
     except (FitStopped, KeyboardInterrupt) as stop:
-        again = f" To go on where it stood: flawline train --resume {directory}" if any(directory.iterdir()) else ""
-        raise _leave(f"Stopped.{again}", _STOPPED) from stop
+        by_torchrun = "" if peers is None or peers.count == 1 else ", by torchrun again or without it"
+        again = f" To go on where it stood: flawline train --resume {directory}{by_torchrun}"
+        raise _leave(f"Stopped.{again if any(directory.iterdir()) else ''}", _STOPPED) from stop
     finally:
         # A run that was refused before it began leaves nothing behind.
         if directory.is_dir() and not any(directory.iterdir()):

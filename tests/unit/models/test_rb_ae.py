@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from models.blocks.draws import generator_of_step
 from models.detector import GradientStage, PassStage
 from models.rb_ae import (
     RbAe,
@@ -395,7 +396,7 @@ def test_defect_loss_when_written_out_then_adds_pixels_and_repair_to_two_reconst
 
     terms = detector.defect_loss(images, 5)
 
-    planted, masks = detector._plant(images, detector._generator_of(5))
+    planted, masks = detector._plant(images, generator_of_step(detector.config.seed, 5))
     assert 0 < masks.flatten(1).any(dim=1).sum() <= 3
     both = [detector.paint(one) for one in (planted, images)]
     torch.testing.assert_close(terms["colour"], sum((one - images).square().mean() for one in both))
@@ -434,7 +435,7 @@ def test_losses_when_flips_are_on_then_a_step_mirrors_some_frames():
     detector = _build(flips=True)
     images = _images(16)
 
-    flipped = [detector._flip(images, detector._generator_of(step)) for step in (0, 0, 1)]
+    flipped = [detector._flip(images, generator_of_step(detector.config.seed, step)) for step in (0, 0, 1)]
 
     assert torch.equal(flipped[0], flipped[1])
     assert not torch.equal(flipped[0], flipped[2])

@@ -22,6 +22,7 @@ from training.fit import (
     fit,
     planned_iterations,
 )
+from training.peers import Alone, PeerLost
 from training.progress import SilentReporter
 
 _RECIPE = Recipe("adamw", 1e-2, 1e-3, 1e-4, batch_size=4, epochs=3, warmup_iterations=2, clip_gradient_norm=0.5)
@@ -493,3 +494,48 @@ def test_fit_without_frames_or_without_a_detector_is_refused():
         _fit(_TinyDetector(), frames=MemoryFrames(np.zeros((0, 4, 4, 3), np.uint8)))
     with pytest.raises(TypeError, match="Linear is no detector"):
         _fit(nn.Linear(1, 1))
+
+
+class _SecondOfTwo(Alone):
+    """Another process that has ended before the first step."""
+
+    count = 2
+
+    def add_up(self, values):  # noqa: ARG002 -- the shape of peers
+        raise PeerLost("it has ended")
+
+
+@pytest.mark.parametrize(("told_to_stop", "expected"), [(False, PeerLost), (True, FitStopped)])
+def test_fit_when_another_process_has_ended_then_says_so_unless_all_were_told_to_stop(told_to_stop, expected):
+    """An end that was asked for is no fault; any other one is."""
+    detector = _TinyDetector(at={0: _interrupt} if told_to_stop else {})
+
+    with pytest.raises(expected):
+        fit(detector, _frames(), FitSettings(5, shares=2), SilentReporter(), peers=_SecondOfTwo())
+
+
+def test_fit_when_a_batch_has_fewer_frames_than_shares_then_is_refused():
+    """No process may be left without a frame."""
+    with pytest.raises(FitFailed, match="'student' has 3 frames, too few for 4 processes"):
+        _fit(_TinyDetector(), frames=_frames(3), shares=4)
+
+
+def test_fit_when_shares_can_not_be_dealt_evenly_then_is_refused():
+    """Three shares are not for two processes."""
+    with pytest.raises(ValueError, match="2 processes can't compute equally many of 3 shares"):
+        fit(_TinyDetector(), _frames(), FitSettings(5, shares=3), SilentReporter(), peers=_SecondOfTwo())
+
+
+def test_fit_when_a_batch_comes_in_uneven_shares_then_every_frame_counts_the_same():
+    """Three shares of four frames are weighted by their size, so the losses of a mean are those of the whole batch."""
+    recipe = dataclasses.replace(_RECIPE, optimiser="sgd", clip_gradient_norm=None)
+
+    class Undropped(_TinyDetector):
+        def _loss(self, inputs, step):  # noqa: ARG002 -- the shape of a loss
+            return {"distance": (self.student(inputs) - inputs).square().mean()}
+
+    whole, parts = Undropped(recipe), Undropped(recipe)
+    expected, found = _fit(whole), _fit(parts, shares=3)
+
+    torch.testing.assert_close(parts.student.weight, whole.student.weight, atol=1e-6, rtol=0)  # another order of sums
+    assert [point.terms for point in found.losses] == [pytest.approx(point.terms) for point in expected.losses]
