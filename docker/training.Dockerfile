@@ -7,6 +7,7 @@
 #       flawline/training:0.1.0 train /frames/cap --store /store --runs /store/.runs
 #   docker build -f docker/training.Dockerfile --target sbom -o . .   # writes sbom.cdx.json (CycloneDX)
 
+# checkov:skip=CKV_DOCKER_7:the base has a version, in this argument, which checkov does not follow
 ARG PYTHON=python:3.11-slim-bookworm
 
 FROM ${PYTHON} AS build

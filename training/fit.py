@@ -207,13 +207,17 @@ class _Run:
             self._follow_first()
             self.keep(0, 0)
             return 0
+        # All read the same checkpoint: nobody is still keeping one, or keeps the next one too early.
+        self._await_all()
         state = load_checkpoint(self._plan.directory, self._plan.identity)
-        # Nobody may keep a new checkpoint while others still read the old one.
-        self._peers.add_up(torch.zeros(1, device=self._device))
+        self._await_all()
         restore_detector(self._detector, state.detector)
         self.losses = list(state.losses)
         self._resumed = state
         return state.stage
+
+    def _await_all(self) -> None:
+        self._peers.add_up(torch.zeros(1, device=self._device))
 
     def keep(self, stage: int, step: int, optimiser: Optimizer | None = None) -> None:
         """Write a checkpoint, if one is wanted."""

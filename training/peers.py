@@ -128,6 +128,7 @@ def meet_peers(wanted: Literal["auto", "cpu", "cuda"]) -> Peers:
 
     Raises:
         ConfigFault: if this process has no GPU of its own.
+        PeerLost: if the others do not come.
     """
     if not dist.is_torchelastic_launched():
         return Alone()
@@ -140,12 +141,15 @@ def meet_peers(wanted: Literal["auto", "cpu", "cuda"]) -> Peers:
                 "or fit with --device cpu."
             )
         torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+    except RuntimeError as error:
+        raise _lost() from error
     return _Group(torch.device("cuda" if on_gpu else "cpu"))
 
 
 def _lost() -> PeerLost:
     return PeerLost(
-        "Another process of this run has ended; torchrun tells which. The last checkpoint stands: start torchrun again "
-        "with flawline train --resume and the run's directory."
+        "Another process of this run has ended; torchrun tells which. What was kept stands: start torchrun again, with "
+        "flawline train --resume and the run's directory."
     )

@@ -22,6 +22,7 @@ from service.settings import Settings
 K8S = Path(__file__).resolve().parents[3] / "k8s"
 OVERLAYS = sorted(path.parent.name for path in (K8S / "overlays").glob("*/kustomization.yaml"))
 VERSIONS = ("1.30", "1.33", "1.36")
+TRAINING = ("training", "training-lines", "training-gpus")
 SERVING = ("cpu", "gpu", "gpu-mig", "keda", "monitoring")
 # Resources that Kubernetes itself does not know; each shape says what it was written from.
 SHAPES = {
@@ -258,44 +259,74 @@ def test_keda_when_it_scales_then_nobody_else_sets_the_number_of_pods():
 
 def test_training_when_indexed_then_each_line_has_its_index():
     """As many completions as lines; a refused run (exit code 2) is not tried again, a stopped one is."""
-    [lines] = [r["data"]["LINES"] for r in render("training") if r["kind"] == "ConfigMap"]
-    jobs = {r["metadata"]["name"]: r["spec"] for r in render("training") if r["kind"] == "Job"}
+    lines = only("training-lines", "ConfigMap")["data"]["LINES"]
+    job = only("training-lines", "Job")["spec"]
 
-    assert jobs["flawline-train-lines"]["completions"] == len(lines.split())
-    for job in jobs.values():
-        [rule] = job["podFailurePolicy"]["rules"]
+    assert job["completionMode"] == "Indexed"
+    assert job["completions"] == len(lines.split())
+    for overlay in TRAINING:
+        [rule] = only(overlay, "Job")["spec"]["podFailurePolicy"]["rules"]
         assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2])
 
 
-@pytest.mark.parametrize(("index", "line"), [("0", "cap"), ("2", "screw")])
-def test_training_when_a_pod_begins_then_trains_its_own_line_or_goes_on_where_it_stood(tmp_path, index, line):
+def test_training_when_two_overlays_are_applied_then_neither_replaces_the_other():
+    """Their jobs have different names; each overlay brings one."""
+    assert len({only(overlay, "Job")["metadata"]["name"] for overlay in TRAINING}) == len(TRAINING)
+
+
+def test_training_when_a_node_has_several_gpus_then_torchrun_starts_a_process_for_each():
+    """As many processes as GPUs are held; NCCL has room in shared memory, within the pod's own memory."""
+    pod = only("training-gpus", "Job")["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    devices = {container["resources"][kind]["nvidia.com/gpu"] for kind in ("requests", "limits")}
+    [launcher] = [variable["value"] for variable in container["env"] if variable["name"] == "LAUNCHER"]
+    [shared] = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"].endswith("/shm")]
+
+    assert devices == {"4"}
+    assert launcher.split() == ["torchrun", "--standalone", "--nproc-per-node=gpu", "--no-python"]
+    assert [volume["emptyDir"]["medium"] for volume in pod["volumes"] if volume["name"] == shared] == ["Memory"]
+    # torchrun waits half a minute for its processes
+    assert pod["terminationGracePeriodSeconds"] > 30
+
+
+@pytest.mark.parametrize(
+    ("overlay", "index", "line"),
+    [("training", None, "cap"), ("training-lines", "0", "cap"), ("training-lines", "2", "screw")],
+)
+def test_training_when_a_pod_begins_then_trains_its_own_line_or_goes_on_where_it_stood(tmp_path, overlay, index, line):
     """The script itself, run by a real shell: its line by index, and the last unfinished run where there is one."""
-    [script] = next(
-        container["args"]
-        for name, pod in pods("training")
-        for container in pod["containers"]
-        if name == "flawline-train-lines"
+    begin, resume, anew = (
+        _shell(tmp_path, overlay, index, line, state) for state in ("none", "unfinished", "finished")
     )
-    script = script.replace("/store", str(tmp_path))
-    begin, resume, anew = (_shell(script, tmp_path, index, state) for state in ("none", "unfinished", "finished"))
 
     places = f"--store {tmp_path} --runs {tmp_path}/.runs/{line}"
-    assert begin == f"train /frames/{line} --detector inp_former --config small {places}"
-    assert resume == f"train --resume {tmp_path}/.runs/{line}/{line}/20260101-000000"
+    assert begin == f"flawline train /frames/{line} --detector inp_former --config small {places}"
+    assert resume == f"flawline train --resume {tmp_path}/.runs/{line}/{line}/20260101-000000"
     assert anew == begin
 
 
-def _shell(script, folder, index, state):
-    line = ["cap", "hazelnut", "screw"][int(index)]
+def test_training_when_a_node_has_several_gpus_then_a_run_begins_and_goes_on_under_torchrun(tmp_path):
+    """The same script, with torchrun before the command in both cases."""
+    begin, resume = (_shell(tmp_path, "training-gpus", None, "cap", state) for state in ("none", "unfinished"))
+
+    assert begin.startswith("torchrun --standalone --nproc-per-node=gpu --no-python flawline train /frames/cap ")
+    assert resume.startswith("torchrun --standalone --nproc-per-node=gpu --no-python flawline train --resume ")
+
+
+def _shell(folder, overlay, index, line, state):
+    [(_, container)] = containers(overlay)
+    script = container["args"][0].replace("/store", str(folder))
     run = folder / ".runs" / line / line / "20260101-000000"
     if state != "none":
         run.mkdir(parents=True, exist_ok=True)
     if state == "finished":
         (run / "report.html").touch()
-    (folder / "flawline").write_text('#!/bin/sh\necho "$@"\n')
-    (folder / "flawline").chmod(0o755)
-    environment = {"PATH": f"{folder}:/usr/bin:/bin", "LINES": "cap hazelnut screw", "JOB_COMPLETION_INDEX": index}
-    environment |= {"DETECTOR": "inp_former", "CONFIG": "small"}
+    for program in ("flawline", "torchrun"):
+        (folder / program).write_text('#!/bin/sh\necho "${0##*/} $@"\n')
+        (folder / program).chmod(0o755)
+    environment = {"PATH": f"{folder}:/usr/bin:/bin", **only(overlay, "ConfigMap")["data"]}
+    environment |= {variable["name"]: variable["value"] for variable in container.get("env", ())}
+    environment |= {} if index is None else {"JOB_COMPLETION_INDEX": index}
     told = subprocess.run(["sh", "-euc", script], env=environment, capture_output=True, text=True, check=True)
     return told.stdout.strip()
 
