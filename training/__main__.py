@@ -182,13 +182,14 @@ def calibrate(
     line_folder: Annotated[
         Path | None, typer.Option(help="a line's folder whose test frames measure the new thresholds")
     ] = None,
+    layout: Layout = None,
     threads: Threads = None,
 ) -> None:
     """Publish a new version with the same network and one line's thresholds from other good parts."""
     jobs = _jobs()
     rates = {"review_rate": review_rate, "fail_rate": fail_rate}
     with jobs.faults_as_sentences():
-        jobs.recalibrate_bundle(bundle, line, good_folder, line_folder, rates, roi, threads or 1)
+        jobs.recalibrate_bundle(bundle, line, good_folder, line_folder, layout, rates, roi, threads or 1)
 
 
 @commands.command(

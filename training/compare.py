@@ -63,6 +63,7 @@ class CellPlan:
         config: of the run.
         kind: the detector, or its control.
         variant: what tells the configuration from another one of the same detector; empty where there is one only.
+        layout: how the folder is read, or None to find out.
     """
 
     line: str
@@ -70,6 +71,7 @@ class CellPlan:
     config: RunConfig
     kind: Kind = "fitted"
     variant: str = ""
+    layout: str | None = None
 
     def __str__(self) -> str:
         """Name the cell for people."""
@@ -306,7 +308,7 @@ def _measure(plan: CellPlan, means: Means, digest: str, reporter: Reporter) -> C
     store, run = directory / "store", directory / "run"
     request = RunRequest(
         name=plan.line,
-        lines=(LineRequest(name=plan.line, folder=plan.folder),),
+        lines=(LineRequest(name=plan.line, folder=plan.folder, layout=plan.layout),),
         store=store,
         config=plan.config,
         weights=UNTRAINED if plan.kind == "control" else means.weights,
@@ -330,7 +332,7 @@ def _cell_of(plan: CellPlan, finished: FinishedRun, digest: str, total_s: float,
     bundle, report = load_bundle(finished.bundle), finished.report
     (line,) = report.lines
     spec = plan.config.frame_input
-    canvas = load_frame(read_dataset(plan.folder).train_good[0].path, spec, FrameLimits())
+    canvas = load_frame(read_dataset(plan.folder, plan.layout).train_good[0].path, spec, FrameLimits())
     trainable, parameters = count_parameters(plan.config)
     return Cell(
         digest=digest,
@@ -365,7 +367,7 @@ def _digest(plan: CellPlan, means: Means) -> str:
         # Without defaults, so that a key which the run learns later does not make old cells untrue.
         "configuration": plan.config.model_dump(mode="json", exclude_defaults=True),
         "kind": plan.kind,
-        "data": _data_digest(plan.folder),
+        "data": _data_digest(plan.folder, plan.layout),
         "sources": sources_digest(plan.config.detector),
         "weights": None if backbone is None else _weights_digest(backbone, weights, means.weight_folders),
     }
@@ -373,8 +375,8 @@ def _digest(plan: CellPlan, means: Means) -> str:
 
 
 @cache
-def _data_digest(folder: Path) -> str:
-    return check_dataset(read_dataset(folder), FrameLimits(), SilentReporter()).digest
+def _data_digest(folder: Path, layout: str | None) -> str:
+    return check_dataset(read_dataset(folder, layout), FrameLimits(), SilentReporter()).digest
 
 
 @cache

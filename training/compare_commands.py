@@ -26,6 +26,10 @@ def compare(  # noqa: PLR0917 - typer reads options from a signature; nobody cal
         Literal["texture", "object"] | None,
         typer.Option(help="what frames show: a surface that fills them, or a thing"),
     ] = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]LAYOUT", help="how a folder is read, where that is not clear: mvtec, visa …"),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="of everything that is drawn")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where to fit")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="threads of one computation")] = None,
@@ -52,6 +56,7 @@ def compare(  # noqa: PLR0917 - typer reads options from a signature; nobody cal
                 folder=folder,
                 weights=weights,
                 control=control,
+                layouts=layout or [],
                 device=device,
                 settings=[*(settings or []), *(f"{key}={value}" for key, value in named.items() if value is not None)],
             ),

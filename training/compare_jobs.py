@@ -19,6 +19,7 @@ from training.config import ConfigFault, load_config
 from training.data.detect import read_dataset
 from training.data.samples import ANOMALOUS, NORMAL, DatasetFault
 from training.fit import FitStopped
+from training.jobs import layouts_of
 from training.progress import Reporter, choose_reporter
 from training.weights import read_weights_option
 
@@ -40,6 +41,7 @@ class Wishes:
         control: whether each detector's control is measured too.
         device: where to fit.
         settings: `key=value`, in order.
+        layouts: how folders are read, `LAYOUT` or `NAME=LAYOUT` each; none to find out.
     """
 
     lines: Sequence[str]
@@ -50,6 +52,7 @@ class Wishes:
     control: bool
     device: Literal["auto", "cpu", "cuda"]
     settings: Sequence[str]
+    layouts: Sequence[str] = ()
 
 
 def compare_detectors(wishes: Wishes, threads: int | None) -> None:
@@ -85,8 +88,9 @@ def _plans(wishes: Wishes, reporter: Reporter) -> Iterator[CellPlan]:
     lines = dict(_name_and_folder(given) for given in wishes.lines)
     if len(lines) < len(wishes.lines):
         raise ParameterInvalid("Two lines have the same name; give --line NAME=FOLDER to tell them apart.")
-    for folder in lines.values():
-        _refuse_unmeasurable(folder)
+    layouts = layouts_of(list(lines), wishes.layouts)
+    for line, folder in lines.items():
+        _refuse_unmeasurable(folder, layouts.get(line))
     every = wishes.detectors is None
     names = sorted(DETECTORS) if wishes.detectors is None else [name.strip() for name in wishes.detectors.split(",")]
     for name in dict.fromkeys(names):
@@ -98,7 +102,7 @@ def _plans(wishes: Wishes, reporter: Reporter) -> Iterator[CellPlan]:
             reporter.note(f"{name} is left out: {fault}")
             continue
         for line, folder in lines.items():
-            plan = CellPlan(line, folder, config)
+            plan = CellPlan(line, folder, config, layout=layouts.get(line))
             yield plan
             if wishes.control:
                 yield control_of(plan)
@@ -116,9 +120,9 @@ def _name_and_folder(given: str) -> tuple[str, Path]:
         ) from error
 
 
-def _refuse_unmeasurable(folder: Path) -> None:
+def _refuse_unmeasurable(folder: Path, layout: str | None) -> None:
     """Refuse a line on which detectors can't be told apart, before hours are spent on it."""
-    labels = {sample.label for sample in read_dataset(folder).test}
+    labels = {sample.label for sample in read_dataset(folder, layout).test}
     if not {NORMAL, ANOMALOUS} <= labels:
         raise DatasetFault(
             f"{folder} has no good or no defective test frames, so detectors can't be compared; put some into "

@@ -196,7 +196,7 @@ def show_frames(results: Sequence[Result], folder: Path) -> list[ShownFrame]:
     cells = [result.cell for result in results if result.cell is not None]
     if not cells:
         return []
-    samples = [s for s in read_dataset(results[0].plan.folder).test if s.label != UNKNOWN]
+    samples = [s for s in read_dataset(results[0].plan.folder, results[0].plan.layout).test if s.label != UNKNOWN]
     shown = _choose(samples, cells)
     artists = [
         _Artist.load(cell, cell_directory(folder, result.plan) / cell.bundle)

@@ -19,6 +19,10 @@ def import_checkpoint(  # noqa: PLR0917 - typer reads options from a signature; 
     store: Annotated[Path, typer.Option(help="folder of all bundles")] = Path("store"),
     runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="of the bundle; default: the only line's")] = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]LAYOUT", help="how a folder is read, where that is not clear: mvtec, visa …"),
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(envvar="FLAWLINE_WEIGHTS", help="backbone, where the checkpoint has none: a file or its folder"),
@@ -47,7 +51,7 @@ def import_checkpoint(  # noqa: PLR0917 - typer reads options from a signature; 
             name=name,
             lines=(),
             regions_of_interest=(),
-            layouts=[],
+            layouts=layout or [],
             labelled_defects=None,
             device=device,
             settings=[*(settings or []), *(f"{key}={value}" for key, value in rates.items() if value is not None)],

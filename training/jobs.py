@@ -170,6 +170,8 @@ def import_released(
         threads: of one computation, or None for torch's choice.
     """
     lines = tuple(_named_or_not(given) for given in line_folders)
+    layouts = layouts_of([line.name for line in lines], wishes.layouts)
+    lines = tuple(line.model_copy(update={"layout": layouts.get(line.name)}) for line in lines)
     if wishes.name is None and len(lines) > 1:
         raise ParameterInvalid("Several lines make one bundle; give its name with --name.")
     name = _line_name(wishes.name or lines[0].name)
@@ -342,6 +344,7 @@ def recalibrate_bundle(
     line: str | None,
     good_folder: Path,
     line_folder: Path | None,
+    layout: str | None,
     rates: Mapping[str, float | None],
     region_of_interest: Path | None,
     threads: int,
@@ -354,7 +357,7 @@ def recalibrate_bundle(
         bundle,
         name,
         read_good_folder(good_folder),
-        [] if line_folder is None else _test_samples(line_folder, None, bundle.manifest.input, reporter),
+        [] if line_folder is None else _test_samples(line_folder, layout, bundle.manifest.input, reporter),
         reporter,
         review_rate=_rate("review_rate", rates["review_rate"], record.review_rate),
         fail_rate=_rate("fail_rate", rates["fail_rate"], record.fail_rate),
@@ -503,15 +506,23 @@ def _named_lines(wishes: Wishes) -> tuple[LineRequest, ...]:
         if name in masks:
             raise ParameterInvalid(f"The line {name} has two regions of interest; give --roi once a line.")
         masks[name] = mask
-    layouts = _layouts_of([name for name, _ in pairs], wishes.layouts)
+    layouts = layouts_of([name for name, _ in pairs], wishes.layouts)
     return tuple(
         LineRequest(name=_line_name(name), folder=folder, region_of_interest=masks.get(name), layout=layouts.get(name))
         for name, folder in pairs
     )
 
 
-def _layouts_of(lines: Sequence[str], given: Sequence[str]) -> dict[str, str]:
-    """Return the layout of each line that has one: its own, or the one that is given without a name."""
+def layouts_of(lines: Sequence[str], given: Sequence[str]) -> dict[str, str]:
+    """Return the layout of each line that has one: its own, or the one that is given without a name.
+
+    Args:
+        lines: their names.
+        given: `LAYOUT` or `NAME=LAYOUT` each.
+
+    Raises:
+        ParameterInvalid: if two are given for all lines, or one for a line that there is not.
+    """
     of_all = [layout for layout in given if "=" not in layout]
     if len(of_all) > 1:
         raise ParameterInvalid("Two layouts are given for all lines; write --layout NAME=LAYOUT where they differ.")

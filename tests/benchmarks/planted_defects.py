@@ -4,9 +4,10 @@ Each is fitted on a line's good frames as a run fits it, and then tells the good
 frames with a defect planted into them at their own size: a scratch, a spot, a moved patch, a broad shade. None of the
 four is what a detector plants for itself while it learns. A row shows the image AUROC by kind, and their mean, by which
 a choice is made: "own" with the configuration's own score, the others with the same maps read in another way. The
-line's test folder is never read.
+line's test folder is never read. Tiles are a setting like others.
 
     .venv/bin/python tests/benchmarks/planted_defects.py ../shared/data/pcb --detector st_mae --set backbone=embedded
+    .venv/bin/python tests/benchmarks/planted_defects.py LINE --detector inp_former --set 'tiles={rows: 2, columns: 2}'
 """
 
 import argparse
@@ -23,11 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models.blocks.maps import reduce_map, top_fraction_mean
 from service.contract.frames import FrameLimits, decode_image, fit_to_input
-from training.config import RunConfig, load_config
+from service.contract.tiling import Run, by_tiles
+from training.config import RunConfig, load_config, score_rule_of
 from training.data.detect import read_dataset
 from training.data.loader import FileFrames
 from training.data.samples import Sample
 from training.data.split import split_good
+from training.data.views import views_of
 from training.detectors import choose_device, prepare_detector
 from training.export import DetectorRun
 from training.fit import FitSettings, fit
@@ -126,12 +129,15 @@ def judge(line: Path, config: RunConfig, weights: Path, kinds: Sequence[str]) ->
     frames = FileFrames([sample.path for sample in fitted_on], config.frame_input, FrameLimits())
     begun = time.process_time()
     try:
-        fit(prepared.module, frames, FitSettings(seed=config.seed), SilentReporter())
+        views = views_of(frames, config.frame_input, makes_views=config.makes_views)
+        fit(prepared.module, views, FitSettings(seed=config.seed), SilentReporter())
     finally:
         frames.close()
     fit_s = time.process_time() - begun
 
-    run = DetectorRun(prepared.module, device)
+    # Of frames that are cut, the stitched maps are read and not those of their tiles.
+    rule = score_rule_of(config.detector_config())
+    run = by_tiles(DetectorRun(prepared.module, device), config.frame_input, rule)
     good = _scores(run, _frames(held_out, config, None))
     planted = [_scores(run, _frames(held_out, config, kind)) for kind in kinds]
     labels = np.repeat([False, True], len(held_out))
@@ -147,7 +153,7 @@ def _defined(value: float | None) -> float:
 
 
 def _frames(samples: Sequence[Sample], config: RunConfig, kind: str | None) -> list[Pixels]:
-    """Return frames as the network takes them, each with a defect planted first where a kind is given."""
+    """Return frames as they are taken or cut, each with a defect planted first where a kind is given."""
     frames = []
     for number, sample in enumerate(samples):
         frame = decode_image(sample.path.read_bytes(), FrameLimits()).pixels
@@ -157,7 +163,7 @@ def _frames(samples: Sequence[Sample], config: RunConfig, kind: str | None) -> l
     return frames
 
 
-def _scores(run: DetectorRun, frames: Sequence[Pixels]) -> dict[str, NDArray[np.float64]]:
+def _scores(run: Run, frames: Sequence[Pixels]) -> dict[str, NDArray[np.float64]]:
     """Return the scores of frames by each way of reading a map."""
     batches = [np.stack(frames[start : start + _BATCH]) for start in range(0, len(frames), _BATCH)]
     answers = [run(batch, np.zeros(len(batch), np.int64)) for batch in batches]

@@ -291,6 +291,11 @@ def test_train_command_when_interrupted_then_keeps_the_run_and_names_the_command
         (["train", "--resume", "nowhere"], 2, "not the directory of a run"),
         (["evaluate", "nowhere", "nowhere"], 2, "manifest.json"),
         (["calibrate", "nowhere", "nowhere"], 2, "manifest.json"),
+        (
+            ["import-checkpoint", "inp_former", "nowhere", "--line", "a=nowhere", "--layout", "b=visa"],
+            2,
+            "there is no --line b",
+        ),
         (["export", "nowhere"], 2, "not the directory of a run"),
         (["report", "nowhere"], 2, "holds no report"),
     ],

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from service.contract.policy import ScoreRule
 from service.errors import BundleRefused, CalibrationRefused, UnreadableFrame
-from tests.factories import encode
+from tests.factories import encode, make_bundle, make_frame
+from training.__main__ import commands
 from training.calibrate import calibrate, read_region_of_interest, refuse_unsupported_rates
 
 _TOP = ScoreRule(kind="top_fraction_mean", fraction=0.1)
@@ -117,3 +119,16 @@ def test_read_region_of_interest_when_nothing_is_marked_then_is_refused(tmp_path
 
     with pytest.raises(UnreadableFrame):
         read_region_of_interest(path)
+
+
+def test_calibrate_command_when_a_layout_is_given_then_the_line_folder_is_read_by_it(tmp_path):
+    """A folder of test frames that could be read in several ways is read in the one that is said."""
+    bundle, good = make_bundle(tmp_path / "store"), tmp_path / "good"
+    good.mkdir()
+    (good / "0.png").write_bytes(encode(make_frame()))
+    arguments = ["calibrate", str(bundle), str(good), "--line-folder", str(tmp_path), "--layout", "photo_album"]
+
+    done = CliRunner().invoke(commands, arguments)
+
+    assert done.exit_code == 2
+    assert "There is no layout 'photo_album'" in done.stderr

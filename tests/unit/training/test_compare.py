@@ -278,6 +278,20 @@ def test_compare_when_lines_are_misnamed_then_says_so_before_any_work(tmp_path, 
         compare_detectors(Wishes(lines, None, "small", tmp_path, None, False, "cpu", ()), 1)
 
 
+@pytest.mark.parametrize(
+    ("layout", "fault", "sentence"),
+    [("cap=visa", ParameterInvalid, "there is no --line cap"), ("bottle=none", DatasetFault, "There is no layout")],
+    ids=["another line", "no layout"],
+)
+def test_compare_when_a_layout_is_given_then_the_line_is_read_by_it(tmp_path, layout, fault, sentence):
+    """A folder that could be read in several ways is read in the one that is said."""
+    folder = write_line(tmp_path / "bottle")
+    wishes = Wishes([str(folder)], "inp_former", "small", tmp_path, None, False, "cpu", (), layouts=(layout,))
+
+    with pytest.raises(fault, match=sentence):
+        compare_detectors(wishes, 1)
+
+
 def test_compare_when_a_line_has_no_defects_to_find_then_refuses(tmp_path):
     """Detectors that can't be told apart are not fitted for hours."""
     folder = write_line(tmp_path / "bottle", tested=False)
