@@ -6,6 +6,7 @@ Nothing here reads the clock or knows of metrics.
 """
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +22,8 @@ _FEWEST_FRAMES = 50
 _FRAMES_A_BIN = 10
 _FEWEST_BINS = 4
 _SATURATED = 250
+_GROWTH = math.exp(1 / _MEMORY_FRAMES)
+_LARGEST_UNIT = 1e9
 
 
 @dataclass
@@ -61,24 +64,30 @@ class ScoreDrift:
     def __init__(self, calibration: Calibration) -> None:
         bins = int(np.clip(calibration.scores.size // _FRAMES_A_BIN, _FEWEST_BINS, calibration.histogram_counts.size))
         kept = np.linspace(0, calibration.histogram_counts.size, bins + 1).round().astype(int)[1:-1]
-        self._edges: NDArray[np.float32] = calibration.histogram_edges[kept - 1]
-        counts = np.bincount(np.searchsorted(self._edges, calibration.scores, side="right"), minlength=bins)
+        edges = calibration.histogram_edges[kept - 1]
+        counts = np.bincount(np.searchsorted(edges, calibration.scores, side="right"), minlength=bins)
         self._expected: NDArray[np.float64] = (counts + 0.5) / (counts + 0.5).sum()
-        self._counts = np.zeros(bins)
-        self._keep = math.exp(-1 / _MEMORY_FRAMES)
+        self._edges: list[float] = edges.tolist()
+        # In a unit that grows, so that old frames fade without being touched.
+        self._counts = [0.0] * bins
+        self._unit = 1.0
         self._frames = 0
 
     def add(self, score: float) -> None:
         """Count one frame's score."""
-        self._counts *= self._keep
-        self._counts[int(np.searchsorted(self._edges, np.float32(score), side="right"))] += 1
+        self._unit *= _GROWTH
+        if self._unit > _LARGEST_UNIT:
+            self._counts = [count / self._unit for count in self._counts]
+            self._unit = 1.0
+        self._counts[bisect_right(self._edges, float(np.float32(score)))] += self._unit
         self._frames += 1
 
     def index(self) -> float:
         """Return the index, at least 0; NaN before fifty frames."""
         if self._frames < _FEWEST_FRAMES:
             return math.nan
-        seen = (self._counts + 0.5) / (self._counts + 0.5).sum()
+        counts = np.array(self._counts) / self._unit
+        seen = (counts + 0.5) / (counts + 0.5).sum()
         return float(((seen - self._expected) * np.log(seen / self._expected)).sum())
 
 

@@ -3,6 +3,9 @@
 Nothing here is called before the answer is on its way, except the engines' gauges. Labels come from closed sets: the
 registry declares its lines and engines, reasons are the codes of `service.errors`, and a name that nobody declared is
 counted as `unknown`.
+
+What every frame moves is counted in plain numbers, which the event loop alone changes, and becomes series when somebody
+scrapes: the library's own counters and histograms take a lock and look for bounds and labels at each of the ten steps.
 """
 
 import json
@@ -11,23 +14,29 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO, TypeVar
+from typing import Any, Literal, NamedTuple, TextIO
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
     Gauge,
-    Histogram,
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
+from prometheus_client.utils import floatToGoString
+from pydantic_core import to_json
 
 from service.contract.calibration import Calibration
 from service.contract.policy import Policy, Verdict
@@ -42,6 +51,7 @@ UNKNOWN_LINE = "unknown"
 CALLER_LEFT = "caller_left"
 
 _STAGE_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_STAGES = ("receive", "decode", "queue", "infer", "postprocess", "encode", "total")
 _SLACK_BUCKETS_S = (0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _SCORE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5)
@@ -53,17 +63,67 @@ _MEASURED_A_SECOND = 4
 _MEASURED_SIDE = 256
 _SMALLEST_SIDE = 3
 
-_Child = TypeVar("_Child")
-
 _log = logging.getLogger("flawline.inspections")
+
+
+class Buckets:
+    """One series of a histogram: how many values lie below each bound, and an example of each.
+
+    Args:
+        bounds: upper ones, in order; a last one without end is added.
+    """
+
+    __slots__ = ("_bounds", "_counts", "_examples", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._examples: list[tuple[str, float, float] | None] = [None] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, inspection_id: str | None = None) -> None:
+        """Count a value; the inspection that it is of becomes the example of its bucket."""
+        bucket = bisect_left(self._bounds, value)
+        self._counts[bucket] += 1
+        self._sum += value
+        if inspection_id is not None:
+            self._examples[bucket] = inspection_id, value, time.time()
+
+    def tell(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
+        """Add this series to what is scraped."""
+        ends = [*map(floatToGoString, self._bounds), "+Inf"]
+        buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = [
+            (end, count) if shown is None else (end, count, Exemplar({"inspection_id": shown[0]}, shown[1], shown[2]))
+            for end, count, shown in zip(ends, accumulate(self._counts), self._examples, strict=True)
+        ]
+        family.add_metric(labels, buckets, self._sum)
+
+
+class _Children(dict[tuple[str, str], Counter]):
+    """Series of one metric by their labels, each looked for once: refusals come by the hundreds a second."""
+
+    def __init__(self, metric: Counter) -> None:
+        super().__init__()
+        self._metric = metric
+
+    def __missing__(self, labels: tuple[str, str]) -> Counter:
+        self[labels] = self._metric.labels(*labels)
+        return self[labels]
+
+
+class Depth:
+    """How many frames wait at an engine, over all versions of its bundle that are loaded."""
+
+    def __init__(self) -> None:
+        self.frames = 0
 
 
 class EngineMeter:
     """The gauges of one engine, with their labels already resolved, because the batcher calls them for every batch."""
 
-    def __init__(self, batch_size: Histogram, queue_depth: Gauge, discarded: Mapping[Discarded, Counter]) -> None:
+    def __init__(self, batch_size: Buckets, waiting: Depth, discarded: Mapping[Discarded, Counter]) -> None:
         self._batch_size = batch_size
-        self._queue_depth = queue_depth
+        self._waiting = waiting
         self._depth = 0
         self._discarded = discarded
 
@@ -73,7 +133,7 @@ class EngineMeter:
 
     def depth(self, frames: int) -> None:
         """Say how many frames are accepted and not answered yet."""
-        self._queue_depth.inc(frames - self._depth)  # versions of one bundle, one beside the other, add up
+        self._waiting.frames += frames - self._depth  # versions of one bundle, one beside the other, add up
         self._depth = frames
 
     def discard(self, why: Discarded) -> None:
@@ -81,25 +141,58 @@ class EngineMeter:
         self._discarded[why].inc()
 
 
-class _Children(dict[str, _Child]):
-    """Series of one metric by their last label; each is resolved once, because every frame asks for ten."""
+class _Series:
+    """What every answered frame of one version of a line adds to, in plain numbers."""
 
-    def __init__(self, resolve: Callable[[str], _Child]) -> None:
-        super().__init__()
-        self._resolve = resolve
+    __slots__ = ("score", "slack", "stages", "tally", "verdicts")
 
-    def __missing__(self, label: str) -> _Child:
-        self[label] = self._resolve(label)
-        return self[label]
+    def __init__(self, of_line: "_LineSeries", tally: Tally) -> None:
+        self.verdicts: dict[str, int] = {}
+        self.score = Buckets(_SCORE_BUCKETS)
+        self.stages = of_line.stages
+        self.slack = of_line.slack
+        self.tally = tally
 
 
-class _Series(NamedTuple):
-    """What every answered frame of a line adds to."""
+class _LineSeries(NamedTuple):
+    """What every answered frame of a line adds to, whichever version judges."""
 
-    verdicts: _Children[Counter]
-    stages: _Children[Histogram]
-    slack: Histogram
-    score: Histogram
+    stages: dict[str, Buckets]
+    slack: Buckets
+
+
+class _FrameSeries(Collector):
+    """Tells a scraper what frames have moved."""
+
+    def __init__(self) -> None:
+        self.by_version: dict[tuple[str, str], _Series] = {}
+        self.by_line: dict[str, _LineSeries] = {}
+        self.batch_sizes: dict[str, Buckets] = {}
+
+    def collect(self) -> Iterable[Metric]:
+        """Return every family, also those that have no series yet."""
+        inspections = CounterMetricFamily(
+            "flawline_inspections", "Answered frames.", labels=("line", "version", "verdict")
+        )
+        scores = _family("score", "Scores in units of the fail threshold: 1 is at the threshold.", "line", "version")
+        for (line, version), series in [*self.by_version.items()]:
+            for verdict, count in [*series.verdicts.items()]:
+                inspections.add_metric((line, version, verdict), count)
+            series.score.tell(scores, (line, version))
+        stages = _family("stage_duration_seconds", "Time by stage.", "line", "stage")
+        slack = _family("deadline_slack_seconds", "Time left to the deadline at the answer.", "line")
+        for line, of_line in [*self.by_line.items()]:
+            for stage, spent in [*of_line.stages.items()]:
+                spent.tell(stages, (line, stage))
+            of_line.slack.tell(slack, (line,))
+        sizes = _family("batch_size", "Network inputs in one run; a tiled frame is its tiles.", "engine")
+        for engine, batches in [*self.batch_sizes.items()]:
+            batches.tell(sizes, (engine,))
+        return inspections, scores, stages, slack, sizes
+
+
+def _family(name: str, meaning: str, *labels: str) -> HistogramMetricFamily:
+    return HistogramMetricFamily(f"flawline_{name}", meaning, labels=labels)
 
 
 class Telemetry:
@@ -115,20 +208,11 @@ class Telemetry:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # the library ships this function without types
         self._collectors = CollectorRegistry()
         ProcessCollector(registry=self._collectors)
-        self._inspections = self._counter("inspections", "Answered frames.", "line", "version", "verdict")
+        self._frames = _FrameSeries()
+        self._collectors.register(self._frames)
         self._no_verdict = self._counter("no_verdict", "Frames without a verdict, by error code.", "line", "reason")
-        self._stage = self._histogram("stage_duration_seconds", "Time by stage.", _STAGE_BUCKETS_S, "line", "stage")
-        self._slack = self._histogram(
-            "deadline_slack_seconds", "Time left to the deadline at the answer.", _SLACK_BUCKETS_S, "line"
-        )
-        self._batch_size = self._histogram(
-            "batch_size", "Network inputs in one run; a tiled frame is its tiles.", _BATCH_BUCKETS, "engine"
-        )
         self._queue_depth = self._gauge("queue_depth", "Frames accepted and not answered yet.", "engine")
         self._discarded = self._counter("discarded", "Frames that nobody waited for any more.", "engine", "reason")
-        self._score = self._histogram(
-            "score", "Scores in units of the fail threshold: 1 is at the threshold.", _SCORE_BUCKETS, "line", "version"
-        )
         self._score_psi = self._gauge(
             "score_psi", "Stability index of the last scores against calibration; above 0.25 is another line.", "line"
         )
@@ -171,7 +255,8 @@ class Telemetry:
         self._tallies: dict[tuple[str, str], Tally] = {}
         self._drifts: dict[str, LineDrift] = {}
         self._measured_at: dict[str, float] = {}
-        self._known_series: dict[tuple[str, str], _Series] = {}
+        self._depths: dict[str, Depth] = {}
+        self._no_verdicts = _Children(self._no_verdict)
 
     def watch_readiness(self, is_ready: Callable[[], bool]) -> None:
         """Have readiness asked for at every scrape."""
@@ -209,7 +294,11 @@ class Telemetry:
             "caller_left": self._discarded.labels(engine, "caller_left"),
             "late": self._discarded.labels(engine, "late"),
         }
-        return EngineMeter(self._batch_size.labels(engine), self._queue_depth.labels(engine), discarded)
+        if engine not in self._depths:
+            self._depths[engine] = depth = Depth()
+            self._queue_depth.labels(engine).set_function(lambda: float(depth.frames))
+            self._frames.batch_sizes[engine] = Buckets(_BATCH_BUCKETS)
+        return EngineMeter(self._frames.batch_sizes[engine], self._depths[engine], discarded)
 
     def engine_loaded(self, engine: str, seconds: float) -> None:
         """Record how long an engine took from its bundle's bytes to its golden frames passed."""
@@ -295,15 +384,17 @@ class Telemetry:
         """
         request, judgement, line = inspection.request, inspection.judgement, inspection.line
         series = self._series(line, inspection.bundle_version)
-        series.verdicts[judgement.verdict].inc()
+        verdict, shown = judgement.verdict.value, inspection.inspection_id
+        series.verdicts[verdict] = series.verdicts.get(verdict, 0) + 1
         seconds = {**inspection.timings_s, "encode": encode_s, "total": total_s}
-        exemplar = {"inspection_id": inspection.inspection_id}
         for stage, spent in seconds.items():
-            series.stages[stage].observe(spent, exemplar if stage == "total" else None)
-        self._tally(line, inspection.bundle_version).answered(inspection.batch_size, seconds, _now_ms())
+            series.stages[stage].observe(spent, shown if stage == "total" else None)
+        series.tally.answered(inspection.batch_size, seconds, _now_ms())
         series.slack.observe(inspection.deadline_s - total_s)
-        series.score.observe(in_units(judgement.score, inspection.policy), exemplar)
+        series.score.observe(in_units(judgement.score, inspection.policy), shown)
         self._watch(inspection)
+        if not _log.isEnabledFor(logging.INFO):
+            return
         fields: dict[str, Any] = {
             "inspection_id": inspection.inspection_id,
             "request_id": request.request_id,
@@ -313,14 +404,14 @@ class Telemetry:
             "line": line,
             "bundle_version": inspection.bundle_version,
             "policy_version": inspection.policy_version,
-            "verdict": judgement.verdict.value,
+            "verdict": verdict,
             "score": judgement.score,
             "bytes": len(request.data),
             "pixels": inspection.frame.height * inspection.frame.width,
             "batch_size": inspection.batch_size,
             "seconds": {stage: round(spent, 6) for stage, spent in seconds.items()},
         }
-        _log.info("inspection", extra=fields)
+        _log.handle(InspectionRecord(fields))
 
     def not_inspected(self, line: str, reason: str, *, seconds: Mapping[str, float], **fields: Any) -> None:
         """Count and log one frame without a verdict.
@@ -332,13 +423,14 @@ class Telemetry:
             fields: whatever else is known, for the log: request and part id, bytes.
         """
         known = self.known_line(line)
-        self._no_verdict.labels(known, reason).inc()
+        self._no_verdicts[known, reason].inc()
         verdict = Verdict.NO_VERDICT.value
         if known in self._model_labels:
             _, version, *_ = self._model_labels[known]
             self._tally(known, version).failed(seconds.get("total", 0.0), _now_ms())
         known_fields = {"line": known, "verdict": verdict, "code": reason, "seconds": dict(seconds)}
-        _log.info("inspection", extra=known_fields | fields)
+        if _log.isEnabledFor(logging.INFO):
+            _log.handle(InspectionRecord(known_fields | fields))
 
     def statistics(self, line: str, version: str) -> dict[str, Any]:
         """Return what a bundle has done for a line, as the Open Inference Protocol's statistics describe it."""
@@ -375,16 +467,14 @@ class Telemetry:
         for name, mean in drift.quality.items():
             self._image_quality.labels(line, name).set(mean.mean())
 
-    def _series(self, line: str, version: str) -> "_Series":
-        series = self._known_series.get((line, version))
-        if series is None:
-            series = self._known_series[line, version] = _Series(
-                _Children(lambda verdict: self._inspections.labels(line, version, verdict)),
-                _Children(lambda stage: self._stage.labels(line, stage)),
-                self._slack.labels(line),
-                self._score.labels(line, version),
+    def _series(self, line: str, version: str) -> _Series:
+        known = self._frames.by_version
+        if (line, version) not in known:
+            of_line = self._frames.by_line.setdefault(
+                line, _LineSeries({stage: Buckets(_STAGE_BUCKETS_S) for stage in _STAGES}, Buckets(_SLACK_BUCKETS_S))
             )
-        return series
+            known[line, version] = _Series(of_line, self._tally(line, version))
+        return known[line, version]
 
     def _tally(self, line: str, version: str) -> Tally:
         return self._tallies.setdefault((line, version), Tally())
@@ -394,9 +484,6 @@ class Telemetry:
 
     def _gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
         return Gauge(name, meaning, labels, namespace="flawline", registry=self._collectors)
-
-    def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(name, meaning, labels, namespace="flawline", registry=self._collectors, buckets=buckets)
 
 
 def _modified_at(file: Path) -> float:
@@ -416,6 +503,22 @@ def in_units(score: float, policy: Policy) -> float:
     return 1 + (score - policy.fail_threshold) / unit
 
 
+class InspectionRecord(logging.LogRecord):
+    """The record of one frame, which does not look for its caller, thread and process as others do.
+
+    Args:
+        members: of the line.
+    """
+
+    _of_all = vars(logging.LogRecord(_log.name, logging.INFO, __file__, 0, "inspection", None, None))
+
+    def __init__(self, members: Mapping[str, Any]) -> None:
+        self.__dict__.update(self._of_all)
+        self.created = time.time()
+        self.msecs = self.created % 1 * 1000
+        self.members = members
+
+
 class JsonLines(logging.Formatter):
     """Formats each log record as one line of JSON, with whatever was given as `extra` as members."""
 
@@ -429,6 +532,8 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if isinstance(record, InspectionRecord):
+            return to_json({**members, **record.members}).decode()
         members.update((name, value) for name, value in vars(record).items() if name not in self._STANDARD)
         if record.exc_info is not None and record.exc_info[1] is not None:
             members["exception"] = "".join(traceback.format_exception(record.exc_info[1]))

@@ -100,7 +100,7 @@ class Calibration:
 
     def p_value(self, score: float) -> float:
         """Return `(k + 1) / (n + 1)`, k the number of good parts at least this anomalous; in (0, 1]."""
-        at_least = self.scores.size - int(np.searchsorted(self.scores, np.float32(score), side="left"))
+        at_least = self.scores.size - int(self.scores.searchsorted(np.float32(score)))
         return (at_least + 1) / (self.scores.size + 1)
 
     def threshold(self, false_reject_rate: float) -> Threshold:

@@ -20,6 +20,7 @@ makes of z: robust standard deviations above the frame's own middle (GRNR, arXiv
   and have small defects, until good parts are at hand: `flawline calibrate`.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Literal, NamedTuple, Self
@@ -220,7 +221,8 @@ def image_score(
         EngineFailed: if the score or an inspected map value is not finite.
         BundleRefused: if a region of interest can't be applied.
     """
-    if not (np.isfinite(score) and np.isfinite(anomaly_map).all()):
+    # A NaN anywhere is both the largest and the smallest value, so that two looks tell what a mask of all cells would.
+    if not (math.isfinite(score) and math.isfinite(anomaly_map.max()) and math.isfinite(anomaly_map.min())):
         raise EngineFailed("The engine returned a score or map that is not finite; the part has no verdict.")
     return score if inspected is None else rule.reduce(anomaly_map[inspected])
 

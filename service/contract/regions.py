@@ -73,9 +73,10 @@ def find_regions(
     top, left, window_height, window_width = window
     h, w = anomaly_map.shape
     scale_y, scale_x = window_height / h, window_width / w
-    mask = anomaly_map >= _round_up(threshold)
-    if not mask.any():
+    least = _round_up(threshold)
+    if not anomaly_map.max() >= least:  # a good part, as most are: no mask is made of it
         return [], 0
+    mask = anomaly_map >= least
     count, numbered, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
     labels: NDArray[np.int32] = np.asarray(numbered, np.int32)
     areas = stats[:, cv2.CC_STAT_AREA] * scale_y * scale_x
