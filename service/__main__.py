@@ -126,7 +126,7 @@ def serve(
     from service.auth import KeysFileInvalid  # noqa: PLC0415 - see above
     from service.contract.signature import SigningFailed  # noqa: PLC0415 - see above
     from service.errors import StoreUnreachable  # noqa: PLC0415 - see above
-    from service.protocol import MAX_HEAD_BYTES, BoundedProtocol  # noqa: PLC0415 - see above
+    from service.protocol import BoundedProtocol  # noqa: PLC0415 - see above
     from service.settings import PREFIX, SettingsInvalid, read_settings  # noqa: PLC0415 - see above
     from service.telemetry import log_json_lines  # noqa: PLC0415 - see above
     from service.tls import ServerCertificate, TlsInvalid  # noqa: PLC0415 - see above
@@ -158,7 +158,6 @@ def serve(
         _leave(str(error))
     same: dict[str, Any] = {
         "http": BoundedProtocol,
-        "h11_max_incomplete_event_size": MAX_HEAD_BYTES,
         "ws": "none",
         "log_config": None,
         "log_level": "warning",

@@ -6,17 +6,15 @@ told to stop, be unready, answer what was accepted, end.
 
 import asyncio
 import logging
-import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import version
-from uuid import uuid4
 
 from fastapi import FastAPI
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from service.auth import Keyring, KeysFileInvalid, MountedKeyring
 from service.choices import why_unusable
@@ -30,8 +28,9 @@ from service.records import Records
 from service.registry import Registry
 from service.routes import admin, documentation, health, inspections, lines, v2
 from service.routes.context import Context
+from service.routes.identity import Identity
 from service.routes.openapi import complete_openapi
-from service.routes.problems import REQUEST_ID_HEADER, install_problems
+from service.routes.problems import install_problems
 from service.schemas import ProblemDocument
 from service.settings import Settings, SettingsInvalid
 from service.shadows import Shadows
@@ -44,8 +43,6 @@ from service.tls import ServerCertificate
 from service.traces import Traces
 from service.versions import RegistryOptions
 
-_REQUEST_ID_HEADER = REQUEST_ID_HEADER.lower().encode()
-_REQUEST_ID = re.compile(rb"[!#-\[\]-~]{1,128}")  # printable ASCII without space, quote and backslash
 _WATCH_EVERY_S = 1.0
 _RENEW_EVERY_S = 10.0
 
@@ -105,7 +102,7 @@ def create_app(
         context.registry.close()
         context.pipeline.close()
 
-    app = FastAPI(
+    app = _Service(
         title="Flawline",
         version=version("flawline"),
         description="Finds defects nobody has seen before. Only PASS means good: no fault is ever answered with it.",
@@ -118,13 +115,19 @@ def create_app(
     if certificate is not None:
         context.telemetry.watch_certificate(certificate.expires_at)
     app.state.context = context
-    app.add_middleware(_Identity, clock=clock)
-    app.router.routes.append(inspections.InspectRoute())  # before the documented one, which it answers for
+    app.add_middleware(Identity, clock=clock)
     for router in (inspections.router, lines.router, v2.router, health.router, documentation.router):
         app.include_router(router)
     install_problems(app)
     complete_openapi(app)
     return app
+
+
+class _Service(FastAPI):
+    """An application in which a frame's way is short; `state.context` is set before the first request."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return inspections.FrameWay(super().build_middleware_stack(), self.state.context)
 
 
 def create_admin_app(app: FastAPI) -> FastAPI:
@@ -148,7 +151,7 @@ def create_admin_app(app: FastAPI) -> FastAPI:
         redirect_slashes=False,
     )
     administration.state.context = context
-    administration.add_middleware(_Identity, clock=context.clock)
+    administration.add_middleware(Identity, clock=context.clock)
     for router in (admin.router, admin.protocol, health.router, documentation.router):
         administration.include_router(router)
     install_problems(administration)
@@ -270,28 +273,3 @@ async def _renew(certificate: ServerCertificate) -> None:
     while True:
         await asyncio.sleep(_RENEW_EVERY_S)
         await asyncio.to_thread(certificate.renew)
-
-
-class _Identity:
-    """Gives every request its id and the time of its arrival, and echoes the id; one that does not fit is replaced."""
-
-    def __init__(self, app: ASGIApp, clock: Callable[[], float]) -> None:
-        self._app = app
-        self._clock = clock
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        shown = next((value for name, value in scope["headers"] if name == _REQUEST_ID_HEADER), None)
-        fits = shown is not None and _REQUEST_ID.fullmatch(shown) is not None
-        request_id = shown if shown is not None and fits else uuid4().hex.encode()
-        scope.setdefault("state", {}).update(request_id=request_id.decode(), received_at=self._clock())
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                others = (header for header in message["headers"] if header[0] != _REQUEST_ID_HEADER)
-                message["headers"] = [*others, (_REQUEST_ID_HEADER, request_id)]
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)

@@ -1,10 +1,9 @@
 """What every way of inspecting shares: frames are counted once, after the answer, and nobody works for the absent."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -16,32 +15,38 @@ from service.routes.problems import request_id_of
 from service.telemetry import CALLER_LEFT
 
 TRACE_PARENT_HEADER = "traceparent"
+# Of a request's scope, where the server can tell that a caller left: `watch` takes whom to call then, None for nobody
+# any more, and returns whether it has happened already.
+LEAVING_EXTENSION = "flawline.leaving"
 
 _Result = TypeVar("_Result")
 
 
-@dataclass
-class Asked:
-    """How many frames a request asks about; one, until more is known."""
+class Counting:
+    """Counts whatever ends without a verdict inside a `with` block.
 
-    frames: int = 1
+    Args:
+        request: that is being answered.
+        line: as it was asked for.
 
+    Attributes:
+        frames: how many the request asks about; one, until more is known.
+    """
 
-@asynccontextmanager
-async def counting(request: Request, line: str) -> AsyncIterator[Asked]:
-    """Count whatever ends without a verdict."""
-    asked = Asked()
-    try:
-        yield asked
-    except FlawlineError as error:
-        count_later(request, line, error.code, asked.frames)
-        raise
-    except ClientDisconnect:
-        count_later(request, line, CALLER_LEFT, asked.frames)
-        raise
-    except Exception:
-        count_later(request, line, FlawlineError.code, asked.frames)
-        raise
+    def __init__(self, request: Request, line: str) -> None:
+        self._request = request
+        self._line = line
+        self.frames = 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
+        if not isinstance(fault, Exception):
+            return
+        code = fault.code if isinstance(fault, FlawlineError) else FlawlineError.code
+        reason = CALLER_LEFT if isinstance(fault, ClientDisconnect) else code
+        count_later(self._request, self._line, reason, self.frames)
 
 
 def count_later(request: Request, line: str, reason: str, frames: int = 1) -> None:
@@ -76,23 +81,27 @@ def record_later(context: Context, inspection: Inspection, encode_s: float, tota
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Wait for work, and cancel it as soon as the caller hangs up.
+    """Wait for work, and cancel it as soon as the caller hangs up, where the server tells (`service/protocol.py`).
 
     Raises:
         ClientDisconnect: if it did.
     """
     working = asyncio.current_task()
-    # The body has been read to its end, so the next message can only be the disconnect.
-    leaving: asyncio.Future[Any] = asyncio.ensure_future(request.receive())
     has_left = False
 
-    def stop(left: asyncio.Future[Any]) -> None:
+    def stop() -> None:
         nonlocal has_left
-        if not left.cancelled() and working is not None:
+        if working is not None:
             has_left = True
             working.cancel()
 
-    leaving.add_done_callback(stop)
+    extension = request.scope.get("extensions", {}).get(LEAVING_EXTENSION)
+    if extension is None:
+        return await work
+    watch: Callable[[Callable[[], None] | None], bool] = extension["watch"]
+    if watch(stop):
+        work.close()
+        raise ClientDisconnect
     try:
         return await work
     except asyncio.CancelledError as error:
@@ -100,8 +109,7 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, _Result]) -> _
             raise ClientDisconnect from error
         raise
     finally:
-        leaving.remove_done_callback(stop)
-        leaving.cancel()
+        watch(None)
 
 
 async def _record(context: Context, inspection: Inspection, encode_s: float, total_s: float) -> None:

@@ -5,14 +5,14 @@ A body that promises too much is refused before it is read, one that turns out t
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 
 from fastapi import Request
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from service.contract.frames import FORMAT_OF_MEDIA_TYPE, FrameLimits
 from service.errors import (
@@ -82,9 +82,23 @@ async def receive_body(request: Request, max_bytes: int, timeout_s: float) -> by
         FrameTooLarge: if the body is, or promises to be, over the limit.
         DeadlinePassed: if it did not arrive in time.
     """
-    async with _within(timeout_s):
-        chunks = [chunk async for chunk in _bounded(request, max_bytes)]
-    return b"".join(chunks)
+    _refuse_promise(request, max_bytes)
+    pieces: list[bytes] = []
+    received = 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                pieces.append(message.get("body", b""))
+                received += len(pieces[-1])
+                if received > max_bytes:
+                    raise _too_many_bytes(max_bytes)
+                if not message.get("more_body", False):
+                    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    except TimeoutError as error:
+        raise _not_in_time() from error
 
 
 async def receive_frames(
@@ -114,8 +128,10 @@ async def receive_frames(
     parser = _FormParser(request.headers, _bounded(request, limits.max_bytes), max_files=max_frames, max_fields=0)
     parser.spool_max_size = limits.max_bytes + 1  # files never reach the disk: what bounds the body bounds the memory
     try:
-        async with _within(timeout_s):
+        async with asyncio.timeout(timeout_s):
             form = await parser.parse()
+    except TimeoutError as error:
+        raise _not_in_time() from error
     except MultiPartException as error:
         if error.message.startswith("Too many files"):
             raise _too_many_frames(max_frames) from error
@@ -158,16 +174,18 @@ async def _upload_of(file: UploadFile, headers: Mapping[str, str], limits: Frame
     return Upload(await file.read(), raw)
 
 
-@asynccontextmanager
-async def _within(timeout_s: float) -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(timeout_s):
-            yield
-    except TimeoutError as error:
-        raise DeadlinePassed("The body did not arrive within the deadline; look at the network.") from error
-
-
 async def _bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    _refuse_promise(request, max_bytes)
+    received = 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > max_bytes:
+            raise _too_many_bytes(max_bytes)
+        yield chunk
+
+
+def _refuse_promise(request: Request, max_bytes: int) -> None:
+    """Refuse a body that promises to be too large, before any of it is read."""
     promised = request.headers.get("content-length", "")
     length = int(promised) if promised.isdigit() else None
     # A client that can only write before it reads never sees an answer on a connection that is closed under it. So what
@@ -175,12 +193,10 @@ async def _bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, No
     request.state.must_close = length is None or length > _DISCARDED_BODIES * max_bytes
     if length is not None and length > max_bytes:
         raise _too_many_bytes(max_bytes)
-    received = 0
-    async for chunk in request.stream():
-        received += len(chunk)
-        if received > max_bytes:
-            raise _too_many_bytes(max_bytes)
-        yield chunk
+
+
+def _not_in_time() -> DeadlinePassed:
+    return DeadlinePassed("The body did not arrive within the deadline; look at the network.")
 
 
 def _media_type(headers: Mapping[str, str]) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.types import Scope
 
 from service.auth import Caller, Keyring, MountedKeyring
 from service.pipeline import Pipeline
@@ -96,6 +98,38 @@ class Context:
             if status.state != "ready"
         ]
         return lines or [{"state": "loading", "reason": self.registry.why_empty}]
+
+
+class FrameRequest(Request):
+    """A request whose headers are read once: a frame's way asks for eight of them, each of which is searched for."""
+
+    @property
+    def headers(self) -> Headers:
+        """By names in small letters; of several of one name the first."""
+        if self._read is None:
+            self._read = _KnownHeaders(scope=self.scope)
+        return self._read
+
+    _read: "_KnownHeaders | None" = None
+
+
+class _KnownHeaders(Headers):
+    """Headers in a dictionary."""
+
+    def __init__(self, scope: Scope) -> None:
+        super().__init__(scope=scope)
+        self._first: dict[str, str] = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])
+        }
+
+    def __getitem__(self, key: str) -> str:
+        return self._first[key.lower()]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._first.get(key.lower(), default)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and key.lower() in self._first
 
 
 def context_of(request: Request) -> Context:

@@ -25,7 +25,7 @@ from service.inspection import Inspection, InspectionRequest
 from service.live import LineStatus, LiveLine
 from service.open_inference import JSON_LENGTH_HEADER, Coding, InferAnswer, InferRequest, ModelSpec, Values
 from service.registry import Registry
-from service.routes.accounting import TRACE_PARENT_HEADER, counting, record_later, unless_left
+from service.routes.accounting import TRACE_PARENT_HEADER, Counting, record_later, unless_left
 from service.routes.bodies import receive_body
 from service.routes.context import Context, caller_of, context_of
 from service.routes.problems import request_id_of
@@ -175,7 +175,7 @@ async def infer(request: Request, model: str) -> Response:
     """Inspect the frames of one request and answer them together."""
     context = context_of(request)
     bundle_version = _version(request, model)
-    async with counting(request, model) as counted:
+    with Counting(request, model) as counted:
         caller = caller_of(request)
         caller.demand("inspect", model)
         line = context.registry.serving(model, bundle_version)

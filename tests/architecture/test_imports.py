@@ -31,7 +31,7 @@ DOORS = {
     "fastapi": ("service/app.py", ROUTES),
     "starlette": ("service/app.py", ROUTES),
     "uvicorn": ("service/__main__.py", "service/protocol.py"),
-    "h11": ("service/protocol.py",),
+    "httptools": ("service/protocol.py",),
     "httpx": ("service/client.py", "training/camera.py"),
     "tenacity": ("service/client.py",),
     "model_signing": ("service/contract/signature.py",),

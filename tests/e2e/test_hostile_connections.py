@@ -57,8 +57,12 @@ def _answer(connection: socket.socket) -> tuple[int, dict[str, str], dict[str, o
         _request(more=f"X-Filler: {'a' * 2**17}\r\n")[: MAX_HEAD_BYTES + 1],
         _request(more="X-Filler: a\r\n" * 2**13)[: MAX_HEAD_BYTES + 1],
         _request(path="/" + "a" * 2**17)[: MAX_HEAD_BYTES + 1],
+        b"CONNECT somewhere:443 HTTP/1.1\r\nHost: somewhere\r\n\r\n",
     ],
-    ids=["TLS", "length", "no number", "coding", "control", "long header", "many headers", "long address"],
+    ids=[
+        *("TLS", "length", "no number", "coding", "control", "long header", "many headers", "long address"),
+        "tunnel",
+    ],
 )
 def test_request_when_it_is_no_http_then_a_problem_says_no_verdict_and_the_connection_ends(server, request_bytes):
     """What the parser refuses is answered in the form of every fault, with an id; a head is refused where it grows."""

@@ -1,0 +1,169 @@
+"""Promises of one connection: what the parser keeps is bounded, and a frame costs few wakings and one packet."""
+
+import asyncio
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from service.protocol import MAX_HEAD_BYTES, BoundedProtocol
+from service.routes.accounting import LEAVING_EXTENSION
+from tests.fakes import in_loop
+
+HEAD = b"POST /somewhere HTTP/1.1\r\nHost: test\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+class Wire(asyncio.Transport):
+    """A transport that keeps what is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.packets = []
+        self.is_closed = False
+
+    def write(self, data):
+        """Keep a packet."""
+        self.packets.append(bytes(data))
+
+    def close(self):
+        """Note that nothing follows."""
+        self.is_closed = True
+
+    def is_closing(self):
+        """Tell whether something may follow."""
+        return self.is_closed
+
+    def pause_reading(self):
+        """Do nothing; the test decides what comes."""
+
+    def resume_reading(self):
+        """Do nothing; the test decides what comes."""
+
+
+class Connection:
+    """A connection whose bytes a test brings piece by piece, to an application that keeps what it is told."""
+
+    def __init__(self):
+        self.messages = []
+        self.scopes = []
+        config = uvicorn.Config(self._answer, http=BoundedProtocol, interface="asgi3", log_config=None)
+        config.load()
+        self.wire = Wire()
+        self.protocol = BoundedProtocol(config, ServerState(), {}, asyncio.get_running_loop())
+        self.protocol.connection_made(self.wire)
+
+    async def bring(self, *pieces):
+        """Let pieces arrive, with time between them to be noticed."""
+        for piece in pieces:
+            self.protocol.data_received(piece)
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+    def leave(self):
+        """Hang up."""
+        self.wire.close()
+        self.protocol.connection_lost(None)
+
+    async def _answer(self, scope, receive, send):
+        self.scopes.append(scope)
+        while not self.messages or self.messages[-1].get("more_body", False):
+            self.messages.append(await receive())
+        self.messages[-1] = self.messages[-1] | {"more_body": False}
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+        await send({"type": "http.response.body", "body": b"done"})
+
+
+@in_loop
+async def test_body_when_its_length_is_told_then_comes_whole_and_is_answered_in_one_packet():
+    """The pieces of a frame wake nobody before the last one, and the answer's head does not travel alone."""
+    connection = Connection()
+
+    await connection.bring(HEAD + b"Content-Length: 6\r\n\r\nab", b"cd", b"ef")
+
+    assert [message["body"] for message in connection.messages] == [b"abcdef"]
+    (packet,) = connection.wire.packets
+    assert packet.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert packet.endswith(b"\r\n\r\ndone")
+    connection.leave()
+
+
+@in_loop
+async def test_body_when_its_length_is_not_told_then_comes_piece_by_piece():
+    """Whoever bounds a body of unknown length sees it grow."""
+    connection = Connection()
+
+    await connection.bring(CHUNKED + b"2\r\nab\r\n", b"2\r\ncd\r\n", b"0\r\n\r\n")
+
+    assert [message["body"] for message in connection.messages] == [b"ab", b"cd", b""]
+    connection.leave()
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [HEAD + b"X-Filler: " + b"a" * MAX_HEAD_BYTES + b"\r\n\r\n"],
+        [HEAD, b"X-Filler: ", b"a" * MAX_HEAD_BYTES],
+        [HEAD, *[b"X: a\r\n" * 2**10] * 11],
+        [CHUNKED + b"2\r\nab\r\n0\r\n", b"X-Filler: " + b"a" * MAX_HEAD_BYTES],
+        [CHUNKED, b"2;x=", b"a" * MAX_HEAD_BYTES],
+    ],
+    ids=["complete head", "growing head", "growing headers", "trailer", "chunk's extension"],
+)
+@in_loop
+async def test_connection_when_the_parser_keeps_too_much_then_is_answered_and_ended(pieces):
+    """Whatever grows without end and is no body ends the connection, with an answer where none has begun."""
+    connection = Connection()
+
+    await connection.bring(*pieces)
+
+    assert connection.wire.is_closed
+    (answer,) = connection.wire.packets
+    assert b" 400 " in answer
+    assert b"NO_VERDICT" in answer
+    connection.leave()
+
+
+@in_loop
+async def test_connection_when_small_requests_come_at_once_then_their_sum_is_no_large_head():
+    """Only what is not handed on counts; many complete requests and the begin of another one are none of it."""
+    connection = Connection()
+    get = b"GET /somewhere HTTP/1.1\r\nHost: test\r\n\r\n"
+
+    await connection.bring(get * (MAX_HEAD_BYTES // len(get) + 1) + get[:20])
+
+    assert not connection.wire.is_closed
+    connection.leave()
+
+
+@in_loop
+async def test_request_when_another_protocol_is_offered_in_it_then_its_body_is_read_and_so_is_the_next_one():
+    """The offer is left out, and nothing else."""
+    connection = Connection()
+    offered = HEAD + b"Connection: Upgrade\r\nUpgrade: h2c\r\nX-Other: 1\r\nContent-Length: 2\r\n\r\nab"
+
+    await connection.bring(offered + offered)
+
+    assert [message["body"] for message in connection.messages] == [b"ab"]
+    assert (b"x-other", b"1") in connection.scopes[0]["headers"]
+    assert [name for name, _ in connection.scopes[0]["headers"]] == [b"host", b"x-other", b"content-length"]
+    assert len(connection.scopes) == 2
+    connection.leave()
+
+
+@in_loop
+async def test_caller_when_it_leaves_then_whoever_watches_is_told_once():
+    """Nobody needs a task to wait for that."""
+    connection = Connection()
+    told = []
+    await connection.bring(HEAD + b"Content-Length: 6\r\n\r\nab")
+    watch = connection.scopes[0]["extensions"][LEAVING_EXTENSION]["watch"]
+
+    has_left_already = watch(lambda: told.append(True))
+    connection.leave()
+
+    assert (has_left_already, told) == (False, [True])
+    assert watch(None) is True
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert connection.messages == [{"type": "http.disconnect", "more_body": False}]
