@@ -1,6 +1,7 @@
 """One engine's queue: takes frames, asks the schedule, hands batches to the runners, and answers each frame once.
 
-Before: the frame is decoded and has its place. After: the policy judges what the engine said.
+Before: the frame has its place. After: it is answered. What a frame needs before and after its run is done by the
+runner, in the same thread, where whoever brings it wants that (`Work`).
 
 The event loop owns all state, so there are no locks. Runners are threads that only run batches and post the outcome
 back. Nothing polls: a step is taken when a frame arrives, a run ends, or a deadline comes. A frame's deadline fires by
@@ -17,19 +18,19 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, count, pairwise
 from queue import SimpleQueue
-from typing import NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.engines.engine import Engine, EngineOutput
 from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded
-from service.schedule import Priority, Promised, RunTimes, Shares, WaitingFrame, admit, decide, has_room
+from service.schedule import Priority, RunTimes, Shares, WaitingFrame, admit, decide, has_room
 from service.telemetry import EngineMeter
 
 # The loop's timers may fire a little early; looking again just after the moment saves a second look.
@@ -37,6 +38,8 @@ _TIMER_SLACK_S = 0.001
 
 # Each frame gets an instance of its own: one that is raised in several tasks would collect their tracebacks.
 _Fault = Callable[[], FlawlineError]
+
+_Outcome_co = TypeVar("_Outcome_co", covariant=True)
 
 _log = logging.getLogger("flawline")
 
@@ -50,7 +53,9 @@ class RunResult(NamedTuple):
         batch_size: frames that ran together.
         batch_number: of their run; no other run of this engine has it.
         queue_s: seconds from the arrival until a runner took it.
+        prepare_s: seconds that the runner spent on making network inputs of it.
         infer_s: seconds in the engine.
+        ran_at: when the engine had answered.
     """
 
     scores: NDArray[np.float32]
@@ -58,7 +63,34 @@ class RunResult(NamedTuple):
     batch_size: int
     batch_number: int
     queue_s: float
+    prepare_s: float
     infer_s: float
+    ran_at: float
+
+
+class Work(Protocol[_Outcome_co]):
+    """What a runner does with one frame beside running it, in its own thread; what it raises is this frame's alone."""
+
+    def prepare(self) -> NDArray[np.uint8]:
+        """Make the frame's network inputs `(T, H, W, 3)` uint8 RGB, as many as its place weighs."""
+        ...
+
+    def finish(self, result: RunResult) -> _Outcome_co:
+        """Make of what the engine said what is waited for."""
+        ...
+
+
+class _Ready:
+    """Work of which nothing is left but to run."""
+
+    def __init__(self, frames: NDArray[np.uint8]) -> None:
+        self._frames = frames
+
+    def prepare(self) -> NDArray[np.uint8]:
+        return self._frames
+
+    def finish(self, result: RunResult) -> RunResult:
+        return result
 
 
 @dataclass(eq=False, slots=True)
@@ -79,10 +111,6 @@ class Place:
     priority: Priority
     is_ahead: bool = True
 
-    def promised(self) -> Promised:
-        """Return what the schedule needs to know."""
-        return Promised(self.deadline, self.weight, self.priority, self.line)
-
 
 @dataclass(eq=False, slots=True)
 class _Entry:
@@ -90,10 +118,12 @@ class _Entry:
 
     waiting: WaitingFrame
     place: Place
-    frames: NDArray[np.uint8]
+    work: Work[Any]
     line_index: int
     submitted_at: float
-    answer: asyncio.Future[RunResult]
+    answer: asyncio.Future[Any]
+    frames: NDArray[np.uint8] | None = None
+    prepare_s: float = 0.0
 
 
 @dataclass(eq=False, slots=True)
@@ -111,12 +141,12 @@ class _Outcome(NamedTuple):
     """What became of a batch.
 
     Attributes:
-        answers: a result or a fault for each frame, in order.
-        run_s: seconds of the run; None where there is nothing to learn from it.
+        answers: what is waited for, or a fault, by the number of the frame.
+        run_s: seconds of the run, with what was prepared for it; None where there is nothing to learn from it.
         is_engine_lost: whether known frames came out differently, too.
     """
 
-    answers: list[RunResult | FlawlineError]
+    answers: dict[int, Any]
     run_s: float | None
     is_engine_lost: bool
 
@@ -212,11 +242,8 @@ class Batcher:
         """Refuse a frame that would get no place now, before more is done for it; arguments and faults of `place`."""
         self._admit(Place(deadline, line, weight, priority))
 
-    @contextmanager
-    def place(
-        self, deadline: float, *, line: str, weight: int = 1, priority: Priority = Priority.NORMAL
-    ) -> Iterator[Place]:
-        """Take a place for one frame, and give it back in every outcome.
+    def place(self, deadline: float, *, line: str, weight: int = 1, priority: Priority = Priority.NORMAL) -> "_Holding":
+        """Take a place for one frame, to be held by a `with` block, and given back in every outcome.
 
         Args:
             deadline: when the answer is due, by the clock.
@@ -230,38 +257,34 @@ class Batcher:
         """
         place = Place(deadline, line, weight, priority)
         self._admit(place)
-        self._places.add(place)
-        self._places_of[line] += 1
-        self._meter.depth(len(self._places))
-        try:
-            yield place
-        finally:
-            self._places.remove(place)
-            self._places_of[line] -= 1
-            self._meter.depth(len(self._places))
-            if not self._places:
-                self._all_answered.set()
+        return _Holding(place, self._take, self._give_back)
 
     async def submit(self, place: Place, frames: NDArray[np.uint8], line_index: int) -> RunResult:
+        """Run one frame whose network inputs `(T, H, W, 3)` are there; else as `run`."""
+        place.weight = len(frames)
+        return await self.run(place, _Ready(frames), line_index)
+
+    async def run(self, place: Place, work: Work[_Outcome_co], line_index: int) -> _Outcome_co:
         """Run one frame, with others or alone.
 
         Args:
-            place: of this frame, still held; its weight becomes what the frame turned out to be.
-            frames: `(T, H, W, 3)` uint8 RGB, the frame's network inputs: its tiles, or itself alone.
+            place: of this frame, still held.
+            work: what is to be done before and after, by the runner.
             line_index: of its line within the bundle.
 
         Raises:
             DeadlinePassed: at the deadline, wherever the frame is by then.
             Overloaded: as soon as the deadline can't be met any more.
             EngineFailed: if the engine fails on this frame, or is lost.
+            Exception: whatever the work raises.
         """
         if self._fault is not None:
             raise self._fault()
-        self._loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
         now = self._clock()
-        place.weight = len(frames)
         waiting = WaitingFrame(next(self._numbers), place.deadline, place.weight, place.priority, place.line)
-        entry = _Entry(waiting, place, frames, line_index, now, self._loop.create_future())
+        entry = _Entry(waiting, place, work, line_index, now, self._loop.create_future())
         self._waiting[waiting.number] = entry
         timer = self._loop.call_later(max(0.0, place.deadline - now), self._expire, entry)
         if len(self._running) < self._runners:
@@ -269,7 +292,8 @@ class Batcher:
         else:  # nothing to decide but when to look again, which costs the same behind however many frames
             self._look_at(place.deadline - self._run_times.of(place.weight))
         try:
-            return await entry.answer
+            outcome: _Outcome_co = await entry.answer
+            return outcome
         finally:
             timer.cancel()
             if self._waiting.pop(waiting.number, None) is not None:  # only a caller that leaves gets here so early
@@ -298,16 +322,30 @@ class Batcher:
         _log.error("a batcher is distrusted", extra={"why": why})
         self._end(partial(LineNotReady, f"{why} The part has no verdict, and the line waits for a restart."))
 
+    def _take(self, place: Place) -> None:
+        self._places.add(place)
+        self._places_of[place.line] += 1
+        self._meter.depth(len(self._places))
+
+    def _give_back(self, place: Place) -> None:
+        self._places.remove(place)
+        self._places_of[place.line] -= 1
+        self._meter.depth(len(self._places))
+        if not self._places:
+            self._all_answered.set()
+
     def _admit(self, new: Place) -> None:
         if self._fault is not None:
             raise LineNotReady("The line is unhealthy and waits for a restart; the part has no verdict.")
         if self._is_draining:
             raise LineNotReady("The service stops; send the frame to another instance.", retry_after_s=1)
         now = self._clock()
+        if now < new.deadline and self.is_idle:  # nothing is ahead of it, and what follows would find the same
+            return
         free_in_s = [max(0.0, batch.expected_end - now) for batch in self._running]
         free_in_s += [0.0] * (self._runners - len(free_in_s))
-        ahead = [place.promised() for place in self._places if place.is_ahead]
-        admission = admit(ahead, new.promised(), free_in_s, now, self._run_times, self._shares)
+        ahead = [place for place in self._places if place.is_ahead]
+        admission = admit(ahead, new, free_in_s, now, self._run_times, self._shares)
         if not has_room(
             self._max_queue_size,
             len(self._places),
@@ -377,10 +415,11 @@ class Batcher:
             self._lose("The engine fails on frames whose answers are known")
         elif self._fault is None:
             self._step()  # before the answers, so that the runner is busy again while they are written
-        for entry, answer in zip(batch.entries, outcome.answers, strict=True):
+        for entry in batch.entries:
+            answer = outcome.answers[entry.waiting.number]
             if entry.answer.done():
                 self._meter.discard("caller_left" if entry.answer.cancelled() else "late")
-            elif isinstance(answer, FlawlineError):
+            elif isinstance(answer, Exception):
                 entry.answer.set_exception(answer)
             else:
                 entry.answer.set_result(answer)
@@ -431,30 +470,50 @@ class Batcher:
             _log.warning("a run ended after the service")
 
     def _run(self, entries: Sequence[_Entry]) -> _Outcome:
+        began_at = self._clock()
+        answers: dict[int, Any] = {}
+        ready = [entry for entry in entries if self._is_ready(entry, answers)]
+        if not ready:
+            return _Outcome(answers, None, is_engine_lost=False)
         started_at = self._clock()
         try:
-            output = self._run_together(entries)
+            output = self._run_together(ready)
         except Exception as error:  # noqa: BLE001 - the edge: a runtime may raise anything
-            _log.exception("a run failed", extra={"batch_size": len(entries)})
-            return self._run_alone(entries) if len(entries) > 1 else self._give_up(error)
+            _log.exception("a run failed", extra={"batch_size": len(ready)})
+            failed = self._run_alone(ready) if len(ready) > 1 else self._give_up(ready[0], error)
+            return failed._replace(answers=answers | failed.answers)
         ended_at, number = self._clock(), next(self._run_numbers)
-        first_of = list(accumulate((entry.place.weight for entry in entries), initial=0))
-        answers: list[RunResult | FlawlineError] = [
-            RunResult(
+        first_of = list(accumulate((entry.place.weight for entry in ready), initial=0))
+        for entry, (first, end) in zip(ready, pairwise(first_of), strict=True):
+            result = RunResult(
                 scores=output.scores[first:end],
                 anomaly_maps=output.anomaly_maps[first:end],
-                batch_size=len(entries),
+                batch_size=len(ready),
                 batch_number=number,
-                queue_s=started_at - entry.submitted_at,
+                queue_s=began_at - entry.submitted_at,
+                prepare_s=entry.prepare_s,
                 infer_s=ended_at - started_at,
+                ran_at=ended_at,
             )
-            for entry, (first, end) in zip(entries, pairwise(first_of), strict=True)
-        ]
-        return _Outcome(answers, ended_at - started_at, is_engine_lost=False)
+            answers[entry.waiting.number] = _what_comes_of(partial(entry.work.finish, result))
+        return _Outcome(answers, ended_at - began_at, is_engine_lost=False)
+
+    def _is_ready(self, entry: _Entry, answers: dict[int, Any]) -> bool:
+        """Prepare a frame that is not prepared yet; where that fails, the fault is its answer, and no neighbour's."""
+        if entry.frames is not None:
+            return True
+        began_at = self._clock()
+        frames = _what_comes_of(entry.work.prepare)
+        entry.prepare_s = self._clock() - began_at
+        if isinstance(frames, Exception):
+            answers[entry.waiting.number] = frames
+            return False
+        entry.frames = frames
+        return True
 
     def _run_together(self, entries: Sequence[_Entry]) -> EngineOutput:
-        # A single frame is not copied.
-        frames = entries[0].frames if len(entries) == 1 else np.concatenate([entry.frames for entry in entries])
+        inputs = [entry.frames for entry in entries if entry.frames is not None]
+        frames = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)  # a single frame is not copied
         line_index = np.repeat(
             np.array([entry.line_index for entry in entries], np.int64), [entry.place.weight for entry in entries]
         )
@@ -473,19 +532,50 @@ class Batcher:
         return (min(most, weight - first) for first in range(0, weight, most))
 
     def _run_alone(self, entries: Sequence[_Entry]) -> _Outcome:
-        outcomes = [self._run([entry]) for entry in entries]
-        answers = [outcome.answers[0] for outcome in outcomes]
-        return _Outcome(answers, None, any(outcome.is_engine_lost for outcome in outcomes))
+        answers: dict[int, Any] = {}
+        is_engine_lost = False
+        for entry in entries:
+            outcome = self._run([entry])
+            answers |= outcome.answers
+            is_engine_lost |= outcome.is_engine_lost
+        return _Outcome(answers, None, is_engine_lost)
 
-    def _give_up(self, error: Exception) -> _Outcome:
+    def _give_up(self, entry: _Entry, error: Exception) -> _Outcome:
         sentence = "The engine failed on this frame; the part has no verdict."
         fault = error if isinstance(error, EngineFailed) else EngineFailed(sentence)
+        answers: dict[int, Any] = {entry.waiting.number: fault}
         try:
             self._probe()
         except Exception:  # noqa: BLE001 - the edge: a runtime may raise anything
             _log.exception("the probe failed as well")
-            return _Outcome([fault], None, is_engine_lost=True)
-        return _Outcome([fault], None, is_engine_lost=False)
+            return _Outcome(answers, None, is_engine_lost=True)
+        return _Outcome(answers, None, is_engine_lost=False)
+
+
+class _Holding:
+    """A place while it is held."""
+
+    __slots__ = ("_give_back", "_place", "_take")
+
+    def __init__(self, place: Place, take: Callable[[Place], None], give_back: Callable[[Place], None]) -> None:
+        self._place = place
+        self._take = take
+        self._give_back = give_back
+
+    def __enter__(self) -> Place:
+        self._take(self._place)
+        return self._place
+
+    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
+        self._give_back(self._place)
+
+
+def _what_comes_of(step: Callable[[], Any]) -> Any:
+    """Return what a step gives, or the exception that it raises."""
+    try:
+        return step()
+    except Exception as error:  # noqa: BLE001 - the edge: a codec may raise anything, and only this frame fails with it
+        return error
 
 
 def _fail(entry: _Entry, fault: FlawlineError) -> None:

@@ -3,6 +3,10 @@
 Before: the HTTP side received the body. After: it answers, and only then records. Everything that goes wrong on the way
 is raised as one of `service.errors`; whatever is raised is `NO_VERDICT`, and nothing here makes a verdict but the
 policy, out of finite numbers.
+
+On a CPU the runner that runs a frame decodes it before and judges it after, in one go: every hand-over from thread to
+thread costs more than judging does, and the caches hold what was just made. On a device the runner must not be kept
+from the next batch, so that decoding and judging have threads of their own, and overlap with runs.
 """
 
 import asyncio
@@ -10,13 +14,13 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
+from typing import NamedTuple
 from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.batcher import RunResult
+from service.batcher import Place, RunResult
 from service.contract.frames import Frame, FrameLimits, fit_to_input, read_frame
 from service.contract.geometry import InputSpec
 from service.contract.policy import Judgement, judge
@@ -40,7 +44,8 @@ class Pipeline:
         limits: what a caller may send.
         default_deadline_s: from a request's arrival to its answer, where the caller names none.
         max_deadline_s: the longest that a caller may name.
-        decode_workers: threads that decode and resize, and as many that trace regions.
+        decode_workers: threads that decode and resize apart from the runners, and as many that trace regions; with 0
+            the runners do both.
         clock: monotonic seconds; the one that `received_at` was taken from.
     """
 
@@ -59,9 +64,11 @@ class Pipeline:
         self._default_deadline_s = default_deadline_s
         self._max_deadline_s = max_deadline_s
         self._clock = clock
-        self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="flawline-decode")
-        # Apart from the decoders, so that an answer that is nearly there does not wait behind frames that just came.
-        self._tracers = ThreadPoolExecutor(decode_workers, thread_name_prefix="flawline-trace")
+        self._decoders, self._tracers = None, None
+        if decode_workers:
+            self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="flawline-decode")
+            # Apart from them, so that an answer that is nearly there does not wait behind frames that just came.
+            self._tracers = ThreadPoolExecutor(decode_workers, thread_name_prefix="flawline-trace")
 
     def refuse_hopeless(
         self, found: Found, received_at: float, deadline_s: float | None, priority: Priority = Priority.NORMAL
@@ -100,17 +107,16 @@ class Pipeline:
         reserved = bundle.batcher.place(
             deadline, line=found.line.name, weight=bundle.manifest.input.tile_count, priority=request.priority
         )
+        work = _Work(request, found, self._limits, self._clock)
         with reserved as place:
-            started_at = self._clock()
-            frame, tiles = await self._decode(request, bundle.manifest.input, deadline)
-            decode_s = self._clock() - started_at
-            result = await bundle.batcher.submit(place, tiles, found.line.line_index)
-            ran_at = self._clock()
-            window = _window(request, bundle.manifest.input, frame)
-            judgement = await self._judge(result, found, window, deadline)
+            if self._decoders is None:
+                seen = await bundle.batcher.run(place, work, found.line.line_index)
+            else:
+                seen = await self._step_by_step(work, place, found, deadline)
             judged_at = self._clock()
         if judged_at > deadline:  # the process was stopped for a while, and its timers with it
             raise _deadline_passed()
+        frame, result, judgement, window = seen
         return Inspection(
             inspection_id=uuid4().hex,
             request=request,
@@ -134,18 +140,19 @@ class Pipeline:
             batch_number=result.batch_number,
             timings_s={
                 "receive": request.receive_s,
-                "decode": decode_s,
+                "decode": result.prepare_s,
                 "queue": result.queue_s,
                 "infer": result.infer_s,
-                "postprocess": judged_at - ran_at,
+                "postprocess": judged_at - result.ran_at,
             },
             deadline_s=deadline_s,
         )
 
     def close(self) -> None:
         """End the threads, without waiting for work that nobody waits for any more."""
-        self._decoders.shutdown(wait=False, cancel_futures=True)
-        self._tracers.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._decoders, self._tracers):
+            if threads is not None:
+                threads.shutdown(wait=False, cancel_futures=True)
 
     def _deadline_s(self, asked_s: float | None) -> float:
         if asked_s is None:
@@ -154,26 +161,20 @@ class Pipeline:
             raise ParameterInvalid(f"A deadline lies between 0 and {self._max_deadline_s * 1000:g} ms.")
         return asked_s
 
-    async def _decode(
-        self, request: InspectionRequest, spec: InputSpec, deadline: float
-    ) -> tuple[Frame, NDArray[np.uint8]]:
-        if request.is_network_input:
-            return _take_as_input(request.data, spec)
-        async with self._until(deadline):
-            return await asyncio.get_running_loop().run_in_executor(
-                self._decoders, _decode_and_fit, request, spec, self._limits
-            )
-
-    async def _judge(self, result: RunResult, found: Found, window: Window, deadline: float) -> Judgement:
-        policy, is_tiled = found.policy.policy, found.line.bundle.manifest.input.tiles is not None
-        decide = partial(_stitch_and_judge, result, found, window)
+    async def _step_by_step(self, work: "_Work", place: Place, found: Found, deadline: float) -> "_Seen":
+        """Decode, run and judge, each where it keeps nobody else waiting."""
+        loop = asyncio.get_running_loop()
+        if not work.request.is_network_input:
+            async with self._until(deadline):
+                await loop.run_in_executor(self._decoders, work.prepare)
+        result = await found.line.bundle.batcher.submit(place, work.prepare(), found.line.line_index)
+        result = result._replace(prepare_s=work.prepare_s)
         # A good part is judged in microseconds. Stitching maps and tracing regions take up to tens of milliseconds, in
         # which the event loop could answer nobody else.
-        is_quick = policy.calibration == "good_parts" and not is_tiled
-        if is_quick and not (result.anomaly_maps[0] >= policy.region_threshold).any():
-            return decide()
+        if work.is_judged_quickly(result):
+            return work.finish(result)
         async with self._until(deadline):
-            return await asyncio.get_running_loop().run_in_executor(self._tracers, decide)
+            return await loop.run_in_executor(self._tracers, work.finish, result)
 
     @asynccontextmanager
     async def _until(self, deadline: float) -> AsyncIterator[None]:
@@ -184,11 +185,84 @@ class Pipeline:
             raise _deadline_passed() from error
 
 
-def _stitch_and_judge(result: RunResult, found: Found, window: Window) -> Judgement:
-    manifest = found.line.bundle.manifest
-    rule = manifest.output.score_rule
-    answer = answer_of(result.scores, result.anomaly_maps, manifest.input, rule)
-    return judge(float(answer.score), answer.anomaly_map, found.policy.policy, rule, window, found.policy.inspected)
+class _Seen(NamedTuple):
+    """A frame that was looked at."""
+
+    frame: Frame
+    result: RunResult
+    judgement: Judgement
+    window: Window
+
+
+class _Work:
+    """What is done with one frame before and after its run, in whichever thread.
+
+    Args:
+        request: what is asked.
+        found: what serves it.
+        limits: what a caller may send.
+        clock: monotonic seconds.
+
+    Attributes:
+        prepare_s: seconds that preparing took.
+    """
+
+    def __init__(
+        self, request: InspectionRequest, found: Found, limits: FrameLimits, clock: Callable[[], float]
+    ) -> None:
+        self.request = request
+        self.prepare_s = 0.0
+        self._found = found
+        self._limits = limits
+        self._clock = clock
+        self._prepared: tuple[Frame, NDArray[np.uint8]] | None = None
+
+    @property
+    def _spec(self) -> InputSpec:
+        return self._found.line.bundle.manifest.input
+
+    def prepare(self) -> NDArray[np.uint8]:
+        """Decode the frame and make network inputs of it, once.
+
+        Raises:
+            CallerError: if it can't be read.
+        """
+        if self._prepared is None:
+            began_at = self._clock()
+            if self.request.is_network_input:
+                self._prepared = _take_as_input(self.request.data, self._spec)
+            else:
+                self._prepared = _decode_and_fit(self.request, self._spec, self._limits)
+            self.prepare_s = self._clock() - began_at
+        return self._prepared[1]
+
+    def is_judged_quickly(self, result: RunResult) -> bool:
+        """Tell whether finishing takes microseconds."""
+        policy = self._found.policy.policy
+        if policy.calibration != "good_parts" or self._spec.tiles is not None:
+            return False
+        return not result.anomaly_maps[0].max() >= policy.region_threshold
+
+    def finish(self, result: RunResult) -> _Seen:
+        """Judge the frame by what the engine said.
+
+        Raises:
+            EngineFailed: if that can't be judged.
+            FrameNotComparable: if the frame should be measured by itself and is flat.
+        """
+        if self._prepared is None:
+            raise RuntimeError("a frame is prepared before it is run")
+        frame, policy, rule = self._prepared[0], self._found.policy, self._found.line.bundle.manifest.output.score_rule
+        answer = answer_of(result.scores, result.anomaly_maps, self._spec, rule)
+        window = self._window_of(frame)
+        judgement = judge(float(answer.score), answer.anomaly_map, policy.policy, rule, window, policy.inspected)
+        return _Seen(frame, result, judgement, window)
+
+    def _window_of(self, frame: Frame) -> Window:
+        """Return where the map lies on the original frame, in its pixels."""
+        if self.request.is_network_input:
+            return 0.0, 0.0, float(frame.height), float(frame.width)
+        return self._spec.window(frame.height, frame.width)
 
 
 def _p_value(judgement: Judgement, found: Found) -> float | None:
@@ -200,12 +274,6 @@ def _p_value(judgement: Judgement, found: Found) -> float | None:
 
 def _deadline_passed() -> DeadlinePassed:
     return DeadlinePassed("The deadline passed before the answer was there; the part has no verdict.")
-
-
-def _window(request: InspectionRequest, spec: InputSpec, frame: Frame) -> Window:
-    if request.is_network_input:
-        return 0.0, 0.0, float(frame.height), float(frame.width)
-    return spec.window(frame.height, frame.width)
 
 
 def _take_as_input(data: bytes, spec: InputSpec) -> tuple[Frame, NDArray[np.uint8]]:

@@ -96,7 +96,8 @@ class Settings(BaseSettings):
         max_queue_size: frames that one engine accepts and has not answered yet; one more is refused.
         stuck_after_s: a run that takes longer makes its line unhealthy.
         golden_every_s: seconds between two replays of golden frames on each live engine, at low priority; 0 is off.
-        decode_workers: threads that decode and resize; absent means one a CPU.
+        decode_workers: threads that decode and resize apart from the runners; absent means one a CPU beside a GPU, and
+            none on a CPU, where the runner of a frame decodes and judges it as well.
         default_deadline_s: from the arrival of a request to its answer, where the caller names none.
         max_deadline_s: the longest that a caller may name.
         max_body_bytes: the largest body.
@@ -254,8 +255,8 @@ class Settings(BaseSettings):
 
     @property
     def decode_threads(self) -> int:
-        """Threads that decode and resize."""
-        return self.decode_workers or usable_cpus()
+        """Threads that decode and resize apart from the runners."""
+        return self.decode_workers or (usable_cpus() if self.device in GPU_DEVICES else 0)
 
 
 def read_settings() -> Settings:

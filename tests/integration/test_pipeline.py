@@ -20,6 +20,7 @@ from service.errors import (
     UnreadableFrame,
 )
 from service.inspection import RawLayout
+from service.schedule import RunTimes
 from tests.factories import (
     FRAME_HEIGHT,
     FRAME_WIDTH,
@@ -185,16 +186,54 @@ async def test_inspect_when_lines_share_an_engine_then_each_is_judged_as_its_own
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
+@pytest.mark.parametrize("decode_workers", [0, 2], ids=["by the runner", "step by step"])
 @in_loop
-async def test_inspect_when_request_can_not_be_served_then_raises_and_gives_the_place_back(store, changes, error):
+async def test_inspect_when_request_can_not_be_served_then_raises_and_gives_the_place_back(
+    store, changes, error, decode_workers
+):
     """With a single place, the next frame is answered whatever was wrong with the one before."""
-    async with open_pipeline(store, max_queue_size=1) as (pipeline, _):
+    async with open_pipeline(store, max_queue_size=1, decode_workers=decode_workers) as (pipeline, _):
         for _attempt in range(2):
             with pytest.raises(error):
                 await pipeline.inspect(make_request(**changes))
         inspection = await pipeline.inspect(make_request())
 
     assert inspection.judgement.verdict is Verdict.PASS
+
+
+@in_loop
+async def test_inspect_when_runners_decode_then_says_what_is_said_step_by_step(store):
+    """Which thread decodes and judges changes nothing of an answer but its times."""
+    said = []
+    for decode_workers in (0, 2):
+        async with open_pipeline(store, decode_workers=decode_workers) as (pipeline, _):
+            inspection = await pipeline.inspect(make_request(data=encode(make_frame(defect=True))))
+        said.append((inspection.judgement, inspection.window, inspection.p_value, inspection.frame.height))
+        assert inspection.timings_s["decode"] > 0
+
+    assert said[0] == said[1]
+    assert said[0][0].verdict is Verdict.FAIL
+
+
+@in_loop
+async def test_inspect_when_a_bad_frame_shares_a_batch_then_only_it_is_refused(store):
+    """A runner that decodes leaves out what can't be read, and runs the frames beside it."""
+    gated = GatedEngine()
+    async with open_pipeline(store, gated.open, runners=1, decode_workers=0) as (pipeline, registry):
+        batcher = registry.find("demo_line", None, None).line.bundle.batcher
+        batcher._run_times = RunTimes((0.001,) * 4)  # batches pay
+        gated.hold()
+        first = asyncio.ensure_future(pipeline.inspect(make_request()))
+        await asyncio.to_thread(gated.started.acquire)
+        data = [encode(make_frame()), encode(make_frame())[:-40], encode(make_frame())]
+        frames = [asyncio.ensure_future(pipeline.inspect(make_request(data=each))) for each in data]
+        await asyncio.sleep(0)
+        gated.release()
+        outcomes = await asyncio.gather(first, *frames, return_exceptions=True)
+
+    assert isinstance(outcomes[2], UnreadableFrame)
+    assert [outcomes[index].batch_size for index in (1, 3)] == [2, 2]
+    assert {outcomes[index].judgement.verdict for index in (0, 1, 3)} == {Verdict.PASS}
 
 
 @in_loop

@@ -37,7 +37,7 @@ def store(tmp_path_factory):
 class Service:
     """A pipeline whose engine can be spoilt."""
 
-    def __init__(self, store, clock=time.monotonic, stuck_after_s=20):
+    def __init__(self, store, clock=time.monotonic, stuck_after_s=20, decode_workers=0):
         self.engine = GatedEngine()
         options = BatcherOptions(runners=2, max_batch_size=2, max_queue_size=8, stuck_after_s=stuck_after_s)
         self.registry = Registry(DirectoryStore(store), None, self.engine.open, options, Telemetry(), clock)
@@ -47,7 +47,7 @@ class Service:
             limits=FrameLimits(),
             default_deadline_s=20,
             max_deadline_s=20,
-            decode_workers=2,
+            decode_workers=decode_workers,
             clock=clock,
         )
 
@@ -63,10 +63,10 @@ class Service:
         self.pipeline.close()
 
 
-@pytest.fixture
-def service(store):
-    """Return a fresh service, because some faults are for ever."""
-    service = Service(store)
+@pytest.fixture(params=[0, 2], ids=["by the runner", "step by step"])
+def service(store, request):
+    """Return a fresh service, because some faults are for ever; runners decode and judge, or others do."""
+    service = Service(store, decode_workers=request.param)
     yield service
     service.close()
 

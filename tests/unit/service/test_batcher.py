@@ -6,12 +6,11 @@ import time
 
 import numpy as np
 import pytest
-from prometheus_client import Histogram
 
 from service.batcher import Batcher
 from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded
 from service.schedule import Priority, RunTimes
-from service.telemetry import EngineMeter, Telemetry
+from service.telemetry import Buckets, Depth, EngineMeter, Telemetry
 from tests.fakes import FakeEngine, grey_level, in_loop
 
 SOON_S = 0.05
@@ -438,20 +437,18 @@ async def test_batcher_when_a_runner_ends_then_is_unhealthy_and_answers_everyone
     assert not bench.batcher.is_healthy
 
 
-class TornHistogram(Histogram):
+class TornBuckets(Buckets):
     """A metric that fails, and with it the batch loop that counts on it."""
 
-    def observe(self, amount, exemplar=None):
+    def observe(self, value, inspection_id=None):
         """Fail."""
-        raise OSError(amount, exemplar)
+        raise OSError(value, inspection_id)
 
 
 @in_loop
 async def test_batcher_when_the_batch_loop_itself_fails_then_is_unhealthy_and_answers_everyone():
     """A fault of the loop's own is heard by everyone who waits."""
-    telemetry = Telemetry()
-    torn = TornHistogram("torn", "Fails.", registry=None)
-    meter = EngineMeter(torn, telemetry._queue_depth.labels("torn"), {})
+    meter = EngineMeter(TornBuckets((1,)), Depth(), {})
     batcher = Batcher(
         FakeEngine(),
         lambda: None,

@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from service.schedule import Decision, Priority, Promised, RunTimes, Shares, WaitingFrame, admit, decide, has_room
+from service.batcher import Place
+from service.schedule import Decision, Priority, RunTimes, Shares, WaitingFrame, admit, decide, has_room
 
 NOW = 100.0
 ROUNDING_S = 1e-9
@@ -17,6 +18,11 @@ ROUNDING_S = 1e-9
 FLAT = RunTimes((1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0))  # a CPU: batches save nothing
 CHEAP = RunTimes((1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35))  # a GPU: batches cost next to nothing
 OFTEN_A = Shares({"a": 6.0, "b": 1.0, "c": 1.0, "": 1.0}, 9.0)  # where line a had most of the engine
+
+
+def promised(deadline: float, weight: int = 1, priority: Priority = Priority.NORMAL, line: str = "") -> Place:
+    """Return a frame that was accepted and does not run yet."""
+    return Place(deadline, line, weight, priority)
 
 
 def waiting(*deadlines: float) -> list[WaitingFrame]:
@@ -118,9 +124,9 @@ def test_decision_when_nothing_runs_and_all_seem_hopeless_then_tries_the_one_wit
 )
 def test_admission_when_others_are_ahead_then_counts_what_comes_before(ahead, deadline, free_in_s, possible, wait_s):
     """A frame is admitted if it can end in time behind running frames and behind those with earlier deadlines."""
-    promised = [Promised(NOW + other) for other in ahead]
+    before = [promised(NOW + other) for other in ahead]
 
-    admission = admit(promised, Promised(NOW + deadline), free_in_s, NOW, FLAT, Shares())
+    admission = admit(before, promised(NOW + deadline), free_in_s, NOW, FLAT, Shares())
 
     assert (admission.is_possible, admission.wait_s) == (possible, pytest.approx(wait_s))
 
@@ -145,10 +151,10 @@ def test_run_times_when_a_run_stalls_then_move_little_and_come_back_quickly():
 
 def test_admission_when_what_is_ahead_matters_less_then_it_does_not_count():
     """A frame waits for nothing that matters less, and for all that matters more or as much."""
-    ahead = [Promised(NOW + 1, weight=4, priority=Priority.LOW), Promised(NOW + 9, weight=2)]
+    ahead = [promised(NOW + 1, weight=4, priority=Priority.LOW), promised(NOW + 9, weight=2)]
 
-    normal = admit(ahead, Promised(NOW + 8), [1, 1], NOW, FLAT, Shares())
-    low = admit(ahead, Promised(NOW + 8, priority=Priority.LOW), [1, 1], NOW, FLAT, Shares())
+    normal = admit(ahead, promised(NOW + 8), [1, 1], NOW, FLAT, Shares())
+    low = admit(ahead, promised(NOW + 8, priority=Priority.LOW), [1, 1], NOW, FLAT, Shares())
 
     assert (normal.wait_s, low.wait_s) == (1, 4)
 
@@ -188,10 +194,10 @@ def test_shares_when_frames_have_tiles_then_each_tile_counts():
 
 def test_admission_when_a_line_had_too_much_then_only_its_own_frames_wait_for_its_queue():
     """A noisy line's queue is not in the way of others; its own next frame gets just what they leave."""
-    ahead = [Promised(NOW + 5, line="a") for _ in range(10)]
+    ahead = [promised(NOW + 5, line="a") for _ in range(10)]
 
-    quiet = admit(ahead, Promised(NOW + 9, line="b"), [1, 1], NOW, FLAT, OFTEN_A)
-    noisy = admit(ahead, Promised(NOW + 9, line="a"), [1, 1], NOW, FLAT, OFTEN_A)
+    quiet = admit(ahead, promised(NOW + 9, line="b"), [1, 1], NOW, FLAT, OFTEN_A)
+    noisy = admit(ahead, promised(NOW + 9, line="a"), [1, 1], NOW, FLAT, OFTEN_A)
 
     assert (quiet.is_possible, quiet.wait_s) == (True, 1)
     assert (noisy.is_possible, noisy.wait_s) == (False, pytest.approx(1 + 5 * 9 / 6))
@@ -237,7 +243,7 @@ def test_admission_when_runs_are_uneven_then_the_queue_is_expected_to_move_at_th
     for _ in range(100):
         run_times = run_times.learn(1, 1.0).learn(1, 3.0)
 
-    admission = admit([Promised(NOW + 5)] * 10, Promised(NOW + 90), [0.5], NOW, run_times, Shares())
+    admission = admit([promised(NOW + 5)] * 10, promised(NOW + 90), [0.5], NOW, run_times, Shares())
 
     assert run_times.of(1) < 1.5
     assert admission.wait_s == pytest.approx(20.5, rel=0.1)
@@ -247,7 +253,7 @@ def test_pace_when_a_runner_is_kept_longer_than_its_run_then_the_queue_moves_as_
     """On a busy machine threads wait for each other between runs; a forecast without that would accept too much."""
     run_times = RunTimes.unknown(1).learn(1, 1.0, occupied_s=1.5)
 
-    admission = admit([Promised(NOW + 5)] * 10, Promised(NOW + 90), [0.5], NOW, run_times, Shares())
+    admission = admit([promised(NOW + 5)] * 10, promised(NOW + 90), [0.5], NOW, run_times, Shares())
 
     assert run_times.of(1) == pytest.approx(1.0)
     assert admission.wait_s == pytest.approx(15.5)
@@ -296,8 +302,8 @@ class _Plant:
         held = Counter(frame.line for _, frame in self.waiting.values()) + Counter(r[3].line for r in self.running)
         free_in_s = [max(0.0, began + self.run_times.of(1) - now) for _, began, _, _ in self.running]
         free_in_s += [0.0] * (2 - len(free_in_s))
-        ahead = [Promised(frame.deadline, line=frame.line) for _, frame in self.waiting.values()]
-        new = Promised(now + self.deadline_s, line=line)
+        ahead = [promised(frame.deadline, line=frame.line) for _, frame in self.waiting.values()]
+        new = promised(now + self.deadline_s, line=line)
         is_possible = admit(ahead, new, free_in_s, now, self.run_times, self.shares).is_possible
         if has_room(64, held.total(), held[line], Priority.NORMAL, is_shared=True) and is_possible:
             self.waiting[number] = now, WaitingFrame(number, new.deadline, line=line)

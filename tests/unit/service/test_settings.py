@@ -14,7 +14,7 @@ def test_settings_when_nothing_is_set_then_serve_safely():
 
     assert (settings.host, settings.max_batch_size, settings.lines, settings.keys_file) == ("127.0.0.1", 1, None, None)
     assert settings.frame_limits.formats == FRAME_FORMATS
-    assert settings.runners_per_engine == settings.decode_threads == usable_cpus()
+    assert (settings.runners_per_engine, settings.decode_threads) == (usable_cpus(), 0)
 
 
 @pytest.mark.parametrize(
