@@ -10,12 +10,12 @@ from the next batch, so that decoding and judging have threads of their own, and
 """
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import NamedTuple
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,7 +118,7 @@ class Pipeline:
             raise _deadline_passed()
         frame, result, judgement, window = seen
         return Inspection(
-            inspection_id=uuid4().hex,
+            inspection_id=os.urandom(16).hex(),
             request=request,
             line=found.line.name,
             bundle_version=bundle.manifest.version,

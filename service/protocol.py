@@ -13,6 +13,7 @@ rather than having a task wait for that.
 
 import asyncio
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 from urllib.parse import unquote
 from uuid import uuid4
@@ -22,7 +23,7 @@ from pydantic_core import to_json
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from service.routes.accounting import LEAVING_EXTENSION
+from service.routes.context import CONNECTION_EXTENSION
 from service.routes.problems import PROBLEM_MEDIA_TYPE, REQUEST_ID_HEADER, problem_document
 
 MAX_HEAD_BYTES = 64 * 2**10
@@ -70,7 +71,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Start answering, as uvicorn does, or stand in line behind the requests before this one."""
         if self.parser.should_upgrade():
             return
-        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
+        if len(self.url) + sum(map(len, chain.from_iterable(self.headers))) > MAX_HEAD_BYTES:
             raise ValueError("the head is too large")
         self._has_moved, self._waits_since = True, None
         http_version = self.parser.get_http_version()
@@ -183,7 +184,7 @@ class _Cycle(RequestResponseCycle):
         self._is_length_known = any(name == b"content-length" for name, _ in self.scope["headers"])
         self._waits_for_all = False
         self._when_left: Callable[[], None] | None = None
-        self.scope["extensions"] = {LEAVING_EXTENSION: {"watch": self._watch}}
+        self.scope["extensions"] = {CONNECTION_EXTENSION: {"watch": self._watch, "has_body": self._has_body}}
 
     def take(self, piece: bytes) -> None:
         """Take a piece of the body, and wake whoever reads it unless it waits for all of it."""
@@ -207,6 +208,9 @@ class _Cycle(RequestResponseCycle):
         """Have somebody told when the caller leaves, or nobody any more, and return whether it has left already."""
         self._when_left = when_left
         return self.disconnected
+
+    def _has_body(self) -> bool:
+        return not (self.more_body or self.disconnected)
 
     async def receive(self) -> Any:
         """Return the body, or the next piece of it where nobody knows how long it will be."""

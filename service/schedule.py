@@ -149,6 +149,8 @@ class RunTimes:
 
         A frame that is heavier than the largest batch takes several runs, all of them full but the last.
         """
+        if weight <= len(self.seconds) and (known := self.seconds[weight - 1]) is not None:
+            return known
         runs, rest = divmod(weight, self.max_batch_size)
         return runs * self._estimates[-1] + (self._estimates[rest - 1] if rest else 0.0)
 

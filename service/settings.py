@@ -7,6 +7,7 @@ misspelt one, stops the start with one sentence. The golden set is always replay
 import difflib
 import math
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -229,7 +230,7 @@ class Settings(BaseSettings):
         """Whose bundles are taken; None takes everybody's."""
         return None if self.signature_public_key is None else Trust(self.signature_public_key, self.require_signature)
 
-    @property
+    @cached_property
     def frame_limits(self) -> FrameLimits:
         """What a caller may send."""
         return FrameLimits(self.max_body_bytes, self.max_pixels, self.formats)

@@ -11,13 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_STAGES = {
-    "success": ("total",),
-    "queue": ("queue",),
-    "compute_input": ("decode",),
-    "compute_infer": ("infer",),
-    "compute_output": ("postprocess", "encode"),
-}
+_STATISTICS = ("success", "queue", "compute_input", "compute_infer", "compute_output", "fail")
 _OF_A_RUN = ("compute_input", "compute_infer", "compute_output")
 
 
@@ -42,7 +36,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._last_ms = 0
-        self._sums = {name: _Sum() for name in (*_STAGES, "fail")}
+        self._sums = {name: _Sum() for name in _STATISTICS}
         self._by_batch_size: dict[int, _BatchSums] = {}
 
     def answered(self, batch_size: int, seconds: Mapping[str, float], at_ms: int) -> None:
@@ -54,14 +48,23 @@ class Tally:
             at_ms: milliseconds since 1970.
         """
         self._last_ms = at_ms
-        batch = self._by_batch_size.setdefault(batch_size, _BatchSums())
+        batch = self._by_batch_size.get(batch_size)
+        if batch is None:
+            batch = self._by_batch_size[batch_size] = _BatchSums()
         batch.frames += 1
-        for name, stages in _STAGES.items():
-            spent = sum(seconds[stage] for stage in stages)
-            self._sums[name].add(spent)
-            if name in batch.seconds:
-                # Each frame of a run knows the time of the whole run; the other times are its own.
-                batch.seconds[name] += spent / batch_size if name == "compute_infer" else spent
+        decode_s, infer_s = seconds["decode"], seconds["infer"]
+        output_s = seconds["postprocess"] + seconds["encode"]
+        sums = self._sums
+        sums["success"].add(seconds["total"])
+        sums["queue"].add(seconds["queue"])
+        sums["compute_input"].add(decode_s)
+        sums["compute_infer"].add(infer_s)
+        sums["compute_output"].add(output_s)
+        spent = batch.seconds
+        spent["compute_input"] += decode_s
+        # Each frame of a run knows the time of the whole run; the other times are its own.
+        spent["compute_infer"] += infer_s / batch_size
+        spent["compute_output"] += output_s
 
     def failed(self, total_s: float, at_ms: int) -> None:
         """Count one frame without a verdict."""

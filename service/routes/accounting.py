@@ -10,14 +10,12 @@ from starlette.requests import ClientDisconnect
 
 from service.errors import FlawlineError
 from service.inspection import Inspection
-from service.routes.context import Context, context_of
+from service.routes.context import CONNECTION_EXTENSION, Context, context_of
+from service.routes.identity import received_at_of
 from service.routes.problems import request_id_of
 from service.telemetry import CALLER_LEFT
 
 TRACE_PARENT_HEADER = "traceparent"
-# Of a request's scope, where the server can tell that a caller left: `watch` takes whom to call then, None for nobody
-# any more, and returns whether it has happened already.
-LEAVING_EXTENSION = "flawline.leaving"
 
 _Result = TypeVar("_Result")
 
@@ -54,7 +52,7 @@ def count_later(request: Request, line: str, reason: str, frames: int = 1) -> No
     context = context_of(request)
 
     def count() -> None:
-        total_s = round(context.clock() - request.state.received_at, 6)
+        total_s = round(context.clock() - received_at_of(request), 6)
         for _ in range(frames):
             context.telemetry.not_inspected(line, reason, request_id=request_id_of(request), seconds={"total": total_s})
             if context.traces is not None:
@@ -95,7 +93,7 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, _Result]) -> _
             has_left = True
             working.cancel()
 
-    extension = request.scope.get("extensions", {}).get(LEAVING_EXTENSION)
+    extension = request.scope.get("extensions", {}).get(CONNECTION_EXTENSION)
     if extension is None:
         return await work
     watch: Callable[[Callable[[], None] | None], bool] = extension["watch"]

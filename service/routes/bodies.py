@@ -24,6 +24,7 @@ from service.errors import (
     UnreadableFrame,
 )
 from service.inspection import RawLayout
+from service.routes.context import CONNECTION_EXTENSION
 from service.routes.problems import sentence_of
 from service.schemas import RawFrameOptions
 
@@ -83,22 +84,29 @@ async def receive_body(request: Request, max_bytes: int, timeout_s: float) -> by
         DeadlinePassed: if it did not arrive in time.
     """
     _refuse_promise(request, max_bytes)
-    pieces: list[bytes] = []
-    received = 0
+    extension = request.scope.get("extensions", {}).get(CONNECTION_EXTENSION)
+    if extension is not None and extension["has_body"]():  # nothing to wait for, and so no need of a timer
+        return await _read(request, max_bytes)
     try:
         async with asyncio.timeout(timeout_s):
-            while True:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                pieces.append(message.get("body", b""))
-                received += len(pieces[-1])
-                if received > max_bytes:
-                    raise _too_many_bytes(max_bytes)
-                if not message.get("more_body", False):
-                    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            return await _read(request, max_bytes)
     except TimeoutError as error:
         raise _not_in_time() from error
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    pieces: list[bytes] = []
+    received = 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        pieces.append(message.get("body", b""))
+        received += len(pieces[-1])
+        if received > max_bytes:
+            raise _too_many_bytes(max_bytes)
+        if not message.get("more_body", False):
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 async def receive_frames(

@@ -19,6 +19,10 @@ from service.shadows import Shadows
 from service.telemetry import Telemetry
 from service.traces import Traces
 
+# Of a request's scope, where the server tells more than others: `watch` takes whom to call when the caller leaves, None
+# for nobody any more, and returns whether it has left already; `has_body` says whether all of the body is there.
+CONNECTION_EXTENSION = "flawline.connection"
+
 
 class AfterAnswers:
     """Work that starts once an answer is on its way, and is awaited before the process ends."""

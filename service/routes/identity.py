@@ -1,9 +1,10 @@
 """Every request's id and the time of its arrival; the id is the caller's own where it has one that fits."""
 
+import os
 import re
 from collections.abc import Callable, Iterable
-from uuid import uuid4
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.routes.problems import REQUEST_ID_HEADER
@@ -42,9 +43,15 @@ class Identity:
 def identify(scope: Scope, now: float) -> bytes:
     """Note in a scope when the request came, and its id, which is returned; one that does not fit is replaced."""
     shown = next((value for name, value in scope["headers"] if name == _HEADER), None)
-    request_id = shown if shown is not None and _FITS.fullmatch(shown) else uuid4().hex.encode()
+    request_id = shown if shown is not None and _FITS.fullmatch(shown) else os.urandom(16).hex().encode()
     scope.setdefault("state", {}).update(request_id=request_id.decode(), received_at=now)
     return request_id
+
+
+def received_at_of(request: Request) -> float:
+    """Return when a request came."""
+    received_at: float = request.scope["state"]["received_at"]
+    return received_at
 
 
 def with_id(headers: Iterable[tuple[bytes, bytes]], request_id: bytes) -> list[tuple[bytes, bytes]]:

@@ -6,6 +6,7 @@ inspect it, answer, and only then record. Whoever hangs up is not worked for any
 
 import asyncio
 from collections.abc import Coroutine, Iterable
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -21,7 +22,7 @@ from service.routes import answers
 from service.routes.accounting import TRACE_PARENT_HEADER, Counting, count_later, record_later, unless_left
 from service.routes.bodies import Upload, receive_frame, receive_frames, usable
 from service.routes.context import Context, FrameRequest, caller_of, context_of
-from service.routes.identity import identify, with_id
+from service.routes.identity import identify, received_at_of, with_id
 from service.routes.openapi import BATCH_OPERATION, FRAME_OPERATION, HEATMAP_ANSWERS, OPTION_HEADERS
 from service.routes.problems import (
     REQUEST_ID_HEADER,
@@ -57,7 +58,7 @@ _FAULTS = (
     "line_not_calibrated",
     "deadline_passed",
 )
-_OPTION_OF_HEADER = {header.lower().encode(): name for name, header in OPTION_HEADERS.items()}
+_OPTION_OF_HEADER = {header.lower(): name for name, header in OPTION_HEADERS.items()}
 _NO_OPTIONS = InspectionOptions()
 _PRIORITIES = {"normal": Priority.NORMAL, "low": Priority.LOW}
 _REQUEST_ID = REQUEST_ID_HEADER.lower()
@@ -86,10 +87,12 @@ async def inspect(request: Request, line: str) -> Response:
         caller.spend_frame()
         # No body is taken that can't be judged, or not in time.
         deadline_s, priority = _deadline_s(options), _PRIORITIES[options.priority]
-        context.pipeline.refuse_hopeless(found, request.state.received_at, deadline_s, priority)
+        context.pipeline.refuse_hopeless(found, received_at_of(request), deadline_s, priority)
         upload = await receive_frame(request, context.settings.frame_limits, _receive_timeout_s(context, options))
         asked = _ask(request, line, options, upload)
-        inspection = await unless_left(request, context.pipeline.inspect(asked))
+        if found.line.bundle.batcher.is_draining:  # another version became live while the body came
+            found = context.registry.find(line, options.bundle_version, options.policy)
+        inspection = await unless_left(request, context.pipeline.inspect_by(found, asked))
         return await (_picture if _wants_picture(request) else _answer)(context, inspection)
 
 
@@ -208,10 +211,8 @@ def _read_options(request: Request) -> InspectionOptions:
     """
     if request.headers.get(_REQUEST_ID, request_id_of(request)) != request_id_of(request):
         raise ParameterInvalid(f"{REQUEST_ID_HEADER}: send up to 128 printable characters without spaces.")
-    given: dict[str, str] = {}
-    for header, value in request.scope["headers"]:
-        if header in _OPTION_OF_HEADER:
-            given.setdefault(_OPTION_OF_HEADER[header], value.decode("latin-1"))
+    headers = request.headers
+    given = {name: headers[header] for header, name in _OPTION_OF_HEADER.items() if header in headers}
     asked = request.query_params.multi_items() if request.scope["query_string"] else []
     if not (given or asked):
         return _NO_OPTIONS
@@ -219,8 +220,14 @@ def _read_options(request: Request) -> InspectionOptions:
         raise ParameterInvalid("A query parameter stands there twice; send each one once.")
     if any(name not in OPTION_HEADERS for name, _ in asked):
         raise ParameterInvalid(f"A query parameter is unknown; known are {', '.join(OPTION_HEADERS)}.")
+    given.update(asked)
+    return _options_of(tuple(given.items()))
+
+
+@lru_cache(maxsize=256)  # a camera says the same with most of its frames
+def _options_of(given: tuple[tuple[str, str], ...]) -> InspectionOptions:
     try:
-        return InspectionOptions.model_validate_strings(given | dict(asked))
+        return InspectionOptions.model_validate_strings(dict(given))
     except ValidationError as error:
         raise ParameterInvalid(sentence_of(error.errors())) from error
 
@@ -236,7 +243,7 @@ def _receive_timeout_s(context: Context, options: InspectionOptions) -> float:
 
 
 def _ask(request: Request, line: str, options: InspectionOptions, upload: Upload, index: int = 0) -> InspectionRequest:
-    received_at: float = request.state.received_at
+    received_at = received_at_of(request)
     return InspectionRequest(
         line=line,
         data=upload.data,

@@ -220,7 +220,7 @@ def responses(*codes: str) -> dict[int | str, dict[str, Any]]:
 
 def request_id_of(request: Request) -> str:
     """Return the id under which this request is logged and echoed."""
-    return str(getattr(request.state, "request_id", ""))
+    return str(request.scope.get("state", {}).get("request_id", ""))
 
 
 def unexpected(request: Request, error: Exception) -> FlawlineError:

@@ -28,6 +28,7 @@ from service.registry import Registry
 from service.routes.accounting import TRACE_PARENT_HEADER, Counting, record_later, unless_left
 from service.routes.bodies import receive_body
 from service.routes.context import Context, caller_of, context_of
+from service.routes.identity import received_at_of
 from service.routes.problems import request_id_of
 from service.settings import Settings
 
@@ -268,7 +269,7 @@ async def _receive(request: Request, spec: ModelSpec) -> InferRequest:
 def _works(
     request: Request, model: str, bundle_version: str | None, asked: InferRequest
 ) -> Iterable[InspectionRequest]:
-    received_at: float = request.state.received_at
+    received_at = received_at_of(request)
     receive_s = context_of(request).clock() - received_at
     for data, part_id in zip(asked.frames, asked.part_ids, strict=True):
         yield InspectionRequest(

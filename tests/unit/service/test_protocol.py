@@ -7,7 +7,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from service.protocol import MAX_HEAD_BYTES, BoundedProtocol
-from service.routes.accounting import LEAVING_EXTENSION
+from service.routes.context import CONNECTION_EXTENSION
 from tests.fakes import in_loop
 
 HEAD = b"POST /somewhere HTTP/1.1\r\nHost: test\r\n"
@@ -157,7 +157,7 @@ async def test_caller_when_it_leaves_then_whoever_watches_is_told_once():
     connection = Connection()
     told = []
     await connection.bring(HEAD + b"Content-Length: 6\r\n\r\nab")
-    watch = connection.scopes[0]["extensions"][LEAVING_EXTENSION]["watch"]
+    watch = connection.scopes[0]["extensions"][CONNECTION_EXTENSION]["watch"]
 
     has_left_already = watch(lambda: told.append(True))
     connection.leave()
