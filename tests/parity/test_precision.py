@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from models.detector import AnomalyOutput
 from service.contract.policy import ScoreRule
-from tests.factories import make_frame, make_policy
+from tests.factories import make_frame, make_graph, make_policy
 from training.export import ExportFailed, GraphRun, export_graph
 from training.precision import JudgedFrames, check_verdicts, layers_of, lower_precision
 
@@ -77,6 +77,28 @@ def test_lower_precision_when_int8_then_weights_are_signed_and_maps_are_not_cut_
     quantised = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     convolutions = [node.input[1] in quantised for node in graph.node if node.op_type == "Conv"]
     assert convolutions == [True, True, False]
+
+
+def test_lower_precision_when_int8_then_products_are_not_rounded_on_their_way_out():
+    """A product takes bytes and gives float32: what follows it computes in that, and rounding would cost accuracy."""
+    graph = onnx.load_from_string(lower_precision(_with_a_product(), "int8", *frames_of(4))).graph
+
+    (product,) = [node for node in graph.node if node.op_type == "MatMul"]
+    rounded = {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    from_bytes = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    assert set(product.input) <= from_bytes
+    assert product.output[0] not in rounded
+
+
+def _with_a_product():
+    """Return the tiny graph with its three channels mixed into four."""
+    model = onnx.load_from_string(make_graph())
+    mean = next(index for index, node in enumerate(model.graph.node) if node.op_type == "ReduceMean")
+    model.graph.node[mean].input[0] = "mixed"
+    model.graph.node.insert(mean, onnx.helper.make_node("MatMul", ["distance", "mixing"], ["mixed"], "mix"))
+    mixing = np.random.default_rng(0).uniform(0.1, 1, (3, 4)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(mixing, "mixing"))
+    return model.SerializeToString()
 
 
 def test_lower_precision_when_layers_are_kept_then_those_stay_in_float32(model):
