@@ -7,6 +7,7 @@ cells lie in `cells/` beside this file and are committed; the bundles beside the
 
     .venv/bin/python tests/benchmarks/detectors.py measure --control --probe
     .venv/bin/python tests/benchmarks/detectors.py measure --control --detectors inp_former,glcf
+    .venv/bin/python tests/benchmarks/detectors.py measure --control-only --detectors st_mae
     .venv/bin/python tests/benchmarks/detectors.py measure --variant resnet18 --set backbone=resnet18
     .venv/bin/python tests/benchmarks/detectors.py table
 
@@ -120,7 +121,9 @@ def measure(options: argparse.Namespace) -> int:
     lines = _lines(options)
     means = Means(folder=options.output.resolve(), weight_folders=(options.weights.resolve(),), device="cpu")
     plans = list(_plans(options, lines))
-    if options.control:
+    if options.control_only:
+        plans = [control_of(plan) for plan in plans]
+    elif options.control:
         plans = [each for plan in plans for each in (plan, control_of(plan))]
     failed = 0
     for result in complete(plans, means, reporter):
@@ -453,6 +456,7 @@ def main() -> None:
     measuring.add_argument("--weights", type=Path, default=Path("../shared/weights"))
     measuring.add_argument("--threads", type=int, default=1)
     measuring.add_argument("--control", action="store_true", help="also untrained and without descent")
+    measuring.add_argument("--control-only", action="store_true", help="the controls alone, which fit nothing")
     measuring.add_argument("--probe", action="store_true", help="also the nearest-neighbour probe")
     measuring.set_defaults(work=measure)
     telling = commands.add_parser("table", help="write the section of RESULTS.md")
