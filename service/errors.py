@@ -210,3 +210,15 @@ class CalibrationRefused(OwnError):
     """The good parts at hand can't support the wanted false-reject rate."""
 
     code = "calibration_refused"
+
+
+def known_codes() -> frozenset[str]:
+    """Return every code that an error of this file has."""
+    waiting: list[type[FlawlineError]] = [FlawlineError]
+    codes = set()
+    while waiting:
+        kind = waiting.pop()
+        if kind.__module__ == __name__:
+            codes.add(kind.code)
+            waiting.extend(kind.__subclasses__())
+    return frozenset(codes)

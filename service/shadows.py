@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Literal
 
 from service.contract.policy import Verdict
 from service.errors import FlawlineError, MomentError
@@ -21,11 +20,10 @@ from service.live import Found, LiveLine
 from service.pipeline import Pipeline
 from service.registry import Registry
 from service.schedule import Priority
-from service.telemetry import Telemetry
+from service.telemetry import DisagreementKind, Telemetry
 
 # `stricter` would have stopped a part that went on, or a part for good that was only to be looked at; `laxer` is the
 # other way round; `no_verdict` means that the shadow failed on the frame.
-Kind = Literal["stricter", "laxer", "no_verdict"]
 
 _SEVERITY = {Verdict.PASS: 0, Verdict.REVIEW: 1, Verdict.FAIL: 2}
 
@@ -71,7 +69,7 @@ class Disagreement:
     line: str
     part_id: str | None
     at: str
-    kind: Kind
+    kind: DisagreementKind
     live: Judged
     shadow: Judged
 
@@ -154,7 +152,7 @@ class Shadows:
         if kind is not None:
             self._keep(inspection, judged, kind)
 
-    def _keep(self, inspection: Inspection, shadow: Judged, kind: Kind) -> None:
+    def _keep(self, inspection: Inspection, shadow: Judged, kind: DisagreementKind) -> None:
         self._telemetry.shadow_disagreed(inspection.line, kind)
         if len(self._kept) == self._kept.maxlen:
             self._telemetry.record_dropped("disagreements")
@@ -171,7 +169,7 @@ class Shadows:
         )
 
 
-def _compare(live: Verdict, shadow: Verdict) -> Kind | None:
+def _compare(live: Verdict, shadow: Verdict) -> DisagreementKind | None:
     if shadow is Verdict.NO_VERDICT:
         return "no_verdict"
     if live is shadow:

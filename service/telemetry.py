@@ -1,8 +1,8 @@
 """Metrics and the one log line an inspection: the only importer of `prometheus_client`.
 
 Nothing here is called before the answer is on its way, except the engines' gauges. Labels come from closed sets: the
-registry declares its lines and engines, reasons are the codes of `service.errors`, and a name that nobody declared is
-counted as `unknown`.
+registry declares its lines and engines, reasons are the codes of `service.errors`, a name that nobody declared is
+counted as `unknown`, and another reason as `other`. Of a line's versions the last few have series.
 
 What every frame moves is counted in plain numbers, which the event loop alone changes, and becomes series when somebody
 scrapes: the library's own counters and histograms take a lock and look for bounds and labels at each of the ten steps.
@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple, TextIO, get_args
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -41,14 +41,22 @@ from pydantic_core import to_json
 from service.contract.calibration import Calibration
 from service.contract.policy import Policy, Verdict
 from service.drift import LineDrift, ScoreDrift, measure_quality
+from service.errors import known_codes
 from service.inspection import Inspection
 from service.tallies import Tally
 
 Discarded = Literal["caller_left", "late"]
 Sink = Literal["heatmaps", "disagreements", "traces", "log"]
 
+GoldenOutcome = Literal["passed", "failed", "skipped"]
+DisagreementKind = Literal["stricter", "laxer", "no_verdict"]
+
 UNKNOWN_LINE = "unknown"
+OTHER_REASON = "other"
 CALLER_LEFT = "caller_left"
+_REASONS = known_codes() | {CALLER_LEFT}
+# Of one line; what served before these is forgotten, or every rollout would leave series behind for ever.
+_VERSIONS_KEPT = 8
 
 _STAGE_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _STAGES = ("receive", "decode", "queue", "infer", "postprocess", "encode", "total")
@@ -236,14 +244,14 @@ class Telemetry:
         self._unloads = self._counter("engine_unloads", "Engines unloaded to make room for others.", "engine")
         self._store_unreachable = self._counter("store_unreachable", "Times that the store could not be asked.")
         self._golden_checks = self._counter("golden_checks", "Replays of golden frames on live engines.", "outcome")
+        for outcome in get_args(GoldenOutcome):
+            self._golden_checks.labels(outcome)
         self._golden_failures = self._counter("golden_failures", "Bundles whose golden frames came out differently.")
         self._dropped = self._counter(
             "records_dropped", "Records that made room for newer ones, or that nobody took.", "sink"
         )
-        self._dropped.labels("heatmaps")
-        self._dropped.labels("disagreements")
-        self._dropped.labels("traces")
-        self._dropped.labels("log")
+        for sink in get_args(Sink):
+            self._dropped.labels(sink)
         self._shadow_frames = self._counter(
             "shadow_frames", "Answered frames of lines with a shadow: compared with it, or shed.", "line", "outcome"
         )
@@ -257,6 +265,7 @@ class Telemetry:
         self._measured_at: dict[str, float] = {}
         self._depths: dict[str, Depth] = {}
         self._no_verdicts = _Children(self._no_verdict)
+        self._served: dict[str, list[str]] = {}  # versions of each line, the last one last
 
     def watch_readiness(self, is_ready: Callable[[], bool]) -> None:
         """Have readiness asked for at every scrape."""
@@ -281,8 +290,12 @@ class Telemetry:
         expiry.set_function(expires_at)
 
     def declare_line(self, line: str) -> None:
-        """Let a line of the registry be a label."""
+        """Let a line of the registry be a label; what alerts watch for is there before it first happens."""
         self._lines.add(line)
+        for outcome in ("compared", "shed"):
+            self._shadow_frames.labels(line, outcome)
+        for kind in get_args(DisagreementKind):
+            self._disagreements.labels(line, kind)
 
     def known_line(self, line: str) -> str:
         """Return a line's name, or `unknown` where the registry has no such line."""
@@ -330,6 +343,7 @@ class Telemetry:
             self._model_info.remove(*before)
         self._model_labels[line] = (line, version, digest, policy, device)
         self._model_info.labels(*self._model_labels[line]).set(1)
+        self._forget_old_versions(line, version)
         drift = LineDrift(None if calibration is None else ScoreDrift(calibration))
         self._drifts[line] = drift
         self._review_ratio.labels(line).set_function(drift.review.mean)
@@ -362,11 +376,11 @@ class Telemetry:
         """Count a frame that the shadow of its line has judged as well."""
         self._shadow_frames.labels(line, "compared").inc()
 
-    def shadow_disagreed(self, line: str, kind: str) -> None:
+    def shadow_disagreed(self, line: str, kind: DisagreementKind) -> None:
         """Count a frame on which the shadow would have said something else."""
         self._disagreements.labels(line, kind).inc()
 
-    def golden_checked(self, outcome: Literal["passed", "failed", "skipped"]) -> None:
+    def golden_checked(self, outcome: GoldenOutcome) -> None:
         """Count a replay of golden frames while lines are served; one that was skipped met a busy engine."""
         self._golden_checks.labels(outcome).inc()
 
@@ -418,12 +432,12 @@ class Telemetry:
 
         Args:
             line: as it was asked for; one that the registry does not know is counted and logged as `unknown`.
-            reason: an error code, or `CALLER_LEFT`.
+            reason: an error code, or `CALLER_LEFT`; anything else is counted as `other`, and logged as it is.
             seconds: by stage, as far as is known; `total` among them.
             fields: whatever else is known, for the log: request and part id, bytes.
         """
         known = self.known_line(line)
-        self._no_verdicts[known, reason].inc()
+        self._no_verdicts[known, reason if reason in _REASONS else OTHER_REASON].inc()
         verdict = Verdict.NO_VERDICT.value
         if known in self._model_labels:
             _, version, *_ = self._model_labels[known]
@@ -466,6 +480,13 @@ class Telemetry:
         drift.seen(measure_quality(inspection.frame.pixels[top : top + _MEASURED_SIDE, left : left + _MEASURED_SIDE]))
         for name, mean in drift.quality.items():
             self._image_quality.labels(line, name).set(mean.mean())
+
+    def _forget_old_versions(self, line: str, version: str) -> None:
+        served = [one for one in self._served.get(line, []) if one != version] + [version]
+        for old in served[:-_VERSIONS_KEPT]:
+            self._frames.by_version.pop((line, old), None)
+            self._tallies.pop((line, old), None)
+        self._served[line] = served[-_VERSIONS_KEPT:]
 
     def _series(self, line: str, version: str) -> _Series:
         known = self._frames.by_version

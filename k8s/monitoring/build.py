@@ -161,6 +161,14 @@ _LINES_PANELS = (
         [Query(f"slo:flawline_budget:left30d{{{_LINE}}}", "{{line}} {{slo}}")],
     ),
     Panel(
+        "Shadow against live",
+        "Share of the last hour's frames on which a version on trial would have said something else: stricter, laxer, "
+        "or nothing at all. A line without a shadow shows nothing.",
+        "percentunit",
+        [Query(f"line:flawline_shadow_disagreements:ratio1h{{{_LINE}}}", "{{line}} {{kind}}")],
+        warning=0.02,
+    ),
+    Panel(
         "Why frames had no verdict",
         "By the code that the caller was told.",
         "reqps",
@@ -285,6 +293,28 @@ _FLEET_PANELS = (
         kind="stat",
         width=6,
         critical=1,
+    ),
+    Panel(
+        "Store unreachable",
+        "Times that a pod could not ask the store for new versions, in the last hour. What is loaded is served.",
+        "none",
+        [Query(f"sum(increase(flawline_store_unreachable_total{{{_FLEET}}}[1h]))", "times")],
+        kind="stat",
+        width=6,
+        warning=1,
+    ),
+    Panel(
+        "Golden replays",
+        "Golden frames that were replayed while lines were served, by how that ended; one that was skipped met a busy "
+        "engine. None at all: FLAWLINE_GOLDEN_EVERY_S is 0.",
+        "none",
+        [
+            Query(
+                f"sum by (outcome) (increase(flawline_golden_checks_total{{{_FLEET}}}[1h]))",
+                "{{outcome}}",
+            )
+        ],
+        width=6,
     ),
     Panel(
         "Memory",

@@ -4,17 +4,65 @@ import io
 import json
 import logging
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from service.contract.calibration import Calibration
 from service.contract.frames import Frame
 from service.contract.policy import Verdict
-from service.telemetry import CALLER_LEFT, JsonLines, Telemetry, in_units, log_json_lines
+from service.errors import known_codes
+from service.telemetry import (
+    CALLER_LEFT,
+    OTHER_REASON,
+    UNKNOWN_LINE,
+    DisagreementKind,
+    GoldenOutcome,
+    JsonLines,
+    Sink,
+    Telemetry,
+    in_units,
+    log_json_lines,
+)
 from tests.factories import make_policy
 from tests.fakes import FakeClock
 from tests.inspections import STAGES_S, make_inspection
+
+# What dashboards, rules and manifests may count on: name, type and labels.
+PROMISED = {
+    "inspections": ("counter", {"line", "version", "verdict"}),
+    "no_verdict": ("counter", {"line", "reason"}),
+    "stage_duration_seconds": ("histogram", {"line", "stage"}),
+    "deadline_slack_seconds": ("histogram", {"line"}),
+    "batch_size": ("histogram", {"engine"}),
+    "queue_depth": ("gauge", {"engine"}),
+    "score": ("histogram", {"line", "version"}),
+    "score_psi": ("gauge", {"line"}),
+    "review_ratio": ("gauge", {"line"}),
+    "image_quality": ("gauge", {"line", "stat"}),
+    "engine_load_seconds": ("gauge", {"engine"}),
+    "model_info": ("gauge", {"line", "version", "digest", "policy", "device"}),
+    "golden_failures": ("counter", set()),
+    "records_dropped": ("counter", {"sink"}),
+    "shadow_disagreements": ("counter", {"line", "kind"}),
+}
+# Every value that a label may have. What the store declares is in its manifests: names of lines and bundles, versions.
+DECLARED = {"line": {"demo_line"}, "engine": {"demo_engine"}, "version": {"4"}, "digest": {"d"}, "policy": {"1"}}
+BOUNDS = DECLARED | {
+    "line": DECLARED["line"] | {UNKNOWN_LINE},
+    "verdict": {verdict.value for verdict in Verdict},
+    "reason": known_codes() | {CALLER_LEFT, OTHER_REASON, "late"},
+    "stage": {"receive", "decode", "queue", "infer", "postprocess", "encode", "total"},
+    "stat": {"brightness", "saturation", "focus", "noise"},
+    "outcome": {*get_args(GoldenOutcome), "compared", "shed"},
+    "kind": set(get_args(DisagreementKind)),
+    "sink": set(get_args(Sink)),
+    "device": {"cpu"},
+    "provider": {"CPUExecutionProvider"},
+    "precision": {"fp32"},
+}
 
 
 @pytest.fixture
@@ -84,6 +132,66 @@ def test_not_inspected_when_line_is_anything_then_label_is_bounded(telemetry, ca
     logged = json.loads(JsonLines().format(record))
     assert (logged["line"], logged["verdict"], logged["code"]) == (label, "NO_VERDICT", "caller_left")
     assert logged["seconds"] == {"total": 0.1}
+
+
+@pytest.fixture
+def busy():
+    """Return the metrics of telemetry to which everything has happened, strange names and reasons included."""
+    telemetry = Telemetry()
+    telemetry.declare_line("demo_line")
+    telemetry.line_serves("demo_line", "4", "d", "1", "cpu", None)
+    meter = telemetry.engine("demo_engine")
+    meter.batch(1)
+    meter.discard("late")
+    telemetry.engine_loaded("demo_engine", 1.0)
+    telemetry.engine_runs("demo_engine", "4", "cpu", "CPUExecutionProvider", "fp32")
+    telemetry.version_refused("demo_engine")
+    telemetry.engine_unloaded("demo_engine")
+    telemetry.inspected(make_inspection(), encode_s=0.0002, total_s=0.5)
+    for reason in ("overloaded", CALLER_LEFT, "HTTP 418", "'; drop", ""):
+        telemetry.not_inspected("demo_line", reason, seconds={"total": 0.1})
+        telemetry.not_inspected("../../etc\n", reason, seconds={"total": 0.1})
+    body = telemetry.exposition()[0].decode()
+    return {family.name.removeprefix("flawline_"): family for family in text_string_to_metric_families(body)}
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_metric_when_the_service_works_then_has_its_promised_name_type_and_labels(busy, name):
+    """Dashboards of others rest on these; renaming one is a change that they must be told of."""
+    family = busy[name]
+    labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+
+    assert (family.type, labels) == PROMISED[name]
+
+
+def test_labels_when_anything_was_asked_for_then_every_value_is_from_a_closed_set(busy):
+    """Nobody outside can make a series: each label of each metric has its bound, and keeps to it."""
+    strange = {
+        (family.name, label, value)
+        for family in busy.values()
+        for sample in family.samples
+        for label, value in sample.labels.items()
+        if label != "le" and value not in BOUNDS.get(label, ())
+    }
+
+    assert strange == set()
+    reasons = {sample.labels["reason"] for sample in busy["no_verdict"].samples}
+    assert reasons == {"overloaded", CALLER_LEFT, OTHER_REASON}
+
+
+def test_versions_when_many_were_rolled_out_then_the_last_few_have_series(telemetry):
+    """A process that serves for a year of rollouts is scraped as quickly as on its first day."""
+    for number in range(20):
+        telemetry.line_serves("demo_line", str(number), "d", "1", "cpu", None)
+        telemetry.inspected(make_inspection(bundle_version=str(number)), encode_s=0.0, total_s=0.1)
+
+    versions = {
+        sample.labels["version"]
+        for family in text_string_to_metric_families(telemetry.exposition()[0].decode())
+        for sample in family.samples
+        if "version" in sample.labels
+    }
+    assert versions == {str(number) for number in range(12, 20)}
 
 
 def test_line_serves_when_version_changes_then_only_the_new_one_is_left(telemetry):
