@@ -22,11 +22,14 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends python3-venv && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/flawline
+# Extras of pyproject.toml, beside `gpu`; `signing` is for signed bundles.
+ARG EXTRAS="tracing s3"
 WORKDIR /src
 # Dependencies first: they change seldom, and their layer is kept when only the sources change.
 COPY constraints.txt docker/constraints-gpu.txt pyproject.toml README.md LICENSE ./
-RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-print('\n'.join(p['dependencies'] + p['optional-dependencies']['gpu'] + p['optional-dependencies']['tracing']))" > wanted.txt \
+RUN python3 -c "import os, tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+e = [one for name in ['gpu', *os.environ['EXTRAS'].split()] for one in p['optional-dependencies'][name]]; \
+print('\n'.join(p['dependencies'] + e))" > wanted.txt \
     && /opt/flawline/bin/pip install --quiet -c constraints.txt -c constraints-gpu.txt -r wanted.txt
 COPY service service
 COPY models models
@@ -71,8 +74,10 @@ WORKDIR /
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 # Alive, not ready: a container that loads its bundles is healthy, and restarting it would only make it load again.
+# FLAWLINE_HEALTH_PORT is asked where there is one: with TLS or keys the port of the frames has no answer for it.
 HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/healthz/live', timeout=5)"]
+    CMD ["python", "-c", "import os, urllib.request as r; port = os.environ.get('FLAWLINE_HEALTH_PORT') or \
+os.environ.get('FLAWLINE_PORT', '8000'); r.urlopen(f'http://127.0.0.1:{port}/healthz/live', timeout=5)"]
 # Ours instead of the base's, which prints a banner.
 ENTRYPOINT ["flawline"]
 CMD ["serve"]

@@ -81,16 +81,16 @@ def test_dockerfile_when_asked_for_an_inventory_then_has_a_target_for_it(file):
     assert "COPY --from=inventory /sbom.cdx.json /" in file.read_text("utf-8")
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", "gpu.Dockerfile"])
-def test_service_image_when_built_then_holds_no_torch(name):
-    """Only the extras of serving are installed."""
-    extras = set(re.findall(r"\['(\w+)'\]", (DOCKER / name).read_text("utf-8"))) - {
-        "project",
-        "dependencies",
-        "optional-dependencies",
-    }
+@pytest.mark.parametrize(
+    ("name", "runtime", "extras"),
+    [("Dockerfile", "service", {"client", "tracing", "s3"}), ("gpu.Dockerfile", "gpu", {"tracing", "s3"})],
+)
+def test_service_image_when_built_then_holds_no_torch(name, runtime, extras):
+    """Only the extras of serving are installed; others of the service are asked for when it is built."""
+    text = (DOCKER / name).read_text("utf-8")
 
-    assert extras in ({"service", "client", "tracing"}, {"gpu", "tracing"})
+    assert re.findall(r"\['(\w+)', \*os\.environ\['EXTRAS'\]\.split\(\)\]", text) == [runtime]
+    assert set(re.search(r'^ARG EXTRAS="(.+)"$', text, re.MULTILINE)[1].split()) == extras
 
 
 def test_gpu_image_when_installed_then_every_package_of_the_extra_is_pinned():

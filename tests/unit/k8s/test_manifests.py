@@ -196,7 +196,8 @@ def test_settings_when_mounted_then_the_service_understands_all_of_them(overlay,
     assert mounts[str(settings.store_directory)]["readOnly"] is True
     assert settings.keys_file is not None
     assert mounts[str(settings.keys_file.parent)]["readOnly"] is True
-    assert settings.port == container["ports"][0]["containerPort"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": settings.port, "health": settings.health_port}
 
 
 @pytest.mark.parametrize("overlay", SERVING)
@@ -217,6 +218,21 @@ def test_traffic_when_sent_to_the_service_then_reaches_its_pods_and_goes_nowhere
     assert {port["targetPort"] for port in service["spec"]["ports"]} <= names
     assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     assert not any(policy.get("egress") for policy in policies.values())
+
+
+@pytest.mark.parametrize("overlay", SERVING)
+def test_probes_when_callers_must_show_keys_or_certificates_then_are_answered_all_the_same(overlay):
+    """They ask a port of their own, which says alive and ready only, and which the network policy leaves open."""
+    [(_, container)] = containers(overlay)
+    [rule] = next(
+        resource["spec"]["ingress"]
+        for resource in render(overlay)
+        if resource["kind"] == "NetworkPolicy" and resource["metadata"]["name"] == "flawline-probes"
+    )
+
+    asked = {container[f"{kind}Probe"]["httpGet"]["port"] for kind in ("startup", "readiness", "liveness")}
+    assert asked == {"health"}
+    assert rule == {"ports": [{"protocol": "TCP", "port": "health"}]}
 
 
 def test_monitor_when_it_scrapes_then_finds_the_service_and_its_port():
