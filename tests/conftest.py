@@ -27,7 +27,9 @@ _KINDS = {
 }
 # Where tests look for material, a second interpreter and a program that lives by itself; all other variables of ours
 # would change the service.
-_KEPT_VARIABLES = frozenset({"FLAWLINE_CHECKOV", "FLAWLINE_GPU_WHEELS", "FLAWLINE_SHARED", "FLAWLINE_SERVICE_PYTHON"})
+_KEPT_VARIABLES = frozenset(
+    {"FLAWLINE_CHECKOV", "FLAWLINE_GPU_WHEELS", "FLAWLINE_GRAFANA_TYPES", "FLAWLINE_SHARED", "FLAWLINE_SERVICE_PYTHON"}
+)
 _CONNECTING = frozenset({"socket.connect", "socket.sendto"})
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as `flawline` does, before anything imports the runtime

@@ -283,7 +283,7 @@ _FLEET_PANELS = (
         "none",
         [Query(f"sum(flawline_ready{{{_FLEET}}})", "ready"), Query(f"count(flawline_ready{{{_FLEET}}})", "scraped")],
         kind="stat",
-        width=6,
+        width=8,
     ),
     Panel(
         "Golden failures",
@@ -291,7 +291,7 @@ _FLEET_PANELS = (
         "none",
         [Query(f"sum(flawline_golden_failures_total{{{_FLEET}}})", "failures")],
         kind="stat",
-        width=6,
+        width=8,
         critical=1,
     ),
     Panel(
@@ -300,21 +300,8 @@ _FLEET_PANELS = (
         "none",
         [Query(f"sum(increase(flawline_store_unreachable_total{{{_FLEET}}}[1h]))", "times")],
         kind="stat",
-        width=6,
+        width=8,
         warning=1,
-    ),
-    Panel(
-        "Golden replays",
-        "Golden frames that were replayed while lines were served, by how that ended; one that was skipped met a busy "
-        "engine. None at all: FLAWLINE_GOLDEN_EVERY_S is 0.",
-        "none",
-        [
-            Query(
-                f"sum by (outcome) (increase(flawline_golden_checks_total{{{_FLEET}}}[1h]))",
-                "{{outcome}}",
-            )
-        ],
-        width=6,
     ),
     Panel(
         "Memory",
@@ -327,6 +314,18 @@ _FLEET_PANELS = (
         "Cores in use, by pod.",
         "none",
         [Query(f"rate(process_cpu_seconds_total{{{_FLEET}}}{_RATE})", "{{instance}}")],
+    ),
+    Panel(
+        "Golden replays",
+        "Golden frames that were replayed while lines were served, by how that ended; one that was skipped met a busy "
+        "engine. None at all: FLAWLINE_GOLDEN_EVERY_S is 0.",
+        "none",
+        [
+            Query(
+                f"sum by (outcome) (increase(flawline_golden_checks_total{{{_FLEET}}}[1h]))",
+                "{{outcome}}",
+            )
+        ],
     ),
     Panel(
         "Loading an engine",
@@ -433,11 +432,24 @@ def build_dashboard(name: str) -> str:
         )
         .with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
         .with_variable(_variable("namespace", "label_values(flawline_ready, namespace)"))
-        .with_variable(_variable("line", lines, many=name != "line-detail"))
     )
-    for panel in panels:
-        built.with_panel(_draw(panel))
-    return json.dumps(built.build(), cls=JSONEncoder, indent=2, sort_keys=True) + "\n"
+    if any("$line" in query.expression for panel in panels for query in panel.queries):
+        built.with_variable(_variable("line", lines, many=name != "line-detail"))
+    for number, panel in enumerate(panels, start=1):
+        built.with_panel(_draw(panel).id(number))
+    told = json.loads(json.dumps(built.build(), cls=JSONEncoder))
+    return json.dumps(_without_surplus(told), indent=2, sort_keys=True) + "\n"
+
+
+def _without_surplus(told: dict[str, Any]) -> dict[str, Any]:
+    """Return a dashboard without what the builders write and Grafana's own types do not know."""
+    del told["style"]
+    for panel in told["panels"]:
+        panel["options"] = panel["options"] or {}
+    for variable in told["templating"]["list"]:
+        for name in ("auto", "auto_count", "auto_min", "id"):
+            del variable[name]
+    return told
 
 
 def build_rule_resource() -> str:
