@@ -50,7 +50,7 @@ def pods(overlay):
         spec = resource.get("spec") or {}
         if resource["kind"] in ("Deployment", "Job"):
             yield resource["metadata"]["name"], spec["template"]["spec"]
-        elif resource["kind"] == "ServingRuntime":
+        elif resource["kind"] in ("Pod", "ServingRuntime"):
             yield resource["metadata"]["name"], spec
 
 
