@@ -110,6 +110,7 @@ def test_container_when_run_with_few_rights_then_inspects_and_can_write_nothing(
             "podman", "exec", "flawline-rights", "sh", "-c", "ls /opt/flawline/bin", check=False
         ).stdout.split()
         healthy = _run("podman", "healthcheck", "run", "flawline-rights", check=False)
+        _run("podman", "exec", "flawline-rights", "python", "-c", "import httpx, obstore, opentelemetry.sdk")
 
     assert answer.json()["verdict"] == "PASS"
     assert who == "10001"
