@@ -14,7 +14,7 @@ from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.auth import Keyring, KeysFileInvalid, MountedKeyring
 from service.choices import why_unusable
@@ -126,8 +126,13 @@ def create_app(
 class _Service(FastAPI):
     """An application in which a frame's way is short; `state.context` is set before the first request."""
 
-    def build_middleware_stack(self) -> ASGIApp:
-        return inspections.FrameWay(super().build_middleware_stack(), self.state.context)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        line = inspections.line_to_inspect(scope)
+        if line is None:
+            await super().__call__(scope, receive, send)
+        else:
+            scope["app"] = self
+            await inspections.answer_frame(self.state.context, line, scope, receive, send)
 
 
 def create_admin_app(app: FastAPI) -> FastAPI:

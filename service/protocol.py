@@ -12,7 +12,7 @@ rather than having a task wait for that.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 from urllib.parse import unquote
@@ -21,7 +21,7 @@ from uuid import uuid4
 import httptools
 from pydantic_core import to_json
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.routes.context import CONNECTION_EXTENSION
 from service.routes.problems import PROBLEM_MEDIA_TYPE, REQUEST_ID_HEADER, problem_document
@@ -184,7 +184,9 @@ class _Cycle(RequestResponseCycle):
         self._is_length_known = any(name == b"content-length" for name, _ in self.scope["headers"])
         self._waits_for_all = False
         self._when_left: Callable[[], None] | None = None
-        self.scope["extensions"] = {CONNECTION_EXTENSION: {"watch": self._watch, "has_body": self._has_body}}
+        self.scope["extensions"] = {
+            CONNECTION_EXTENSION: {"watch": self._watch, "has_body": self._has_body, "answer": self._answer}
+        }
 
     def take(self, piece: bytes) -> None:
         """Take a piece of the body, and wake whoever reads it unless it waits for all of it."""
@@ -230,6 +232,32 @@ class _Cycle(RequestResponseCycle):
         body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces, self._bytes = [], 0
         return {"type": "http.request", "body": body, "more_body": self.more_body}
+
+    def _answer(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bool:
+        """Send a whole answer of known length, as `send` does in two steps with more questions.
+
+        Returns:
+            False where that has to wait, because the caller does not read what it was sent; then nothing is sent.
+        """
+        if self.flow.write_paused:
+            return False
+        if self.disconnected:
+            return True
+        lines = [STATUS_LINE[status]]
+        for name, value in (*self.default_headers, *headers):
+            if b"\n" in value or b"\r" in value:
+                raise RuntimeError("a header of ours has a line's end in it")
+            lines += (name, b": ", value, b"\r\n")
+            if name == b"connection" and value == b"close":
+                self.keep_alive = False
+        lines += (b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n", body)
+        self.response_started = self.response_complete = True
+        self._wire.write(b"".join(lines))
+        self.message_event.set()
+        if not self.keep_alive:
+            self._wire.close()
+        self.on_response()
+        return True
 
     async def send(self, message: Any) -> None:
         """Send an answer's head or the next piece of its body."""

@@ -67,8 +67,8 @@ _SMALLEST_THRESHOLD = 1e-6
 # A picture is measured in a millisecond, so only some are: each line at most once a second, and so many in all.
 _MEASURED_EVERY_S = 1.0
 _MEASURED_A_SECOND = 4
-# Of the middle of a picture, to bound that millisecond.
-_MEASURED_SIDE = 256
+# Of the middle of a picture, to make it a quarter of that.
+_MEASURED_SIDE = 128
 _SMALLEST_SIDE = 3
 
 _log = logging.getLogger("flawline.inspections")

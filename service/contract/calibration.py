@@ -12,6 +12,7 @@ import math
 import struct
 import zipfile
 import zlib
+from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Self
@@ -100,8 +101,9 @@ class Calibration:
 
     def p_value(self, score: float) -> float:
         """Return `(k + 1) / (n + 1)`, k the number of good parts at least this anomalous; in (0, 1]."""
-        at_least = self.scores.size - int(self.scores.searchsorted(np.float32(score)))
-        return (at_least + 1) / (self.scores.size + 1)
+        count = len(self.scores)
+        at_least = count - bisect_left(self.scores.data, float(np.float32(score)))
+        return (at_least + 1) / (count + 1)
 
     def threshold(self, false_reject_rate: float) -> Threshold:
         """Choose the smallest score threshold whose p-value is within the wanted rate.

@@ -20,7 +20,8 @@ from service.telemetry import Telemetry
 from service.traces import Traces
 
 # Of a request's scope, where the server tells more than others: `watch` takes whom to call when the caller leaves, None
-# for nobody any more, and returns whether it has left already; `has_body` says whether all of the body is there.
+# for nobody any more, and returns whether it has left already; `has_body` says whether all of the body is there, and
+# `answer` sends status, headers and body at once, and returns whether it could.
 CONNECTION_EXTENSION = "flawline.connection"
 
 

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import ValidationError
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from service.auth import Caller
 from service.errors import DeadlinePassed, FlawlineError, NotAuthorised, ParameterInvalid
@@ -21,7 +21,7 @@ from service.inspection import Inspection, InspectionRequest
 from service.routes import answers
 from service.routes.accounting import TRACE_PARENT_HEADER, Counting, count_later, record_later, unless_left
 from service.routes.bodies import Upload, receive_frame, receive_frames, usable
-from service.routes.context import Context, FrameRequest, caller_of, context_of
+from service.routes.context import CONNECTION_EXTENSION, Context, FrameRequest, caller_of, context_of
 from service.routes.identity import identify, received_at_of, with_id
 from service.routes.openapi import BATCH_OPERATION, FRAME_OPERATION, HEATMAP_ANSWERS, OPTION_HEADERS
 from service.routes.problems import (
@@ -96,44 +96,38 @@ async def inspect(request: Request, line: str) -> Response:
         return await (_picture if _wants_picture(request) else _answer)(context, inspection)
 
 
-class FrameWay:
-    """The short way of every frame to `inspect`.
+async def answer_frame(context: Context, line: str, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request to inspect one frame: the short way of every frame to `inspect`.
 
     It answers as the documented route above does, of which it makes no use: the layers round that one, finding it
     among all others, and reading parameters into arguments take as long as all that is done for a frame here.
 
     Args:
-        app: answers everything else.
         context: the service's parts.
+        line: what `line_to_inspect` has found.
+        scope: of the request.
+        receive: of the request.
+        send: of the request.
     """
-
-    def __init__(self, app: ASGIApp, context: Context) -> None:
-        self._app = app
-        self._context = context
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
-        line = _line_to_inspect(scope)
-        if line is None:
-            await self._app(scope, receive, send)
-            return
-        scope["path_params"] = {"line": line}
-        request_id = identify(scope, self._context.clock())
-        request = FrameRequest(scope, receive)
-        try:
-            response = await inspect(request, line)
-        except ClientDisconnect:
-            response = Response(status_code=400)  # nobody is there to read it
-        except FlawlineError as error:
-            response = answer_fault(request, error)
-        except Exception as error:  # noqa: BLE001 - the outermost handler of this frame: it has no verdict
-            response = answer_fault(request, unexpected(request, error))
-        headers = with_id(response.raw_headers, request_id)
+    scope["path_params"] = {"line": line}
+    request_id = identify(scope, context.clock())
+    request = FrameRequest(scope, receive)
+    try:
+        response = await inspect(request, line)
+    except ClientDisconnect:
+        response = Response(status_code=400)  # nobody is there to read it
+    except FlawlineError as error:
+        response = answer_fault(request, error)
+    except Exception as error:  # noqa: BLE001 - the outermost handler of this frame: it has no verdict
+        response = answer_fault(request, unexpected(request, error))
+    headers, body = with_id(response.raw_headers, request_id), bytes(response.body)
+    extension = scope.get("extensions", {}).get(CONNECTION_EXTENSION)
+    if extension is None or not extension["answer"](response.status_code, headers, body):
         await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
-        await send({"type": "http.response.body", "body": response.body})
+        await send({"type": "http.response.body", "body": body})
 
 
-def _line_to_inspect(scope: Scope) -> str | None:
+def line_to_inspect(scope: Scope) -> str | None:
     """Return the line whose frame a request brings; None where it asks for something else."""
     if scope["type"] != "http" or scope["method"] != "POST":
         return None

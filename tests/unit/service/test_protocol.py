@@ -167,3 +167,35 @@ async def test_caller_when_it_leaves_then_whoever_watches_is_told_once():
     for _ in range(5):
         await asyncio.sleep(0)
     assert connection.messages == [{"type": "http.disconnect", "more_body": False}]
+
+
+@pytest.mark.parametrize("header", [b"a\r\nX-Made-Up: 1", b"a\nb"])
+@in_loop
+async def test_answer_when_a_header_would_end_its_line_then_nothing_is_sent(header):
+    """No value makes headers of its own, not even on the short way."""
+    connection = Connection()
+    await connection.bring(HEAD + b"Content-Length: 6\r\n\r\nab")
+    answer = connection.scopes[0]["extensions"][CONNECTION_EXTENSION]["answer"]
+
+    with pytest.raises(RuntimeError):
+        answer(200, [(b"x-request-id", header)], b"")
+
+    assert connection.wire.packets == []
+    connection.leave()
+
+
+@in_loop
+async def test_answer_when_the_caller_does_not_read_then_waits_for_it():
+    """Whoever sends frames and takes no answers does not fill the memory with them."""
+    connection = Connection()
+    await connection.bring(HEAD + b"Content-Length: 6\r\n\r\nab")
+    answer = connection.scopes[0]["extensions"][CONNECTION_EXTENSION]["answer"]
+
+    connection.protocol.pause_writing()
+    could_first = answer(200, [(b"content-length", b"2")], b"ok")
+    connection.protocol.resume_writing()
+    could_then = answer(200, [(b"content-length", b"2")], b"ok")
+
+    assert (could_first, could_then) == (False, True)
+    assert connection.wire.packets == [b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"]
+    connection.leave()
