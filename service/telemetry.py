@@ -498,7 +498,10 @@ class Telemetry:
         return known[line, version]
 
     def _tally(self, line: str, version: str) -> Tally:
-        return self._tallies.setdefault((line, version), Tally())
+        tally = self._tallies.get((line, version))
+        if tally is None:
+            tally = self._tallies[line, version] = Tally()
+        return tally
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(name, meaning, labels, namespace="flawline", registry=self._collectors)

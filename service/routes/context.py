@@ -133,6 +133,9 @@ class _KnownHeaders(Headers):
     def get(self, key: str, default: Any = None) -> Any:
         return self._first.get(key.lower(), default)
 
+    def items(self) -> list[tuple[str, str]]:  # type: ignore[override]  # as Starlette has it
+        return list(self._first.items())
+
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and key.lower() in self._first
 

@@ -205,8 +205,8 @@ def _read_options(request: Request) -> InspectionOptions:
     """
     if request.headers.get(_REQUEST_ID, request_id_of(request)) != request_id_of(request):
         raise ParameterInvalid(f"{REQUEST_ID_HEADER}: send up to 128 printable characters without spaces.")
-    headers = request.headers
-    given = {name: headers[header] for header, name in _OPTION_OF_HEADER.items() if header in headers}
+    sent = reversed(request.headers.items())  # so that of two the first counts
+    given = {_OPTION_OF_HEADER[header]: value for header, value in sent if header in _OPTION_OF_HEADER}
     asked = request.query_params.multi_items() if request.scope["query_string"] else []
     if not (given or asked):
         return _NO_OPTIONS

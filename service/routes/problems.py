@@ -242,7 +242,8 @@ def _answer(
         headers["WWW-Authenticate"] = "Bearer"
     if code == "frame_too_large" and getattr(request.state, "must_close", False):
         headers["Connection"] = "close"
-    if request.url.path == _OPEN_INFERENCE or request.url.path.startswith(f"{_OPEN_INFERENCE}/"):
+    path: str = request.scope["path"]
+    if path == _OPEN_INFERENCE or path.startswith(f"{_OPEN_INFERENCE}/"):
         # The protocol's own form, whoever answers: its clients show this member and fail without it.
         status = _STATUS_UNDER_OPEN_INFERENCE.get(code, status_of(code))
         return Response(to_json({"error": sentence}), status, headers, "application/json")
