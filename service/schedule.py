@@ -157,6 +157,8 @@ class RunTimes:
     @cached_property
     def best_weight(self) -> int:
         """The smallest weight that is about as fast, a frame, as the fastest one."""
+        if len(self.seconds) == 1:
+            return 1
         known = [(i + 1, s / (i + 1)) for i, s in enumerate(self.seconds) if s is not None]
         if not known:
             return self.max_batch_size
@@ -344,6 +346,8 @@ def _split(
 ) -> tuple[tuple[int, ...], ...]:
     """Fill one batch after the other, in order, each with an even share of what is left."""
     worthwhile = run_times.best_weight
+    if worthwhile == 1:  # on a CPU, always: frames run one by one
+        return tuple((frame.number,) for frame in ready[:idle_runners])
     batches: list[tuple[int, ...]] = []
     left = sum(frame.weight for frame in ready)
     at = 0
