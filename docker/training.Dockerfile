@@ -5,6 +5,8 @@
 #   docker build -f docker/training.Dockerfile --build-arg TORCH_INDEX= -t flawline/training:0.1.0 . # CUDA, several GB
 #   docker run --read-only --tmpfs /tmp -v "$PWD/lines:/frames:ro" -v "$PWD/store:/store" --user "$(id -u)" \
 #       flawline/training:0.1.0 train /frames/cap --store /store --runs /store/.runs
+#   docker run --gpus all --shm-size 4g --read-only --tmpfs /tmp -v … --entrypoint torchrun flawline/training:0.1.0 \
+#       --standalone --nproc-per-node=gpu --no-python flawline train /frames/cap …    # all GPUs together; not run
 #   docker build -f docker/training.Dockerfile --target sbom -o . .   # writes sbom.cdx.json (CycloneDX)
 
 # checkov:skip=CKV_DOCKER_7:the base has a version, in this argument, which checkov does not follow
