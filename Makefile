@@ -31,7 +31,7 @@ demo: $(STAMP) ## the main job on real frames: fit, evaluate, export, serve, ins
 	$(BIN)/flawline demo $(if $(LINE),--line "$(LINE)")
 
 test: $(STAMP) ## every test
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) ## format, lint, strict types, import rules
 	$(BIN)/ruff format --check .

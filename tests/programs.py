@@ -1,6 +1,9 @@
 """Runs real programs beside a test: on free ports of 127.0.0.1, and never longer than the test."""
 
+import contextlib
 import http.server
+import itertools
+import os
 import queue
 import socket
 import subprocess
@@ -15,13 +18,23 @@ import yaml
 
 from tests.servers import PATIENCE_S, wait_until
 
+# Below what the system gives to whoever asks for any port, so that none is given away between the question and its use.
+_PORTS_FROM, _PORTS_OF_A_PROCESS, _PROCESSES = 10_000, 100, 220
+_offsets = itertools.cycle(range(_PORTS_OF_A_PROCESS))
+
 
 def free_port() -> int:
-    """Return a port that nobody listens to."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that nobody listens to, for programs that can't be asked which one they chose.
+
+    Each process of tests takes turns through ports of its own, so two of them never hand out the same one.
+    """
+    first = _PORTS_FROM + os.getpid() % _PROCESSES * _PORTS_OF_A_PROCESS
+    for _ in range(_PORTS_OF_A_PROCESS):
+        port = first + next(_offsets)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError(f"somebody listens to every port from {first} on")
 
 
 @contextmanager

@@ -4,10 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import safetensors.torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tests.factories import encode, make_frame
 from training.config import RunConfig
+from training.progress import SilentReporter
+from training.run import train
 from training.run_directory import LineRequest, RunRequest
 
 GOOD, TEST_GOOD, DEFECTS = 48, 6, 5
@@ -95,6 +100,28 @@ def make_request(line_folder: Path, store: Path, *more_folders: Path, **override
         "device": "cpu",
     }
     return RunRequest(**fields | overrides)
+
+
+def fit_only(request: RunRequest, directory: Path) -> None:
+    """Run until the detector is fitted and measured, and stop before its export, which takes longer than all else."""
+    with pytest.raises(_StoppedError):
+        train(request, directory, _StopsBeforeExport())
+
+
+def fitted_tensors(directory: Path) -> dict[str, Tensor]:
+    """Return what a run's checkpoint holds of its detector."""
+    (file,) = directory.glob("checkpoint-*.safetensors")
+    return {name: value for name, value in safetensors.torch.load_file(file).items() if name.startswith("detector/")}
+
+
+class _StoppedError(Exception):
+    pass
+
+
+class _StopsBeforeExport(SilentReporter):
+    def note(self, text: str) -> None:
+        if text.startswith("exporting"):
+            raise _StoppedError
 
 
 def _roughen(pixels: NDArray[np.uint8], roughness: float) -> NDArray[np.uint8]:

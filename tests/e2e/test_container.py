@@ -73,17 +73,19 @@ def store(tmp_path_factory):
 
 
 @contextmanager
-def _container(store, name):
-    port = free_port()
+def _container(store, purpose):
+    """Run the image under a name that another run of these tests beside this one does not have."""
+    name = f"flawline-{purpose}-{os.getpid()}"
     rights = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--memory", "512m"]
     _run(
-        *("podman", "run", "-d", "--name", name, *rights, "-p", f"127.0.0.1:{port}:8000"),
+        *("podman", "run", "-d", "--name", name, *rights, "-p", "127.0.0.1::8000"),
         *("-v", f"{store}:/store:ro", IMAGE),
     )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+        address = _run("podman", "port", name, "8000").stdout.strip()
+        with httpx.Client(base_url=f"http://{address}", timeout=30) as http:
             wait_until(lambda: answers(http, "/healthz/ready"), f"readiness of {name}")
-            yield http
+            yield name, http
     finally:
         _run("podman", "rm", "-f", name, check=False)
 
@@ -102,15 +104,13 @@ def test_image_when_built_then_is_small_labelled_and_not_root(image):
 
 def test_container_when_run_with_few_rights_then_inspects_and_can_write_nothing(image, store):
     """Read-only, without capabilities, in half a gigabyte: a frame is judged, and nothing can be changed."""
-    with _container(store, "flawline-rights") as http:
+    with _container(store, "rights") as (name, http):
         answer = http.post("/v1/lines/demo_line/inspect", content=encode(make_frame()), headers=PNG)
-        who = _run("podman", "exec", "flawline-rights", "id", "-u").stdout.strip()
-        written = _run("podman", "exec", "flawline-rights", "touch", "/opt/flawline/x", check=False)
-        tools = _run(
-            "podman", "exec", "flawline-rights", "sh", "-c", "ls /opt/flawline/bin", check=False
-        ).stdout.split()
-        healthy = _run("podman", "healthcheck", "run", "flawline-rights", check=False)
-        _run("podman", "exec", "flawline-rights", "python", "-c", "import httpx, obstore, opentelemetry.sdk")
+        who = _run("podman", "exec", name, "id", "-u").stdout.strip()
+        written = _run("podman", "exec", name, "touch", "/opt/flawline/x", check=False)
+        tools = _run("podman", "exec", name, "sh", "-c", "ls /opt/flawline/bin", check=False).stdout.split()
+        healthy = _run("podman", "healthcheck", "run", name, check=False)
+        _run("podman", "exec", name, "python", "-c", "import httpx, obstore, opentelemetry.sdk")
 
     assert answer.json()["verdict"] == "PASS"
     assert who == "10001"
@@ -121,11 +121,11 @@ def test_container_when_run_with_few_rights_then_inspects_and_can_write_nothing(
 
 def test_container_when_told_to_stop_then_ends_in_order(image, store):
     """SIGTERM drains, and the exit code is zero."""
-    with _container(store, "flawline-stop") as http:
+    with _container(store, "stop") as (name, http):
         http.post("/v1/lines/demo_line/inspect", content=encode(make_frame()), headers=PNG)
-        _run("podman", "stop", "-t", "20", "flawline-stop")
-        state = json.loads(_run("podman", "inspect", "flawline-stop").stdout)[0]["State"]
-        log = _run("podman", "logs", "flawline-stop")
+        _run("podman", "stop", "-t", "20", name)
+        state = json.loads(_run("podman", "inspect", name).stdout)[0]["State"]
+        log = _run("podman", "logs", name)
 
     assert state["ExitCode"] == 0
     assert "told to stop" in log.stdout + log.stderr
@@ -152,6 +152,7 @@ def test_deployment_when_its_pod_is_played_then_inspects(image, store, tmp_path)
         for name, path in places.items()
     ]
     resources["Deployment"]["spec"]["replicas"] = 1
+    resources["Deployment"]["metadata"]["name"] += f"-{os.getpid()}"  # its pod's name, here
     file = tmp_path / "pod.yaml"
     file.write_text(yaml.safe_dump_all([resources["ConfigMap"], resources["Deployment"]]))
     _run("podman", "play", "kube", str(file))

@@ -3,52 +3,65 @@
 import io
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 from rich.console import Console
 
 from service.contract.bundle import load_bundle
-from tests.tiny_line import DEFECTS, TEST_GOOD, make_config, write_line
+from tests.tiny_line import DEFECTS, TEST_GOOD, write_line
 from training.camera import ServerDidNotStart, post_frames, running_server
 from training.config import load_config
 from training.demo import run_demo
-from training.progress import LineReporter, SilentReporter
+from training.progress import LineReporter
 
 
-def test_demo_when_run_on_a_line_judges_every_test_frame_over_http(tmp_path: Path) -> None:
+class _Shown(NamedTuple):
+    """One demo: where it is, what it printed, and every host that it asked for."""
+
+    folder: Path
+    told: str
+    asked: set[object]
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> _Shown:
+    """The demo with the shipped configuration and no weights named, on a line of our own and in a few iterations."""
+    torch.set_num_threads(1)
+    place, paper = tmp_path_factory.mktemp("demo"), io.StringIO()
+    asked: set[object] = set()
+    sys.addaudithook(lambda event, arguments: _note_names(event, arguments, asked))
+    line = write_line(place / "square_line", good=80)  # a quarter is held out, and 5 % need 19
+    config = load_config("small", overrides=["hyperparameters.recipe.iterations=5"])
+
+    run_demo(line, place / "demo", config, None, (), LineReporter(Console(file=paper)))
+
+    return _Shown(place / "demo", paper.getvalue(), set(asked))
+
+
+def test_demo_when_run_on_a_line_judges_every_test_frame_over_http(shown: _Shown) -> None:
     """From a folder of frames to verdicts over HTTP: the table counts every frame, pictures and report are there."""
-    line, paper = write_line(tmp_path / "square_line"), io.StringIO()
-
-    run_demo(line, tmp_path / "demo", make_config(), "untrained", (), LineReporter(Console(file=paper)))
-
-    told = paper.getvalue()
     counts = {
         row.split(" | ")[0]: [int(n) for n in row.split(" | ")[1:]]
-        for row in _rows(told.splitlines(), "good", "square")
+        for row in _rows(shown.told.splitlines(), "good", "square")
     }
     assert sum(counts["good"]) == TEST_GOOD
     assert sum(counts["square"]) == DEFECTS
     assert counts["good"][3] == counts["square"][3] == 0, "a frame without a verdict"
-    assert "I-AUROC through HTTP" in told
-    assert "frames a second" in told
-    assert len(list((tmp_path / "demo/overlays").glob("*.png"))) == TEST_GOOD + DEFECTS
-    assert load_bundle(tmp_path / "demo/store/square_line/1").files["report.html"].startswith(b"<!")
+    assert "I-AUROC through HTTP" in shown.told
+    assert "frames a second" in shown.told
+    assert len(list((shown.folder / "overlays").glob("*.png"))) == TEST_GOOD + DEFECTS
+    assert load_bundle(shown.folder / "store/square_line/1").files["report.html"].startswith(b"<!")
 
 
-def test_demo_when_nothing_is_at_hand_needs_no_network(tmp_path: Path) -> None:
+def test_demo_when_nothing_is_at_hand_needs_no_network(shown: _Shown) -> None:
     """With the shipped configuration and no weights named, the embedded backbone serves, and no hub is asked."""
-    asked: list[object] = []
-    sys.addaudithook(lambda event, arguments: _note_names(event, arguments, asked))
-    line = write_line(tmp_path / "line", good=80)
-    config = load_config("small", overrides=["hyperparameters.recipe.iterations=5"])
+    backbone = load_bundle(shown.folder / "store/square_line/1").manifest.backbone
 
-    run_demo(line, tmp_path / "demo", config, None, (), SilentReporter())
-
-    backbone = load_bundle(tmp_path / "demo/store/line/1").manifest.backbone
     assert backbone is not None
     assert (backbone.name, backbone.source) == ("embedded", "embedded.safetensors")
-    assert {host for host in asked if host not in (None, "127.0.0.1", b"127.0.0.1", "localhost")} == set()
+    assert shown.asked <= {None, "127.0.0.1", b"127.0.0.1", "localhost"}
 
 
 def test_running_server_when_the_store_is_empty_says_where_the_log_is(tmp_path: Path) -> None:
@@ -72,9 +85,9 @@ def test_post_frames_when_nobody_answers_counts_as_no_verdict(tmp_path: Path) ->
     assert all(shot.answer is None for shot in shots)
 
 
-def _note_names(event: str, arguments: Any, asked: list[object]) -> None:
+def _note_names(event: str, arguments: Any, asked: set[object]) -> None:
     if event == "socket.getaddrinfo":
-        asked.append(arguments[0])
+        asked.add(arguments[0])
 
 
 def _rows(lines: list[str], *kinds: str) -> list[str]:

@@ -1,34 +1,57 @@
 """A run on a few good frames: `flawline train --shots`."""
 
+import pytest
 import torch
 import yaml
 from typer.testing import CliRunner
 
 from service.contract.bundle import load_bundle
+from service.contract.golden import read_golden
 from tests.tiny_line import TINY_RUN, write_line
 from training.__main__ import commands
 
 _GOOD = 22
 
 
-def test_train_command_when_given_shots_then_the_manifest_names_them_and_all_others_calibrate(tmp_path):
-    """The bundle says which frames it was fitted on; thresholds rest on every other good frame."""
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    """A line of good frames alone."""
+    return write_line(tmp_path_factory.mktemp("shots") / "bottle", good=_GOOD, tested=False)
+
+
+@pytest.fixture(scope="module")
+def bundle(line):
+    """What the command makes of two of them."""
     torch.set_num_threads(1)
-    line = write_line(tmp_path / "bottle", good=_GOOD, tested=False)
-    config = tmp_path / "tiny.yaml"
-    config.write_text(yaml.safe_dump(TINY_RUN | {"shot_views": "inp_former"}))
-    options = ["--config", config, "--weights", "untrained", "--device", "cpu", "--shots", 2, "--shot-seed", 7]
-    places = ["--store", tmp_path / "store", "--runs", tmp_path / "runs"]
+    place = line.parent
+    (place / "tiny.yaml").write_text(yaml.safe_dump(TINY_RUN | {"shot_views": "inp_former"}))
+    options = ["--config", place / "tiny.yaml", "--weights", "untrained", "--device", "cpu", "--shots", 2]
+    places = ["--shot-seed", 7, "--store", place / "store", "--runs", place / "runs"]
 
     answer = CliRunner().invoke(commands, ["train", *map(str, [line, *options, *places])])
 
     assert answer.exit_code == 0, answer.output
-    manifest = load_bundle(tmp_path / "store/bottle/1").manifest
-    data = manifest.by_line["bottle"].data
+    return load_bundle(place / "store/bottle/1")
+
+
+def test_train_command_when_given_shots_then_the_manifest_names_them_and_all_others_calibrate(line, bundle):
+    """The bundle says which frames it was fitted on; thresholds rest on every other good frame."""
+    data = bundle.manifest.by_line["bottle"].data
+
     assert (data.fitted_on, data.calibrated_on) == (2, _GOOD - 2)
     assert len(data.shots) == 2
     assert all((line / name).is_file() for name in data.shots)
-    assert (manifest.hyperparameters["shots"], manifest.hyperparameters["shot_seed"]) == (2, 7)
+    hyperparameters = bundle.manifest.hyperparameters
+    assert (hyperparameters["shots"], hyperparameters["shot_seed"]) == (2, 7)
+
+
+def test_train_command_when_the_line_has_good_frames_only_then_still_makes_a_bundle(bundle):
+    """Thresholds need no defect; the figures say why they are missing, and a golden defect is planted."""
+    policy = bundle.policies["bottle"]
+
+    assert all(metric.value is None and metric.reason for metric in bundle.manifest.by_line["bottle"].metrics.values())
+    assert policy.review_threshold <= policy.fail_threshold
+    assert any("planted" in answer.description for answer in read_golden(bundle).answers)
 
 
 def test_train_command_when_shots_leave_too_few_frames_then_refuses(tmp_path):

@@ -17,7 +17,17 @@ from service.contract.bundle import load_bundle, versions_of
 from service.contract.golden import read_golden, replay
 from service.errors import CalibrationRefused
 from tests.factories import encode, make_frame, make_runner
-from tests.tiny_line import DEFECTS, GOOD, TEST_GOOD, TINY_RUN, make_config, make_request, write_line
+from tests.tiny_line import (
+    DEFECTS,
+    GOOD,
+    TEST_GOOD,
+    TINY_RUN,
+    fit_only,
+    fitted_tensors,
+    make_config,
+    make_request,
+    write_line,
+)
 from training.__main__ import commands
 from training.checkpoint import has_checkpoint
 from training.progress import SilentReporter
@@ -73,27 +83,31 @@ def test_train_when_it_ends_then_the_page_is_small_and_stands_alone(finished):
     assert len(page) < 5_000_000
 
 
-def test_train_when_repeated_with_the_same_seed_then_scores_are_the_same_bits(line, finished, tmp_path):
-    """A run can be repeated, and another seed is another run."""
-    again = train(make_request(line, tmp_path / "store"), tmp_path / "a", SilentReporter())
-    other = train(make_request(line, tmp_path / "store", config=make_config(seed=2)), tmp_path / "b", SilentReporter())
+def test_train_command_when_resumed_before_its_first_checkpoint_then_repeats_the_run_to_the_bit(
+    line, finished, tmp_path
+):
+    """The command that a stopped run names always works, and the same seed gives the same scores and network."""
+    shutil.copytree(finished.bundle, tmp_path / "store/bottle/1")
+    directory = tmp_path / "runs" / "bottle" / "1"
+    directory.mkdir(parents=True)
+    (directory / "run.json").write_text(make_request(line, tmp_path / "store").model_dump_json())
 
-    scores = [np.load(run.directory / "scores.npz")["test_scores"] for run in (finished, again, other)]
-    np.testing.assert_array_equal(scores[0], scores[1])
-    assert (scores[0] != scores[2]).any()
-    assert load_bundle(again.bundle).model == load_bundle(finished.bundle).model
+    result = _invoke("train", "--resume", directory, "--threads", "1")
+
+    assert result.exit_code == 0, result.output
     assert versions_of(tmp_path / "store" / "bottle") == ["1", "2"]
+    scores = [np.load(place / "scores.npz")["test_scores"] for place in (finished.directory, directory)]
+    np.testing.assert_array_equal(*scores)
+    assert _published(result.output).model == load_bundle(finished.bundle).model
 
 
-def test_train_when_the_line_has_good_frames_only_then_still_makes_a_bundle(tmp_path):
-    """Thresholds need no defect; the figures say why they are missing, and a golden defect is planted."""
-    line = write_line(tmp_path / "plain", tested=False)
+def test_train_when_the_seed_is_another_then_is_another_fitting(line, finished, tmp_path):
+    """Whoever repeats a run with other seeds learns how much chance there is in it."""
+    fit_only(make_request(line, tmp_path / "store", config=make_config(seed=2)), tmp_path / "other")
 
-    run = train(make_request(line, tmp_path / "store"), tmp_path / "run", SilentReporter())
-
-    bundle = load_bundle(run.bundle)
-    assert all(metric.value is None and metric.reason for metric in bundle.manifest.by_line["plain"].metrics.values())
-    assert bundle.policies["plain"].review_threshold <= bundle.policies["plain"].fail_threshold
+    here, there = fitted_tensors(finished.directory), fitted_tensors(tmp_path / "other")
+    assert here.keys() == there.keys()
+    assert any(not torch.equal(here[name], there[name]) for name in here)
 
 
 def test_train_when_good_parts_cannot_carry_the_rate_then_refuses_before_fitting(line, tmp_path):
@@ -107,7 +121,7 @@ def test_train_when_good_parts_cannot_carry_the_rate_then_refuses_before_fitting
 
 
 def _learning_from_defects(folder):
-    """Write a line and three marked frames of its defect that are not among its test frames."""
+    """Write a line, three marked frames of its defect that are not among its test frames, and a configuration."""
     line = write_line(folder / "cup")
     marked = folder / "marked"
     for index in range(3):
@@ -121,30 +135,29 @@ def _learning_from_defects(folder):
         "head_channels": [8, 4],
         "head_recipe": recipe | {"iterations": 4},
     }
-    (folder / "run.yaml").write_text(
-        json.dumps(TINY_RUN | {"detector": "inp_former_pp", "hyperparameters": hyperparameters})
-    )
-    return line, marked
+    config = make_config(detector="inp_former_pp", hyperparameters=hyperparameters)
+    (folder / "run.yaml").write_text(config.to_yaml())
+    return line, marked, config
 
 
-def test_train_command_when_defects_are_labelled_then_the_run_and_its_bundle_know_which(tmp_path):
+def test_train_command_when_defects_are_labelled_then_the_run_and_its_bundle_know_which(finished, tmp_path):
     """They reach the detector, are part of manifest and checkpoint, and another set of them is another run."""
-    line, marked = _learning_from_defects(tmp_path)
+    line, marked, config = _learning_from_defects(tmp_path)
     arguments = ("--config", tmp_path / "run.yaml", "--weights", "untrained", "--threads", "1")
     places = ("--store", tmp_path / "store", "--runs", tmp_path / "runs")
 
-    with_defects = _invoke("train", line, *arguments, *places, "--labelled-defects", marked)
-    without = _invoke("train", line, *arguments, *places)
+    learnt = _invoke("train", line, *arguments, *places, "--labelled-defects", marked)
+    fit_only(make_request(line, tmp_path / "store", config=config), tmp_path / "without")
     (marked / "test/square/0.png").unlink()
     (marked / "ground_truth/square/0_mask.png").unlink()
-    (directory,) = {path.parent for path in (tmp_path / "runs").rglob("run.json") if str(marked) in path.read_text()}
+    (directory,) = (tmp_path / "runs/cup").iterdir()
     resumed = _invoke("train", "--resume", directory, "--threads", "1")
 
-    assert (with_defects.exit_code, without.exit_code) == (0, 0), with_defects.output + without.output
-    learnt, plain = _published(with_defects.output), _published(without.output)
-    assert learnt.manifest.labelled_defects.frames == 3
-    assert plain.manifest.labelled_defects is None
-    assert learnt.model != plain.model
+    assert learnt.exit_code == 0, learnt.output
+    assert _published(learnt.output).manifest.labelled_defects.frames == 3
+    assert finished.manifest.labelled_defects is None
+    here, there = fitted_tensors(directory), fitted_tensors(tmp_path / "without")
+    assert any(not torch.equal(here[name], there[name]) for name in here)
     assert resumed.exit_code == 2
     assert "another labelled defects" in resumed.output
 
@@ -164,16 +177,6 @@ def test_train_command_when_labelled_defects_cannot_be_used_then_refuses_before_
 
     assert result.exit_code == 2
     assert words in " ".join(result.output.split())
-
-
-def test_export_when_a_run_is_fitted_then_publishes_the_same_network_with_other_rates(finished):
-    """Rates may change after fitting; the network does not."""
-    result = _invoke("export", finished.directory, "--review-rate", "0.2", "--fail-rate", "0.1", "--threads", "1")
-
-    assert result.exit_code == 0, result.output
-    first, second = load_bundle(finished.bundle), _published(result.output)
-    assert second.model == first.model
-    assert second.policies["bottle"].fail_threshold < first.policies["bottle"].fail_threshold
 
 
 def test_export_when_another_precision_is_asked_for_then_the_bundle_is_calibrated_with_that_graph(finished, tmp_path):
@@ -229,18 +232,6 @@ def test_report_when_asked_for_a_bundle_or_a_run_then_writes_its_page(finished, 
 
     assert result.exit_code == 0, result.output
     assert "Inspection report: bottle" in (tmp_path / "page.html").read_text("utf-8")
-
-
-def test_train_command_when_resumed_before_its_first_checkpoint_then_begins_in_the_same_place(line, tmp_path):
-    """The command that a stopped run names always works."""
-    directory = tmp_path / "runs" / "bottle" / "1"
-    directory.mkdir(parents=True)
-    (directory / "run.json").write_text(make_request(line, tmp_path / "store").model_dump_json())
-
-    result = _invoke("train", "--resume", directory, "--threads", "1")
-
-    assert result.exit_code == 0, result.output
-    assert versions_of(tmp_path / "store" / "bottle") == ["1"]
 
 
 def test_train_command_when_interrupted_then_keeps_the_run_and_names_the_command_to_go_on(line, tmp_path):

@@ -11,14 +11,13 @@ from service.contract.golden import read_golden, replay
 from service.contract.policy import Verdict, judge
 from service.errors import FrameNotComparable
 from tests.factories import make_input, make_runner
-from tests.tiny_line import TINY_RUN, make_config, make_request, write_line
+from tests.tiny_line import TINY_RUN, fit_only, make_config, make_request, write_line
 from training.checkpoint import CheckpointRefused, TrainingState, detector_tensors, save_checkpoint
 from training.config import ConfigFault, RunConfig
 from training.data.folders import good_samples
 from training.detectors import prepare_detector
 from training.progress import SilentReporter
 from training.recalibrate import recalibrate
-from training.run import train
 from training.run_directory import read_request
 from training.zero_shot import ZeroShotRequest, generate_frames, make_zero_shot, zero_shot_config
 
@@ -51,9 +50,9 @@ def run(tmp_path_factory):
     torch.set_num_threads(1)
     place = tmp_path_factory.mktemp("run")
     line = write_line(place / "lines/screws")
-    directory = train(make_request(line, place / "store"), place / "run", SilentReporter()).directory
+    fit_only(make_request(line, place / "store"), place / "run")
     line.rename(place / "gone")
-    return directory
+    return place / "run"
 
 
 def _from_run(run, store, **changes):
