@@ -116,20 +116,8 @@ def serve(
     log_level: Annotated[str | None, typer.Option(help="Of the JSON log.", show_default="INFO")] = None,
 ) -> None:
     """Override settings with options, put the service together, and run it until it is told to stop."""
-    # Imported here, so that other commands and --help need not wait for the runtime.
-    from service.app import (  # noqa: PLC0415 - see above
-        create_admin_app,
-        create_app,
-        create_health_app,
-        start_draining,
-    )
-    from service.auth import KeysFileInvalid  # noqa: PLC0415 - see above
-    from service.contract.signature import SigningFailed  # noqa: PLC0415 - see above
-    from service.errors import StoreUnreachable  # noqa: PLC0415 - see above
-    from service.protocol import BoundedProtocol  # noqa: PLC0415 - see above
+    # Imported here, so that other commands, --help and a wrong setting need not wait for the runtime.
     from service.settings import PREFIX, SettingsInvalid, read_settings  # noqa: PLC0415 - see above
-    from service.telemetry import log_json_lines  # noqa: PLC0415 - see above
-    from service.tls import ServerCertificate, TlsInvalid  # noqa: PLC0415 - see above
 
     given = {
         "STORE_URL" if (store or "").startswith("s3://") else "STORE_DIRECTORY": store,
@@ -147,6 +135,22 @@ def serve(
     os.environ.update({PREFIX + name: str(value) for name, value in given.items() if value is not None})
     try:
         settings = read_settings()
+    except SettingsInvalid as error:
+        _leave(str(error))
+    from service.app import (  # noqa: PLC0415 - see above
+        create_admin_app,
+        create_app,
+        create_health_app,
+        start_draining,
+    )
+    from service.auth import KeysFileInvalid  # noqa: PLC0415 - see above
+    from service.contract.signature import SigningFailed  # noqa: PLC0415 - see above
+    from service.errors import StoreUnreachable  # noqa: PLC0415 - see above
+    from service.protocol import BoundedProtocol  # noqa: PLC0415 - see above
+    from service.telemetry import log_json_lines  # noqa: PLC0415 - see above
+    from service.tls import ServerCertificate, TlsInvalid  # noqa: PLC0415 - see above
+
+    try:
         log_json_lines(settings.log_level)
         logging.captureWarnings(capture=True)  # a codec's complaints about a frame are lines of JSON like all others
         certificate = None

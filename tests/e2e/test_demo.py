@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from service.contract.bundle import load_bundle
-from tests.tiny_line import DEFECTS, TEST_GOOD, write_line
+from tests.tiny_line import BRIEF, DEFECTS, TEST_GOOD, write_line
 from training.camera import ServerDidNotStart, post_frames, running_server
 from training.config import load_config
 from training.demo import run_demo
@@ -27,13 +27,13 @@ class _Shown(NamedTuple):
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> _Shown:
-    """The demo with the shipped configuration and no weights named, on a line of our own and in a few iterations."""
+    """The demo with the shipped configuration and no weights named, on a line of our own; only its fit is brief."""
     torch.set_num_threads(1)
     place, paper = tmp_path_factory.mktemp("demo"), io.StringIO()
     asked: set[object] = set()
     sys.addaudithook(lambda event, arguments: _note_names(event, arguments, asked))
     line = write_line(place / "square_line", good=80)  # a quarter is held out, and 5 % need 19
-    config = load_config("small", overrides=["hyperparameters.recipe.iterations=5"])
+    config = load_config("small", overrides=list(BRIEF))
 
     run_demo(line, place / "demo", config, None, (), LineReporter(Console(file=paper)))
 

@@ -12,11 +12,11 @@ import pytest
 from service.contract.frames import FrameLimits, read_header
 from tests.factories import encode, make_frame
 from tests.servers import ServerProcess
-from tests.tiny_line import write_line
+from tests.tiny_line import BRIEF, write_line
 
 _ROOT = Path(__file__).resolve().parents[2]
-# A newcomer's fit takes two minutes; the commands are the same for a fit that takes seconds.
-_QUICK = ["--set", "hyperparameters.recipe.iterations=5", "--threads", "1"]
+# A newcomer's fit takes two minutes; the commands are the same for a smaller network and a fit that takes seconds.
+_QUICK = [*(word for setting in BRIEF for word in ("--set", setting)), "--threads", "1"]
 
 
 def _commands() -> list[list[str]]:

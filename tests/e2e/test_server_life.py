@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +21,14 @@ INSPECT = "/v1/lines/demo_line/inspect"
 PNG = {"Content-Type": "image/png"}
 GOOD = encode(make_frame())
 CAMERAS = 4
+# By the line in whose bundle a byte of the file is flipped.
+FLIPPED = {
+    "graph": "model.onnx",
+    "calibration": "calibration.npz",
+    "policy": "policy.json",
+    "golden": "golden/0.png",
+    "manifest": "manifest.json",
+}
 # A server whose end waits for a thread that never comes back, as from a file system that does not answer.
 NEVER_ENDS = """
 import asyncio, threading, uvicorn
@@ -84,22 +93,29 @@ def test_server_when_started_then_alive_first_and_ready_only_when_proven(tmp_pat
         assert server.http.post(INSPECT, content=GOOD, headers=PNG).json()["verdict"] == "PASS"
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "calibration.npz", "policy.json", "golden/0.png", "manifest.json"])
-def test_bundle_when_one_byte_is_flipped_then_refused_by_the_name_of_the_file_and_never_ready(tmp_path, name):
+@pytest.fixture(scope="module")
+def flipped(tmp_path_factory) -> Iterator[ServerProcess]:
+    """A server of as many lines as a bundle has kinds of files; each line has one flipped byte in another of them."""
+    store = tmp_path_factory.mktemp("flipped")
+    for line, name in FLIPPED.items():
+        path = make_bundle(store, line)
+        data = bytearray((path / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (path / name).write_bytes(bytes(data))
+    with ServerProcess(store) as server:
+        yield server
+
+
+@pytest.mark.parametrize("line", FLIPPED)
+def test_bundle_when_one_byte_is_flipped_then_refused_by_the_name_of_the_file_and_never_ready(flipped, line):
     """A flipped byte anywhere keeps the line and the whole service from being ready, and the line says which file."""
-    path = make_bundle(tmp_path)
-    data = bytearray((path / name).read_bytes())
-    data[len(data) // 2] ^= 1
-    (path / name).write_bytes(bytes(data))
+    told = flipped.wait_for_line(line, "refused")
+    ready = flipped.http.get("/healthz/ready")
+    answer = flipped.http.post(f"/v1/lines/{line}/inspect", content=GOOD, headers=PNG)
 
-    with ServerProcess(tmp_path) as server:
-        line = server.wait_for_line("demo_line", "refused")
-        ready = server.http.get("/healthz/ready")
-        answer = server.http.post(INSPECT, content=GOOD, headers=PNG)
-
-    assert name in line["reason"]
+    assert FLIPPED[line] in told["reason"]
     assert ready.status_code == 503
-    assert name in ready.json()["reasons"][0]["reason"]
+    assert told["reason"] in {reason["reason"] for reason in ready.json()["reasons"]}
     assert (answer.status_code, answer.json()["code"]) == (503, "line_not_ready")
     assert answer.json()["verdict"] == "NO_VERDICT"
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.factories import make_bundle, reseal
 from tests.s3 import BUCKET, CREDENTIALS, s3_server
 from tests.servers import ServerProcess, wait_until
 
-pytest.importorskip("moto", reason="needs a real S3 server, moto's")
+pytestmark = pytest.mark.skipif(find_spec("moto") is None, reason="needs a real S3 server, moto's")
 
 ROOM = 2**30
 
