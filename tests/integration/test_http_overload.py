@@ -161,7 +161,7 @@ def test_deadline_when_a_run_is_stuck_then_504_on_time_for_the_running_and_the_w
     """Whoever runs or waits behind a run that does not end hears of it at the deadline, not at the end of the run."""
     with _serving(store) as (http, engine):
         engine.hold()
-        sides = [Side(lambda: _inspect(http, params={"deadline_ms": "400"})) for _ in range(2)]
+        sides = [Side(lambda: _inspect(http, params={"deadline_ms": "1500"})) for _ in range(2)]
 
         answers = [side.answer() for side in sides]  # the engine is still held
 

@@ -7,6 +7,7 @@ because every score lies farther from its threshold than the two differ.
 
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -90,22 +91,33 @@ def _answers():
         ("final_norm", detector.norm),
     ):
         module.register_forward_hook(lambda _module, _inputs, output, name=name: seen.__setitem__(name, output))
+    steps = ("_unpack", "_measure_tokens", "_find_mask", "_rebuild")
+    for step in steps:
+        setattr(detector, step, _recorded(getattr(detector, step), seen, step))
     with torch.no_grad():
         output = detector(images)
-        features = detector._unpack(detector.encode(images))
-        distances = detector._measure_tokens(features)
-        masked = detector._find_mask(distances)
-        rebuilt = detector._rebuild(features, masked)
-        ours = _arrange(detector, features, rebuilt, seen)
+        for step in steps:
+            delattr(detector, step)
+        ours = _arrange(detector, seen["_unpack"], seen["_rebuild"], seen)
     ours |= {
-        "token_score": distances.amin(dim=2),
-        "cluster_index": distances.argmin(dim=2),
-        "mask": 1 - masked,
+        "token_score": seen["_measure_tokens"].amin(dim=2),
+        "cluster_index": seen["_measure_tokens"].argmin(dim=2),
+        "mask": 1 - seen["_find_mask"],
         "amap": output.anomaly_map,
         "image_score": output.score,
         "pos_embed_rows": detector.positions[[0, 1, 2, 15, 16, 17, 128, 255]],
     }
     return expected, {name: value.numpy() for name, value in ours.items()}
+
+
+def _recorded(method: Callable[..., Tensor], into: dict[str, Tensor], name: str) -> Callable[..., Tensor]:
+    """Return a method that keeps what it answers."""
+
+    def record(*arguments: Tensor) -> Tensor:
+        into[name] = method(*arguments)
+        return into[name]
+
+    return record
 
 
 def _arrange(detector: AmiNet, features: Tensor, rebuilt: Tensor, seen: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -29,15 +29,13 @@ _ROI = (((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)),)
 
 
 class _Brightness(nn.Module):
-    """The smallest detector: how bright a cell is. Exported, it can be told to say something else."""
+    """The smallest detector: how bright a cell is."""
 
     image_size = (32, 48)
 
-    def __init__(self, *, exported_offset=0.0, exported_gain=1.0, noise=False):
+    def __init__(self):
         super().__init__()
         self.register_buffer("offset", torch.zeros(()))
-        self._exported = (exported_offset, exported_gain)
-        self._noise = noise
 
     def stages(self):
         """Learn nothing."""
@@ -46,11 +44,28 @@ class _Brightness(nn.Module):
     def forward(self, images):
         """Judge images `(B, 3, H, W)`."""
         anomaly_map = functional.avg_pool2d(images.mean(dim=1, keepdim=True), 4)[:, 0] + self.offset
-        score = anomaly_map.flatten(1).amax(dim=1)
-        if torch.compiler.is_compiling():
-            offset, gain = self._exported
-            anomaly_map, score = anomaly_map * gain, score * gain + offset
-        return AnomalyOutput(anomaly_map, score)
+        return AnomalyOutput(anomaly_map, anomaly_map.flatten(1).amax(dim=1))
+
+
+class _Offsets(_Brightness):
+    """Brightness above what each of three lines usually has."""
+
+    lines = 3
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("usual", torch.tensor([0.0, 0.1, 0.2]))
+
+    def forward(self, images, line_index=None):
+        """Judge images `(B, 3, H, W)` of lines `(B,)`."""
+        anomaly_map = super().forward(images).anomaly_map - self.usual.index_select(0, line_index)[:, None, None]
+        return AnomalyOutput(anomaly_map, anomaly_map.flatten(1).amax(dim=1))
+
+
+@cache
+def _graph_of(kind: type[_Brightness]) -> bytes:
+    """Export one of the smallest detectors once for all tests."""
+    return export_graph(kind())
 
 
 def _frames(count=9):
@@ -61,9 +76,13 @@ def _policy(**fields):
     return make_policy(**{"review_threshold": 0.6, "fail_threshold": 0.9, "region_threshold": 0.8} | fields)
 
 
-def _check(detector, policy=None, rule=_MAXIMUM):
-    graph = GraphRun(export_graph(detector))
-    return check_parity(DetectorRun(detector, _CPU), graph, _frames(), _ONLY_LINE, [policy or _policy()], rule)
+def _check(graph, kind=_Brightness, line_index=_ONLY_LINE, policies=None, rule=_MAXIMUM):
+    return check_parity(DetectorRun(kind(), _CPU), graph, _frames(), line_index, policies or [_policy()], rule)
+
+
+def _spoilt(graph, spoil):
+    """Return a graph whose scores and maps become something else."""
+    return lambda frames, line_index: spoil(line_index, *graph(frames, line_index))
 
 
 # One block of a kind shows all of its operators; the exporter would only take longer for more of the same.
@@ -127,12 +146,12 @@ def test_export_graph_when_run_then_is_silent_and_tells_nothing_of_this_machine(
     assert capfd.readouterr() == ("", "")
     assert b"/" not in b"".join(node.SerializeToString() for node in onnx.load_from_string(model).graph.node)
     assert b".py" not in model
-    assert export_graph(_Brightness()) == model
+    assert _graph_of(_Brightness) == model
 
 
 def test_export_graph_when_read_then_has_the_names_and_shapes_of_the_contract():
     """`frames` is uint8 with a free batch; `score` and `anomaly_map` are float32 with the same batch."""
-    graph = onnx.load_from_string(export_graph(_Brightness())).graph
+    graph = onnx.load_from_string(_graph_of(_Brightness)).graph
 
     values = {value.name: value.type.tensor_type for value in (*graph.input, *graph.output)}
     dims = {name: [d.dim_param or d.dim_value for d in v.shape.dim] for name, v in values.items()}
@@ -208,26 +227,9 @@ def test_export_when_prompts_are_an_input_then_the_graph_judges_by_those():
             np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-4)
 
 
-class _Offsets(_Brightness):
-    """Brightness above what each of three lines usually has."""
-
-    lines = 3
-
-    def __init__(self, *, exported_lines=(0.0, 0.1, 0.2)):
-        super().__init__()
-        self.register_buffer("usual", torch.tensor([0.0, 0.1, 0.2]))
-        self.register_buffer("told", torch.tensor(exported_lines))
-
-    def forward(self, images, line_index=None):
-        """Judge images `(B, 3, H, W)` of lines `(B,)`."""
-        usual = self.told if torch.compiler.is_compiling() else self.usual
-        anomaly_map = super().forward(images).anomaly_map - usual.index_select(0, line_index)[:, None, None]
-        return AnomalyOutput(anomaly_map, anomaly_map.flatten(1).amax(dim=1))
-
-
 def test_export_graph_when_the_detector_is_line_conditioned_then_the_graph_takes_the_lines():
     """`line_index` is int64 with the batch of `frames`, and lines may be mixed in a batch of any size."""
-    model = export_graph(_Offsets())
+    model = _graph_of(_Offsets)
     graph, frames = GraphRun(model), _frames(5)
     line_index = np.array([2, 0, 1, 1, 2], np.int64)
 
@@ -247,30 +249,32 @@ def test_check_parity_when_one_line_of_several_differs_then_the_export_fails():
     """Each line is compared by its own range and its own thresholds."""
     line_index = np.arange(9, dtype=np.int64) % 3
     policies = [_policy(), _policy(fail_threshold=0.8), _policy(fail_threshold=0.7)]
-    good, odd = (GraphRun(export_graph(_Offsets(exported_lines=told))) for told in [(0, 0.1, 0.2), (0, 0.1, 0.21)])
-    run = DetectorRun(_Offsets(), _CPU)
+    good = GraphRun(_graph_of(_Offsets))
+    odd = _spoilt(
+        good, lambda line, scores, maps: (scores - 0.01 * (line == 2), maps - 0.01 * (line == 2)[:, None, None])
+    )
 
-    parity = check_parity(run, good, _frames(), line_index, policies, _MAXIMUM)
+    parity = _check(good, _Offsets, line_index, policies)
 
     assert parity.frames == 9
     with pytest.raises(ExportFailed, match="anomaly maps"):
-        check_parity(run, odd, _frames(), line_index, policies, _MAXIMUM)
+        _check(odd, _Offsets, line_index, policies)
 
 
 @pytest.mark.parametrize(
-    ("detector", "words"),
+    ("spoil", "words"),
     [
-        (_Brightness(exported_gain=1.01), "anomaly maps"),
-        (_Brightness(exported_offset=0.01), "scores"),
-        (_Brightness(exported_offset=float("nan")), "scores"),
-        (_Brightness(exported_gain=float("nan")), "anomaly maps"),
+        (lambda _, scores, maps: (scores * 1.01, maps * 1.01), "anomaly maps"),
+        (lambda _, scores, maps: (scores + 0.01, maps), "scores"),
+        (lambda _, scores, maps: (scores * np.float32("nan"), maps), "scores"),
+        (lambda _, scores, maps: (scores, maps * np.float32("nan")), "anomaly maps"),
     ],
     ids=["map", "score", "score NaN", "map NaN"],
 )
-def test_check_parity_when_the_graph_says_something_else_then_the_export_fails(detector, words):
+def test_check_parity_when_the_graph_says_something_else_then_the_export_fails(spoil, words):
     """A difference of one percent, or a number that is none, never leaves training."""
     with pytest.raises(ExportFailed, match=words):
-        _check(detector)
+        _check(_spoilt(GraphRun(_graph_of(_Brightness)), spoil))
 
 
 def test_check_parity_when_a_verdict_differs_inside_the_region_of_interest_then_the_export_fails():
@@ -296,7 +300,7 @@ def test_check_parity_when_a_verdict_differs_inside_the_region_of_interest_then_
 def test_check_parity_when_the_score_rule_is_not_the_graphs_then_the_export_fails():
     """A bundle never promises a rule under which a region of interest would give other scores."""
     with pytest.raises(ExportFailed, match="score rule"):
-        _check(_Brightness(), rule=ScoreRule(kind="top_fraction_mean", fraction=0.5))
+        _check(GraphRun(_graph_of(_Brightness)), rule=ScoreRule(kind="top_fraction_mean", fraction=0.5))
 
 
 def test_export_graph_when_the_detector_cannot_be_traced_then_says_so_in_one_sentence():

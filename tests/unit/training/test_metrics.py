@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from sklearn import metrics as reference
@@ -182,6 +182,7 @@ def test_a_constant_map_gives_one_half_and_the_diagonal_and_says_degenerate():
     assert all("degenerate" in (metric.reason or "") for metric in figures.values())
 
 
+@settings(max_examples=40)  # each takes as long as ten of the others
 @given(_maps_and_masks())
 def test_figures_of_increasing_transforms_are_unchanged(case):
     """Only the order of values counts, negative ones included."""
