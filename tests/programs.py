@@ -26,7 +26,7 @@ _offsets = itertools.cycle(range(_PORTS_OF_A_PROCESS))
 def free_port() -> int:
     """Return a port that nobody listens to, for programs that can't be asked which one they chose.
 
-    Each process of tests takes turns through ports of its own, so two of them never hand out the same one.
+    Each process of tests takes turns through ports of its own, so that two beside each other hand out different ones.
     """
     first = _PORTS_FROM + os.getpid() % _PROCESSES * _PORTS_OF_A_PROCESS
     for _ in range(_PORTS_OF_A_PROCESS):

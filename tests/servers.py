@@ -93,8 +93,12 @@ class ServerProcess:
         self._port: queue.Queue[int | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        port = self._port.get(timeout=PATIENCE_S)
-        assert port is not None, "the server ended before it listened:\n" + "\n".join(self.log)
+        try:
+            port = self._port.get(timeout=PATIENCE_S)
+            assert port is not None, "the server ended before it listened:\n" + "\n".join(self.log)
+        except BaseException:
+            self._end()  # else a later test would be blamed for what is left behind
+            raise
         self.url = f"http://127.0.0.1:{port}"
         self.http = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
 
@@ -103,6 +107,9 @@ class ServerProcess:
 
     def __exit__(self, *_: object) -> None:
         self.http.close()
+        self._end()
+
+    def _end(self) -> None:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait(PATIENCE_S)
