@@ -4,7 +4,7 @@ The limit decodes and runs the same frame through the same graph with the same f
 its own. Each benchmark takes it in the same run and in turns with the server, because a busy machine slows both alike.
 CPU time is of the server's process alone, and of the limit's; it stays comparable where wall time does not.
 
-    python -m tests.benchmarks.serving STORE SECONDS    # the limit alone, as JSON
+    python -m tests.benchmarks.serving STORE SECONDS [FRAME]    # the limit alone, as JSON
 """
 
 import argparse
@@ -153,11 +153,12 @@ class Sender:
     line: str
     frame: bytes
     deadline_ms: int = 10_000
+    media_type: str = "image/jpeg"
 
     def request(self) -> bytes:
         """Return the bytes of a request."""
         head = (
-            f"POST /v1/lines/{self.line}/inspect HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/jpeg\r\n"
+            f"POST /v1/lines/{self.line}/inspect HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {self.media_type}\r\n"
             f"X-Deadline-Ms: {self.deadline_ms}\r\nContent-Length: {len(self.frame)}\r\n\r\n"
         )
         return head.encode() + self.frame
@@ -288,10 +289,16 @@ def codes(answers: Sequence[Answer]) -> str:
     )
 
 
-def measure_limit(store: Path, seconds: float) -> Limit:
-    """Measure what the machine does without a server, in a process and a session of its own."""
+def measure_limit(store: Path, seconds: float, frame: Path | None = None) -> Limit:
+    """Measure what the machine does without a server, in a process and a session of its own.
+
+    Args:
+        store: of the bundle.
+        seconds: to measure.
+        frame: image file; the drawn JPEG where absent.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.serving", str(store), str(seconds)],
+        [sys.executable, "-m", "tests.benchmarks.serving", str(store), str(seconds), *([str(frame)] if frame else [])],
         capture_output=True,
         text=True,
         check=True,
@@ -339,9 +346,9 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     print(flush=True)
 
 
-def _limit(store: Path, seconds: float) -> Limit:
+def _limit(store: Path, seconds: float, frame: bytes) -> Limit:
     bundle = load_bundle(next(store.glob("*/1")))
-    engine, spec, frame = OrtEngine(bundle), bundle.manifest.input, make_jpeg()
+    engine, spec = OrtEngine(bundle), bundle.manifest.input
     line_index = np.zeros(1, np.int64)
 
     def once() -> None:
@@ -372,4 +379,5 @@ def _limit(store: Path, seconds: float) -> Limit:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_limit(Path(sys.argv[1]), float(sys.argv[2]))._asdict()))
+    shown = Path(sys.argv[3]).read_bytes() if len(sys.argv) > 3 else make_jpeg()
+    print(json.dumps(_limit(Path(sys.argv[1]), float(sys.argv[2]), shown)._asdict()))

@@ -1,6 +1,7 @@
 """Promises of administrators' choices: they count again after a restart, or the service says that they don't."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -18,13 +19,28 @@ from tests.servers import held_engine
 DRIVEN = BatcherOptions(runners=1, max_batch_size=1, max_queue_size=4, stuck_after_s=20)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Return bundles to put into stores, `demo_line` 1 to 3 and `other_line` 1; to be read only."""
+    made = tmp_path_factory.mktemp("made")
+    for version in ("1", "2", "3"):
+        make_bundle(made, version=version)
+    make_bundle(made, "other_line")
+    return made
+
+
 class Plant:
     """A store, a state directory, and the service that starts on them again and again."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, made):
         self.store, self.state = folder / "store", folder / "state"
         self.state.mkdir()
+        self._made = made
         self._started = []
+
+    def add(self, version, name="demo_line"):
+        """Put a version into the store."""
+        shutil.copytree(self._made / name / version, self.store / name / version)
 
     def start(self, *, activates_newest=True):
         """Return a registry that has loaded, as after a restart."""
@@ -54,11 +70,11 @@ class Plant:
 
 
 @pytest.fixture
-def plant(tmp_path):
+def plant(tmp_path, made):
     """Return a plant with two versions of one line."""
-    plant = Plant(tmp_path)
+    plant = Plant(tmp_path, made)
     for version in ("1", "2"):
-        make_bundle(plant.store, version=version)
+        plant.add(version)
     yield plant
     plant.close()
 
@@ -84,7 +100,7 @@ def test_roll_back_when_the_service_starts_again_then_the_older_version_still_se
 def test_roll_back_when_a_still_newer_version_came_meanwhile_then_that_one_serves(plant):
     """A version that nobody stepped back from becomes live by itself, as it would have without a restart."""
     plant.start().roll_back("demo_line")
-    make_bundle(plant.store, version="3")
+    plant.add("3")
 
     assert live_version(plant.start()) == "3"
     assert live_version(plant.start(activates_newest=False)) == "1"
@@ -92,7 +108,7 @@ def test_roll_back_when_a_still_newer_version_came_meanwhile_then_that_one_serve
 
 def test_version_when_it_was_chosen_and_is_gone_then_the_line_is_refused_until_somebody_chooses_again(plant):
     """An older version than the chosen one is no substitute that anybody asked for."""
-    make_bundle(plant.store, version="3")
+    plant.add("3")
     plant.start().activate("demo_line", "2")
     (plant.store / "demo_line" / "2").rename(plant.store / "demo_line" / ".2")
 
@@ -114,7 +130,7 @@ def test_policy_when_the_service_starts_again_then_it_still_judges_and_only_its_
 
     again = plant.start()
     by_strict = again.find("demo_line", None, None).policy.policy.version
-    make_bundle(plant.store, version="3")
+    plant.add("3")
     again.rescan()
     by_its_own = again.find("demo_line", None, None).policy.policy.version
     again.roll_back("demo_line")
@@ -147,11 +163,11 @@ def test_policy_when_it_was_chosen_and_is_gone_then_its_line_gives_no_verdict_by
 
 def test_unloaded_line_when_the_service_starts_again_then_it_stays_unloaded_until_it_is_loaded(plant):
     """A line that was taken out of service is not served by a restart, nor by a newer version."""
-    make_bundle(plant.store, "other_line")
+    plant.add("1", "other_line")
     plant.start().unload_line("demo_line")
 
     again = plant.start()
-    make_bundle(plant.store, version="3")
+    plant.add("3")
     again.rescan()
 
     assert {status.line: status.state for status in again.statuses()} == {
