@@ -174,6 +174,8 @@ class _Connection:
         status = 0
         try:
             async with asyncio.timeout(PATIENCE_S):
+                if self._streams is not None and self._streams[0].at_eof():
+                    self.close()  # the server ended it while nobody used it
                 if self._streams is None:
                     self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=2**22)
                 reader, writer = self._streams

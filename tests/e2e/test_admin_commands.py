@@ -106,12 +106,16 @@ def test_line_when_unloaded_and_loaded_then_told(served):
 
 def test_version_when_refused_then_exit_code_three_and_what_was_live_still_is(served):
     """A script can tell a version that does not hold from a wrong command."""
-    broken = make_bundle(served.store, "broken", "2")
-    (broken / "model.onnx").write_bytes(make_graph(reference=0.5))
-    reseal(broken)
 
+    def add_broken(version: str) -> None:
+        broken = make_bundle(served.store, "broken", version)
+        (broken / "model.onnx").write_bytes(make_graph(reference=0.5))
+        reseal(broken)
+
+    add_broken("2")
     done = _flawline(served, "activate", "broken", "2")
     shadow = _flawline(served, "shadow", "broken", "2")
+    add_broken("3")  # one that was refused is not tried again as long as nobody touches it
     rescanned = _flawline(served, "rescan")
     listed = _flawline(served, "versions", "broken")
 
@@ -120,6 +124,7 @@ def test_version_when_refused_then_exit_code_three_and_what_was_live_still_is(se
     assert [row.split()[1:3] for row in listed.stdout.splitlines() if row.split()[:1] == ["broken"]] == [
         ["1", "live"],
         ["2", "refused"],
+        ["3", "refused"],
     ]
 
 
