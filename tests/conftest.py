@@ -62,13 +62,30 @@ def pytest_configure(config: pytest.Config) -> None:
         del os.environ[name]
     os.environ["HF_HUB_OFFLINE"] = "1"  # timm then says what is missing, rather than waiting for a network
     sys.addaudithook(_refuse_network)
+    # A service that has loaded a bundle looks through all objects once; here these are torch's as well, each time.
+    gc.unfreeze = _stay_frozen
 
 
 def pytest_collection_finish() -> None:
     """Keep what is imported by now out of the garbage collector's rounds; exports and fits allocate by the million."""
+    _set_aside()
+    gc.set_threshold(20_000, 10, 10)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Likewise what a file of tests leaves behind: each full round of a service under test would look at all of it."""
+    if nextitem is None or nextitem.path != item.path:
+        _set_aside()
+
+
+def _set_aside() -> None:
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 10, 10)
+
+
+def _stay_frozen() -> None:
+    """Leave alone what was set aside."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
