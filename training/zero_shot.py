@@ -23,6 +23,7 @@ from service.contract.geometry import InputSpec
 from service.contract.graph import opset_of
 from service.contract.policy import Policy, ScoreRule, refuse_unfit, spread_of
 from service.contract.tiling import Run, by_tiles
+from service.errors import FrameNotComparable
 from training.bundles import bundle_files, output_of, tell_input, verify_bundle
 from training.checkpoint import load_checkpoint, restore_detector
 from training.config import ConfigFault, RunConfig
@@ -98,7 +99,7 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
 
     Raises:
         ConfigFault: if the detector has to be fitted on the line it judges, or its score can't be measured by a frame
-            itself.
+            itself, or its maps of textures are as flat as those of flat frames.
         CheckpointRefused: if the run's checkpoint is missing, damaged, or another backbone's.
         WeightsUnavailable: if no backbone weights could be had.
         ExportFailed: if the graph can't be made, or does not say what the detector says.
@@ -130,8 +131,15 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
     refuse_unfit(policy, rule)
     on_cpu = by_tiles(DetectorRun(prepared.module, torch.device("cpu")), spec, rule)
     of_line = np.zeros(len(inputs), np.int64)
-    parity = check_parity(on_cpu, whole, inputs, of_line, [policy], rule, spec.window(1, 1))
     chooser = GoldenChooser(whole, request.name, 0, policy, rule, spec, config.golden, config.seed)
+    try:
+        parity = check_parity(on_cpu, whole, inputs, of_line, [policy], rule, spec.window(1, 1))
+        golden = chooser.take(frames, is_calibrated=False)
+    except FrameNotComparable as error:
+        raise ConfigFault(
+            f"The maps of this {config.detector} spread hardly more over a texture than over a flat frame, so frames "
+            "can't be measured by themselves; leave --calibration self out, and calibrate the bundle with good parts."
+        ) from error
 
     made = _Made(
         request=request,
@@ -139,7 +147,7 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
         graph=graph,
         policy=policy,
         rule=rule,
-        golden=chooser.take(frames, is_calibrated=False),
+        golden=golden,
         parity=parity,
         output=output_of(graph, inputs[0], of_line[0], spec, rule),
         backbone=prepared.backbone,

@@ -203,6 +203,14 @@ def test_export_when_the_run_has_a_head_for_its_own_lines_then_the_bundle_does_w
     assert bundle.manifest.hyperparameters["hyperparameters"]["map_source"] == "prototypes"
 
 
+def test_export_when_textures_look_as_flat_as_flat_frames_then_self_calibration_is_refused(run, tmp_path):
+    """A network whose maps hardly spread can't measure a frame by itself, and the sentence says what to do instead."""
+    with pytest.raises(ConfigFault, match="leave --calibration self out"):
+        make_zero_shot(_from_run(run, tmp_path, calibration="self"), SilentReporter())
+
+    assert not list(tmp_path.iterdir())
+
+
 def test_export_when_the_backbone_is_not_the_runs_then_is_refused(run, tmp_path):
     """Prototypes of one backbone mean nothing to another."""
     request = _from_run(run, tmp_path)
