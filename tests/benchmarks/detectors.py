@@ -233,8 +233,7 @@ draws of the test frames, good and defective ones apart. *Above control* is the 
 same draws: where it holds 0, the detector is **within the noise of its control** on that line. `nearest neighbours` is
 the plain probe (`nearest_neighbour_probe.py`): no training, a memory bank of features; its maps are not measured.
 Figures with † are from commit 81f3747; scores frame by frame were not kept of them (`earlier.yaml`), so they are called
-above their control only where both intervals are apart; those of dadf are of the smaller rates that it had then.
-A row's title names what it changes of the small configuration.
+above their control only where both intervals are apart. A row's title names what it changes of the small configuration.
 
 ms a frame: ONNX Runtime, batch 1, one thread, median of the thread's own CPU time, so that other work on the machine
 hardly moves it; CPU: {cpus}. Seconds of fitting are on the wall, on a machine with
