@@ -90,6 +90,7 @@ def main() -> None:
     jobs.meet_peers = lambda _: peers  # they can't meet twice in one life
     arguments = ["train", folder / "bottle", "--config", folder / "config.yaml", "--weights", "untrained"]
     arguments += ["--store", folder / "store", "--runs", folder / "runs", "--device", "cpu"]
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun may say it again when the run has ended already
     code = typer.main.get_command(commands)([str(argument) for argument in arguments], standalone_mode=False)
     (folder / f"left-{peers.number}").write_text(str(code))
     if peers.number == 1:

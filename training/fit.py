@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import numpy as np
 import safetensors.torch
@@ -199,6 +200,7 @@ class _Run:
         self._device = next((t.device for t in detector.state_dict().values()), torch.device("cpu"))
         self._resumed: TrainingState | None = None
         self._kept_at_s = clock()
+        self._all_end = False
         self.losses: list[LossPoint] = []
 
     def begin(self) -> int:
@@ -343,7 +345,8 @@ class _Run:
     ) -> dict[str, float]:
         """Add the gradients and terms of all processes up, which are weighted already, in one message.
 
-        It also tells whether somebody was asked to stop, so that all of them stop after the same step.
+        It also tells whether somebody was asked to stop by then, so that all of them stop after the same step. Who is
+        asked later tells it with the next step's message: the others can't know before, and would wait for it.
         """
         has_gradient = [float(parameter.grad is not None) for parameter in stage.parameters]
         told = torch.tensor([*has_gradient, *terms.values(), float(self._stop.asked)], device=self._device)
@@ -361,21 +364,24 @@ class _Run:
         for mine, total in zip(learnt, sums[len(gradients) :], strict=True):
             mine.copy_(total.view_as(mine))
         *figures, asked = told_by_all[len(gradients) :]
-        self._stop.asked = self._stop.asked or bool(asked)
+        self._all_end = bool(asked)
+        self._stop.asked = self._stop.asked or self._all_end
         return dict(zip(terms, figures, strict=True))
 
     def _keep_if_due(self, stage: int, step: int, optimiser: Optimizer) -> None:
-        if self._plan is None:
-            self._end_if_asked()
-            return
-        by_steps = self._plan.every_steps is not None and step % self._plan.every_steps == 0
-        if self._stop.asked or by_steps or self._clock() - self._kept_at_s >= self._plan.every_s:
-            self.keep(stage, step, optimiser)
-        self._end_if_asked()
+        ends = self._stop.asked if self._peers.count == 1 else self._all_end
+        if self._plan is not None:
+            by_steps = self._plan.every_steps is not None and step % self._plan.every_steps == 0
+            if ends or by_steps or self._clock() - self._kept_at_s >= self._plan.every_s:
+                self.keep(stage, step, optimiser)
+        if ends:
+            self._end()
 
     def _end_if_asked(self) -> None:
-        if not self._stop.asked:
-            return
+        if self._stop.asked:
+            self._end()
+
+    def _end(self) -> NoReturn:
         if self._plan is None:
             raise FitStopped("Fitting was stopped and nothing was kept, because no checkpoint was wanted.")
         raise FitStopped(f"Fitting was stopped; resume from {self._plan.directory} to go on where it stood.")

@@ -514,6 +514,31 @@ def test_fit_when_another_process_has_ended_then_says_so_unless_all_were_told_to
         fit(detector, _frames(), FitSettings(5, shares=2), SilentReporter(), peers=_SecondOfTwo())
 
 
+class _FirstOfTwo(Alone):
+    """Stopped when the message of its third step has left; the other process has nothing to add to any."""
+
+    count = 2
+
+    def __init__(self):
+        self.messages = 0
+
+    def add_up(self, values):  # noqa: ARG002 -- the shape of peers
+        self.messages += 1
+        if self.messages == 3:
+            _interrupt()
+
+
+def test_fit_when_told_to_stop_after_a_steps_message_then_stops_after_the_next_one(tmp_path):
+    """The others can't know of it before, and would make a step alone and wait for ever."""
+    peers = _FirstOfTwo()
+    plan = CheckpointPlan(tmp_path, _IDENTITY)
+
+    with pytest.raises(FitStopped):
+        fit(_TinyDetector(), _frames(), FitSettings(5, shares=2), SilentReporter(), plan, peers=peers)
+
+    assert (peers.messages, load_checkpoint(tmp_path, _IDENTITY).step) == (4, 4)
+
+
 def test_fit_when_a_batch_has_fewer_frames_than_shares_then_is_refused():
     """No process may be left without a frame."""
     with pytest.raises(FitFailed, match="'student' has 3 frames, too few for 4 processes"):
