@@ -31,6 +31,8 @@ from service.protocol import BoundedProtocol
 from service.settings import Settings
 from tests.fakes import FakeEngine
 
+LONG_S = 600.0  # longer than any test
+
 _Result = TypeVar("_Result")
 
 PATIENCE_S = 60  # for a slow machine; every wait ends as soon as it can
@@ -171,6 +173,27 @@ def held_engine(bundle: Bundle) -> FakeEngine:
     engine = FakeEngine(device="cpu")
     engine.on_run = lambda frames: network.run(frames, np.zeros(len(frames), np.int64))
     return engine
+
+
+@contextmanager
+def serve_held(
+    store: Path, when_lost: Callable[[], None] | None = None, **settings: float
+) -> Iterator[tuple[httpx.Client, FakeEngine]]:
+    """Serve a store of one bundle with an engine that the test holds, and with patience; it is let go at the end."""
+    made: list[FakeEngine] = []
+
+    def open_engine(bundle: Bundle) -> FakeEngine:
+        made.append(held_engine(bundle))
+        return made[0]
+
+    names = ("default_deadline_s", "max_deadline_s", "drain_timeout_s", "stuck_after_s")
+    known = Settings(store_directory=store, **(dict.fromkeys(names, LONG_S) | settings))
+    with serve_in_thread(known, open_engine, when_lost) as http:
+        wait_until_ready(http)
+        try:
+            yield http, made[0]
+        finally:
+            made[0].release()
 
 
 @contextmanager

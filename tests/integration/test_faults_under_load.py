@@ -6,22 +6,27 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from service.contract.bundle import Bundle
-from service.engines.engine import Engine
 from service.settings import Settings
 from tests.cameras import FRAMES, Cameras
 from tests.factories import make_bundle
 from tests.fakes import FakeEngine
-from tests.servers import PATIENCE_S, Side, held_engine, serve_in_thread, wait_until, wait_until_ready
+from tests.servers import (
+    LONG_S,
+    PATIENCE_S,
+    Side,
+    serve_held,
+    serve_in_thread,
+    wait_until,
+    wait_until_ready,
+)
 
-LONG_S = 600.0
 MANY = 12  # connections that misbehave at a time
 GOOD = FRAMES["PASS"]
 HEAD = (
@@ -36,33 +41,15 @@ def _head(length: int = len(GOOD), accept: str = "*/*", query: str = "") -> byte
     return HEAD.format(length=length, accept=accept, query=query).encode()
 
 
+_serving = partial(serve_held, runners=2)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
     """Return a store with one line; to be read only."""
     store = tmp_path_factory.mktemp("store")
     make_bundle(store)
     return store
-
-
-@contextmanager
-def _serving(
-    store: Path, when_lost: Callable[[], None] | None = None, **settings: float
-) -> Iterator[tuple[httpx.Client, FakeEngine]]:
-    """Serve with two runners, whose engine the test holds; it is let go at the end."""
-    made: list[FakeEngine] = []
-
-    def open_engine(bundle: Bundle) -> Engine:
-        made.append(held_engine(bundle))
-        return made[0]
-
-    patient = {"default_deadline_s": LONG_S, "max_deadline_s": LONG_S, "drain_timeout_s": LONG_S}
-    known = Settings(store_directory=store, runners=2, **({"stuck_after_s": LONG_S} | patient | settings))
-    with serve_in_thread(known, open_engine, when_lost) as http:
-        wait_until_ready(http)
-        try:
-            yield http, made[0]
-        finally:
-            made[0].release()
 
 
 def _is_unready(http: httpx.Client) -> bool:

@@ -4,8 +4,8 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -18,12 +18,21 @@ from service.errors import EngineFailed
 from service.settings import Settings
 from tests.factories import encode, make_bundle, make_frame
 from tests.fakes import FakeEngine
-from tests.servers import PATIENCE_S, Side, held_engine, serve_in_thread, wait_until, wait_until_ready
+from tests.servers import (
+    PATIENCE_S,
+    Side,
+    held_engine,
+    serve_held,
+    serve_in_thread,
+    wait_until,
+    wait_until_ready,
+)
 
 INSPECT = "/v1/lines/demo_line/inspect"
 GOOD = encode(make_frame())
 PNG = {"Content-Type": "image/png"}
-LONG_S = 600.0
+
+_serving = partial(serve_held, runners=1)
 
 
 @pytest.fixture
@@ -31,27 +40,6 @@ def store(tmp_path) -> Path:
     """A store with one line."""
     make_bundle(tmp_path)
     return tmp_path
-
-
-@contextmanager
-def _serving(
-    store: Path, when_lost: Callable[[], None] | None = None, **settings: float
-) -> Iterator[tuple[httpx.Client, FakeEngine]]:
-    """Serve with one runner, whose engine the test holds; it is let go at the end."""
-    made: list[FakeEngine] = []
-
-    def open_engine(bundle: Bundle) -> Engine:
-        made.append(held_engine(bundle))
-        return made[0]
-
-    fixed = {"runners": 1, "default_deadline_s": LONG_S, "max_deadline_s": LONG_S, "drain_timeout_s": LONG_S}
-    known = Settings(store_directory=store, stuck_after_s=LONG_S, **(fixed | settings))
-    with serve_in_thread(known, open_engine, when_lost) as http:
-        wait_until_ready(http)
-        try:
-            yield http, made[0]
-        finally:
-            made[0].release()
 
 
 def _inspect(http: httpx.Client, **options: object) -> httpx.Response:
