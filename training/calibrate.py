@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from service.contract.calibration import Calibration, Threshold, needed_good_parts
+from service.contract.calibration import Calibration, Threshold, needed_good_parts, reachable_rate
 from service.contract.frames import decode_mask
 from service.contract.policy import Policy, ScoreRule, image_score, inspected_mask
 from service.contract.regions import Polygon, Window, outline_mask
@@ -50,10 +50,12 @@ def refuse_unsupported_rates(good_parts: int, review_rate: float, fail_rate: flo
         )
     needed = needed_good_parts(fail_rate)
     if good_parts < needed:
+        lowest = reachable_rate(good_parts)
+        also = f" with --review-rate {lowest:g}" if lowest > review_rate else ""
         raise CalibrationRefused(
             f"A false-reject rate of {fail_rate:g} needs at least {needed} good parts that fitting never saw, and "
-            f"{good_parts} are held out; add good frames, hold out a larger share, or accept a rate of at least "
-            f"{1 / (good_parts + 1):.3g}."
+            f"{good_parts} {'is' if good_parts == 1 else 'are'} held out; add good frames, hold out a larger share, or "
+            f"accept a higher rate: --fail-rate {lowest:g}{also}, or above."
         )
 
 

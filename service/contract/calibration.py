@@ -207,6 +207,12 @@ def needed_good_parts(false_reject_rate: float) -> int:
     return needed
 
 
+def reachable_rate(good_parts: int) -> float:
+    """Return the smallest false-reject rate, rounded up to three digits, that so many good parts can support."""
+    places = 2 + len(str(good_parts + 1))
+    return math.ceil(Fraction(10**places, good_parts + 1)) / 10**places
+
+
 def _check_rate(rate: float) -> None:
     if not 0 < rate < 1:
         raise CalibrationRefused("A false-reject rate lies between 0 and 1, for example 0.02.")
@@ -225,7 +231,7 @@ def _conformal_threshold(ascending: NDArray[np.float32], rate: float) -> Thresho
     if above < 0:
         raise CalibrationRefused(
             f"A false-reject rate of {rate:g} needs at least {needed_good_parts(rate)} good parts that fitting never "
-            f"saw, and there are {n}; hold out more frames or ask for at least {1 / (n + 1):.3g}."
+            f"saw, and there are {n}; hold out more frames or ask for at least {reachable_rate(n):g}."
         )
     # Just above the largest value that must stay good, so that ties with it stay good as well.
     value = float(np.nextafter(ascending[n - 1 - above], np.float32(np.inf)))

@@ -69,6 +69,8 @@ def test_calibrate_when_only_the_network_knows_its_score_then_a_region_of_intere
     [
         (18, 0.1, 0.05, "needs at least 19 good parts that fitting never saw, and 18 are held out"),
         (98, 0.1, 0.01, "needs at least 99 good parts"),
+        (18, 0.1, 0.05, "accept a higher rate: --fail-rate 0.0527, or above"),
+        (2, 0.1, 0.05, "--fail-rate 0.334 with --review-rate 0.334, or above"),
         (500, 0.05, 0.1, "not above the review rate"),
     ],
 )

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from service.contract.calibration import HISTOGRAM_BINS, Calibration, needed_good_parts, read_arrays
+from service.contract.calibration import HISTOGRAM_BINS, Calibration, needed_good_parts, reachable_rate, read_arrays
 from service.errors import BundleRefused, CalibrationRefused
 from tests.strategies import false_reject_rates, finite_float32, score_sets
 
@@ -62,6 +62,15 @@ def test_threshold_when_refused_names_the_number_that_suffices(scores, rate):
 def test_needed_good_parts_when_the_rate_is_known_is_the_textbooks(rate, needed):
     """One part in n + 1 is the smallest rate that n good parts support."""
     assert needed_good_parts(rate) == needed
+
+
+@pytest.mark.parametrize("good_parts", [1, 2, 6, 19, 48, 66, 999, 12345])
+def test_reachable_rate_when_taken_as_the_rate_is_supported_by_that_many_good_parts(good_parts):
+    """The rate that a refusal offers is one that the same good parts support: it is rounded up, by little."""
+    offered = reachable_rate(good_parts)
+
+    assert needed_good_parts(offered) <= good_parts
+    assert offered < 1.01 / (good_parts + 1)
 
 
 @pytest.mark.parametrize("rate", [0, 1, -0.1, 1.5, math.nan, math.inf])
