@@ -10,10 +10,11 @@ less than half the width that frames of another keep.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
+from models.detector import Recipe
 from service.contract.bundle import newest_bundles, promised_lines
 from service.contract.frames import FrameLimits
 from service.contract.geometry import InputSpec
@@ -30,6 +31,8 @@ from training.progress import Reporter
 from training.run_directory import LineRequest, RunRequest
 
 _LARGEST_RATIO_OF_ASPECTS = 2.0
+# Their papers have a few-shot setting.
+_MADE_FOR_FEW_FRAMES = ("ami_net", "inp_former", "inp_former_pp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +103,7 @@ def gather_lines(request: RunRequest, reporter: Reporter) -> GatheredLines:
     warnings = (
         *_told_of_release(request),
         *_lines_given_up(request),
+        *_told_of_few_frames(lines, request.config),
         *compare_frame_sizes(lines, request.config.frame_input),
     )
     for warning in warnings:
@@ -206,6 +210,22 @@ def _told_of_release(request: RunRequest) -> tuple[str, ...]:
         "calibrate on frames that they never had."
     )
     return (sentence,)
+
+
+def _told_of_few_frames(lines: Sequence[GatheredLine], config: RunConfig) -> tuple[str, ...]:
+    """Say which lines have fewer frames than a step takes, unless that is what the method is asked for."""
+    if config.shots is not None and config.detector in _MADE_FOR_FEW_FRAMES:
+        return ()
+    own = config.detector_config(len(lines))
+    recipes = [value for field in fields(own) if isinstance(value := getattr(own, field.name), Recipe)]
+    step = max((recipe.batch_size for recipe in recipes), default=0)
+    return tuple(
+        f"{line.name}: the number of good frames to fit on is {count}, and {config.detector} takes {step} in a step; "
+        "of so few it hardly learns how good parts differ. Add good frames, or take a detector that is made for few: "
+        f"--detector inp_former --shots {count}."
+        for line in lines
+        if 0 < (count := len(line.fitted_on)) < step
+    )
 
 
 def _lines_given_up(request: RunRequest) -> tuple[str, ...]:

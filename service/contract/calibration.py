@@ -209,8 +209,8 @@ def needed_good_parts(false_reject_rate: float) -> int:
 
 def reachable_rate(good_parts: int) -> float:
     """Return the smallest false-reject rate, rounded up to three digits, that so many good parts can support."""
-    places = 2 + len(str(good_parts + 1))
-    return math.ceil(Fraction(10**places, good_parts + 1)) / 10**places
+    scale: int = 100 * 10 ** len(str(good_parts + 1))
+    return -(-scale // (good_parts + 1)) / scale
 
 
 def _check_rate(rate: float) -> None:

@@ -97,6 +97,21 @@ def test_gather_when_frames_differ_in_size_then_tells_the_sizes(tmp_path, bottle
         assert "resized to 64x64" in warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"hold_out": {"fraction": 0.85}}, True), ({"shots": 4}, False), ({}, False)],
+    ids=["few are left", "few are asked for", "enough"],
+)
+def test_gather_when_fewer_frames_than_a_step_takes_are_left_then_says_what_to_do(tmp_path, bottle, change, told):
+    """A method that sees less than one batch learns next to nothing; whoever asks for few by name knows."""
+    warnings = _gather(tmp_path, bottle, config=make_config(**change)).warnings
+
+    assert bool(warnings) is told
+    if told:
+        assert "bottle: the number of good frames to fit on is 4, and inp_former takes 8 in a step" in warnings[0]
+        assert "--detector inp_former --shots 4" in warnings[0]
+
+
 def test_gather_when_frames_are_of_quite_another_shape_then_refuses_and_says_what_to_do(tmp_path, bottle):
     """A long web and a square part resized to one input would leave one of them squeezed."""
     web = write_line(tmp_path / "web", good=FEW, tested=False, size=(40, 120), roughness=30)
