@@ -24,6 +24,7 @@ import uvicorn
 from rich.markup import escape
 
 from service.engine_commands import build_engine
+from service.heap import imports_stay
 from service.operator_commands import bundle_commands, keys
 
 GROUP = "flawline.commands"
@@ -117,7 +118,8 @@ def serve(
 ) -> None:
     """Override settings with options, put the service together, and run it until it is told to stop."""
     # Imported here, so that other commands, --help and a wrong setting need not wait for the runtime.
-    from service.settings import PREFIX, SettingsInvalid, read_settings  # noqa: PLC0415 - see above
+    with imports_stay():
+        from service.settings import PREFIX, SettingsInvalid, read_settings  # noqa: PLC0415 - see above
 
     given = {
         "STORE_URL" if (store or "").startswith("s3://") else "STORE_DIRECTORY": store,
@@ -137,18 +139,19 @@ def serve(
         settings = read_settings()
     except SettingsInvalid as error:
         _leave(str(error))
-    from service.app import (  # noqa: PLC0415 - see above
-        create_admin_app,
-        create_app,
-        create_health_app,
-        start_draining,
-    )
-    from service.auth import KeysFileInvalid  # noqa: PLC0415 - see above
-    from service.contract.signature import SigningFailed  # noqa: PLC0415 - see above
-    from service.errors import StoreUnreachable  # noqa: PLC0415 - see above
-    from service.protocol import BoundedProtocol  # noqa: PLC0415 - see above
-    from service.telemetry import log_json_lines  # noqa: PLC0415 - see above
-    from service.tls import ServerCertificate, TlsInvalid  # noqa: PLC0415 - see above
+    with imports_stay():
+        from service.app import (  # noqa: PLC0415 - see above
+            create_admin_app,
+            create_app,
+            create_health_app,
+            start_draining,
+        )
+        from service.auth import KeysFileInvalid  # noqa: PLC0415 - see above
+        from service.contract.signature import SigningFailed  # noqa: PLC0415 - see above
+        from service.errors import StoreUnreachable  # noqa: PLC0415 - see above
+        from service.protocol import BoundedProtocol  # noqa: PLC0415 - see above
+        from service.telemetry import log_json_lines  # noqa: PLC0415 - see above
+        from service.tls import ServerCertificate, TlsInvalid  # noqa: PLC0415 - see above
 
     try:
         log_json_lines(settings.log_level)

@@ -1,11 +1,32 @@
-"""Gives memory back to the system that the process needed for a while.
+"""Gives memory back to the system that the process needed for a while, and tells the collector of cycles what stays.
 
 Loading a bundle reads all of its files, and the C library keeps what was freed for later; later does not come. The
-collector of cycles, too, is told that loading has ended.
+collector of cycles, too, is told that loading has ended, and that what is imported never leaves.
 """
 
 import ctypes
 import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def imports_stay() -> Iterator[None]:
+    """Keep the collector of cycles away from what is imported inside the block.
+
+    It would look through all of that again and again, and once more at the end of the process: a third of the time
+    that a command takes to start.
+    """
+    known, collects = len(sys.modules), gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if len(sys.modules) > known:
+            gc.freeze()
+        if collects:
+            gc.enable()
 
 
 def give_back() -> None:

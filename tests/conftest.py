@@ -62,6 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
         del os.environ[name]
     os.environ["HF_HUB_OFFLINE"] = "1"  # timm then says what is missing, rather than waiting for a network
     sys.addaudithook(_refuse_network)
+    gc.disable()  # collecting tests imports everything, and all of that stays
     # A service that has loaded a bundle looks through all objects once; here these are torch's as well, each time.
     gc.unfreeze = _stay_frozen
 
@@ -70,6 +71,7 @@ def pytest_collection_finish() -> None:
     """Keep what is imported by now out of the garbage collector's rounds; exports and fits allocate by the million."""
     _set_aside()
     gc.set_threshold(20_000, 10, 10)
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

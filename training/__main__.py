@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from service.heap import imports_stay
 from training.backbone_commands import distill, weights
 from training.compare_commands import compare
 from training.import_commands import import_checkpoint
@@ -303,6 +304,7 @@ commands.command(epilog="Example:\n\nflawline reproduce inp_former data/mvtec_ad
 
 
 def _jobs() -> ModuleType:
-    from training import jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
+    with imports_stay():
+        from training import jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
 
     return jobs

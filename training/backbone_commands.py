@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from service.heap import imports_stay
+
 weights = typer.Typer(no_args_is_help=True, help="Pretrained backbones: what exists, bring it, carry it, check it.")
 
 Names = Annotated[list[str], typer.Argument(help="names or aliases of `flawline weights list`")]
@@ -80,6 +82,7 @@ def distill(
 
 
 def _jobs() -> ModuleType:
-    from training import backbone_jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
+    with imports_stay():
+        from training import backbone_jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
 
     return backbone_jobs

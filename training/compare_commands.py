@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from service.heap import imports_stay
+
 
 def compare(  # noqa: PLR0917 - typer reads options from a signature; nobody calls this by position
     lines: Annotated[
@@ -43,8 +45,9 @@ def compare(  # noqa: PLR0917 - typer reads options from a signature; nobody cal
     What is measured is kept: the same command goes on where it was stopped, and with one detector more it measures
     only that one.
     """
-    from training import compare_jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
-    from training.jobs import faults_as_sentences  # noqa: PLC0415 - likewise
+    with imports_stay():
+        from training import compare_jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
+        from training.jobs import faults_as_sentences  # noqa: PLC0415 - likewise
 
     named = {"product": product, "seed": seed}
     with faults_as_sentences():

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from service.heap import imports_stay
+
 
 def import_checkpoint(  # noqa: PLR0917 - typer reads options from a signature; nobody calls this by position
     detector: Annotated[str, typer.Argument(help="inp_former or ami_net")],
@@ -38,7 +40,8 @@ def import_checkpoint(  # noqa: PLR0917 - typer reads options from a signature; 
     ] = None,
 ) -> None:
     """Turn a checkpoint that a method's authors released into a bundle for a line: calibrate, evaluate, export."""
-    from training import jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
+    with imports_stay():
+        from training import jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
 
     rates = {"review_rate": review_rate, "fail_rate": fail_rate}
     with jobs.faults_as_sentences():

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from service.heap import imports_stay
+
 
 def reproduce(  # noqa: PLR0917 - typer reads options from a signature; nobody calls this by position
     detector: Annotated[str, typer.Argument(help="method")],
@@ -33,8 +35,9 @@ def reproduce(  # noqa: PLR0917 - typer reads options from a signature; nobody c
 
     Every finished model is kept as JSON in the output folder; the same command goes on where it was stopped.
     """
-    from training import reproduce_jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
-    from training.jobs import faults_as_sentences  # noqa: PLC0415 - likewise
+    with imports_stay():
+        from training import reproduce_jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
+        from training.jobs import faults_as_sentences  # noqa: PLC0415 - likewise
 
     changed = [*(settings or []), *([] if backbone is None else [f"backbone={backbone}"])]
     with faults_as_sentences():

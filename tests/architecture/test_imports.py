@@ -60,13 +60,13 @@ ENVIRONMENT = ("service/settings.py", "service/__main__.py", "training/__main__.
 
 # Layers of the service, lowest first: a file imports from lower layers, or from its own package.
 LAYERS = (
-    ("service.errors",),
+    ("service.errors", "service.heap"),
     ("service.contract", "service.schedule"),
     ("service.drift", "service.engines", "service.inspection", "service.stores", "service.tallies", "service.tls"),
     ("service.settings", "service.telemetry"),
     ("service.batcher", "service.traces", "service.warm_up"),
     ("service.live",),
-    ("service.catalogue", "service.choices", "service.heap", "service.loading", "service.memory", "service.served"),
+    ("service.catalogue", "service.choices", "service.loading", "service.memory", "service.served"),
     ("service.versions",),
     ("service.auth", "service.records", "service.registry"),
     ("service.pipeline",),
@@ -198,14 +198,14 @@ def test_blocks_when_read_know_no_detector():
 
 
 def test_training_when_it_needs_the_service_takes_the_contract_or_asks_as_a_client():
-    """Training shares pixels, calibration and policy with the server; the demo asks it through the public client."""
+    """Training shares pixels, calibration, policy and how commands start; the demo asks through the public client."""
     strangers = {
         use
         for use in uses()
         if use.file.startswith("training/")
         and belongs(use.module, "service")
         and not belongs(use.module, "service.contract")
-        and use.module not in ("service.errors", "service.client")
+        and use.module not in ("service.errors", "service.client", "service.heap")
     }
 
     assert strangers == set()
