@@ -22,6 +22,10 @@ from service.errors import BundleRefused, EngineFailed
 _NUMPY_NAMES = {"u8": "uint8", "i64": "int64", "f32": "float32"}
 _BFLOAT16 = "BF16"
 
+# The binding looks for NumPy the first time that it is given an array, under a lock that it does not share with the
+# interpreter's: two threads that come there first, at once, wait for each other for ever. Importing is one thread's.
+openvino.Tensor(np.zeros(1, np.uint8))
+
 
 class OpenVinoEngine:
     """A bundle's network in OpenVINO.
