@@ -3,9 +3,10 @@
 Before: the frame has its place. After: it is answered. What a frame needs before and after its run is done by the
 runner, in the same thread, where whoever brings it wants that (`Work`).
 
-The event loop owns all state, so there are no locks. Runners are threads that only run batches and post the outcome
-back. Nothing polls: a step is taken when a frame arrives, a run ends, or a deadline comes. A frame's deadline fires by
-a timer of its own, so it is on time even behind a run that never ends.
+The event loop owns all that is kept here. What it shares with the runners is in `batch_queue`: a runner that ends a
+batch takes the next one there by itself, posts to the loop what became of the first and what was decided, and runs on.
+Nothing polls: frames are taken when one arrives, a run ends, or a deadline comes. A frame's deadline fires by a timer
+of its own, so it is on time even behind a run that never ends.
 
 A batch that fails is run again frame by frame, so that one frame can't fail its neighbours. When a frame fails alone,
 the probe (golden frames) tells whose fault it is: where it fails too, the engine is lost and the batcher is unhealthy,
@@ -28,9 +29,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from service.batch_queue import Batch, BatchQueue, Place, Taken
 from service.engines.engine import Engine, EngineOutput
 from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded
-from service.schedule import Priority, RunTimes, Shares, WaitingFrame, admit, decide, has_room
+from service.schedule import Priority, RunTimes, WaitingFrame, has_room
 from service.telemetry import EngineMeter
 
 # The loop's timers may fire a little early; looking again just after the moment saves a second look.
@@ -94,25 +96,6 @@ class _Ready:
 
 
 @dataclass(eq=False, slots=True)
-class Place:
-    """A frame's right to be answered, taken before it is decoded.
-
-    Attributes:
-        deadline: when the answer is due.
-        line: whose frame it is.
-        weight: network inputs of the frame.
-        priority: how much it matters beside others.
-        is_ahead: whether it still has its run before it.
-    """
-
-    deadline: float
-    line: str
-    weight: int
-    priority: Priority
-    is_ahead: bool = True
-
-
-@dataclass(eq=False, slots=True)
 class _Entry:
     """A frame that waits or runs."""
 
@@ -125,16 +108,10 @@ class _Entry:
     frames: NDArray[np.uint8] | None = None
     prepare_s: float = 0.0
 
-
-@dataclass(eq=False, slots=True)
-class _Batch:
-    """Frames that run together; `alarm` sounds where they run too long."""
-
-    entries: list[_Entry]
-    weight: int
-    started_at: float
-    expected_end: float
-    alarm: asyncio.TimerHandle
+    @property
+    def is_left(self) -> bool:
+        """Whether nobody waits for it any more; a runner may ask."""
+        return self.answer.done()
 
 
 class _Outcome(NamedTuple):
@@ -184,8 +161,8 @@ class Batcher:
         self._lines = lines
         self._runners = runners
         self._max_queue_size = max_queue_size
-        self._run_times = run_times
-        self._shares = Shares()
+        self._most = run_times.max_batch_size
+        self._queue: BatchQueue[_Entry] = BatchQueue(runners, run_times)
         self._stuck_after_s = stuck_after_s
         self._meter = meter
         self._clock = clock
@@ -193,8 +170,7 @@ class Batcher:
         self._run_numbers = count()
         self._places: set[Place] = set()
         self._places_of: Counter[str] = Counter()
-        self._waiting: dict[int, _Entry] = {}
-        self._running: set[_Batch] = set()
+        self._alarms: dict[Batch[_Entry], asyncio.TimerHandle] = {}
         self._next_look: asyncio.TimerHandle | None = None
         self._fault: _Fault | None = None
         self._why_unhealthy: str | None = None
@@ -202,7 +178,7 @@ class Batcher:
         self._is_draining = False
         self._all_answered = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._inbox: SimpleQueue[_Batch | None] = SimpleQueue()
+        self._inbox: SimpleQueue[Batch[_Entry] | None] = SimpleQueue()
         for _ in range(runners):
             # Daemons, because a run that never ends must not keep the process from ending.
             threading.Thread(target=self._serve, name="flawline-runner", daemon=True).start()
@@ -230,11 +206,11 @@ class Batcher:
     @property
     def is_idle(self) -> bool:
         """Whether no frame has a place here and nothing runs."""
-        return not self._places and not self._running
+        return not self._places and self._queue.is_empty
 
     def has_idle_runner(self) -> bool:
         """Whether a frame would run at once; shadow traffic to another engine may ask."""
-        return len(self._running) < self._runners and not self._waiting
+        return self._queue.has_idle_runner
 
     @property
     def has_spare_runner(self) -> bool:
@@ -290,18 +266,17 @@ class Batcher:
         now = self._clock()
         waiting = WaitingFrame(next(self._numbers), place.deadline, place.weight, place.priority, place.line)
         entry = _Entry(waiting, place, work, line_index, now, self._loop.create_future())
-        self._waiting[waiting.number] = entry
         timer = self._loop.call_later(max(0.0, place.deadline - now), self._expire, entry)
-        if len(self._running) < self._runners:
+        if self._queue.add(entry):
             self._step()
         else:  # nothing to decide but when to look again, which costs the same behind however many frames
-            self._look_at(place.deadline - self._run_times.of(place.weight))
+            self._look_at(place.deadline - self._queue.run_times.of(place.weight))
         try:
             outcome: _Outcome_co = await entry.answer
             return outcome
         finally:
             timer.cancel()
-            if self._waiting.pop(waiting.number, None) is not None:  # only a caller that leaves gets here so early
+            if self._queue.withdraw(entry):  # only a caller that leaves gets here so early
                 self._meter.discard("caller_left")
             elif not entry.answer.cancelled():
                 entry.answer.exception()  # looked at, so that a caller leaving at this very moment leaves no warning
@@ -347,10 +322,7 @@ class Batcher:
         now = self._clock()
         if now < new.deadline and self.is_idle:  # nothing is ahead of it, and what follows would find the same
             return
-        free_in_s = [max(0.0, batch.expected_end - now) for batch in self._running]
-        free_in_s += [0.0] * (self._runners - len(free_in_s))
-        ahead = [place for place in self._places if place.is_ahead]
-        admission = admit(ahead, new, free_in_s, now, self._run_times, self._shares)
+        admission = self._queue.admit([place for place in self._places if place.is_ahead], new, now)
         if not has_room(
             self._max_queue_size,
             len(self._places),
@@ -363,8 +335,11 @@ class Batcher:
             raise _too_late(admission.wait_s)
 
     def _step(self) -> None:
+        self._guard(self._dispatch)
+
+    def _guard(self, step: Callable[[], None]) -> None:
         try:
-            self._dispatch()
+            step()
         except Exception:  # noqa: BLE001 - the edge: whatever goes wrong in here, those who wait must hear of it
             _log.exception("the batch loop failed")
             self._lose("The batch loop failed")
@@ -373,22 +348,26 @@ class Batcher:
         if self._next_look is not None:
             self._next_look.cancel()
             self._next_look = None
-        if not self._waiting:
+        taken = self._queue.take(self._clock())
+        for batch in taken.batches:
+            self._inbox.put(batch)
+        self._note(taken)
+
+    def _note(self, taken: Taken[_Entry]) -> None:
+        """Tell those whose frames will not run, and watch over what runs now."""
+        for entry in taken.expired:
+            self._expire(entry)
+        for entry in taken.refused:
+            _fail(entry, _too_late(self._queue.run_times.of(entry.place.weight)))
+        if self._fault is not None:
             return
-        now = self._clock()
-        frames = [entry.waiting for entry in self._waiting.values()]
-        busy = len(self._running)
-        decision = decide(frames, self._runners - busy, busy, now, self._run_times, self._shares)
-        self._shares = decision.shares
-        for numbers in decision.batches:
-            self._start([self._waiting.pop(number) for number in numbers], now)
-        for number in decision.expired:
-            self._expire(self._waiting[number])
-        for number in decision.refused:
-            entry = self._waiting.pop(number)
-            _fail(entry, _too_late(self._run_times.of(entry.place.weight)))
-        if decision.look_again_at is not None:
-            self._look_at(decision.look_again_at)
+        for batch in taken.batches:
+            left_s = max(0.0, batch.started_at + self._stuck_after_s - self._clock())
+            self._alarms[batch] = self._here.call_later(left_s, self._lose, "A run does not end")
+            for size in self._run_sizes(batch.weight):
+                self._meter.batch(size)
+        if taken.look_again_at is not None:
+            self._look_at(taken.look_again_at)
 
     def _look_at(self, time: float) -> None:
         """Take a step then at the latest."""
@@ -399,29 +378,16 @@ class Batcher:
             self._next_look.cancel()
         self._next_look = self._here.call_later(delay_s, self._step)
 
-    def _start(self, entries: list[_Entry], now: float) -> None:
-        for entry in entries:
-            entry.place.is_ahead = False
-        alarm = self._here.call_later(self._stuck_after_s, self._lose, "A run does not end")
-        weight = sum(entry.place.weight for entry in entries)
-        batch = _Batch(entries, weight, now, now + self._run_times.of(weight), alarm)
-        self._running.add(batch)
-        for size in self._run_sizes(weight):
-            self._meter.batch(size)
-        self._inbox.put(batch)
-
-    def _finish(self, batch: _Batch, outcome: _Outcome) -> None:
-        batch.alarm.cancel()
-        self._running.discard(batch)
-        if outcome.run_s is not None:
-            occupied_s = self._clock() - batch.started_at
-            self._run_times = self._run_times.learn(batch.weight, outcome.run_s, occupied_s)
+    def _finish(self, batch: Batch[_Entry], outcome: _Outcome, taken: Taken[_Entry]) -> None:
+        """Answer a batch's frames, whose runner has gone on with what it took meanwhile."""
+        alarm = self._alarms.pop(batch, None)
+        if alarm is not None:
+            alarm.cancel()
         if outcome.is_engine_lost:
             self._lose("The engine fails on frames whose answers are known")
-        elif self._fault is None:
-            self._step()  # before the answers, so that the runner is busy again while they are written
+        self._guard(partial(self._note, taken))
         for entry in batch.entries:
-            answer = outcome.answers[entry.waiting.number]
+            answer = outcome.answers[entry.waiting.number] if self._fault is None else self._fault()
             if entry.answer.done():
                 self._meter.discard("caller_left" if entry.answer.cancelled() else "late")
             elif isinstance(answer, Exception):
@@ -430,7 +396,7 @@ class Batcher:
                 entry.answer.set_result(answer)
 
     def _expire(self, entry: _Entry) -> None:
-        self._waiting.pop(entry.waiting.number, None)
+        self._queue.withdraw(entry)
         _fail(entry, DeadlinePassed("The deadline passed before the answer was there; the part has no verdict."))
 
     def _lose(self, what_happened: str) -> None:
@@ -444,11 +410,9 @@ class Batcher:
         self._fault = fault
         if self._next_look is not None:
             self._next_look.cancel()
-        for batch in self._running:
-            batch.alarm.cancel()
-        left = [*self._waiting.values(), *(entry for batch in self._running for entry in batch.entries)]
-        self._waiting.clear()
-        for entry in left:
+        for alarm in self._alarms.values():
+            alarm.cancel()
+        for entry in self._queue.close():
             _fail(entry, fault())
         for _ in range(self._runners):
             self._inbox.put(None)
@@ -463,10 +427,24 @@ class Batcher:
         """Run batches until told to end: the body of a runner's thread."""
         try:
             while (batch := self._inbox.get()) is not None:
-                self._post(self._finish, batch, self._run(batch.entries))
+                while batch is not None:
+                    batch = self._run_batch(batch)
         except BaseException:  # noqa: BLE001 - a runner that ends takes its frames with it; they must hear of it
             _log.exception("a runner ended")
             self._post(self._lose, "A runner ended")
+
+    def _run_batch(self, batch: Batch[_Entry]) -> Batch[_Entry] | None:
+        """Run a batch, post what became of it, and return the one that this runner runs next."""
+        outcome = self._run(batch.entries)
+        taken: Taken[_Entry] = Taken()
+        try:
+            if outcome.is_engine_lost:
+                self._queue.end(batch)
+            else:
+                taken = self._queue.end_and_take(batch, outcome.run_s, self._clock())
+        finally:
+            self._post(self._finish, batch, outcome, taken)
+        return taken.batches[0] if taken.batches else None
 
     def _post(self, callback: Callable[..., None], *arguments: object) -> None:
         try:
@@ -533,8 +511,7 @@ class Batcher:
 
     def _run_sizes(self, weight: int) -> Iterator[int]:
         """Cut what weighs more than the largest batch into runs."""
-        most = self._run_times.max_batch_size
-        return (min(most, weight - first) for first in range(0, weight, most))
+        return (min(self._most, weight - first) for first in range(0, weight, self._most))
 
     def _run_alone(self, entries: Sequence[_Entry]) -> _Outcome:
         answers: dict[int, Any] = {}

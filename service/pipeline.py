@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.batcher import Place, RunResult
+from service.batch_queue import Place
+from service.batcher import RunResult
 from service.contract.frames import Frame, FrameLimits, fit_to_input, read_frame
 from service.contract.geometry import InputSpec
 from service.contract.policy import Judgement, judge

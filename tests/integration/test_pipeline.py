@@ -221,7 +221,7 @@ async def test_inspect_when_a_bad_frame_shares_a_batch_then_only_it_is_refused(s
     gated = GatedEngine()
     async with open_pipeline(store, gated.open, runners=1, decode_workers=0) as (pipeline, registry):
         batcher = registry.find("demo_line", None, None).line.bundle.batcher
-        batcher._run_times = RunTimes((0.001,) * 4)  # batches pay
+        batcher._queue.run_times = RunTimes((0.001,) * 4)  # batches pay
         gated.hold()
         first = asyncio.ensure_future(pipeline.inspect(make_request()))
         await asyncio.to_thread(gated.started.acquire)

@@ -404,7 +404,7 @@ def test_load_when_engine_is_opened_then_every_batch_size_is_warmed(shelf):
     registry = shelf.load(open_engine=open_engine)
 
     assert engines[0].sizes[:9] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
-    run_times: RunTimes = registry.find("demo_line", None, None).line.bundle.batcher._run_times
+    run_times: RunTimes = registry.find("demo_line", None, None).line.bundle.batcher._queue.run_times
     assert all(seconds is not None for seconds in run_times.seconds)
 
 
