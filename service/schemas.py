@@ -139,6 +139,9 @@ class InspectionAnswer(_Wire):
     With `calibration` `good_parts` the thresholds rest on good parts, and `p_value` is the share of these that are at
     least this anomalous. With `self` the frame was measured by itself, because its line's policy says so: score and
     thresholds are in units of the spread of the frame's own map, nothing is promised, and `p_value` is null.
+
+    The verdict rests on the score, and a region on single map values that lie above the peaks of good parts. So a frame
+    may fail without a region, where a faint change covers much of it; the heatmap then shows where.
     """
 
     verdict: Verdict
