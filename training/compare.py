@@ -113,6 +113,8 @@ class Cell(BaseModel):
         defect_scores: of anomalous test frames, in the line's order.
         fit_s: seconds of fitting, encoding of frames included.
         total_s: seconds from the folder of frames to the bundle.
+        total_cpu_s: seconds of this process on all cores in that time, which other work hardly moves; None in older
+            cells.
         trainable_parameters: numbers that a descent changes.
         parameters: all numbers that the network learnt or was given, backbone included.
         speed: of the exported graph, or None where nothing was exported.
@@ -146,6 +148,7 @@ class Cell(BaseModel):
     created_at: str
     verdicts: tuple[VerdictRow, ...] = ()
     variant: str = ""
+    total_cpu_s: float | None = None
 
     @property
     def title(self) -> str:
@@ -315,10 +318,10 @@ def _measure(plan: CellPlan, means: Means, digest: str, reporter: Reporter) -> C
         weight_folders=means.weight_folders,
         device=means.device,
     )
-    begun = time.perf_counter()
+    begun, begun_cpu = time.perf_counter(), time.process_time()
     finished = train(request, run, reporter)
-    total_s = time.perf_counter() - begun
-    cell = _cell_of(plan, finished, digest, total_s, means.speed_s)
+    total_s, total_cpu_s = time.perf_counter() - begun, time.process_time() - begun_cpu
+    cell = _cell_of(plan, finished, digest, (total_s, total_cpu_s), means.speed_s)
     if plan.kind == "control":
         shutil.rmtree(store)
         cell = cell.model_copy(update={"bundle": None})
@@ -328,7 +331,7 @@ def _measure(plan: CellPlan, means: Means, digest: str, reporter: Reporter) -> C
     return cell
 
 
-def _cell_of(plan: CellPlan, finished: FinishedRun, digest: str, total_s: float, speed_s: float) -> Cell:
+def _cell_of(plan: CellPlan, finished: FinishedRun, digest: str, total: tuple[float, float], speed_s: float) -> Cell:
     bundle, report = load_bundle(finished.bundle), finished.report
     (line,) = report.lines
     spec = plan.config.frame_input
@@ -345,7 +348,8 @@ def _cell_of(plan: CellPlan, finished: FinishedRun, digest: str, total_s: float,
         good_scores=line.good_scores,
         defect_scores=line.defect_scores,
         fit_s=sum(finished.fitting.seconds.values()),
-        total_s=total_s,
+        total_s=total[0],
+        total_cpu_s=total[1],
         trainable_parameters=trainable,
         parameters=parameters,
         speed=measure_speed(bundle.model, cut_tiles(canvas, spec), speed_s),

@@ -212,6 +212,7 @@ def tell(cells: Sequence[Cell], weaknesses: dict[str, str], earlier: dict[str, E
                 "trained / all parameters",
                 "fit",
                 "run",
+                "run, CPU",
                 "ms a frame",
                 "slowest operators",
                 "graph",
@@ -236,8 +237,9 @@ Figures with † are from commit 81f3747; scores frame by frame were not kept of
 above their control only where both intervals are apart. A row's title names what it changes of the small configuration.
 
 ms a frame: ONNX Runtime, batch 1, one thread, median of the thread's own CPU time, so that other work on the machine
-hardly moves it; CPU: {cpus}. Seconds of fitting are on the wall, on a machine with
-other work: upper bounds.
+hardly moves it; CPU: {cpus}. Seconds of fitting and of the whole run are on the
+wall, on a machine with other work: upper bounds, of rb_ae far above what it needs, because four others shared
+the two cores. `run, CPU` is what the run's process used of all cores, where it was kept.
 """
 
 
@@ -276,12 +278,14 @@ def _cost_rows(names: Sequence[str], cells: Sequence[Cell], earlier: dict[str, E
         if own:
             yield _cost_row(name, own)
         elif name in earlier:
-            yield (name, *earlier[name]["cost"])
+            *before, speed, slowest, size = earlier[name]["cost"]
+            yield (name, *before, "-", speed, slowest, size)
 
 
 def _cost_row(name: str, cells: Sequence[Cell]) -> tuple[str, ...]:
     trained, every = cells[0].trainable_parameters or 0, cells[0].parameters or 0
     speeds = [cell.speed for cell in cells if cell.speed is not None]
+    cpu_s = [cell.total_cpu_s for cell in cells if cell.total_cpu_s is not None]
     slowest = (
         ", ".join(f"{share.kind} {100 * share.share:.0f} %" for share in speeds[0].operators[:3]) if speeds else "-"
     )
@@ -291,6 +295,7 @@ def _cost_row(name: str, cells: Sequence[Cell]) -> tuple[str, ...]:
         f"{trained / 1e6:.2f} / {every / 1e6:.2f} M",
         f"{mean(cell.fit_s for cell in cells):.0f} s",
         f"{mean(cell.total_s for cell in cells):.0f} s",
+        f"{mean(cpu_s):.0f} s" if cpu_s else "-",
         f"{mean(speed.cpu_ms for speed in speeds):.0f}" if speeds else "-",
         slowest,
         f"{mean(cell.model_bytes or 0 for cell in cells) / 2**20:.0f} MiB",

@@ -117,6 +117,8 @@ def test_complete_when_a_cell_is_measured_then_it_tells_accuracy_time_and_size(c
     assert all(cell.metrics[name].value is not None for name in ("i_auroc", "i_ap", "p_auroc", "aupro"))
     assert 0 < cell.trainable_parameters < cell.parameters
     assert 0 < cell.fit_s < cell.total_s
+    assert cell.total_cpu_s is not None
+    assert cell.total_cpu_s > 0
     assert cell.speed.cpu_ms > 0
     assert cell.bundle_bytes > cell.model_bytes > 0
     assert load_bundle(cell_directory(means.folder, plans[0]) / cell.bundle).manifest.detector == "inp_former"
