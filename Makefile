@@ -30,8 +30,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## the main job on real frames: fit, evaluate, export, serve, inspect (LINE=folder for your own)
 	$(BIN)/flawline demo $(if $(LINE),--line "$(LINE)")
 
+# Compiled sources are kept here even where the environment says not to: the tests start a hundred processes.
 test: $(STAMP) ## every test
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) ## format, lint, strict types, import rules
 	$(BIN)/ruff format --check .

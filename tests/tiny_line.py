@@ -34,7 +34,7 @@ TINY_RUN: dict[str, Any] = {
     "hyperparameters": {
         "layers": [2, 3],
         "groups": 1,
-        "decoder_blocks": 2,
+        "decoder_blocks": 1,
         "heads": 2,
         "mlp_ratio": 2,
         "projected_channels": 32,
