@@ -24,7 +24,7 @@ from training.calibrate import read_region_of_interest, refuse_unsupported_rates
 from training.config import RunConfig
 from training.data.check import CheckedDataset, check_dataset
 from training.data.detect import read_dataset
-from training.data.samples import UNKNOWN, Dataset, DatasetFault, Sample
+from training.data.samples import ANOMALOUS, UNKNOWN, Dataset, DatasetFault, Sample
 from training.data.shots import choose_shots
 from training.data.split import split_good
 from training.progress import Reporter
@@ -104,6 +104,7 @@ def gather_lines(request: RunRequest, reporter: Reporter) -> GatheredLines:
         *_told_of_release(request),
         *_lines_given_up(request),
         *_told_of_few_frames(lines, request.config),
+        *_told_of_missing_masks(lines),
         *compare_frame_sizes(lines, request.config.frame_input),
     )
     for warning in warnings:
@@ -225,6 +226,16 @@ def _told_of_few_frames(lines: Sequence[GatheredLine], config: RunConfig) -> tup
         f"--detector inp_former --shots {count}."
         for line in lines
         if 0 < (count := len(line.fitted_on)) < step
+    )
+
+
+def _told_of_missing_masks(lines: Sequence[GatheredLine]) -> tuple[str, ...]:
+    """Say of which lines no pixel figure will come, for whoever has masks and put them elsewhere."""
+    return tuple(
+        f"{line.name}: its defective test frames have no masks, so image figures are measured and pixel figures like "
+        "AUPRO are not. If you have masks, put each into ground_truth/<kind>/<frame>_mask.png, as MVTec AD does."
+        for line in lines
+        if any(sample.label == ANOMALOUS for sample in line.tested) and not line.data.dataset.has_masks
     )
 
 

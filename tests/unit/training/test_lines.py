@@ -112,6 +112,19 @@ def test_gather_when_fewer_frames_than_a_step_takes_are_left_then_says_what_to_d
         assert "--detector inp_former --shots 4" in warnings[0]
 
 
+@pytest.mark.parametrize(("tested", "masks", "told"), [(True, False, True), (True, True, False), (False, True, False)])
+def test_gather_when_defects_have_no_masks_then_says_which_figures_will_be_missing(tmp_path, tested, masks, told):
+    """Whoever waits for a pixel figure learns before fitting that none will come, and where masks belong."""
+    line = write_line(tmp_path / "marked", good=FEW, tested=tested, masks=masks)
+
+    warnings = _gather(tmp_path, line).warnings
+
+    assert bool(warnings) is told
+    if told:
+        assert "marked: its defective test frames have no masks" in warnings[0]
+        assert "ground_truth/<kind>/<frame>_mask.png" in warnings[0]
+
+
 def test_gather_when_frames_are_of_quite_another_shape_then_refuses_and_says_what_to_do(tmp_path, bottle):
     """A long web and a square part resized to one input would leave one of them squeezed."""
     web = write_line(tmp_path / "web", good=FEW, tested=False, size=(40, 120), roughness=30)
