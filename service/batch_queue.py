@@ -115,6 +115,11 @@ class BatchQueue(Generic[_Entry]):
         """Whether a frame that came now would run at once."""
         return len(self._running) < self._runners and not self._waiting
 
+    def oldest_start(self) -> float | None:
+        """Return when the batch that has run for longest began; None where nothing runs."""
+        with self._lock:
+            return min((batch.started_at for batch in self._running), default=None)
+
     def add(self, entry: _Entry) -> bool:
         """Have a frame wait, and return whether a runner is idle that should take it."""
         with self._lock:

@@ -16,6 +16,7 @@ as it is after a run that takes too long or a fault of its own. An unhealthy bat
 
 import asyncio
 import logging
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -170,8 +171,10 @@ class Batcher:
         self._run_numbers = count()
         self._places: set[Place] = set()
         self._places_of: Counter[str] = Counter()
-        self._alarms: dict[Batch[_Entry], asyncio.TimerHandle] = {}
-        self._next_look: asyncio.TimerHandle | None = None
+        self._unanswered: dict[int, _Entry] = {}
+        self._next_step = _Alarm(self._step, clock)
+        self._next_expiry = _Alarm(self._expire_due, clock)
+        self._next_check = _Alarm(self._look_for_stuck, clock)
         self._fault: _Fault | None = None
         self._why_unhealthy: str | None = None
         self._is_lost = False
@@ -223,7 +226,15 @@ class Batcher:
         """Refuse a frame that would get no place now, before more is done for it; arguments and faults of `place`."""
         self._admit(Place(deadline, line, weight, priority))
 
-    def place(self, deadline: float, *, line: str, weight: int = 1, priority: Priority = Priority.NORMAL) -> "_Holding":
+    def place(
+        self,
+        deadline: float,
+        *,
+        line: str,
+        weight: int = 1,
+        priority: Priority = Priority.NORMAL,
+        is_hopeful: bool = False,
+    ) -> "_Holding":
         """Take a place for one frame, to be held by a `with` block, and given back in every outcome.
 
         Args:
@@ -231,13 +242,15 @@ class Batcher:
             line: whose frame it is.
             weight: network inputs that the frame will be; its tiles, where it is cut into some.
             priority: how much it matters beside others.
+            is_hopeful: whether `refuse_hopeless` has let it pass just now, with no other frame since.
 
         Raises:
             LineNotReady: if the batcher is draining or unhealthy.
             Overloaded: if every place is taken, or the deadline can't be met behind those that are.
         """
         place = Place(deadline, line, weight, priority)
-        self._admit(place)
+        if not is_hopeful:
+            self._admit(place)
         return _Holding(place, self._take, self._give_back)
 
     async def submit(self, place: Place, frames: NDArray[np.uint8], line_index: int) -> RunResult:
@@ -266,16 +279,17 @@ class Batcher:
         now = self._clock()
         waiting = WaitingFrame(next(self._numbers), place.deadline, place.weight, place.priority, place.line)
         entry = _Entry(waiting, place, work, line_index, now, self._loop.create_future())
-        timer = self._loop.call_later(max(0.0, place.deadline - now), self._expire, entry)
+        self._unanswered[waiting.number] = entry
+        self._next_expiry.ring_by(place.deadline)
         if self._queue.add(entry):
             self._step()
         else:  # nothing to decide but when to look again, which costs the same behind however many frames
-            self._look_at(place.deadline - self._queue.run_times.of(place.weight))
+            self._next_step.ring_by(place.deadline - self._queue.run_times.of(place.weight))
         try:
             outcome: _Outcome_co = await entry.answer
             return outcome
         finally:
-            timer.cancel()
+            del self._unanswered[waiting.number]
             if self._queue.withdraw(entry):  # only a caller that leaves gets here so early
                 self._meter.discard("caller_left")
             elif not entry.answer.cancelled():
@@ -345,9 +359,6 @@ class Batcher:
             self._lose("The batch loop failed")
 
     def _dispatch(self) -> None:
-        if self._next_look is not None:
-            self._next_look.cancel()
-            self._next_look = None
         taken = self._queue.take(self._clock())
         for batch in taken.batches:
             self._inbox.put(batch)
@@ -362,27 +373,32 @@ class Batcher:
         if self._fault is not None:
             return
         for batch in taken.batches:
-            left_s = max(0.0, batch.started_at + self._stuck_after_s - self._clock())
-            self._alarms[batch] = self._here.call_later(left_s, self._lose, "A run does not end")
+            self._next_check.ring_by(batch.started_at + self._stuck_after_s)
             for size in self._run_sizes(batch.weight):
                 self._meter.batch(size)
         if taken.look_again_at is not None:
-            self._look_at(taken.look_again_at)
+            self._next_step.ring_by(taken.look_again_at)
 
-    def _look_at(self, time: float) -> None:
-        """Take a step then at the latest."""
-        delay_s = max(0.0, time - self._clock()) + _TIMER_SLACK_S
-        if self._next_look is not None:
-            if self._next_look.when() <= self._here.time() + delay_s:
-                return
-            self._next_look.cancel()
-        self._next_look = self._here.call_later(delay_s, self._step)
+    def _expire_due(self) -> None:
+        now, left = self._clock(), [entry for entry in self._unanswered.values() if not entry.answer.done()]
+        for entry in left:
+            if entry.place.deadline <= now:
+                self._expire(entry)
+        later = [entry.place.deadline for entry in left if entry.place.deadline > now]
+        if later:
+            self._next_expiry.ring_by(min(later))
+
+    def _look_for_stuck(self) -> None:
+        oldest = self._queue.oldest_start()
+        if oldest is None:
+            return
+        if oldest + self._stuck_after_s <= self._clock():
+            self._lose("A run does not end")
+        else:
+            self._next_check.ring_by(oldest + self._stuck_after_s)
 
     def _finish(self, batch: Batch[_Entry], outcome: _Outcome, taken: Taken[_Entry]) -> None:
         """Answer a batch's frames, whose runner has gone on with what it took meanwhile."""
-        alarm = self._alarms.pop(batch, None)
-        if alarm is not None:
-            alarm.cancel()
         if outcome.is_engine_lost:
             self._lose("The engine fails on frames whose answers are known")
         self._guard(partial(self._note, taken))
@@ -408,9 +424,7 @@ class Batcher:
         if self._fault is not None:
             return
         self._fault = fault
-        if self._next_look is not None:
-            self._next_look.cancel()
-        for alarm in self._alarms.values():
+        for alarm in (self._next_step, self._next_expiry, self._next_check):
             alarm.cancel()
         for entry in self._queue.close():
             _fail(entry, fault())
@@ -532,6 +546,43 @@ class Batcher:
             _log.exception("the probe failed as well")
             return _Outcome(answers, None, is_engine_lost=True)
         return _Outcome(answers, None, is_engine_lost=False)
+
+
+class _Alarm:
+    """Rings at the earliest moment that was asked for; to ask for a later one costs a comparison and no timer.
+
+    Args:
+        ring: called then, on the event loop; it has to ask again for what is still to come.
+        clock: monotonic seconds.
+    """
+
+    __slots__ = ("_at", "_clock", "_handle", "_ring")
+
+    def __init__(self, ring: Callable[[], None], clock: Callable[[], float]) -> None:
+        self._ring = ring
+        self._clock = clock
+        self._at = math.inf
+        self._handle: asyncio.TimerHandle | None = None
+
+    def ring_by(self, time: float) -> None:
+        """Ring then, or before."""
+        if time >= self._at:
+            return
+        self.cancel()
+        self._at = time
+        delay_s = max(0.0, time - self._clock()) + _TIMER_SLACK_S
+        self._handle = asyncio.get_running_loop().call_later(delay_s, self._fire)
+
+    def cancel(self) -> None:
+        """Do not ring."""
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+        self._at = math.inf
+
+    def _fire(self) -> None:
+        self.cancel()
+        self._ring()
 
 
 class _Holding:

@@ -101,12 +101,25 @@ class Pipeline:
         found = self._registry.find(request.line, request.bundle_version, request.policy_version)
         return await self.inspect_by(found, request)
 
-    async def inspect_by(self, found: Found, request: InspectionRequest) -> Inspection:
-        """Inspect one frame by a version and a policy that were found already; raises what `inspect` raises."""
+    async def inspect_by(self, found: Found, request: InspectionRequest, *, is_hopeful: bool = False) -> Inspection:
+        """Inspect one frame by a version and a policy that were found already.
+
+        Args:
+            found: what serves it.
+            request: what is asked.
+            is_hopeful: whether `refuse_hopeless` has let it pass just now, with no other frame since.
+
+        Raises:
+            FlawlineError: whatever `inspect` raises.
+        """
         bundle, deadline_s = found.line.bundle, self._deadline_s(request.deadline_s)
         deadline = request.received_at + deadline_s
         reserved = bundle.batcher.place(
-            deadline, line=found.line.name, weight=bundle.manifest.input.tile_count, priority=request.priority
+            deadline,
+            line=found.line.name,
+            weight=bundle.manifest.input.tile_count,
+            priority=request.priority,
+            is_hopeful=is_hopeful,
         )
         work = _Work(request, found, self._limits, self._clock)
         with reserved as place:

@@ -63,6 +63,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self.logger.warning("Invalid HTTP request received.")
             self.send_400_response("")
             return
+        if self.cycle is not None:
+            self.cycle.hold_back()
         self._kept_bytes = 0 if self._has_moved else self._kept_bytes + len(data)
         if self._kept_bytes > MAX_HEAD_BYTES:
             self.send_400_response("")
@@ -193,9 +195,12 @@ class _Cycle(RequestResponseCycle):
         self._pieces.append(piece)
         self._bytes += len(piece)
         if not self._waits_for_all:
-            if self._bytes > HIGH_WATER_LIMIT:
-                self.flow.pause_reading()
             self.message_event.set()
+
+    def hold_back(self) -> None:
+        """Take no more for as long as nobody reads a body of which much has come, and more is to come."""
+        if self._bytes > HIGH_WATER_LIMIT and self.more_body and not self._waits_for_all:
+            self.flow.pause_reading()
 
     def leave(self) -> None:
         """Tell whoever works for the caller that it has left."""

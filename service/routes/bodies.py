@@ -84,14 +84,19 @@ async def receive_body(request: Request, max_bytes: int, timeout_s: float) -> by
         DeadlinePassed: if it did not arrive in time.
     """
     _refuse_promise(request, max_bytes)
-    extension = request.scope.get("extensions", {}).get(CONNECTION_EXTENSION)
-    if extension is not None and extension["has_body"]():  # nothing to wait for, and so no need of a timer
+    if has_body(request):  # nothing to wait for, and so no need of a timer
         return await _read(request, max_bytes)
     try:
         async with asyncio.timeout(timeout_s):
             return await _read(request, max_bytes)
     except TimeoutError as error:
         raise _not_in_time() from error
+
+
+def has_body(request: Request) -> bool:
+    """Tell whether all of a body is there already, so that receiving it lets nobody else come first."""
+    extension = request.scope.get("extensions", {}).get(CONNECTION_EXTENSION)
+    return extension is not None and bool(extension["has_body"]())
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
