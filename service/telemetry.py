@@ -388,13 +388,14 @@ class Telemetry:
         """Count records that made room for newer ones, or that nobody took."""
         self._dropped.labels(sink).inc(records)
 
-    def inspected(self, inspection: Inspection, encode_s: float, total_s: float) -> None:
+    def inspected(self, inspection: Inspection, encode_s: float, total_s: float, answered_at: float) -> None:
         """Count and log one answered frame.
 
         Args:
             inspection: the answer.
             encode_s: seconds spent on writing it.
             total_s: seconds from its arrival until it was written.
+            answered_at: when that was, in seconds since 1970.
         """
         request, judgement, line = inspection.request, inspection.judgement, inspection.line
         series = self._series(line, inspection.bundle_version)
@@ -403,7 +404,7 @@ class Telemetry:
         seconds = {**inspection.timings_s, "encode": encode_s, "total": total_s}
         for stage, spent in seconds.items():
             series.stages[stage].observe(spent, shown if stage == "total" else None)
-        series.tally.answered(inspection.batch_size, seconds, _now_ms())
+        series.tally.answered(inspection.batch_size, seconds, int(answered_at * 1000))
         series.slack.observe(inspection.deadline_s - total_s)
         series.score.observe(in_units(judgement.score, inspection.policy), shown)
         self._watch(inspection)
@@ -425,14 +426,17 @@ class Telemetry:
             "batch_size": inspection.batch_size,
             "seconds": {stage: round(spent, 6) for stage, spent in seconds.items()},
         }
-        _log.handle(InspectionRecord(fields))
+        _log.handle(InspectionRecord(fields, answered_at))
 
-    def not_inspected(self, line: str, reason: str, *, seconds: Mapping[str, float], **fields: Any) -> None:
+    def not_inspected(
+        self, line: str, reason: str, answered_at: float, *, seconds: Mapping[str, float], **fields: Any
+    ) -> None:
         """Count and log one frame without a verdict.
 
         Args:
             line: as it was asked for; one that the registry does not know is counted and logged as `unknown`.
             reason: an error code, or `CALLER_LEFT`; anything else is counted as `other`, and logged as it is.
+            answered_at: when its answer was written, in seconds since 1970.
             seconds: by stage, as far as is known; `total` among them.
             fields: whatever else is known, for the log: request and part id, bytes.
         """
@@ -441,10 +445,10 @@ class Telemetry:
         verdict = Verdict.NO_VERDICT.value
         if known in self._model_labels:
             _, version, *_ = self._model_labels[known]
-            self._tally(known, version).failed(seconds.get("total", 0.0), _now_ms())
+            self._tally(known, version).failed(seconds.get("total", 0.0), int(answered_at * 1000))
         known_fields = {"line": known, "verdict": verdict, "code": reason, "seconds": dict(seconds)}
         if _log.isEnabledFor(logging.INFO):
-            _log.handle(InspectionRecord(known_fields | fields))
+            _log.handle(InspectionRecord(known_fields | fields, answered_at))
 
     def statistics(self, line: str, version: str) -> dict[str, Any]:
         """Return what a bundle has done for a line, as the Open Inference Protocol's statistics describe it."""
@@ -517,10 +521,6 @@ def _modified_at(file: Path) -> float:
         return math.nan
 
 
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
 def in_units(score: float, policy: Policy) -> float:
     """Return a score in units of the fail threshold: 1 is at it, and more is more anomalous, whatever its sign."""
     unit = max(abs(policy.fail_threshold), _SMALLEST_THRESHOLD)
@@ -532,13 +532,14 @@ class InspectionRecord(logging.LogRecord):
 
     Args:
         members: of the line.
+        created: when it came to be, in seconds since 1970.
     """
 
     _of_all = vars(logging.LogRecord(_log.name, logging.INFO, __file__, 0, "inspection", None, None))
 
-    def __init__(self, members: Mapping[str, Any]) -> None:
+    def __init__(self, members: Mapping[str, Any], created: float) -> None:
         self.__dict__.update(self._of_all)
-        self.created = time.time()
+        self.created = created
         self.msecs = self.created % 1 * 1000
         self.members = members
 

@@ -1,6 +1,7 @@
 """What every way of inspecting shares: frames are counted once, after the answer, and nobody works for the absent."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -48,18 +49,19 @@ class Counting:
 
 
 def count_later(request: Request, line: str, reason: str, frames: int = 1) -> None:
-    """Count and log frames without a verdict as soon as the answer has been handed over."""
-    context = context_of(request)
+    """Count and log frames without a verdict once the answer has been handed over."""
+    context, now = context_of(request), time.time()
+    total_s, request_id = round(context.clock() - received_at_of(request), 6), request_id_of(request)
 
     def count() -> None:
-        total_s = round(context.clock() - received_at_of(request), 6)
         for _ in range(frames):
-            context.telemetry.not_inspected(line, reason, request_id=request_id_of(request), seconds={"total": total_s})
-            if context.traces is not None:
-                known = context.telemetry.known_line(line)
-                context.traces.not_inspected(known, reason, request.headers.get(TRACE_PARENT_HEADER), total_s)
+            context.telemetry.not_inspected(line, reason, now, request_id=request_id, seconds={"total": total_s})
 
-    asyncio.get_running_loop().call_soon(count)
+    context.after_answers.later(count)
+    if context.traces is not None:
+        known, caller = context.telemetry.known_line(line), request.headers.get(TRACE_PARENT_HEADER)
+        for _ in range(frames):
+            asyncio.get_running_loop().call_soon(context.traces.not_inspected, known, reason, caller, total_s)
 
 
 def record_later(context: Context, inspection: Inspection, encode_s: float, total_s: float, *, kept: bool) -> None:
@@ -72,8 +74,10 @@ def record_later(context: Context, inspection: Inspection, encode_s: float, tota
         total_s: seconds from its arrival until it was written.
         kept: whether its heatmap is kept already, or not wanted.
     """
+    now = time.time()
+    context.after_answers.later(lambda: context.telemetry.inspected(inspection, encode_s, total_s, now))
     if kept:
-        asyncio.get_running_loop().call_soon(_count, context, inspection, encode_s, total_s)
+        asyncio.get_running_loop().call_soon(_show, context, inspection, encode_s, total_s)
     else:
         context.after_answers.start(inspection.inspection_id, _record(context, inspection, encode_s, total_s))
 
@@ -111,12 +115,11 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, _Result]) -> _
 
 
 async def _record(context: Context, inspection: Inspection, encode_s: float, total_s: float) -> None:
-    _count(context, inspection, encode_s, total_s)
+    _show(context, inspection, encode_s, total_s)
     await asyncio.to_thread(context.records.keep, inspection)
 
 
-def _count(context: Context, inspection: Inspection, encode_s: float, total_s: float) -> None:
-    context.telemetry.inspected(inspection, encode_s, total_s)
+def _show(context: Context, inspection: Inspection, encode_s: float, total_s: float) -> None:
     if context.traces is not None:
         context.traces.inspected(inspection, encode_s, total_s)
     context.shadows.show(inspection)

@@ -1,6 +1,7 @@
 """What every route works with: the parts that `app.py` put together, and who is calling."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -23,13 +24,40 @@ from service.traces import Traces
 # for nobody any more, and returns whether it has left already; `has_body` says whether all of the body is there, and
 # `answer` sends status, headers and body at once, and returns whether it could.
 CONNECTION_EXTENSION = "flawline.connection"
+_SETTLED_AFTER_S = 0.1
+
+_log = logging.getLogger("flawline")
 
 
 class AfterAnswers:
-    """Work that starts once an answer is on its way, and is awaited before the process ends."""
+    """What is done once an answer is on its way, and before the process ends.
+
+    What takes no time, such as counting, is done for several answers together: each time that the processor comes to
+    it from a frame it has to fetch the code anew, which takes longer than counting does.
+    """
 
     def __init__(self) -> None:
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._due: list[Callable[[], None]] = []
+        self._settles: asyncio.TimerHandle | None = None
+
+    def later(self, count: Callable[[], None]) -> None:
+        """Have something counted within a tenth of a second, or before anybody reads."""
+        self._due.append(count)
+        if self._settles is None:
+            self._settles = asyncio.get_running_loop().call_later(_SETTLED_AFTER_S, self.settle)
+
+    def settle(self) -> None:
+        """Count all that is due; whoever is about to read counts calls it."""
+        if self._settles is not None:
+            self._settles.cancel()
+            self._settles = None
+        due, self._due = self._due, []
+        for count in due:
+            try:
+                count()
+            except Exception:  # noqa: BLE001 - the edge: what can't be counted must not keep others from it
+                _log.exception("an answer could not be counted")
 
     def start(self, inspection_id: str, work: Coroutine[Any, Any, None]) -> None:
         """Start work about one inspection; it first runs when the current answer has been handed over."""
@@ -45,7 +73,7 @@ class AfterAnswers:
 
     async def finish(self) -> None:
         """Wait for all work."""
-        await asyncio.sleep(0)  # what was only to be called soon
+        self.settle()
         if self._running:
             await asyncio.wait(self._running.values())
 

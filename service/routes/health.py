@@ -37,6 +37,7 @@ async def ready(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Return all metrics in the format of Prometheus, or of OpenMetrics where that is asked for."""
     caller_of(request).demand("metrics")
+    context_of(request).after_answers.settle()
     body, content_type = context_of(request).telemetry.exposition(request.headers.get("accept", ""))
     return Response(body, media_type=content_type)
 

@@ -228,6 +228,7 @@ def _spec(line: LiveLine, settings: Settings) -> ModelSpec:
 
 
 def _statistics(context: Context, line: LiveLine) -> dict[str, Any]:
+    context.after_answers.settle()
     return context.telemetry.statistics(line.name, line.bundle.manifest.version)
 
 

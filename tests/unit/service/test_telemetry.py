@@ -48,6 +48,7 @@ PROMISED = {
     "records_dropped": ("counter", {"sink"}),
     "shadow_disagreements": ("counter", {"line", "kind"}),
 }
+ANSWERED_AT = 1_800_000_000.25
 # Every value that a label may have. What the store declares is in its manifests: names of lines and bundles, versions.
 DECLARED = {"line": {"demo_line"}, "engine": {"demo_engine"}, "version": {"4"}, "digest": {"d"}, "policy": {"1"}}
 BOUNDS = DECLARED | {
@@ -81,7 +82,7 @@ def metrics(telemetry):
 
 def test_inspected_when_frame_is_answered_then_every_metric_moves(telemetry):
     """Verdict, stages, slack and score of an answer are all counted under its line."""
-    telemetry.inspected(make_inspection(), encode_s=0.0002, total_s=0.5)
+    telemetry.inspected(make_inspection(), encode_s=0.0002, total_s=0.5, answered_at=ANSWERED_AT)
 
     samples = metrics(telemetry)
     assert samples['flawline_inspections_total{line="demo_line",verdict="REVIEW",version="4"}'] == 1
@@ -95,12 +96,12 @@ def test_inspected_when_frame_is_answered_then_every_metric_moves(telemetry):
 def test_inspected_when_frame_is_answered_then_one_canonical_line_is_logged(telemetry, caplog):
     """The log line holds ids, versions, verdict, sizes and seconds, and nothing of the frame itself."""
     with caplog.at_level(logging.INFO, "flawline.inspections"):
-        telemetry.inspected(make_inspection(), encode_s=0.0002, total_s=0.5)
+        telemetry.inspected(make_inspection(), encode_s=0.0002, total_s=0.5, answered_at=ANSWERED_AT)
 
     (record,) = caplog.records
     line = json.loads(JsonLines().format(record))
-    assert line.pop("time").endswith("+00:00")
     assert line == {
+        "time": "2027-01-15T08:00:00.250+00:00",
         "level": "INFO",
         "logger": "flawline.inspections",
         "message": "inspection",
@@ -125,7 +126,7 @@ def test_inspected_when_frame_is_answered_then_one_canonical_line_is_logged(tele
 def test_not_inspected_when_line_is_anything_then_label_is_bounded(telemetry, caplog, line, label):
     """A name that the registry does not know is neither a label nor in the log."""
     with caplog.at_level(logging.INFO, "flawline.inspections"):
-        telemetry.not_inspected(line, CALLER_LEFT, request_id="request-1", seconds={"total": 0.1})
+        telemetry.not_inspected(line, CALLER_LEFT, ANSWERED_AT, request_id="request-1", seconds={"total": 0.1})
 
     assert metrics(telemetry)[f'flawline_no_verdict_total{{line="{label}",reason="caller_left"}}'] == 1
     (record,) = caplog.records
@@ -147,10 +148,10 @@ def busy():
     telemetry.engine_runs("demo_engine", "4", "cpu", "CPUExecutionProvider", "fp32")
     telemetry.version_refused("demo_engine")
     telemetry.engine_unloaded("demo_engine")
-    telemetry.inspected(make_inspection(), encode_s=0.0002, total_s=0.5)
+    telemetry.inspected(make_inspection(), encode_s=0.0002, total_s=0.5, answered_at=ANSWERED_AT)
     for reason in ("overloaded", CALLER_LEFT, "HTTP 418", "'; drop", ""):
-        telemetry.not_inspected("demo_line", reason, seconds={"total": 0.1})
-        telemetry.not_inspected("../../etc\n", reason, seconds={"total": 0.1})
+        telemetry.not_inspected("demo_line", reason, ANSWERED_AT, seconds={"total": 0.1})
+        telemetry.not_inspected("../../etc\n", reason, ANSWERED_AT, seconds={"total": 0.1})
     body = telemetry.exposition()[0].decode()
     return {family.name.removeprefix("flawline_"): family for family in text_string_to_metric_families(body)}
 
@@ -183,7 +184,9 @@ def test_versions_when_many_were_rolled_out_then_the_last_few_have_series(teleme
     """A process that serves for a year of rollouts is scraped as quickly as on its first day."""
     for number in range(20):
         telemetry.line_serves("demo_line", str(number), "d", "1", "cpu", None)
-        telemetry.inspected(make_inspection(bundle_version=str(number)), encode_s=0.0, total_s=0.1)
+        telemetry.inspected(
+            make_inspection(bundle_version=str(number)), encode_s=0.0, total_s=0.1, answered_at=ANSWERED_AT
+        )
 
     versions = {
         sample.labels["version"]
@@ -211,9 +214,14 @@ def test_drift_when_scores_leave_their_calibration_then_the_gauges_tell(telemetr
     for number in range(60):
         verdict = Verdict.FAIL if number % 2 else Verdict.PASS
         own = replace(make_inspection().judgement, verdict=verdict, score=0.5)
-        telemetry.inspected(make_inspection(judgement=own), encode_s=0.0, total_s=0.1)
+        telemetry.inspected(make_inspection(judgement=own), encode_s=0.0, total_s=0.1, answered_at=ANSWERED_AT)
         strange = replace(own, verdict=Verdict.FAIL, score=9.0)
-        telemetry.inspected(make_inspection(judgement=strange, policy_version="trial"), encode_s=0.0, total_s=0.1)
+        telemetry.inspected(
+            make_inspection(judgement=strange, policy_version="trial"),
+            encode_s=0.0,
+            total_s=0.1,
+            answered_at=ANSWERED_AT,
+        )
 
     samples = metrics(telemetry)
     assert samples['flawline_score_psi{line="demo_line"}'] > 1
@@ -229,7 +237,7 @@ def test_image_quality_when_frames_come_fast_then_one_a_second_is_measured():
     seen = []
     for grey in (40, 80, 120, 160):
         frame = Frame(np.full((300, 400, 3), grey, np.uint8), 300, 400)
-        telemetry.inspected(make_inspection(frame=frame), encode_s=0.0, total_s=0.1)
+        telemetry.inspected(make_inspection(frame=frame), encode_s=0.0, total_s=0.1, answered_at=ANSWERED_AT)
         seen.append(metrics(telemetry)['flawline_image_quality{line="demo_line",stat="brightness"}'])
         clock.advance(0.6)
 
@@ -246,7 +254,7 @@ def test_image_quality_when_frames_come_fast_then_one_a_second_is_measured():
 )
 def test_exposition_when_openmetrics_is_asked_for_then_latencies_lead_to_their_inspection(telemetry, accepted):
     """Exemplars name the inspection, so that a slow one is found in the log."""
-    telemetry.inspected(make_inspection(), encode_s=0.0, total_s=0.5)
+    telemetry.inspected(make_inspection(), encode_s=0.0, total_s=0.5, answered_at=ANSWERED_AT)
 
     body, content_type = telemetry.exposition(accepted)
 
