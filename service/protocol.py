@@ -199,7 +199,8 @@ class _Cycle(RequestResponseCycle):
 
     def hold_back(self) -> None:
         """Take no more for as long as nobody reads a body of which much has come, and more is to come."""
-        if self._bytes > HIGH_WATER_LIMIT and self.more_body and not self._waits_for_all:
+        is_read = self._waits_for_all or self.response_complete  # by somebody, or to be thrown away
+        if self._bytes > HIGH_WATER_LIMIT and self.more_body and not is_read:
             self.flow.pause_reading()
 
     def leave(self) -> None:

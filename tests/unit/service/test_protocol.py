@@ -20,6 +20,7 @@ class Wire(asyncio.Transport):
     def __init__(self):
         super().__init__()
         self.packets = []
+        self.is_paused = False
         self.is_closed = False
 
     def write(self, data):
@@ -35,10 +36,12 @@ class Wire(asyncio.Transport):
         return self.is_closed
 
     def pause_reading(self):
-        """Do nothing; the test decides what comes."""
+        """Note it; the test decides what comes."""
+        self.is_paused = True
 
     def resume_reading(self):
-        """Do nothing; the test decides what comes."""
+        """Note it; the test decides what comes."""
+        self.is_paused = False
 
 
 class Connection:
@@ -96,6 +99,34 @@ async def test_body_when_its_length_is_not_told_then_comes_piece_by_piece():
     await connection.bring(CHUNKED + b"2\r\nab\r\n", b"2\r\ncd\r\n", b"0\r\n\r\n")
 
     assert [message["body"] for message in connection.messages] == [b"ab", b"cd", b""]
+    connection.leave()
+
+
+@in_loop
+async def test_body_when_nobody_reads_it_yet_then_no_more_is_taken_until_somebody_does():
+    """What arrives before its reader is bounded, and the reader lets the rest come."""
+    connection = Connection()
+
+    connection.protocol.data_received(HEAD + b"Content-Length: 300000\r\n\r\n" + bytes(100_000))
+    was_paused = connection.wire.is_paused
+    await connection.bring(bytes(100_000), bytes(100_000))
+
+    assert was_paused
+    assert not connection.wire.is_paused
+    assert [len(message["body"]) for message in connection.messages] == [300_000]
+    connection.leave()
+
+
+@in_loop
+async def test_body_when_its_request_is_answered_before_it_came_then_the_rest_is_taken_and_thrown_away():
+    """A caller that is refused while it sends can send to the end and read why."""
+    connection = Connection()
+    connection.messages.append({"more_body": False})  # answers at once
+
+    await connection.bring(HEAD + b"Content-Length: 300000\r\n\r\n" + bytes(100_000), bytes(100_000))
+
+    assert len(connection.wire.packets) == 1
+    assert not connection.wire.is_paused
     connection.leave()
 
 
