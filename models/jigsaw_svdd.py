@@ -18,6 +18,8 @@ Deviations from the reference code, each with its reason:
 * nearest patches are found exactly, by a matrix product, in a bank that a greedy coreset may bound; the code uses an
   approximate index over everything. The bank is kept in float16;
 * a step may learn from all 36 pairs of a jigsaw instead of one (`pairs`), which a short descent on a CPU needs;
+* a step may draw fewer jigsaws of large pieces than of small ones (`large_share`): a large piece costs as much as four
+  small ones, and what a descent on a CPU needs first is steps;
 * the last epoch counts; the code keeps all of them and looks at test frames after each;
 * the returned map is blurred (the code blurs for display only); the score is the maximum before the blur.
 As in the code: the classifier's last weight is normalised and, unless `learn_projection`, never learns; the two maps
@@ -87,6 +89,8 @@ class JigsawSvddConfig:
         pairs: what a step learns from each jigsaw: one drawn pair, as published, or all 36, weighted so that each class
             counts alike. The expected loss is the same; nine encoded pieces instead of two give 36 pairs, and a short
             descent gets off the plateau where it begins.
+        large_share: of a step's frames, how many show the 64-pixel level its jigsaws and neighbours as well; 1 as
+            published. The expected loss is the same.
         compactness_weight: lambda (open for each product: 0.001 for textures, 1 for objects).
         colour_noise: standard deviation of the shift of each channel of a jigsaw's piece, of the range [0, 1].
         pixel_noise: standard deviation of the noise of each of its values.
@@ -106,6 +110,7 @@ class JigsawSvddConfig:
     large_stride: int = 16
     neighbours: int = 5
     pairs: Literal["one", "all"] = "one"
+    large_share: float = 1.0
     compactness_weight: float = 1e-3
     colour_noise: float = 0.02
     pixel_noise: float = 0.02
@@ -396,15 +401,16 @@ class JigsawSvdd(nn.Module):
     def loss(self, centred: Tensor, step: int) -> dict[str, Tensor]:
         """Return the cross-entropies and the weighted SVDD terms of both patch sizes for images `(B, 3, H, W)`."""
         generator = generator_of_step(self.config.seed, step)
+        of_large = centred[: math.ceil(self.config.large_share * centred.shape[0])]  # a batch comes in random order
         terms = {}
-        for name, patch, embed, classifier in (
-            ("large", _LARGE, self.encoder.encode_large, self.large_classifier),
-            ("small", _SMALL, self.encoder.encode_small, self.small_classifier),
+        for name, patch, images, embed, classifier in (
+            ("large", _LARGE, of_large, self.encoder.encode_large, self.large_classifier),
+            ("small", _SMALL, centred, self.encoder.encode_small, self.small_classifier),
         ):
             draw = _draw_jigsaws if self.config.pairs == "all" else _draw_pairs
-            corners, pairs, classes = draw(centred.shape[0], self.image_size, patch, generator)
-            embedded = embed(self._disturb(_cut_pieces(centred, corners, patch), generator))
-            embedded = embedded.reshape(corners.shape[1], centred.shape[0], -1)  # (pieces, B, D)
+            corners, pairs, classes = draw(images.shape[0], self.image_size, patch, generator)
+            embedded = embed(self._disturb(_cut_pieces(images, corners, patch), generator))
+            embedded = embedded.reshape(corners.shape[1], images.shape[0], -1)  # (pieces, B, D)
             logits = classifier(embedded[pairs[:, 0]], embedded[pairs[:, 1]]).flatten(0, 1)
             classes = classes.to(logits.device)
             weight = (
@@ -412,8 +418,8 @@ class JigsawSvdd(nn.Module):
             )
             terms[f"relation_{name}"] = functional.cross_entropy(logits, classes, weight=weight)
 
-            corners = _draw_neighbours(centred.shape[0], self.image_size, patch, generator)
-            first, second = embed(_cut_pieces(centred, corners, patch)).chunk(2)
+            corners = _draw_neighbours(images.shape[0], self.image_size, patch, generator)
+            first, second = embed(_cut_pieces(images, corners, patch)).chunk(2)
             distance = (first - second).norm(dim=1).mean()
             terms[f"compactness_{name}"] = self.config.compactness_weight * distance
         return terms
@@ -675,5 +681,7 @@ def _refuse_misfits(config: JigsawSvddConfig) -> None:
     most = of_one_frame if config.bank_rows is None else min(of_one_frame, config.bank_rows)
     if not 1 <= config.neighbours <= min(most, config.bank_candidates):
         raise ValueError(f"neighbours must lie between 1 and {most}, the patches that are sure to be in a bank")
+    if not 0 < config.large_share <= 1:
+        raise ValueError(f"large_share must lie in (0, 1], got {config.large_share}")
     if config.compactness_weight < 0:
         raise ValueError(f"compactness_weight must not be negative, got {config.compactness_weight}")

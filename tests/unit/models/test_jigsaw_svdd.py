@@ -349,6 +349,23 @@ def test_svdd_term_when_written_out_in_numpy_then_is_the_weighted_mean_of_plain_
     assert float(term.detach()) == pytest.approx(0.25 * expected, rel=1e-5)
 
 
+def test_large_pieces_when_a_share_is_asked_for_then_are_cut_out_of_that_many_frames():
+    """A quarter of eight frames shows the 64-pixel level its nine pieces and its neighbours; all show the other."""
+    detector = _fitted(_texture(8), pairs="all", large_share=0.25)
+    seen = {}
+    for name in ("encode_small", "encode_large"):
+        embed = getattr(detector.encoder, name)
+        setattr(
+            detector.encoder, name, lambda x, name=name, embed=embed: seen.setdefault(name, []).append(x) or embed(x)
+        )
+
+    with torch.no_grad():
+        detector.loss(detector.encode(_texture(8)), 3)
+
+    assert [len(pieces) for pieces in seen["encode_large"]] == [9 * 2, 2 * 2]
+    assert [len(pieces) for pieces in seen["encode_small"]] == [9 * 8, 2 * 8]
+
+
 def test_noise_when_added_then_is_for_the_jigsaw_alone():
     """A colour shift for each channel and noise for each value; neighbours of the SVDD term are seen as they are."""
     loud, quiet = (_fitted(_texture(4), colour_noise=level, pixel_noise=level) for level in (0.5, 0.0))
@@ -557,6 +574,7 @@ def test_initial_values_when_the_seed_is_the_same_then_are_the_same():
         ({"neighbours": 0}, "between 1 and 25"),
         ({"neighbours": 3, "bank_rows": 2}, "between 1 and 2"),
         ({"compactness_weight": -1.0}, "compactness_weight"),
+        ({"large_share": 0.0}, "large_share"),
     ],
 )
 def test_detector_when_the_configuration_contradicts_itself_then_says_where(changes, message):
@@ -573,6 +591,7 @@ def test_config_when_left_alone_then_holds_the_published_values():
     assert (config.embedding_channels, config.hidden_channels, config.image_size) == (64, 128, (256, 256))
     assert (config.small_stride, config.large_stride, config.neighbours) == (4, 16, 5)
     assert (config.colour_noise, config.pixel_noise, config.compactness_weight) == (0.02, 0.02, 1e-3)
+    assert (config.pairs, config.large_share) == ("one", 1.0)
     assert (config.recipe.optimiser, config.recipe.learning_rate, config.recipe.final_learning_rate) == (
         *("adam", 1e-4),
         1e-4,
