@@ -14,7 +14,8 @@ Deviations from the reference code, each with its reason:
   norms, and a moving teacher lets the cosine targets collapse;
 * frames are resized once, to the network's size, instead of twice;
 * maps are blurred in calibration and inference alike; the published scripts do so in one of the two;
-* both branches are always judged in the default fusion; the scripts choose one by the name of the product;
+* both branches are always judged in the default fusion, alike; the evaluation script chooses one by the name of the
+  product, a mix that it comments out weighs them 8 to 1, the demo script 5 to 1, and `branch_weights` can;
 * the rate falls to a tenth along a cosine instead of in one step at three fifths, the one shape that the loop has;
 * depths, widths and the number of levels are free, so that a CPU can train and serve.
 As in the code, where the paper may be read otherwise: each transformer block has a skip around its own skips, and the
@@ -23,7 +24,8 @@ network was fitted on. The score is the standard deviation of the map.
 
 Symbols: f = `targets`, the backbone's finest levels · X = `local` tokens (B, N, D) · g = `semantic` token (B, 1, D)
 · G_k = `global_features` (Phi_G) · G^_k = `global_estimates` (Psi_G) · L^_k = `local_estimates` (Psi_L)
-· mu, sigma = `means`, `deviations` (branches, levels) · w = `level_weights`.
+· mu, sigma = `means`, `deviations` (branches, levels) · alpha, beta =
+`branch_weights` · w = `level_weights`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -81,6 +83,8 @@ class GlcfConfig:
         correspondence_weight: weight of the loss between G and G^.
         detach_global_target: keep the third loss from pulling G towards G^.
         fusion: both branches, the local one (textures), or the global one (logic).
+        branch_weights: of the local and the global branch where the fusion asks both (open: alike; the code has
+            5 to 1 and 8 to 1).
         level_weights: w, of each target's normalised map, the finest first.
         blur_sigma: standard deviation of the Gaussian in pixels of the image.
         score: standard deviation of the map, or its largest value.
@@ -105,6 +109,7 @@ class GlcfConfig:
     correspondence_weight: float = 1.0
     detach_global_target: bool = False
     fusion: Literal["general", "texture", "logical"] = "general"
+    branch_weights: tuple[float, float] = (1.0, 1.0)
     level_weights: tuple[float, ...] = (1.0, 3.0, 6.0)
     blur_sigma: float = 4.0
     score: Literal["deviation", "maximum"] = "deviation"
@@ -269,7 +274,9 @@ class Glcf(OnBackbone):
         self._branches = 2 if config.fusion == "general" else 1
         self.register_buffer("means", torch.zeros(self._branches, config.targets))
         self.register_buffer("deviations", torch.ones(self._branches, config.targets))
-        self.register_buffer("weights", torch.tensor(config.level_weights), persistent=False)
+        of_branches = torch.tensor(config.branch_weights if config.fusion == "general" else (1.0,))
+        weights = torch.outer(of_branches, torch.tensor(config.level_weights))
+        self.register_buffer("weights", weights, persistent=False)
         self.register_buffer("is_calibrated", torch.zeros((), dtype=torch.bool))
         # An exported graph can't branch on a tensor, so a plain copy of `is_calibrated` is kept beside it.
         self._may_run = False
@@ -363,7 +370,7 @@ class Glcf(OnBackbone):
         if not self._may_run:
             raise RuntimeError("the maps were not calibrated yet; run the pass stage over the good frames first")
         normalised = (self._distance_maps(encoded) - self.means[..., None, None]) / self.deviations[..., None, None]
-        anomaly_map = (self.weights[:, None, None] * normalised).sum(dim=(1, 2))
+        anomaly_map = (self.weights[..., None, None] * normalised).sum(dim=(1, 2))
         return AnomalyOutput(anomaly_map, reduce_map(anomaly_map, self.config.score))
 
     def _distance_maps(self, encoded: Tensor) -> Tensor:
@@ -392,6 +399,10 @@ def _refuse_misfits(config: GlcfConfig, strides: Sequence[int]) -> None:
         raise ValueError(f"targets and inputs must be levels of the {len(strides)} layers and leave none out")
     if len(config.level_depths) != config.targets or len(config.level_weights) != config.targets:
         raise ValueError(f"level_depths and level_weights need one entry for each of {config.targets} targets")
+    if min(config.branch_weights) <= 0:
+        raise ValueError(
+            f"branch_weights must be positive, not {config.branch_weights}; fusion leaves a branch out altogether"
+        )
     stride = _token_stride(config, strides)
     if strides[-1] > stride:
         raise ValueError(f"a layer of stride {strides[-1]} is coarser than the tokens, whose stride is {stride}")

@@ -275,14 +275,16 @@ def test_distance_when_recomputed_in_numpy_then_agrees():
     assert distance.item() == pytest.approx(total, abs=1e-5)
 
 
-def test_forward_when_general_then_is_the_sum_of_both_branches():
-    """A = sum over branches and levels of w times the normalised map; its deviation is the score."""
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (5.0, 1.0)])
+def test_forward_when_general_then_is_the_weighted_sum_of_both_branches(shares):
+    """A = sum over branches and levels of both weights times the normalised map; its deviation is the score."""
     frames = _images(3)
-    general, texture, logical = (_calibrated(frames, fusion=name) for name in ("general", "texture", "logical"))
+    general = _calibrated(frames, fusion="general", branch_weights=shares)
+    texture, logical = (_calibrated(frames, fusion=name) for name in ("texture", "logical"))
 
     with torch.no_grad():
         output = general(frames)
-        parts = texture(frames).anomaly_map + logical(frames).anomaly_map
+        parts = shares[0] * texture(frames).anomaly_map + shares[1] * logical(frames).anomaly_map
 
     torch.testing.assert_close(output.anomaly_map, parts, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(output.score, output.anomaly_map.flatten(1).std(dim=1, correction=0))
@@ -337,6 +339,7 @@ def test_initial_values_when_the_seed_is_the_same_then_are_the_same():
         ({"targets": 1, "level_depths": (1,), "level_weights": (1.0,)}, "coarser than the tokens"),
         ({"image_size": (64, 72)}, "multiple of a token's stride"),
         ({"encoder_heads": 5}, "token_channels"),
+        ({"branch_weights": (1.0, 0.0)}, "leaves a branch out"),
     ],
 )
 def test_detector_when_the_configuration_contradicts_itself_then_says_where(changes, message):
@@ -354,4 +357,5 @@ def test_config_when_left_alone_then_holds_the_published_values():
     assert (config.decoder_blocks, config.decoder_heads, config.level_depths) == (6, 16, (3, 4, 6))
     assert (config.local_weight, config.global_weight, config.correspondence_weight) == (1.0, 1.0, 1.0)
     assert (config.fusion, config.level_weights, config.blur_sigma) == ("general", (1.0, 3.0, 6.0), 4.0)
+    assert config.branch_weights == (1.0, 1.0)
     assert (config.recipe.epochs, config.recipe.batch_size, config.recipe.learning_rate) == (500, 8, 1e-4)
