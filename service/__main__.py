@@ -149,8 +149,8 @@ def serve(
         from service.auth import KeysFileInvalid  # noqa: PLC0415 - see above
         from service.contract.signature import SigningFailed  # noqa: PLC0415 - see above
         from service.errors import StoreUnreachable  # noqa: PLC0415 - see above
+        from service.log import log_json_lines  # noqa: PLC0415 - see above
         from service.protocol import BoundedProtocol  # noqa: PLC0415 - see above
-        from service.telemetry import log_json_lines  # noqa: PLC0415 - see above
         from service.tls import ServerCertificate, TlsInvalid  # noqa: PLC0415 - see above
 
     try:

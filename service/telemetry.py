@@ -8,19 +8,15 @@ What every frame moves is counted in plain numbers, which the event loop alone c
 scrapes: the library's own counters and histograms take a lock and look for bounds and labels at each of the ten steps.
 """
 
-import json
 import logging
 import math
-import sys
 import time
-import traceback
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -36,13 +32,13 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
-from pydantic_core import to_json
 
 from service.contract.calibration import Calibration
 from service.contract.policy import Policy, Verdict
 from service.drift import LineDrift, ScoreDrift, measure_quality
 from service.errors import known_codes
 from service.inspection import Inspection
+from service.log import InspectionRecord, LineWriter
 from service.tallies import Tally
 
 Discarded = Literal["caller_left", "late"]
@@ -281,7 +277,7 @@ class Telemetry:
     def count_lost_lines(self) -> None:
         """Count the lines of the process's log that can't be written from now on."""
         for handler in logging.getLogger().handlers:
-            if isinstance(handler, _LogWriter):
+            if isinstance(handler, LineWriter):
                 handler.tell_of_loss = partial(self.record_dropped, "log")
 
     def watch_certificate(self, expires_at: Callable[[], float]) -> None:
@@ -426,7 +422,7 @@ class Telemetry:
             "batch_size": inspection.batch_size,
             "seconds": {stage: round(spent, 6) for stage, spent in seconds.items()},
         }
-        _log.handle(InspectionRecord(fields, answered_at))
+        _log.handle(InspectionRecord(_log.name, fields, answered_at))
 
     def not_inspected(
         self, line: str, reason: str, answered_at: float, *, seconds: Mapping[str, float], **fields: Any
@@ -448,7 +444,7 @@ class Telemetry:
             self._tally(known, version).failed(seconds.get("total", 0.0), int(answered_at * 1000))
         known_fields = {"line": known, "verdict": verdict, "code": reason, "seconds": dict(seconds)}
         if _log.isEnabledFor(logging.INFO):
-            _log.handle(InspectionRecord(known_fields | fields, answered_at))
+            _log.handle(InspectionRecord(_log.name, known_fields | fields, answered_at))
 
     def statistics(self, line: str, version: str) -> dict[str, Any]:
         """Return what a bundle has done for a line, as the Open Inference Protocol's statistics describe it."""
@@ -525,66 +521,3 @@ def in_units(score: float, policy: Policy) -> float:
     """Return a score in units of the fail threshold: 1 is at it, and more is more anomalous, whatever its sign."""
     unit = max(abs(policy.fail_threshold), _SMALLEST_THRESHOLD)
     return 1 + (score - policy.fail_threshold) / unit
-
-
-class InspectionRecord(logging.LogRecord):
-    """The record of one frame, which does not look for its caller, thread and process as others do.
-
-    Args:
-        members: of the line.
-        created: when it came to be, in seconds since 1970.
-    """
-
-    _of_all = vars(logging.LogRecord(_log.name, logging.INFO, __file__, 0, "inspection", None, None))
-
-    def __init__(self, members: Mapping[str, Any], created: float) -> None:
-        self.__dict__.update(self._of_all)
-        self.created = created
-        self.msecs = self.created % 1 * 1000
-        self.members = members
-
-
-class JsonLines(logging.Formatter):
-    """Formats each log record as one line of JSON, with whatever was given as `extra` as members."""
-
-    _STANDARD = frozenset(vars(logging.LogRecord("", 0, "", 0, "", None, None))) | {"message", "asctime", "taskName"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line, without its end."""
-        members: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if isinstance(record, InspectionRecord):
-            return to_json({**members, **record.members}).decode()
-        members.update((name, value) for name, value in vars(record).items() if name not in self._STANDARD)
-        if record.exc_info is not None and record.exc_info[1] is not None:
-            members["exception"] = "".join(traceback.format_exception(record.exc_info[1]))
-        return json.dumps(members, default=str)
-
-
-class _LogWriter(logging.StreamHandler[TextIO]):
-    """Writes lines, and tells of each one that can't be written: a full disk costs lines and never a frame."""
-
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__(stream)
-        self.tell_of_loss: Callable[[], None] = lambda: None
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - as the library calls it
-        """Tell of it; there is no other place where a traceback could go."""
-        self.tell_of_loss()
-
-
-def log_json_lines(level: str, stream: TextIO | None = None) -> None:
-    """Make every logger of the process write JSON lines.
-
-    Args:
-        level: name of the lowest level that is written.
-        stream: standard error where absent.
-    """
-    handler = _LogWriter(stream or sys.stderr)
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(level=level, handlers=[handler], force=True)
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it says of a caller's file is no fault of ours

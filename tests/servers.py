@@ -4,6 +4,7 @@ Nothing sleeps for a guessed time: a server says on its log where it listens, an
 and again until it holds or a bounded time is over.
 """
 
+import fcntl
 import json
 import os
 import queue
@@ -93,6 +94,8 @@ class ServerProcess:
         self.log: list[str] = []
         self.admin_port: int | None = None
         self._port: queue.Queue[int | None] = queue.Queue()
+        self._reads = threading.Event()
+        self._reads.set()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
@@ -115,6 +118,7 @@ class ServerProcess:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait(PATIENCE_S)
+        self._reads.set()
         self._reader.join(PATIENCE_S)
         if self._process.stdout is not None:
             self._process.stdout.close()
@@ -143,6 +147,12 @@ class ServerProcess:
         limit = resource.RLIM_INFINITY if most_bytes is None else most_bytes
         resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
+    def stop_reading(self) -> None:
+        """Leave the log where it is, in a pipe that holds a page, as a collector of logs that hangs does."""
+        assert self._process.stdout is not None
+        self._reads.clear()
+        fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, resource.getpagesize())
+
     def exit_code(self) -> int:
         """Wait for the end of the process."""
         return self._process.wait(PATIENCE_S)
@@ -164,6 +174,9 @@ class ServerProcess:
                     self.admin_port = int(event["port"])
                 if event.get("message") == "listening":
                     self._port.put(int(event["port"]))
+            if not self._reads.is_set():
+                self._reads.wait()
+                return  # what is left may end in half a line
         self._port.put(None)
 
 

@@ -62,7 +62,15 @@ ENVIRONMENT = ("service/settings.py", "service/__main__.py", "training/__main__.
 LAYERS = (
     ("service.errors", "service.heap"),
     ("service.contract", "service.schedule"),
-    ("service.drift", "service.engines", "service.inspection", "service.stores", "service.tallies", "service.tls"),
+    (
+        "service.drift",
+        "service.engines",
+        "service.inspection",
+        "service.log",
+        "service.stores",
+        "service.tallies",
+        "service.tls",
+    ),
     ("service.settings", "service.telemetry"),
     ("service.batch_queue", "service.traces", "service.warm_up"),
     ("service.batcher",),

@@ -272,6 +272,26 @@ def test_log_when_its_disk_is_full_then_frames_are_judged_and_lost_lines_are_cou
     assert (ready.status_code, exit_code) == (200, 0)
 
 
+def test_log_when_nobody_reads_it_then_frames_are_judged_and_the_server_ends_in_order(tmp_path):
+    """Whatever collects the log may hang: its full pipe holds up neither a frame nor the end."""
+    make_bundle(tmp_path)
+    with ServerProcess(tmp_path) as server:
+        server.ready()
+        server.stop_reading()
+        with Cameras(server.url) as cameras:
+            cameras.after()
+            cameras.after()
+        refused = [server.http.post("/v1/lines/nowhere/inspect", content=b"").status_code for _ in range(60)]
+        ready = server.http.get("/healthz/ready").status_code
+        server.terminate()
+        exit_code = server.exit_code()
+
+    cameras.assert_safe()
+    assert {told.status for told in cameras.told} == {200}
+    assert set(refused) == {404}  # each of them a line of the log: several times what the pipe holds
+    assert (ready, exit_code) == (200, 0)
+
+
 def test_server_when_a_reader_stalls_and_a_thread_never_ends_then_it_still_ends_in_time(tmp_path):
     """The time for draining bounds the end: neither a client that stops reading nor a stuck thread can stretch it."""
     make_bundle(tmp_path)

@@ -1,6 +1,5 @@
 """Promises of the telemetry: every frame is counted and logged once, under labels from closed sets."""
 
-import io
 import json
 import logging
 from dataclasses import replace
@@ -14,17 +13,16 @@ from service.contract.calibration import Calibration
 from service.contract.frames import Frame
 from service.contract.policy import Verdict
 from service.errors import known_codes
+from service.log import JsonLines
 from service.telemetry import (
     CALLER_LEFT,
     OTHER_REASON,
     UNKNOWN_LINE,
     DisagreementKind,
     GoldenOutcome,
-    JsonLines,
     Sink,
     Telemetry,
     in_units,
-    log_json_lines,
 )
 from tests.factories import make_policy
 from tests.fakes import FakeClock
@@ -303,30 +301,3 @@ def test_in_units_when_threshold_is_zero_then_stays_ordered():
     policy = make_policy(review_threshold=0.0, fail_threshold=0.0)
 
     assert in_units(-0.1, policy) < in_units(0.0, policy) == 1 < in_units(0.1, policy)
-
-
-@pytest.fixture
-def root_logger():
-    """Give the root logger back as it was."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield root
-    root.handlers[:], root.level = handlers, level
-
-
-@pytest.mark.usefixtures("root_logger")
-def test_log_json_lines_when_something_raised_then_line_holds_the_traceback():
-    """Every record is one line of JSON, with exceptions and extras inside."""
-    stream = io.StringIO()
-    log_json_lines("WARNING", stream)
-
-    logging.getLogger("anywhere").info("not wanted")
-    try:
-        int("harm\ndone")
-    except ValueError:
-        logging.getLogger("anywhere").exception("caught", extra={"request_id": "r", "odd": object()})
-
-    (line,) = stream.getvalue().splitlines()
-    logged = json.loads(line)
-    assert (logged["level"], logged["message"], logged["request_id"]) == ("ERROR", "caught", "r")
-    assert "ValueError: invalid literal" in logged["exception"]
