@@ -25,6 +25,7 @@ from service.traces import Traces
 # `answer` sends status, headers and body at once, and returns whether it could.
 CONNECTION_EXTENSION = "flawline.connection"
 _SETTLED_AFTER_S = 0.1
+_MOST_UNSETTLED = 32  # more at once would hold up a frame for milliseconds
 
 _log = logging.getLogger("flawline")
 
@@ -44,7 +45,9 @@ class AfterAnswers:
     def later(self, count: Callable[[], None]) -> None:
         """Have something counted within a tenth of a second, or before anybody reads."""
         self._due.append(count)
-        if self._settles is None:
+        if len(self._due) == _MOST_UNSETTLED:
+            self.settle()
+        elif self._settles is None:
             self._settles = asyncio.get_running_loop().call_later(_SETTLED_AFTER_S, self.settle)
 
     def settle(self) -> None:
@@ -73,9 +76,9 @@ class AfterAnswers:
 
     async def finish(self) -> None:
         """Wait for all work."""
-        self.settle()
         if self._running:
             await asyncio.wait(self._running.values())
+        self.settle()
 
 
 class Lifecycle:
