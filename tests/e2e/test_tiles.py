@@ -13,7 +13,7 @@ from service.contract.bundle import load_bundle
 from service.contract.golden import read_golden, replay
 from service.settings import Settings
 from tests.factories import encode, make_runner
-from tests.servers import serve_in_thread, wait_until_ready
+from tests.servers import LONG_S, serve_in_thread, wait_until_ready
 from tests.tiny_line import TINY_RUN, write_line
 from training.__main__ import commands
 
@@ -80,7 +80,8 @@ def test_frames_when_they_are_cut_then_every_door_gives_the_validated_score(plac
     store = place / "served"
     (store / LINE).mkdir(parents=True)
     (store / LINE / "1").symlink_to(bundle.path)
-    with serve_in_thread(Settings(store_directory=store, port=0)) as http:
+    patience = dict.fromkeys(("default_deadline_s", "max_deadline_s", "drain_timeout_s", "stuck_after_s"), LONG_S)
+    with serve_in_thread(Settings(store_directory=store, **patience)) as http:
         wait_until_ready(http)
         told = http.get(f"/v1/lines/{LINE}").json()["live"]
         inspected = http.post(
