@@ -389,6 +389,29 @@ def test_memory_when_the_budget_is_full_then_the_line_not_asked_for_makes_room_a
     registry.close()
 
 
+def test_memory_when_a_line_comes_back_then_the_policy_that_was_chosen_for_it_still_judges(tmp_path):
+    """Making room must not change what a line is judged by."""
+    shelf = Shelf(tmp_path)
+    for name in ("demo_line", "other"):
+        shelf.add("1", name)
+        shelf.sizes[name] = 100
+    shelf.add_policy("strict", fail_threshold=0.15)
+    registry = shelf.load(budget_bytes=150)
+
+    def bring_back(line):
+        with pytest.raises(LineLoading):
+            registry.find(line, None, None)
+        wait_until(lambda: registry.status(line).state == "ready", "the line")
+
+    bring_back("demo_line")
+    registry.activate_policy("demo_line", "strict")
+    bring_back("other")
+    bring_back("demo_line")
+
+    assert registry.find("demo_line", None, None).policy.policy.version == "strict"
+    registry.close()
+
+
 def test_memory_when_lines_are_pinned_then_they_stay_and_what_does_not_fit_is_refused(tmp_path):
     """A pinned line is never unloaded; one that can't fit beside it says what to change."""
     shelf = Shelf(tmp_path)
