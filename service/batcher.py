@@ -15,8 +15,11 @@ as it is after a run that takes too long or a fault of its own. An unhealthy bat
 """
 
 import asyncio
+import contextlib
 import logging
 import math
+import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +41,8 @@ from service.telemetry import EngineMeter
 
 # The loop's timers may fire a little early; looking again just after the moment saves a second look.
 _TIMER_SLACK_S = 0.001
+# Of runners beyond that of the process: a third of the event loop's weight where both want the same core.
+_NICENESS = 5
 
 # Each frame gets an instance of its own: one that is raised in several tasks would collect their tracebacks.
 _Fault = Callable[[], FlawlineError]
@@ -439,6 +444,7 @@ class Batcher:
 
     def _serve(self) -> None:
         """Run batches until told to end: the body of a runner's thread."""
+        _stand_back()
         try:
             while (batch := self._inbox.get()) is not None:
                 while batch is not None:
@@ -601,6 +607,17 @@ class _Holding:
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
         self._give_back(self._place)
+
+
+def _stand_back() -> None:
+    """Let the event loop come first: runners that keep every core busy would keep refusals and answers from it.
+
+    Priorities are a thread's own on Linux alone; elsewhere nothing is done.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            own = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + _NICENESS)
 
 
 def _what_comes_of(step: Callable[[], Any]) -> Any:

@@ -1,7 +1,10 @@
 """Promises of the batcher: each frame is answered once, on time, whatever the engine does."""
 
 import asyncio
+import os
 import re
+import sys
+import threading
 import time
 
 import numpy as np
@@ -189,6 +192,19 @@ async def test_submit_when_runners_are_idle_then_frames_run_side_by_side(make_be
     await asyncio.gather(*answers)
 
     assert bench.engine.batches == [1, 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
+@in_loop
+async def test_runners_when_they_run_then_stand_back_behind_the_event_loop(make_bench):
+    """Runners that keep every core busy must not keep a refusal waiting."""
+    bench, seen = make_bench(), []
+    bench.engine.on_run = lambda _: seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    await bench.inspect()
+
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert seen == [min(own + 5, 19)]
 
 
 @in_loop
