@@ -44,7 +44,8 @@ def test_traces_when_nobody_listens_then_frames_are_judged_and_the_loss_is_count
     """A collector that is gone costs no verdict."""
     make_bundle(tmp_path / "store")
     endpoint = f"http://127.0.0.1:{free_port()}/v1/traces"
-    with ServerProcess(tmp_path / "store", {"FLAWLINE_TRACES_ENDPOINT": endpoint}) as server:
+    at_once = {"OTEL_BSP_SCHEDULE_DELAY": "100"}  # ms, of OpenTelemetry's own; five seconds where absent
+    with ServerProcess(tmp_path / "store", {"FLAWLINE_TRACES_ENDPOINT": endpoint, **at_once}) as server:
         server.ready()
         answer = _inspect(server)
         lost = 'flawline_records_dropped_total{sink="traces"} 8.0'
