@@ -84,9 +84,10 @@ def main() -> None:
     fit_detector(resumed, 2, peers, replace(plan, resume=True))
     _keep(folder, "resumed", resumed, peers)
 
-    from training import jobs
+    from training import jobs, progress
     from training.__main__ import commands
 
+    progress._PLAIN_LINE_EVERY_S = 0.2  # the test waits for the first steps
     jobs.meet_peers = lambda _: peers  # they can't meet twice in one life
     arguments = ["train", folder / "bottle", "--config", folder / "config.yaml", "--weights", "untrained"]
     arguments += ["--store", folder / "store", "--runs", folder / "runs", "--device", "cpu"]
