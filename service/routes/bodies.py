@@ -84,7 +84,7 @@ async def receive_body(request: Request, max_bytes: int, timeout_s: float) -> by
         DeadlinePassed: if it did not arrive in time.
     """
     _refuse_promise(request, max_bytes)
-    if has_body(request):  # nothing to wait for, and so no need of a timer
+    if _has_body(request):  # nothing to wait for, and so no need of a timer
         return await _read(request, max_bytes)
     try:
         async with asyncio.timeout(timeout_s):
@@ -93,8 +93,12 @@ async def receive_body(request: Request, max_bytes: int, timeout_s: float) -> by
         raise _not_in_time() from error
 
 
-def has_body(request: Request) -> bool:
-    """Tell whether all of a body is there already, so that receiving it lets nobody else come first."""
+def comes_at_once(request: Request) -> bool:
+    """Tell whether a frame is received without waiting, so that nobody comes first; a large form goes by a file."""
+    return _has_body(request) and _media_type(request.headers) != MULTIPART_MEDIA_TYPE
+
+
+def _has_body(request: Request) -> bool:
     extension = request.scope.get("extensions", {}).get(CONNECTION_EXTENSION)
     return extension is not None and bool(extension["has_body"]())
 

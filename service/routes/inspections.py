@@ -20,7 +20,7 @@ from service.errors import DeadlinePassed, FlawlineError, NotAuthorised, Paramet
 from service.inspection import Inspection, InspectionRequest
 from service.routes import answers
 from service.routes.accounting import TRACE_PARENT_HEADER, Counting, count_later, record_later, unless_left
-from service.routes.bodies import Upload, has_body, receive_frame, receive_frames, usable
+from service.routes.bodies import Upload, comes_at_once, receive_frame, receive_frames, usable
 from service.routes.context import CONNECTION_EXTENSION, Context, FrameRequest, caller_of, context_of
 from service.routes.identity import identify, received_at_of, with_id
 from service.routes.openapi import BATCH_OPERATION, FRAME_OPERATION, HEATMAP_ANSWERS, OPTION_HEADERS
@@ -88,13 +88,13 @@ async def inspect(request: Request, line: str) -> Response:
         # No body is taken that can't be judged, or not in time.
         deadline_s, priority = _deadline_s(options), _PRIORITIES[options.priority]
         context.pipeline.refuse_hopeless(found, received_at_of(request), deadline_s, priority)
-        is_here = has_body(request)
+        is_next = comes_at_once(request)
         upload = await receive_frame(request, context.settings.frame_limits, _receive_timeout_s(context, options))
         asked = _ask(request, line, options, upload)
         if found.line.bundle.batcher.is_draining:  # another version became live while the body came
             found = context.registry.find(line, options.bundle_version, options.policy)
-        # A body that was there has kept nobody waiting, so that what was found of the queue still holds.
-        inspection = await unless_left(request, context.pipeline.inspect_by(found, asked, is_hopeful=is_here))
+        # Where receiving it let nobody else come first, what was found of the queue still holds.
+        inspection = await unless_left(request, context.pipeline.inspect_by(found, asked, is_hopeful=is_next))
         return await (_picture if _wants_picture(request) else _answer)(context, inspection)
 
 
