@@ -87,6 +87,22 @@ class Taken(NamedTuple, Generic[_Entry]):
     look_again_at: float | None = None
 
 
+class Running:
+    """How many batches run in this process, whichever engines they run on; each runner enters for one batch."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.count -= 1
+
+
 class BatchQueue(Generic[_Entry]):
     """The frames of one engine.
 
@@ -109,6 +125,11 @@ class BatchQueue(Generic[_Entry]):
     def is_empty(self) -> bool:
         """Whether nothing waits and nothing runs."""
         return not self._waiting and not self._running
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether any frame waits."""
+        return bool(self._waiting)
 
     @property
     def has_idle_runner(self) -> bool:

@@ -33,8 +33,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from service.batch_queue import Batch, BatchQueue, Place, Taken
-from service.engines.engine import Engine, EngineOutput
+from service.batch_queue import Batch, BatchQueue, Place, Running, Taken
+from service.engines.engine import Engine, EngineOutput, LoneRun, RunBatch
 from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded
 from service.schedule import Priority, RunTimes, WaitingFrame, has_room
 from service.telemetry import EngineMeter
@@ -147,6 +147,8 @@ class Batcher:
         stuck_after_s: a run that takes longer makes the batcher unhealthy.
         meter: counts.
         clock: monotonic seconds.
+        alone: how a batch runs beside which no other does, on any engine, and none waits; None: as every other.
+        running: the batches of all engines in this process.
     """
 
     def __init__(
@@ -161,8 +163,12 @@ class Batcher:
         stuck_after_s: float,
         meter: EngineMeter,
         clock: Callable[[], float],
+        alone: LoneRun | None = None,
+        running: Running | None = None,
     ) -> None:
         self._engine = engine
+        self._alone = alone
+        self._running = Running() if running is None else running
         self._probe = probe
         self._lines = lines
         self._runners = runners
@@ -455,7 +461,8 @@ class Batcher:
 
     def _run_batch(self, batch: Batch[_Entry]) -> Batch[_Entry] | None:
         """Run a batch, post what became of it, and return the one that this runner runs next."""
-        outcome = self._run(batch.entries)
+        with self._running:
+            outcome = self._run(batch.entries)
         taken: Taken[_Entry] = Taken()
         try:
             if outcome.is_engine_lost:
@@ -479,8 +486,9 @@ class Batcher:
         if not ready:
             return _Outcome(answers, None, is_engine_lost=False)
         started_at = self._clock()
+        alone = self._alone if self._is_alone() else None
         try:
-            output = self._run_together(ready)
+            output = self._run_together(ready, self._engine.run if alone is None else alone.run)
         except Exception as error:  # noqa: BLE001 - the edge: a runtime may raise anything
             _log.exception("a run failed", extra={"batch_size": len(ready)})
             failed = self._run_alone(ready) if len(ready) > 1 else self._give_up(ready[0], error)
@@ -499,7 +507,16 @@ class Batcher:
                 ran_at=ended_at,
             )
             answers[entry.waiting.number] = _what_comes_of(partial(entry.work.finish, result))
-        return _Outcome(answers, ended_at - began_at, is_engine_lost=False)
+        if alone is None:
+            return _Outcome(answers, ended_at - began_at, is_engine_lost=False)
+        # Admission asks how long frames take side by side. A lone one only tells how long they take at most.
+        most_s = started_at - began_at + alone.speedup * (ended_at - started_at)
+        weight = first_of[-1]
+        return _Outcome(answers, most_s if most_s < self._queue.run_times.of(weight) else None, is_engine_lost=False)
+
+    def _is_alone(self) -> bool:
+        """Whether every core is there for the batch that asks, which it does once decoded: much may come till then."""
+        return self._running.count == 1 and not self._queue.has_waiting
 
     def _is_ready(self, entry: _Entry, answers: dict[int, Any]) -> bool:
         """Prepare a frame that is not prepared yet; where that fails, the fault is its answer, and no neighbour's."""
@@ -514,7 +531,7 @@ class Batcher:
         entry.frames = frames
         return True
 
-    def _run_together(self, entries: Sequence[_Entry]) -> EngineOutput:
+    def _run_together(self, entries: Sequence[_Entry], run: RunBatch) -> EngineOutput:
         inputs = [entry.frames for entry in entries if entry.frames is not None]
         frames = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)  # a single frame is not copied
         line_index = np.repeat(
@@ -523,7 +540,7 @@ class Batcher:
         # Only a single frame can weigh more than a batch may.
         runs, first = [], 0
         for size in self._run_sizes(len(frames)):
-            runs.append(self._engine.run(frames[first : first + size], line_index[first : first + size]))
+            runs.append(run(frames[first : first + size], line_index[first : first + size]))
             if not len(runs[-1].scores) == len(runs[-1].anomaly_maps) == size:
                 raise EngineFailed("The engine answered with another number of frames than it was given.")
             first += size

@@ -12,17 +12,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from service.batch_queue import Running
 from service.batcher import Batcher
 from service.contract.bundle import Bundle, Manifest, load_bundle, load_policy
 from service.contract.golden import GoldenSet, read_golden_by_line, replay
 from service.contract.policy import Policy, inspected_mask, refuse_unfit
 from service.contract.signature import Trust
 from service.contract.tiling import Run
-from service.engines.engine import Engine
+from service.engines.engine import Engine, LoneRun
 from service.errors import BundleRefused, FlawlineError
 from service.live import LiveLine, LivePolicy, LoadedBundle, LoadedVersion
 from service.telemetry import Telemetry
-from service.warm_up import warm_up
+from service.warm_up import LoneTrial, warm_up
 
 POLICIES_DIRECTORY = "policies"
 
@@ -72,6 +73,7 @@ class Loader:
         self._options = options
         self._telemetry = telemetry
         self._clock = clock
+        self._running = Running()
         self._told: set[tuple[str, str]] = set()
 
     def load(self, name: str, version: str, wanted: Callable[[tuple[str, ...]], tuple[str, ...]]) -> LoadedVersion:
@@ -97,7 +99,7 @@ class Loader:
             run_times = warm_up(
                 engine, manifest, self._options.max_batch_size, self._options.warm_up_limit_s, self._clock
             )
-            known = self._prove(bundle, engine)
+            known, alone = self._prove(bundle, engine)
             policies = {line: self._policies_of(line, bundle) for line in lines}
         except BaseException:
             engine.close()
@@ -114,6 +116,8 @@ class Loader:
             stuck_after_s=self._options.stuck_after_s,
             meter=self._telemetry.engine(name),
             clock=self._clock,
+            alone=alone,
+            running=self._running,
         )
         self._telemetry.engine_loaded(name, self._clock() - started_at)
         loaded = LoadedBundle(manifest, bundle.digest, engine.device, engine, batcher, proofs)
@@ -141,14 +145,21 @@ class Loader:
         found = self._read_policies(live.name, live.bundle.manifest, live.policies)
         return live if not found else replace(live, policies={**live.policies, **found})
 
-    def _prove(self, bundle: Bundle, engine: Engine) -> list[GoldenSet]:
-        """Replay the golden frames of every line, and return those of a few lines to ask again later."""
+    def _prove(self, bundle: Bundle, engine: Engine) -> tuple[list[GoldenSet], LoneRun | None]:
+        """Replay the golden frames of every line.
+
+        Returns:
+            Those of a few lines, to ask again later, and the engine's way for a frame that is alone, if those say that
+            it may be taken.
+        """
         kept: list[GoldenSet] = []
+        trial = LoneTrial(engine, self._clock)
         for golden in read_golden_by_line(bundle):
-            self._replay(bundle, golden, engine.run)
-            if sum(len(known.answers) for known in kept) < _FRAMES_TO_ASK_AGAIN:
+            is_kept = sum(len(known.answers) for known in kept) < _FRAMES_TO_ASK_AGAIN
+            self._replay(bundle, golden, trial.run if is_kept else engine.run)
+            if is_kept:
                 kept.append(golden)
-        return kept
+        return kept, trial.winner
 
     def prove_again(self, version: LoadedVersion) -> None:
         """Replay golden frames on a version that is loaded already, before it becomes live once more.

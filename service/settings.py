@@ -22,6 +22,8 @@ from service.engines.engine import GPU_DEVICES, Device, EngineOptions, Inference
 PREFIX = "FLAWLINE_"
 
 _CGROUP = Path("/sys/fs/cgroup")
+# Threads of one run wait for each other after every operator, so that more bring less and less.
+_MOST_THREADS_ALONE = 4
 
 
 class SettingsInvalid(ValueError):
@@ -88,6 +90,8 @@ class Settings(BaseSettings):
         runners: batches that run side by side, for each engine; absent means one a CPU, or one on a GPU, where each
             has a session or context and buffers of its own.
         threads_per_run: CPU threads inside one run.
+        threads_alone: CPU threads inside a run beside which nothing runs, on ONNX Runtime's CPU; absent means those of
+            all runners, at most four. As many as `threads_per_run` save the memory of a second session an engine.
         memory_arena: of ONNX Runtime on the CPU: `keep` what runs have used, `shrink` after each run, or `off`.
         inference_precision: that OpenVINO may compute in, `f32` or `bf16`; the golden set decides whether it may.
         cuda_graphs: record each batch size once and replay it; refused where a graph can't be recorded.
@@ -142,6 +146,7 @@ class Settings(BaseSettings):
     device: Device = "cpu"
     runners: int = Field(default=0, ge=0, le=256)
     threads_per_run: int = Field(default=1, ge=1, le=256)
+    threads_alone: int = Field(default=0, ge=0, le=256)
     memory_arena: MemoryArena = "keep"
     inference_precision: InferencePrecision = "f32"
     cuda_graphs: bool = False
@@ -247,6 +252,8 @@ class Settings(BaseSettings):
             device=self.device,
             instances=self.runners_per_engine,
             threads_per_run=self.threads_per_run,
+            threads_alone=self.threads_alone
+            or min(self.runners_per_engine * self.threads_per_run, _MOST_THREADS_ALONE),
             max_batch_size=self.max_batch_size,
             memory_arena=self.memory_arena,
             cuda_graphs=self.cuda_graphs,

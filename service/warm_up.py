@@ -1,16 +1,20 @@
 """Runs every batch size that the schedule may choose, before a line is ready; the time that it may take is bounded.
 
+Where an engine has a quicker way for a frame that is alone, that is tried here as well (`LoneTrial`).
+
 The first run of a size allocates, chooses kernels and records graphs; a frame of a camera must never wait for that.
 Where time runs out, the larger sizes are given up rather than left cold: the schedule then never chooses them.
 """
 
 import logging
+import math
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.contract.bundle import Manifest
-from service.engines.engine import Engine
+from service.engines.engine import Engine, EngineOutput, LoneRun
 from service.schedule import RunTimes
 
 # The first one allocates, the second one may record a graph, the third one is what a frame will meet.
@@ -52,8 +56,52 @@ def warm_up(
             started_at = clock()
             engine.run(frames, line_index)
             took = clock() - started_at
+            if engine.alone is not None and size == 1:
+                engine.alone.run(frames, line_index)
         learned.append(took)
     run_times = RunTimes.unknown(len(learned))
     for size, seconds in enumerate(learned, start=1):
         run_times = run_times.learn(size, seconds)
     return run_times
+
+
+class LoneTrial:
+    """Runs an engine's both ways on frames that are known, and says whether the lone one may be taken.
+
+    A frame's score must not depend on what else goes on, so both have to say the same to the last bit; and the lone one
+    has to be quicker, which on many cores or a slow memory it need not be.
+
+    Args:
+        engine: warm.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._is_equal = True
+        self._quickest_s = self._quickest_alone_s = math.inf
+
+    def run(self, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
+        """Run frames as `Engine.run` does, and once more the other way."""
+        began_at = self._clock()
+        output = self._engine.run(frames, line_index)
+        ended_at = self._clock()
+        if self._engine.alone is not None:
+            other = self._engine.alone.run(frames, line_index)
+            took_s = (ended_at - began_at) / len(frames)
+            self._quickest_s = min(self._quickest_s, took_s)
+            self._quickest_alone_s = min(self._quickest_alone_s, (self._clock() - ended_at) / len(frames))
+            self._is_equal &= all(map(np.array_equal, output, other))
+        return output
+
+    @property
+    def winner(self) -> LoneRun | None:
+        """The quicker way, if it may be taken."""
+        if self._engine.alone is None:
+            return None
+        is_quicker = self._quickest_alone_s < self._quickest_s
+        if not (self._is_equal and is_quicker):
+            _log.info("lone frames run as others", extra={"is_equal": self._is_equal, "is_quicker": is_quicker})
+            return None
+        return self._engine.alone

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engines.engine import EngineOutput
+from service.engines.engine import EngineOutput, LoneRun
 
 
 class FakeClock:
@@ -48,6 +48,7 @@ class FakeEngine:
     def __init__(self, map_size: tuple[int, int] = (4, 6), device: str = "fake") -> None:
         self.device, self.provider, self.precision = device, "fake", "fp32"
         self.size_bytes = 0
+        self.alone: LoneRun | None = None
         self.is_closed = False
         self.batches: list[int] = []
         self.line_indices: list[list[int]] = []

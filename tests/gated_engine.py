@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.contract.bundle import Bundle
-from service.engines.engine import EngineOutput
+from service.engines.engine import EngineOutput, LoneRun
 from service.engines.ort import OrtEngine
 
 Spoil = Callable[[EngineOutput], EngineOutput]
@@ -54,6 +54,7 @@ class _Gated:
     def __init__(self, gate: GatedEngine, engine: OrtEngine) -> None:
         self.device, self.provider, self.precision = engine.device, engine.provider, engine.precision
         self.size_bytes = engine.size_bytes
+        self.alone: LoneRun | None = None
         self._gate = gate
         self._engine = engine
 

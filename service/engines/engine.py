@@ -1,5 +1,6 @@
 """What the batcher asks of a runtime: arrays in, arrays out. No HTTP, no lines, no clock."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -22,6 +23,8 @@ class EngineOptions:
         device: runtime and device.
         instances: that run side by side; a CPU session of ONNX Runtime serves any number of threads by itself.
         threads_per_run: CPU threads inside one run.
+        threads_alone: CPU threads inside a run beside which nothing runs; no more than `threads_per_run` means that
+            such a run is like any other.
         max_batch_size: frames that one run must be able to take; a larger batch is run in pieces.
         memory_arena: whether memory stays between runs of ONNX Runtime's CPU.
         cuda_graphs: record each batch size once and replay it.
@@ -32,6 +35,7 @@ class EngineOptions:
     device: Device = "cpu"
     instances: int = 1
     threads_per_run: int = 1
+    threads_alone: int = 1
     max_batch_size: int = 1
     memory_arena: MemoryArena = "keep"
     cuda_graphs: bool = False
@@ -51,6 +55,21 @@ class EngineOutput(NamedTuple):
     anomaly_maps: NDArray[np.float32]
 
 
+RunBatch = Callable[[NDArray[np.uint8], NDArray[np.int64]], EngineOutput]
+
+
+class LoneRun(NamedTuple):
+    """A quicker way for a batch beside which nothing runs.
+
+    Attributes:
+        run: as `Engine.run`, with more threads.
+        speedup: over `Engine.run`, at the very most.
+    """
+
+    run: RunBatch
+    speedup: float
+
+
 class Engine(Protocol):
     """A bundle's network on a device.
 
@@ -59,12 +78,14 @@ class Engine(Protocol):
         provider: what runs it there, in the runtime's own word, for example `CPUExecutionProvider`.
         precision: that it computes in: the bundle's, unless the runtime was told otherwise.
         size_bytes: memory that it takes on its device, as well as is known: weights, and buffers of its own.
+        alone: what may be run instead where nothing else runs; None where `run` is as quick as it gets.
     """
 
     device: str
     provider: str
     precision: str
     size_bytes: int
+    alone: LoneRun | None
 
     def run(self, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
         """Judge frames; safe to call from several threads at once.

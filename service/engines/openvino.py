@@ -14,7 +14,7 @@ import openvino
 from numpy.typing import NDArray
 
 from service.contract.bundle import Bundle
-from service.engines.engine import EngineOptions, EngineOutput
+from service.engines.engine import EngineOptions, EngineOutput, LoneRun
 from service.engines.pool import Pool
 from service.engines.promise import Promise, Signature
 from service.errors import BundleRefused, EngineFailed
@@ -62,6 +62,7 @@ class OpenVinoEngine:
             self._pool: Pool[Any] = Pool(options.instances, compiled.create_infer_request, lambda _: None)
         except RuntimeError as error:
             raise BundleRefused("The runtime can't load model.onnx; export the bundle again.") from error
+        self.alone: LoneRun | None = None
         self.device = "openvino:cpu"
         self.provider = "openvino"
         self.precision: str = "bf16" if options.inference_precision == "bf16" else bundle.manifest.precision

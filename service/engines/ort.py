@@ -1,15 +1,17 @@
 """ONNX Runtime: the only importer of `onnxruntime` on the service's side.
 
 On a CPU one session serves every runner: one thread inside a run and no spinning, since frames run side by side and
-every thread more inside of one run costs more than it brings. On a GPU each instance is a session, a stream and a set
-of buffers of its own (`cuda.py`): inputs are copied from pinned memory, the graph is bound to fixed device addresses,
-and a batch size may be recorded as a CUDA graph and replayed.
+every thread more inside of one run costs more than it brings. Where a frame is alone that is otherwise: all cores but
+one would idle, so a second session with a thread for each of them takes it. On a GPU each instance is a session, a
+stream and a set of buffers of its own (`cuda.py`): inputs are copied from pinned memory, the graph is bound to fixed
+device addresses, and a batch size may be recorded as a CUDA graph and replayed.
 
 The session is checked at load and every answer after each run, so that nothing of another shape or type travels on.
 """
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,8 @@ from numpy.typing import NDArray
 
 from service.contract.bundle import Bundle
 from service.contract.graph import input_names
-from service.engines.engine import Device, EngineOptions, EngineOutput
+from service.engines.cores import Cores
+from service.engines.engine import Device, EngineOptions, EngineOutput, LoneRun
 from service.engines.plans import private_directory
 from service.engines.pool import Pool
 from service.engines.promise import Promise, Signature, run_in_pieces
@@ -38,7 +41,7 @@ onnxruntime.disable_telemetry_events()  # `flawline` does not even let them begi
 
 
 class OrtEngine:
-    """A bundle's network in ONNX Runtime on the CPU: one session for all runners.
+    """A bundle's network in ONNX Runtime on the CPU: one session for all runners, and one for a run that is alone.
 
     Args:
         bundle: verified.
@@ -60,14 +63,34 @@ class OrtEngine:
             self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self.precision: str = bundle.manifest.precision
         self.size_bytes = len(bundle.model)
+        self.alone: LoneRun | None = None
+        self._wide_session: Any = None
+        self._cores: Cores | None = None
+        if options.threads_alone > options.threads_per_run:
+            self._cores = Cores.choose()
+            wide = replace(options, threads_per_run=options.threads_alone)
+            self._wide_session = _open_session(bundle.model, wide, _PROVIDERS["cpu"], self._cores)
+            self.size_bytes *= 2
+            self.alone = LoneRun(self._run_alone, options.threads_alone / options.threads_per_run)
 
     def run(self, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
         """Judge frames; see `Engine.run`."""
+        return self._run(self._session, frames, line_index)  # taken once: another thread may close the engine
+
+    def close(self) -> None:
+        """Give the sessions up; each ends with the last run that holds it."""
+        self._session = self._wide_session = None
+
+    def _run_alone(self, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
+        if self._cores is not None:
+            self._cores.go_home()
+        return self._run(self._wide_session, frames, line_index)
+
+    def _run(self, session: Any, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
         feed: dict[str, NDArray[Any]] = {"frames": frames}
         if self._is_conditional:
             self._promise.refuse_other_lines(line_index, len(frames))
             feed["line_index"] = line_index
-        session = self._session  # taken once: another thread may close the engine
         if session is None:
             raise EngineFailed("The engine was unloaded; the part has no verdict.")
         try:
@@ -75,10 +98,6 @@ class OrtEngine:
         except Exception as error:  # the runtime's errors share no narrower base
             raise EngineFailed("The runtime failed on this batch; the parts have no verdict.") from error
         return self._promise.check_output(scores, anomaly_maps, len(frames))
-
-    def close(self) -> None:
-        """Give the session up; it ends with the last run that holds it."""
-        self._session = None
 
 
 class OrtGpuEngine:
@@ -94,6 +113,7 @@ class OrtGpuEngine:
     """
 
     device = "cuda:0"
+    alone: LoneRun | None = None
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         wanted = _PROVIDERS[options.device][0]
@@ -254,7 +274,7 @@ def _providers(
     return [("TensorrtExecutionProvider", tensorrt), *providers]
 
 
-def _open_session(model: bytes, options: EngineOptions, providers: Sequence[Any]) -> Any:
+def _open_session(model: bytes, options: EngineOptions, providers: Sequence[Any], cores: Cores | None = None) -> Any:
     session_options = onnxruntime.SessionOptions()
     session_options.intra_op_num_threads = options.threads_per_run
     session_options.inter_op_num_threads = 1
@@ -263,6 +283,10 @@ def _open_session(model: bytes, options: EngineOptions, providers: Sequence[Any]
     session_options.enable_cpu_mem_arena = options.memory_arena != "off"
     session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session_options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    if cores is not None:  # the calling thread is the first one; the runtime counts cores from 1
+        others = ",".join(str(core + 1) for core in cores.others)
+        helpers = [others] * (options.threads_per_run - 1)
+        session_options.add_session_config_entry("session.intra_op_thread_affinities", ";".join(helpers))
     try:
         session = onnxruntime.InferenceSession(model, session_options, providers=list(providers))
     except Exception as error:  # the runtime's errors share no narrower base

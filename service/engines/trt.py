@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from service.contract.bundle import Bundle
 from service.contract.graph import input_names
 from service.engines.cuda import GpuLost, Lane, TensorSpec, architecture
-from service.engines.engine import EngineOptions, EngineOutput
+from service.engines.engine import EngineOptions, EngineOutput, LoneRun
 from service.engines.plans import (
     Plan,
     PlanKey,
@@ -132,6 +132,7 @@ class TrtEngine:
 
     device = "tensorrt:cuda:0"
     provider = "tensorrt"
+    alone: LoneRun | None = None
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         plan = read_plan(_cache_of(options), _key_of(bundle))

@@ -10,7 +10,9 @@ import time
 import numpy as np
 import pytest
 
+from service.batch_queue import Running
 from service.batcher import Batcher
+from service.engines.engine import LoneRun
 from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded
 from service.schedule import Priority, RunTimes
 from service.telemetry import Buckets, Depth, EngineMeter, Telemetry
@@ -24,7 +26,9 @@ BATCHES_PAY = RunTimes((0.001, 0.001, 0.001, 0.001))
 class Bench:
     """A batcher with a fake engine under it."""
 
-    def __init__(self, *, lines=1, runners=1, max_queue_size=64, run_times=None, stuck_after_s=LONG_S):
+    def __init__(
+        self, *, lines=1, runners=1, max_queue_size=64, run_times=None, stuck_after_s=LONG_S, alone=None, running=None
+    ):
         self.engine = FakeEngine()
         self.telemetry = Telemetry()
         self.probes = 0
@@ -39,6 +43,8 @@ class Bench:
             stuck_after_s=stuck_after_s,
             meter=self.telemetry.engine("bench"),
             clock=time.monotonic,
+            alone=alone,
+            running=running,
         )
 
     def _probe(self):
@@ -578,3 +584,62 @@ async def test_place_when_a_frame_ends_in_any_way_then_is_given_back(make_bench,
             assert isinstance(error, EngineFailed)  # noqa: PT017 - the outcome may be either; only the place matters
 
     assert bench.metric('queue_depth{engine="bench"}') == 0
+
+
+@in_loop
+async def test_submit_when_nothing_else_runs_then_the_lone_way_is_taken(make_bench):
+    """A frame that is alone gets every core, and one that comes meanwhile runs beside it in the ordinary way."""
+    wide = FakeEngine()
+    bench = make_bench(runners=2, alone=LoneRun(wide.run, 2.0))
+    wide.hold()
+
+    first = bench.start(grey=51)
+    await asyncio.to_thread(wide.started.acquire)
+    beside = await bench.inspect(grey=102)
+    wide.release()
+
+    assert ((await first).scores, beside.scores) == (pytest.approx([0.2]), pytest.approx([0.4]))
+    assert (wide.batches, bench.engine.batches) == ([1], [1])
+
+
+@in_loop
+async def test_submit_when_another_engine_runs_then_the_lone_way_is_not_taken(make_bench):
+    """Cores are shared by all engines of a process, so a frame beside another engine's is not alone."""
+    wide, running = FakeEngine(), Running()
+    bench = make_bench(runners=2, alone=LoneRun(wide.run, 2.0), running=running)
+
+    with running:
+        await bench.inspect()
+    await bench.inspect()
+
+    assert (bench.engine.batches, wide.batches) == ([1], [1])
+
+
+@in_loop
+async def test_submit_when_lone_runs_are_quick_then_a_wrong_estimate_falls(make_bench):
+    """Lone runs alone teach that frames are not as slow as was thought, or two at once would be refused for ever."""
+    wide = FakeEngine()
+    bench = make_bench(run_times=RunTimes((LONG_S,)), alone=LoneRun(wide.run, 2.0))
+
+    for _ in range(60):
+        await bench.inspect()
+    both = await asyncio.gather(bench.inspect(deadline_s=LONG_S / 2), bench.inspect(deadline_s=LONG_S / 2))
+
+    assert len(both) == 2
+
+
+@in_loop
+async def test_submit_when_the_lone_way_fails_then_the_frame_has_no_verdict_and_the_engine_goes_on(make_bench):
+    """A fault of the quicker way is a fault of this frame, and known frames are asked before more is concluded."""
+    wide = FakeEngine()
+    bench = make_bench(alone=LoneRun(wide.run, 2.0))
+
+    def fail(_):
+        raise OSError
+
+    wide.on_run = fail
+    with pytest.raises(EngineFailed):
+        await bench.inspect()
+
+    assert bench.probes == 1
+    assert bench.batcher.is_healthy

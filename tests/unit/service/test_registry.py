@@ -414,6 +414,7 @@ class Counting:
     def __init__(self, engine):
         self.device, self.provider, self.precision = engine.device, engine.provider, engine.precision
         self.size_bytes = engine.size_bytes
+        self.alone = None
         self.sizes = []
         self._engine = engine
 
@@ -510,6 +511,7 @@ class Switched:
     device = provider = "fake"
     precision = "fp32"
     size_bytes = 0
+    alone = None
 
     def __init__(self):
         self.is_lost = False

@@ -53,6 +53,36 @@ def test_run_when_called_from_several_threads_then_answers_are_right(bundle):
     np.testing.assert_allclose(answers, np.tile(expected, 50), rtol=1e-6)
 
 
+def test_alone_when_more_threads_are_allowed_then_says_the_same_to_the_last_bit(bundle):
+    """What a frame gets does not depend on whether it was alone."""
+    engine = OrtEngine(bundle, EngineOptions(threads_alone=3))
+    frames, line_index = frames_of(4)
+
+    ordinary = engine.run(frames, line_index)
+    lone = engine.alone.run(frames, line_index)
+
+    np.testing.assert_array_equal(lone.scores, ordinary.scores)
+    np.testing.assert_array_equal(lone.anomaly_maps, ordinary.anomaly_maps)
+    assert engine.alone.speedup == 3
+
+
+def test_alone_when_no_more_threads_are_allowed_then_is_not_offered(bundle):
+    """A second session that could do no more is not opened."""
+    engine = OrtEngine(bundle, EngineOptions(threads_per_run=2, threads_alone=2))
+
+    assert engine.alone is None
+    assert engine.size_bytes == len(bundle.model)
+
+
+def test_alone_when_engine_is_closed_then_is_refused(bundle):
+    """Nothing runs on an engine that was given up, whichever way."""
+    engine = OrtEngine(bundle, EngineOptions(threads_alone=2))
+    engine.close()
+
+    with pytest.raises(EngineFailed):
+        engine.alone.run(*frames_of(1))
+
+
 def test_run_when_network_is_conditional_then_follows_the_line_index(tmp_path):
     """A class-conditional network is told which line each frame shows."""
     bundle = load_bundle(make_bundle(tmp_path, "pair", lines=("a", "b"), conditional=True))

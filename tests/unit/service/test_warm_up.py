@@ -1,0 +1,70 @@
+"""Promises of the trial of the lone way: it is taken where it says the same, to the last bit, and is quicker."""
+
+import numpy as np
+import pytest
+
+from service.engines.engine import LoneRun
+from service.warm_up import LoneTrial
+from tests.fakes import FakeEngine, grey_level
+
+FRAMES = np.full((2, 8, 12, 3), 51, np.uint8)
+LINE_INDEX = np.zeros(2, np.int64)
+
+
+class Clock:
+    """A clock that stands still but where a run is said to take time."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        """Return the time."""
+        return self.now
+
+
+def trial_of(*, took_s, took_alone_s, other_bits=False):
+    """Return the trial of an engine both of whose ways take so many seconds."""
+    clock, engine, wide = Clock(), FakeEngine(), FakeEngine()
+
+    def ordinary(_):
+        clock.now += took_s
+
+    def alone(frames):
+        clock.now += took_alone_s
+        output = grey_level(frames)
+        return output._replace(scores=np.nextafter(output.scores, np.float32(1))) if other_bits else output
+
+    engine.on_run, wide.on_run = ordinary, alone
+    engine.alone = LoneRun(wide.run, 2.0)
+    return LoneTrial(engine, clock), engine
+
+
+def test_winner_when_lone_way_is_quicker_and_equal_then_is_taken():
+    """It answers as the ordinary way does, and is offered from then on."""
+    trial, engine = trial_of(took_s=2.0, took_alone_s=1.0)
+
+    output = trial.run(FRAMES, LINE_INDEX)
+
+    np.testing.assert_array_equal(output.scores, grey_level(FRAMES).scores)
+    assert trial.winner is engine.alone
+
+
+@pytest.mark.parametrize(
+    "trouble", [{"took_s": 1.0, "took_alone_s": 1.0}, {"took_s": 2.0, "took_alone_s": 1.0, "other_bits": True}]
+)
+def test_winner_when_lone_way_is_slow_or_differs_in_one_bit_then_is_not_taken(trouble):
+    """A score that depends on what else goes on can't be told to anybody who asks why."""
+    trial, _ = trial_of(**trouble)
+
+    trial.run(FRAMES, LINE_INDEX)
+
+    assert trial.winner is None
+
+
+def test_winner_when_engine_has_one_way_then_there_is_none():
+    """Most engines have one way."""
+    trial = LoneTrial(FakeEngine(), Clock())
+
+    trial.run(FRAMES, LINE_INDEX)
+
+    assert trial.winner is None
