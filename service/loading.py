@@ -159,7 +159,7 @@ class Loader:
             self._replay(bundle, golden, trial.run if is_kept else engine.run)
             if is_kept:
                 kept.append(golden)
-        return kept, trial.winner
+        return kept, trial.winner()
 
     def prove_again(self, version: LoadedVersion) -> None:
         """Replay golden frames on a version that is loaded already, before it becomes live once more.
