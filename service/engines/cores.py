@@ -49,5 +49,7 @@ class Cores:
         """Move the calling thread to its home, from where it may be moved on; where that is refused it stays."""
         if sys.platform == "linux":
             with contextlib.suppress(OSError):
-                os.sched_setaffinity(0, (self.home,))
-                os.sched_setaffinity(0, (self.home, *self.others))
+                allowed = os.sched_getaffinity(0)
+                if self.home in allowed:  # an administrator may have taken cores away meanwhile
+                    os.sched_setaffinity(0, (self.home,))
+                    os.sched_setaffinity(0, allowed)

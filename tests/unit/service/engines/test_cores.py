@@ -56,12 +56,16 @@ def test_go_home_when_done_then_the_thread_may_run_anywhere_again():
     assert on_a_thread(go) == allowed
 
 
-def test_go_home_when_the_core_is_gone_then_the_thread_stays_as_it_is():
-    """A container may lose cores while it runs; a frame must not fail for that."""
+def test_go_home_when_the_thread_may_not_run_there_then_it_stays_where_it_may():
+    """Whoever takes cores away from a process does not get them back by a frame."""
     allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("needs two cores")
+    home, left = min(allowed), max(allowed)
 
     def go():
-        Cores(1000, (1001,)).go_home()
+        os.sched_setaffinity(0, (left,))
+        Cores(home, (left,)).go_home()
         return os.sched_getaffinity(0)
 
-    assert on_a_thread(go) == allowed
+    assert on_a_thread(go) == {left}
