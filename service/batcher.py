@@ -488,7 +488,7 @@ class Batcher:
         started_at = self._clock()
         alone = self._alone if self._is_alone() else None
         try:
-            output = self._run_together(ready, self._engine.run if alone is None else alone.run)
+            output = self._run_together(ready, self._engine.run) if alone is None else self._run_wide(ready, alone)
         except Exception as error:  # noqa: BLE001 - the edge: a runtime may raise anything
             _log.exception("a run failed", extra={"batch_size": len(ready)})
             failed = self._run_alone(ready) if len(ready) > 1 else self._give_up(ready[0], error)
@@ -530,6 +530,16 @@ class Batcher:
             return False
         entry.frames = frames
         return True
+
+    def _run_wide(self, entries: Sequence[_Entry], alone: LoneRun) -> EngineOutput:
+        """Run on every core; a way that fails where the ordinary one does not is not taken again."""
+        try:
+            return self._run_together(entries, alone.run)
+        except Exception:  # noqa: BLE001 - the edge: a runtime may raise anything
+            output = self._run_together(entries, self._engine.run)
+            _log.exception("lone frames run as others from now on")
+            self._alone = None
+            return output
 
     def _run_together(self, entries: Sequence[_Entry], run: RunBatch) -> EngineOutput:
         inputs = [entry.frames for entry in entries if entry.frames is not None]

@@ -629,17 +629,33 @@ async def test_submit_when_lone_runs_are_quick_then_a_wrong_estimate_falls(make_
 
 
 @in_loop
-async def test_submit_when_the_lone_way_fails_then_the_frame_has_no_verdict_and_the_engine_goes_on(make_bench):
-    """A fault of the quicker way is a fault of this frame, and known frames are asked before more is concluded."""
+async def test_submit_when_only_the_lone_way_fails_then_frames_are_answered_and_it_is_given_up(make_bench):
+    """A quicker way that is broken costs time and no verdict."""
     wide = FakeEngine()
     bench = make_bench(alone=LoneRun(wide.run, 2.0))
-
-    def fail(_):
-        raise OSError
-
     wide.on_run = fail
+
+    results = [await bench.inspect(grey=51), await bench.inspect(grey=51)]
+
+    assert [result.scores for result in results] == [pytest.approx([0.2])] * 2
+    assert (len(wide.batches), len(bench.engine.batches), bench.probes) == (1, 2, 0)
+
+
+@in_loop
+async def test_submit_when_both_ways_fail_then_the_frame_has_no_verdict_and_the_lone_way_stays(make_bench):
+    """A frame that no way can run says nothing about the ways."""
+    wide = FakeEngine()
+    bench = make_bench(alone=LoneRun(wide.run, 2.0))
+    wide.on_run = bench.engine.on_run = fail
+
     with pytest.raises(EngineFailed):
         await bench.inspect()
+    wide.on_run = bench.engine.on_run = lambda _: None
+    await bench.inspect()
 
-    assert bench.probes == 1
-    assert bench.batcher.is_healthy
+    assert (len(wide.batches), len(bench.engine.batches), bench.probes) == (2, 1, 1)
+
+
+def fail(_):
+    """Fail as a runtime may."""
+    raise OSError
