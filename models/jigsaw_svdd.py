@@ -16,7 +16,8 @@ Deviations from the reference code, each with its reason:
 * affinities are bounded below and above: in the code a distance of exactly zero gets the smallest weight and the bound
   20 -> 15 makes weights fall where they should rise;
 * nearest patches are found exactly, by a matrix product, in a bank that a greedy coreset may bound; the code uses an
-  approximate index over everything. The bank is kept in float16;
+  approximate index over everything. The bank keeps float32: neighbours that are pulled together strongly (lambda of 0.1
+  and 1) leave embeddings that differ by less than float16's steps;
 * a step may learn from all 36 pairs of a jigsaw instead of one (`pairs`), which a short descent on a CPU needs;
 * a step may draw fewer jigsaws of large pieces than of small ones (`large_share`): a large piece costs as much as four
   small ones, and what a descent on a CPU needs first is steps;
@@ -330,7 +331,7 @@ class JigsawSvdd(nn.Module):
 
         self.register_buffer("mean_image", torch.empty(0, 3, *config.image_size))
         for name in ("small_bank", "large_bank"):
-            self.register_buffer(name, torch.empty(0, channels, dtype=torch.float16))
+            self.register_buffer(name, torch.empty(0, channels))
         # A bank's length is known only after its pass, so a state brings its own.
         self.register_load_state_dict_pre_hook(JigsawSvdd._take_lengths)  # type: ignore[no-untyped-call]  # torch's
         for patch, stride in ((_SMALL, config.small_stride), (_LARGE, config.large_stride)):
@@ -453,7 +454,7 @@ class JigsawSvdd(nn.Module):
         if self._samples is None:
             raise RuntimeError("no frames were observed")
         rows = [_select_coreset(sample.rows(), self.config.bank_rows, self.config.seed) for sample in self._samples]
-        self.small_bank, self.large_bank = (one.to(torch.float16) for one in rows)
+        self.small_bank, self.large_bank = rows
         self._samples = None
 
     def forward(self, images: Tensor) -> AnomalyOutput:
@@ -473,7 +474,7 @@ class JigsawSvdd(nn.Module):
 
     def _map(self, grid: Tensor, bank: Tensor, patch: int) -> Tensor:
         """Return the map `(B, H, W)` of embeddings `(B, D, h, w)`: each pixel's mean over the patches that cover it."""
-        distances = nearest_distances(_rows(grid), bank.to(torch.float32), self.config.neighbours)
+        distances = nearest_distances(_rows(grid), bank, self.config.neighbours)
         scores = merge_by_affinity(distances).reshape(-1, *grid.shape[2:])
         rows, columns = (self.get_buffer(f"spread_{axis}_{patch}") for axis in ("rows", "columns"))
         return rows @ scores @ columns.T
@@ -638,17 +639,18 @@ def _cut_pieces(images: Tensor, corners: Tensor, patch: int) -> Tensor:
 def _select_coreset(rows: Tensor, count: int | None, seed: int) -> Tensor:
     """Choose rows of `(n, D)` greedily, each the farthest from those before: `(count, D)`; all if there is room.
 
-    The first one is drawn.
+    The first one is drawn. Rows are taken around their middle, as in `nearest_distances`.
     """
     if count is None or rows.shape[0] <= count:
         return rows
     chosen = torch.empty(count, dtype=torch.int64, device=rows.device)
     chosen[0] = int(torch.randint(rows.shape[0], (), generator=torch.Generator().manual_seed(seed)))
-    squares = rows.square().sum(dim=1)
+    centred = rows - rows.mean(dim=0)
+    squares = centred.square().sum(dim=1)
     farthest = torch.full_like(squares, math.inf)
     for place in range(1, count):
         last = chosen[place - 1]
-        farthest = torch.minimum(farthest, squares - 2 * rows @ rows[last] + squares[last])
+        farthest = torch.minimum(farthest, squares - 2 * centred @ centred[last] + squares[last])
         chosen[place] = farthest.argmax()
     return rows[chosen]
 

@@ -414,9 +414,10 @@ def test_row_sample_when_more_rows_come_than_it_may_keep_then_is_even_over_all()
     assert 60 < int((first < 1000).sum()) < 140
 
 
-def test_coreset_when_chosen_then_each_row_is_the_farthest_from_those_before():
+@pytest.mark.parametrize("offset", [0, 1000], ids=["around zero", "close together far from zero"])
+def test_coreset_when_chosen_then_each_row_is_the_farthest_from_those_before(offset):
     """The greedy rule, written out in loops."""
-    rows = torch.rand(60, 4, generator=_generator())
+    rows = offset + torch.rand(60, 4, generator=_generator())
 
     chosen = _select_coreset(rows, 10, seed=2)
 
@@ -436,7 +437,7 @@ def test_banks_when_filled_then_hold_all_patches_or_as_many_as_allowed():
     assert full.small_bank.shape == (3 * 11 * 11, 8)
     assert full.large_bank.shape == (3 * 5 * 5, 8)
     assert bounded.small_bank.shape == bounded.large_bank.shape == (30, 8)
-    assert full.small_bank.dtype == torch.float16
+    assert full.small_bank.dtype == torch.float32
 
 
 def test_banks_when_a_frame_of_theirs_is_judged_then_its_score_is_all_but_zero():
@@ -489,7 +490,7 @@ def test_map_when_one_level_sees_nothing_then_the_product_is_zero():
     with torch.no_grad():
         known = detector.encoder.encode_grids(detector.encode(strange))[1].permute(0, 2, 3, 1).reshape(-1, 8)
         before = detector(strange).score
-        detector.large_bank = known.repeat_interleave(3, dim=0).to(torch.float16)
+        detector.large_bank = known.repeat_interleave(3, dim=0)
 
         after = detector(strange).score
 
