@@ -486,7 +486,7 @@ class Batcher:
         if not ready:
             return _Outcome(answers, None, is_engine_lost=False)
         started_at = self._clock()
-        alone = self._alone if self._is_alone() else None
+        alone = self._alone if self._is_alone(ready) else None
         try:
             output = self._run_together(ready, self._engine.run) if alone is None else self._run_wide(ready, alone)
         except Exception as error:  # noqa: BLE001 - the edge: a runtime may raise anything
@@ -514,9 +514,13 @@ class Batcher:
         weight = first_of[-1]
         return _Outcome(answers, most_s if most_s < self._queue.run_times.of(weight) else None, is_engine_lost=False)
 
-    def _is_alone(self) -> bool:
-        """Whether every core is there for the batch that asks, which it does once decoded: much may come till then."""
-        return self._running.count == 1 and not self._queue.has_waiting
+    def _is_alone(self, entries: Sequence[_Entry]) -> bool:
+        """Whether every core is there for the batch that asks, which it does once decoded: much may come till then.
+
+        Of frames that matter less, as golden ones do, every other one goes the ordinary way, so that both are watched.
+        """
+        has_turn = any(entry.waiting.priority is Priority.NORMAL or entry.waiting.number % 2 for entry in entries)
+        return has_turn and self._running.count == 1 and not self._queue.has_waiting
 
     def _is_ready(self, entry: _Entry, answers: dict[int, Any]) -> bool:
         """Prepare a frame that is not prepared yet; where that fails, the fault is its answer, and no neighbour's."""

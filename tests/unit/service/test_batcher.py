@@ -616,6 +616,18 @@ async def test_submit_when_another_engine_runs_then_the_lone_way_is_not_taken(ma
 
 
 @in_loop
+async def test_submit_when_frames_are_for_watching_then_both_ways_are_watched(make_bench):
+    """Golden frames come at low priority, and an engine that is broken one way alone is found by them."""
+    wide = FakeEngine()
+    bench = make_bench(alone=LoneRun(wide.run, 2.0))
+
+    for _ in range(4):
+        await bench.inspect(priority=Priority.LOW)
+
+    assert (wide.batches, bench.engine.batches) == ([1, 1], [1, 1])
+
+
+@in_loop
 async def test_submit_when_lone_runs_are_quick_then_a_wrong_estimate_falls(make_bench):
     """Lone runs alone teach that frames are not as slow as was thought, or two at once would be refused for ever."""
     wide = FakeEngine()
