@@ -88,7 +88,11 @@ class Taken(NamedTuple, Generic[_Entry]):
 
 
 class Running:
-    """How many batches run in this process, whichever engines they run on; each runner enters for one batch."""
+    """The batches that run in this process, whichever engines they run on; each runner enters for one batch.
+
+    Attributes:
+        count: of them, now.
+    """
 
     def __init__(self) -> None:
         self.count = 0

@@ -367,7 +367,7 @@ def _limit(store: Path, seconds: float, frame: bytes) -> Limit:
         pixels = decode_image(frame, FrameLimits(), spec.resize_target).pixels
         run(fit_to_input(pixels, spec)[None], line_index)
 
-    def single_ms(run: RunBatch) -> float:
+    def median_ms(run: RunBatch) -> float:
         singles = []
         for _ in range(20):
             began_at = time.perf_counter()
@@ -382,8 +382,8 @@ def _limit(store: Path, seconds: float, frame: bytes) -> Limit:
             count += 1
         counts.append(count)
 
-    lone_ms = single_ms(engine.run)
-    alone_ms = lone_ms if engine.alone is None else single_ms(engine.alone.run)
+    single_ms = median_ms(engine.run)
+    alone_ms = single_ms if engine.alone is None else median_ms(engine.alone.run)
     counts: list[int] = []
     began_at, cpu_s = time.perf_counter(), time.process_time()
     threads = [threading.Thread(target=repeat, args=(counts, began_at + seconds)) for _ in range(2)]
@@ -392,7 +392,7 @@ def _limit(store: Path, seconds: float, frame: bytes) -> Limit:
     for thread in threads:
         thread.join()
     took_s, cpu_s = time.perf_counter() - began_at, time.process_time() - cpu_s
-    return Limit(sum(counts) / took_s, 1000 * cpu_s / sum(counts), lone_ms, alone_ms)
+    return Limit(sum(counts) / took_s, 1000 * cpu_s / sum(counts), single_ms, alone_ms)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,20 @@ def test_winner_when_lone_way_is_held_up_at_first_then_is_tried_again():
     assert trial.winner() is engine.alone
 
 
+def test_winner_when_lone_way_fails_then_is_not_taken_and_the_frames_are_answered():
+    """A second session that can't run is no reason to refuse a line whose first one can."""
+    trial, engine = trial_of(took_s=2.0, took_alone_s=1.0)
+
+    def fail(frames, line_index):
+        raise OSError
+
+    engine.alone = LoneRun(fail, 2.0)
+    output = trial.run(FRAMES, LINE_INDEX)
+
+    np.testing.assert_array_equal(output.scores, grey_level(FRAMES).scores)
+    assert trial.winner() is None
+
+
 def test_winner_when_engine_has_one_way_then_there_is_none():
     """Most engines have one way."""
     trial = LoneTrial(FakeEngine(), Clock())
