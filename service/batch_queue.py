@@ -6,7 +6,7 @@ Whoever takes frames is told all that was decided, and tells those whose frames 
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -156,7 +156,7 @@ class BatchQueue(Generic[_Entry]):
         with self._lock:
             return self._waiting.pop(entry.waiting.number, None) is not None
 
-    def admit(self, ahead: Iterable[Place], new: Place, now: float) -> Admission:
+    def admit(self, ahead: Collection[Place], new: Place, now: float) -> Admission:
         """Say whether one more frame could be answered in time behind those that have a place."""
         with self._lock:
             free_in_s = [max(0.0, batch.expected_end - now) for batch in self._running]

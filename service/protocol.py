@@ -175,7 +175,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 class _Cycle(RequestResponseCycle):
-    """One request and its answer."""
+    """One request and its answer; a `Connection` to whoever works for it."""
 
     def __init__(self, **known: Any) -> None:
         super().__init__(**known)
@@ -183,12 +183,10 @@ class _Cycle(RequestResponseCycle):
         self._together = self.transport = _Together(self._wire)  # type: ignore[assignment]  # all that is asked of one
         self._pieces: list[bytes] = []
         self._bytes = 0
-        self._is_length_known = any(name == b"content-length" for name, _ in self.scope["headers"])
+        self._is_length_known = b"content-length" in [name for name, _ in self.scope["headers"]]
         self._waits_for_all = False
         self._when_left: Callable[[], None] | None = None
-        self.scope["extensions"] = {
-            CONNECTION_EXTENSION: {"watch": self._watch, "has_body": self._has_body, "answer": self._answer}
-        }
+        self.scope["extensions"] = {CONNECTION_EXTENSION: self}  # type: ignore[dict-item]  # ASGI knows tables alone
 
     def take(self, piece: bytes) -> None:
         """Take a piece of the body, and wake whoever reads it unless it waits for all of it."""
@@ -212,12 +210,13 @@ class _Cycle(RequestResponseCycle):
         if self._when_left is not None:
             self._when_left()
 
-    def _watch(self, when_left: Callable[[], None] | None) -> bool:
+    def watch(self, when_left: Callable[[], None] | None) -> bool:
         """Have somebody told when the caller leaves, or nobody any more, and return whether it has left already."""
         self._when_left = when_left
         return self.disconnected
 
-    def _has_body(self) -> bool:
+    def has_body(self) -> bool:
+        """Tell whether all of the body is there."""
         return not (self.more_body or self.disconnected)
 
     async def receive(self) -> Any:
@@ -239,7 +238,7 @@ class _Cycle(RequestResponseCycle):
         self._pieces, self._bytes = [], 0
         return {"type": "http.request", "body": body, "more_body": self.more_body}
 
-    def _answer(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bool:
+    def answer(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bool:
         """Send a whole answer of known length, as `send` does in two steps with more questions.
 
         Returns:

@@ -195,6 +195,10 @@ class Shares:
         """Whether a line had more than an even share allows."""
         return len(self.used) > 1 and self.used.get(line, 0.0) * len(self.used) > _FAIR_SHARE * self.total
 
+    def over(self, lines: Iterable[str]) -> set[str]:
+        """Return those of some lines that had more than an even share allows."""
+        return {line for line in set(lines) if self.is_over(line)} if len(self.used) > 1 else set()
+
     def left_to_excess(self) -> float:
         """Return what part of the engine goes to lines that have more than their share, in (0, 1]."""
         if not self.total:
@@ -277,7 +281,7 @@ def decide(
             return Decision(((frame.number,),), (), (), None, shares.among((frame.line,)).after((frame,)))
     lines = {frame.line for frame in waiting}
     shares = shares.among(lines)
-    over = {line for line in lines if shares.is_over(line)}
+    over = shares.over(lines)
     in_order = sorted(waiting, key=lambda frame: (frame.priority, frame.line in over, frame.deadline, frame.number))
     expired = tuple(frame.number for frame in in_order if frame.deadline <= now)
     alive = [frame for frame in in_order if frame.deadline > now]
@@ -294,7 +298,7 @@ def decide(
 
 
 def admit(
-    ahead: Iterable[Promise],
+    ahead: Collection[Promise],
     new: Promise,
     runners_free_in_s: Sequence[float],
     now: float,
@@ -313,12 +317,12 @@ def admit(
     """
     best = run_times.best_weight
     input_s = max(run_times.of(best) / best, run_times.pace_s) / len(runners_free_in_s)
-    is_over = shares.is_over(new.line)
-    before = (new.priority, is_over, new.deadline)
+    over = shares.over([new.line, *[other.line for other in ahead]])
+    before = (new.priority, new.line in over, new.deadline)
     weight_before = sum(
-        other.weight for other in ahead if (other.priority, shares.is_over(other.line), other.deadline) <= before
+        [other.weight for other in ahead if (other.priority, other.line in over, other.deadline) <= before]
     )
-    if is_over:  # frames of others that are still to come will go before it as well
+    if new.line in over:  # frames of others that are still to come will go before it as well
         input_s /= shares.left_to_excess()
     wait_s = min(runners_free_in_s) + weight_before * input_s
     nothing_runs = not any(runners_free_in_s) and weight_before == 0

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from service.errors import FlawlineError
 from service.inspection import Inspection
-from service.routes.context import CONNECTION_EXTENSION, Context, context_of
+from service.routes.context import Context, connection_of, context_of
 from service.routes.identity import received_at_of
 from service.routes.problems import request_id_of
 from service.telemetry import CALLER_LEFT
@@ -97,11 +97,10 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, _Result]) -> _
             has_left = True
             working.cancel()
 
-    extension = request.scope.get("extensions", {}).get(CONNECTION_EXTENSION)
-    if extension is None:
+    connection = connection_of(request.scope)
+    if connection is None:
         return await work
-    watch: Callable[[Callable[[], None] | None], bool] = extension["watch"]
-    if watch(stop):
+    if connection.watch(stop):
         work.close()
         raise ClientDisconnect
     try:
@@ -111,7 +110,7 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, _Result]) -> _
             raise ClientDisconnect from error
         raise
     finally:
-        watch(None)
+        connection.watch(None)
 
 
 async def _record(context: Context, inspection: Inspection, encode_s: float, total_s: float) -> None:

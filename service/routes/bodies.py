@@ -24,7 +24,7 @@ from service.errors import (
     UnreadableFrame,
 )
 from service.inspection import RawLayout
-from service.routes.context import CONNECTION_EXTENSION
+from service.routes.context import connection_of
 from service.routes.problems import sentence_of
 from service.schemas import RawFrameOptions
 
@@ -99,8 +99,8 @@ def comes_at_once(request: Request) -> bool:
 
 
 def _has_body(request: Request) -> bool:
-    extension = request.scope.get("extensions", {}).get(CONNECTION_EXTENSION)
-    return extension is not None and bool(extension["has_body"]())
+    connection = connection_of(request.scope)
+    return connection is not None and connection.has_body()
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
@@ -207,7 +207,8 @@ def _refuse_promise(request: Request, max_bytes: int) -> None:
     length = int(promised) if promised.isdigit() else None
     # A client that can only write before it reads never sees an answer on a connection that is closed under it. So what
     # remains of a moderate body is left to the server to throw away, unread by us; an endless one is cut off.
-    request.state.must_close = length is None or length > _DISCARDED_BODIES * max_bytes
+    if length is None or length > _DISCARDED_BODIES * max_bytes:
+        request.state.must_close = True
     if length is not None and length > max_bytes:
         raise _too_many_bytes(max_bytes)
 

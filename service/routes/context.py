@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -20,9 +21,7 @@ from service.shadows import Shadows
 from service.telemetry import Telemetry
 from service.traces import Traces
 
-# Of a request's scope, where the server tells more than others: `watch` takes whom to call when the caller leaves, None
-# for nobody any more, and returns whether it has left already; `has_body` says whether all of the body is there, and
-# `answer` sends status, headers and body at once, and returns whether it could.
+# Of a request's scope, where the server tells more than others: a `Connection`.
 CONNECTION_EXTENSION = "flawline.connection"
 _SETTLED_AFTER_S = 0.1
 _MOST_UNSETTLED = 32  # more at once would hold up a frame for milliseconds
@@ -79,6 +78,22 @@ class AfterAnswers:
         if self._running:
             await asyncio.wait(self._running.values())
         self.settle()
+
+
+class Connection(Protocol):
+    """What a server may tell of the connection behind a request."""
+
+    def watch(self, when_left: Callable[[], None] | None) -> bool:
+        """Have somebody told when the caller leaves, or nobody any more, and return whether it has left already."""
+        ...
+
+    def has_body(self) -> bool:
+        """Tell whether all of the body is there."""
+        ...
+
+    def answer(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bool:
+        """Send a whole answer at once, and return whether it could be."""
+        ...
 
 
 class Lifecycle:
@@ -139,14 +154,10 @@ class Context:
 class FrameRequest(Request):
     """A request whose headers are read once: a frame's way asks for eight of them, each of which is searched for."""
 
-    @property
+    @cached_property
     def headers(self) -> Headers:
         """By names in small letters; of several of one name the first."""
-        if self._read is None:
-            self._read = _KnownHeaders(scope=self.scope)
-        return self._read
-
-    _read: "_KnownHeaders | None" = None
+        return _KnownHeaders(scope=self.scope)
 
 
 class _KnownHeaders(Headers):
@@ -169,6 +180,12 @@ class _KnownHeaders(Headers):
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and key.lower() in self._first
+
+
+def connection_of(scope: Mapping[str, Any]) -> Connection | None:
+    """Return what the server tells of the connection behind a request, if it does."""
+    connection: Connection | None = scope.get("extensions", {}).get(CONNECTION_EXTENSION)
+    return connection
 
 
 def context_of(request: Request) -> Context:

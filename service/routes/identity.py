@@ -42,7 +42,7 @@ class Identity:
 
 def identify(scope: Scope, now: float) -> bytes:
     """Note in a scope when the request came, and its id, which is returned; one that does not fit is replaced."""
-    shown = next((value for name, value in scope["headers"] if name == _HEADER), None)
+    shown = dict(reversed(scope["headers"])).get(_HEADER)  # of two the first counts
     request_id = shown if shown is not None and _FITS.fullmatch(shown) else os.urandom(16).hex().encode()
     scope.setdefault("state", {}).update(request_id=request_id.decode(), received_at=now)
     return request_id
@@ -56,4 +56,4 @@ def received_at_of(request: Request) -> float:
 
 def with_id(headers: Iterable[tuple[bytes, bytes]], request_id: bytes) -> list[tuple[bytes, bytes]]:
     """Return an answer's headers with the id of its request."""
-    return [*(header for header in headers if header[0] != _HEADER), (_HEADER, request_id)]
+    return [*[header for header in headers if header[0] != _HEADER], (_HEADER, request_id)]

@@ -21,7 +21,7 @@ from service.inspection import Inspection, InspectionRequest
 from service.routes import answers
 from service.routes.accounting import TRACE_PARENT_HEADER, Counting, count_later, record_later, unless_left
 from service.routes.bodies import Upload, comes_at_once, receive_frame, receive_frames, usable
-from service.routes.context import CONNECTION_EXTENSION, Context, FrameRequest, caller_of, context_of
+from service.routes.context import Context, FrameRequest, caller_of, connection_of, context_of
 from service.routes.identity import identify, received_at_of, with_id
 from service.routes.openapi import BATCH_OPERATION, FRAME_OPERATION, HEATMAP_ANSWERS, OPTION_HEADERS
 from service.routes.problems import (
@@ -123,8 +123,8 @@ async def answer_frame(context: Context, line: str, scope: Scope, receive: Recei
     except Exception as error:  # noqa: BLE001 - the outermost handler of this frame: it has no verdict
         response = answer_fault(request, unexpected(request, error))
     headers, body = with_id(response.raw_headers, request_id), bytes(response.body)
-    extension = scope.get("extensions", {}).get(CONNECTION_EXTENSION)
-    if extension is None or not extension["answer"](response.status_code, headers, body):
+    connection = connection_of(scope)
+    if connection is None or not connection.answer(response.status_code, headers, body):
         await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -205,9 +205,10 @@ def _read_options(request: Request) -> InspectionOptions:
     Raises:
         ParameterInvalid: if a value does not fit, or a query parameter is unknown or stands there twice.
     """
-    if request.headers.get(_REQUEST_ID, request_id_of(request)) != request_id_of(request):
+    headers, request_id = request.headers, request_id_of(request)
+    if headers.get(_REQUEST_ID, request_id) != request_id:
         raise ParameterInvalid(f"{REQUEST_ID_HEADER}: send up to 128 printable characters without spaces.")
-    sent = reversed(request.headers.items())  # so that of two the first counts
+    sent = reversed(headers.items())  # so that of two the first counts
     given = {_OPTION_OF_HEADER[header]: value for header, value in sent if header in _OPTION_OF_HEADER}
     asked = request.query_params.multi_items() if request.scope["query_string"] else []
     if not (given or asked):
@@ -260,8 +261,7 @@ def _ask(request: Request, line: str, options: InspectionOptions, upload: Upload
 
 
 async def _answer(context: Context, inspection: Inspection) -> Response:
-    body, timings = _encode(context, inspection)
-    return Response(body, headers={"Server-Timing": answers.server_timing(timings)}, media_type="application/json")
+    return answers.Written(*_encode(context, inspection))
 
 
 async def _picture(context: Context, inspection: Inspection) -> Response:
@@ -275,8 +275,8 @@ async def _picture(context: Context, inspection: Inspection) -> Response:
     now = context.clock()
     encode_s, total_s = now - started_at, now - inspection.request.received_at
     record_later(context, inspection, encode_s, total_s, kept=True)
-    timings = answers.timings_ms(inspection, encode_s, total_s)
-    headers = {**answers.identity_headers(inspection), "Server-Timing": answers.server_timing(timings)}
+    timings = to_json(answers.timings_ms(inspection, encode_s, total_s))
+    headers = {**answers.identity_headers(inspection), "Server-Timing": answers.server_timing(timings).decode()}
     return Response(body, headers=headers, media_type="image/png")
 
 
@@ -288,7 +288,8 @@ async def _item(
     try:
         frame = usable(upload)
         caller.spend_frame()
-        return _encode(context, await context.pipeline.inspect(_ask(request, line, options, frame, index)))[0]
+        inspection = await context.pipeline.inspect(_ask(request, line, options, frame, index))
+        return _encode(context, inspection)[0]
     except FlawlineError as error:
         fault = error
     except Exception as error:  # noqa: BLE001 - the outermost handler of this frame, so that no neighbour fails with it
@@ -297,15 +298,15 @@ async def _item(
     return to_json(problem_document(fault.code, fault.sentence, request_id_of(request), line))
 
 
-def _encode(context: Context, inspection: Inspection) -> tuple[bytes, dict[str, float]]:
-    """Write an answer, and have it recorded once it is on its way."""
+def _encode(context: Context, inspection: Inspection) -> tuple[bytes, bytes]:
+    """Write an answer and its `timings_ms`, and have it recorded once it is on its way."""
     started_at = context.clock()
     described = to_json(answers.describe(inspection))
     now = context.clock()
     encode_s, total_s = now - started_at, now - inspection.request.received_at
     kept = inspection.request.heatmap == "none"  # nothing to keep
     record_later(context, inspection, encode_s, total_s, kept=kept)
-    timings = answers.timings_ms(inspection, encode_s, total_s)
+    timings = to_json(answers.timings_ms(inspection, encode_s, total_s))
     return answers.with_timings(described, timings), timings
 
 

@@ -1,5 +1,7 @@
 """Promises of receiving: only what waits for nobody may count on the queue as it was found."""
 
+from types import SimpleNamespace
+
 import pytest
 from fastapi import Request
 
@@ -20,6 +22,6 @@ def test_frame_when_receiving_it_may_wait_then_it_does_not_come_at_once(media_ty
     """Other frames may come first while a body is waited for, or while a large form goes through a file."""
     scope = {"type": "http", "headers": [(b"content-type", media_type)]}
     if has_body is not None:
-        scope["extensions"] = {CONNECTION_EXTENSION: {"has_body": lambda: has_body}}
+        scope["extensions"] = {CONNECTION_EXTENSION: SimpleNamespace(has_body=lambda: has_body)}
 
     assert comes_at_once(Request(scope)) is at_once

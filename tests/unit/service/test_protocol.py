@@ -188,7 +188,7 @@ async def test_caller_when_it_leaves_then_whoever_watches_is_told_once():
     connection = Connection()
     told = []
     await connection.bring(HEAD + b"Content-Length: 6\r\n\r\nab")
-    watch = connection.scopes[0]["extensions"][CONNECTION_EXTENSION]["watch"]
+    watch = connection.scopes[0]["extensions"][CONNECTION_EXTENSION].watch
 
     has_left_already = watch(lambda: told.append(True))
     connection.leave()
@@ -206,7 +206,7 @@ async def test_answer_when_a_header_would_end_its_line_then_nothing_is_sent(head
     """No value makes headers of its own, not even on the short way."""
     connection = Connection()
     await connection.bring(HEAD + b"Content-Length: 6\r\n\r\nab")
-    answer = connection.scopes[0]["extensions"][CONNECTION_EXTENSION]["answer"]
+    answer = connection.scopes[0]["extensions"][CONNECTION_EXTENSION].answer
 
     with pytest.raises(RuntimeError):
         answer(200, [(b"x-request-id", header)], b"")
@@ -220,7 +220,7 @@ async def test_answer_when_the_caller_does_not_read_then_waits_for_it():
     """Whoever sends frames and takes no answers does not fill the memory with them."""
     connection = Connection()
     await connection.bring(HEAD + b"Content-Length: 6\r\n\r\nab")
-    answer = connection.scopes[0]["extensions"][CONNECTION_EXTENSION]["answer"]
+    answer = connection.scopes[0]["extensions"][CONNECTION_EXTENSION].answer
 
     connection.protocol.pause_writing()
     could_first = answer(200, [(b"content-length", b"2")], b"ok")
