@@ -4,6 +4,8 @@ An engine of its own rather than ONNX Runtime's OpenVINO provider: that one come
 the place of the ordinary one and lags behind it. In float32 it is about as fast as ONNX Runtime; its gain is bfloat16
 (`FLAWLINE_INFERENCE_PRECISION=bf16`), on processors that compute in it. The golden set decides whether a bundle may be
 served so: an answer that leaves the golden tolerance refuses the line.
+
+As in ONNX Runtime, frames side by side are the quickest way, and a frame that is alone is run on every core.
 """
 
 from collections.abc import Sequence
@@ -32,7 +34,8 @@ class OpenVinoEngine:
 
     Args:
         bundle: verified.
-        options: `instances` run side by side, each with `threads_per_run` threads.
+        options: `instances` run side by side, each with `threads_per_run` threads; one more is for runs that are alone,
+            where `threads_alone` is larger.
 
     Raises:
         BundleRefused: if the runtime can't load the graph, or it is not the graph that the manifest describes.
@@ -46,36 +49,45 @@ class OpenVinoEngine:
             "CPU", "OPTIMIZATION_CAPABILITIES"
         ):
             raise EngineFailed("This processor has no bfloat16; set FLAWLINE_INFERENCE_PRECISION=f32.")
-        settings = {
-            "INFERENCE_NUM_THREADS": options.threads_per_run * options.instances,
-            "NUM_STREAMS": options.instances,
-            "INFERENCE_PRECISION_HINT": options.inference_precision,
-            # The kernel places threads better than a process that does not know its neighbours.
-            "ENABLE_CPU_PINNING": False,
-        }
+        self.alone: LoneRun | None = None
+        self._lone_pool: Pool[Any] | None = None
         try:
             model = core.read_model(bundle.model, b"")
             inputs, outputs = _signature(model.inputs), _signature(model.outputs)
             self._is_conditional = self._promise.check_signature(inputs, outputs)
-            compiled = core.compile_model(model, "CPU", settings)
-            # The last request takes the network with it.
-            self._pool: Pool[Any] = Pool(options.instances, compiled.create_infer_request, lambda _: None)
+            # The kernel places threads better than a process that does not know its neighbours.
+            self._pool = _open(core, model, options, options.instances, options.threads_per_run, is_pinned=False)
+            if options.threads_alone > options.threads_per_run:
+                # But it wakes those of one run on the same core, where they wait for each other.
+                self._lone_pool = _open(core, model, options, 1, options.threads_alone, is_pinned=True)
+                self.alone = LoneRun(self._run_alone, options.threads_alone / options.threads_per_run)
         except RuntimeError as error:
             raise BundleRefused("The runtime can't load model.onnx; export the bundle again.") from error
-        self.alone: LoneRun | None = None
         self.device = "openvino:cpu"
         self.provider = "openvino"
         self.precision: str = "bf16" if options.inference_precision == "bf16" else bundle.manifest.precision
-        self.size_bytes = len(bundle.model)
+        self.size_bytes = len(bundle.model) * (1 if self.alone is None else 2)
 
     def run(self, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
         """Judge frames; see `Engine.run`."""
+        return self._run(self._pool, frames, line_index)
+
+    def close(self) -> None:
+        """Give the network up; it ends with the last run."""
+        self._pool.close()
+        if self._lone_pool is not None:
+            self._lone_pool.close()
+
+    def _run_alone(self, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
+        return self._run(self._pool if self._lone_pool is None else self._lone_pool, frames, line_index)
+
+    def _run(self, pool: Pool[Any], frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
         self._promise.refuse_other_frames(frames)
         feed: dict[str, NDArray[Any]] = {"frames": np.ascontiguousarray(frames)}
         if self._is_conditional:
             self._promise.refuse_other_lines(line_index, len(frames))
             feed["line_index"] = line_index
-        with self._pool.lend() as request:
+        with pool.lend() as request:
             try:
                 results = request.infer(feed, share_inputs=True)
                 scores, anomaly_maps = results["score"], results["anomaly_map"]  # copies, made by `infer`
@@ -83,9 +95,18 @@ class OpenVinoEngine:
                 raise EngineFailed("The runtime failed on this batch; the parts have no verdict.") from error
         return self._promise.check_output(scores, anomaly_maps, len(frames))
 
-    def close(self) -> None:
-        """Give the network up; it ends with the last run."""
-        self._pool.close()
+
+def _open(
+    core: Any, model: Any, options: EngineOptions, instances: int, threads_per_run: int, *, is_pinned: bool
+) -> Pool[Any]:
+    settings = {
+        "INFERENCE_NUM_THREADS": threads_per_run * instances,
+        "NUM_STREAMS": instances,
+        "INFERENCE_PRECISION_HINT": options.inference_precision,
+        "ENABLE_CPU_PINNING": is_pinned,
+    }
+    compiled = core.compile_model(model, "CPU", settings)
+    return Pool(instances, compiled.create_infer_request, lambda _: None)  # the last request takes the network with it
 
 
 def _signature(ports: Sequence[Any]) -> Signature:

@@ -61,6 +61,26 @@ def test_run_when_called_from_several_threads_then_answers_are_onnx_runtimes(bun
             np.testing.assert_allclose(answer.anomaly_maps, expected.anomaly_maps[:count], rtol=1e-5, atol=1e-6)
 
 
+def test_run_when_it_is_alone_then_more_threads_say_the_same(bundle):
+    """Which way a frame goes depends on what else goes on, and its score must not."""
+    engine = open_engine(bundle, replace(OPTIONS, threads_alone=2))
+    frames, line_index = frames_of(2)
+
+    alone = engine.alone.run(frames, line_index)
+
+    assert engine.alone.speedup == 2
+    for way, other in zip(alone, engine.run(frames, line_index), strict=True):
+        np.testing.assert_array_equal(way, other)
+    engine.close()
+    with pytest.raises(EngineFailed, match="unloaded"):
+        engine.alone.run(frames, line_index)
+
+
+def test_engine_when_a_lone_run_may_take_no_more_threads_then_there_is_one_way(engine):
+    """A second network would take memory for nothing."""
+    assert engine.alone is None
+
+
 @pytest.mark.parametrize(
     ("frames", "line_index"),
     [
