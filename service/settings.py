@@ -90,7 +90,7 @@ class Settings(BaseSettings):
         runners: batches that run side by side, for each engine; absent means one a CPU, or one on a GPU, where each
             has a session or context and buffers of its own.
         threads_per_run: CPU threads inside one run.
-        threads_alone: CPU threads inside a run beside which nothing runs, on a CPU; absent means those of all runners, at
+        threads_alone: threads inside a run beside which nothing runs, on a CPU; absent means those of all runners, at
             most four. As many as `threads_per_run` save the memory of a second session an engine.
         memory_arena: of ONNX Runtime on the CPU: `keep` what runs have used, `shrink` after each run, or `off`.
         inference_precision: that OpenVINO may compute in, `f32` or `bf16`; the golden set decides whether it may.

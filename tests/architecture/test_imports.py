@@ -22,6 +22,7 @@ DOORS = {
     "cuda": ("service/engines/cuda.py",),
     "onnx": ("service/contract/graph.py", "training/export.py", "training/precision.py"),
     "PIL": ("service/contract/frames.py",),
+    "simplejpeg": ("service/contract/jpeg.py",),
     "cv2": ("service/contract/regions.py", "service/contract/raw_frames.py"),
     "timm": ("models/backbones.py",),
     "torchvision": ("models/backbones.py",),
