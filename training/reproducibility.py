@@ -24,6 +24,7 @@ _LIBRARIES = (
     "opencv-python-headless",
     "pillow",
     "safetensors",
+    "simplejpeg",
     "timm",
     "torch",
 )
