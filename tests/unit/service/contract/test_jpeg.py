@@ -16,7 +16,8 @@ KINDS = {
     "full chroma": {"subsampling": 0},
     "half chroma": {"subsampling": 1},
     "restarts": {"restart_marker_blocks": 3},
-    "few colours": {"quality": 20},
+    "coarse": {"quality": 20},
+    "stored as RGB": {"keep_rgb": True},
 }
 
 
