@@ -2,8 +2,9 @@
 
 It is libjpeg-turbo, as in Pillow, and gives the same pixels, but as three bytes each at once, where Pillow keeps four
 and takes them apart again: 5 megapixels take 15 instead of 39 ms, one at a quarter of its size 1.8 instead of 2.0. And
-it tells of all that libjpeg mends on its way, such as a stretch that is lost and filled with grey. A file of which it
-tells that is left to Pillow, whose pixels are then looked at closely (`service/contract/frames.py`).
+it tells where libjpeg makes up pixels, such as a stretch that is lost and filled with grey. A file of which it tells
+that is left to Pillow, whose pixels are then looked at closely (`service/contract/frames.py`). Bytes too many before
+the end, which cost no pixel, are not told of.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 def decode_clean(
     data: bytes, size: tuple[int, int], wanted: tuple[int, int], *, is_grey: bool
 ) -> NDArray[np.uint8] | None:
-    """Decode a JPEG, if every byte of it is as it should be.
+    """Decode a JPEG of which no pixel has to be made up.
 
     Args:
         data: the file.
@@ -25,8 +26,8 @@ def decode_clean(
         is_grey: whether it has one channel.
 
     Returns:
-        `(height, width)` or `(height, width, 3)` uint8; None where libjpeg would mend something, or reads another size
-        or layout than was told.
+        `(height, width)` or `(height, width, 3)` uint8; None where libjpeg warns of the file or can't read it, or
+        finds another size or layout than was told.
     """
     height, width = wanted
     try:
