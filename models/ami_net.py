@@ -13,8 +13,10 @@ Deviations, each with its reason:
 * the last iteration is kept, not the epoch that is best on the test frames: a plant has no test frames;
 * the backbone runs without gradients, and its layers may be kept from epoch to epoch: no optimiser ever moved it;
 * frames are resized to the whole image size rather than by their shorter side: other shapes do not fit the network;
-* resize and Gaussian of a map are one matrix an axis, the product of both: the same linear map, cheaper, and its
-  reflected border exports as is;
+* resize and mean of a layer, resize and Gaussian of a map are one matrix an axis, the product of both: the same linear
+  maps, cheaper, and reflected borders export as they are;
+* tokens are embedded by a matrix product, not by a convolution without overlaps: the same, and the patches are the
+  loss's targets anyway;
 * all draws of a training step come from the step's own seed, and none is left in inference;
 * width, depth and patch are free, so that one CPU core can train and serve a small network.
 As in the reference code, where the paper may be read otherwise: the mask token is learnt, and losses cover all tokens.
@@ -42,7 +44,7 @@ from models.blocks.maps import map_deviation, require_image_size
 from models.blocks.on_backbone import OnBackbone
 from models.blocks.packing import map_shapes, pack, unpack
 from models.blocks.patches import patchify, unpatchify
-from models.blocks.smoothing import SmoothUpsampling
+from models.blocks.smoothing import SmoothUpsampling, bilinear_matrix
 from models.blocks.transformer import TransformerBlock, sincos_positions
 from models.detector import AnomalyOutput, GradientStage, Recipe, Stage
 
@@ -177,6 +179,13 @@ class AmiNet(OnBackbone):
         self.blocks = _transformer(config, config.blocks)
         self.norm = nn.LayerNorm(channels)
         self.prediction = nn.Linear(channels, patch * patch * features)
+        # Layers are resized and smoothed in one, as maps are: both are linear along each axis.
+        for index, stride in enumerate(self.backbone.strides):
+            for axis, old, new in zip(
+                ("rows", "columns"), _divide(config.image_size, stride), self.feature_grid, strict=True
+            ):
+                matrix = _mean_matrix(new) @ bilinear_matrix(old, new)
+                self.register_buffer(f"resize_{axis}_{index}", matrix.to(torch.float32), persistent=False)
         self.register_buffer("positions", sincos_positions(self.token_grid, channels), persistent=False)
         self.upsampling = SmoothUpsampling(self.feature_grid, config.map_size, config.blur_sigma)
         self._initialise(torch.Generator().manual_seed(config.seed))
@@ -223,20 +232,20 @@ class AmiNet(OnBackbone):
 
     def _weigh_terms(self, features: Tensor, masked: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Return the weighted terms for features `(B, C, h, w)` whose tokens are masked as `(B, N)` says."""
-        centre_tokens = _embed(self.centre_embedding, features)
+        patches = patchify(features, self.config.patch_size)
+        centre_tokens = _embed(self.centre_embedding, patches)
         centres = self._gather_centres(jitter_tokens(centre_tokens, self.config.jitter, generator))
         # Only the centres are made from jittered tokens; it is the clean ones that shall lie near them.
         scores = _distances(centre_tokens + self.positions, centres).amin(dim=2)
         count = self.config.centres
         spread = _distances(centres, centres).sum(dim=(1, 2)) / (count * max(count - 1, 1))
 
-        tokens = self._hide(_embed(self.patch_embedding, features), masked)
+        tokens = self._hide(_embed(self.patch_embedding, patches), masked)
         predicted = self._inpaint(jitter_tokens(tokens, self.config.jitter, generator))
-        targets = patchify(features, self.config.patch_size)
-        directions = 1 - functional.cosine_similarity(predicted, targets, dim=2)
+        directions = 1 - _cosines(predicted, patches)
         return {
             "direction": self.config.direction_weight * directions.mean(),
-            "distance": functional.mse_loss(predicted, targets),
+            "distance": functional.mse_loss(predicted, patches),
             "compactness": scores.mean(),
             "diversity": -self.config.diversity_weight * spread.mean(),
         }
@@ -256,20 +265,21 @@ class AmiNet(OnBackbone):
             RuntimeError: if the backbone has no weights.
         """
         features = self._unpack(self.encode(images))
-        masked = self._find_mask(self._measure_tokens(features))
-        return self._finish_map(features, self._rebuild(features, masked))
+        patches = patchify(features, self.config.patch_size)
+        masked = self._find_mask(self._measure_tokens(patches))
+        return self._finish_map(features, self._rebuild(patches, masked))
 
     def _unpack(self, encoded: Tensor) -> Tensor:
-        """Bring the layers in a row back to maps, to the finest grid, and smooth them: features `(B, C, h, w)`."""
+        """Bring the layers in a row back to maps, to the finest grid, and smooth them: features `(B, C, h, w)`.
+
+        The zeros around the border count in the mean, as they do in the released models.
+        """
         shapes = map_shapes(self.backbone.channels, self.backbone.strides, self.image_size)
         resized = [
-            layer
-            if shape[1:] == self.feature_grid
-            else functional.interpolate(layer, size=self.feature_grid, mode="bilinear", align_corners=True)
-            for layer, shape in zip(unpack(encoded, shapes), shapes, strict=True)
+            self.get_buffer(f"resize_rows_{index}") @ (layer @ self.get_buffer(f"resize_columns_{index}").T)
+            for index, layer in enumerate(unpack(encoded, shapes))
         ]
-        # The zeros around the border count in the mean, as they do in the released models.
-        return functional.avg_pool2d(torch.cat(resized, dim=1), 3, stride=1, padding=1)
+        return torch.cat(resized, dim=1)
 
     def _gather_centres(self, centre_tokens: Tensor) -> Tensor:
         """Return the cluster centres `(B, M, D)` of tokens `(B, N, D)` without positions."""
@@ -278,9 +288,9 @@ class AmiNet(OnBackbone):
         centres: Tensor = self.centre_norm(x[:, : self.config.centres])
         return centres
 
-    def _measure_tokens(self, features: Tensor) -> Tensor:
-        """Return the distances of tokens to the image's centres `(B, N, M)`."""
-        centre_tokens = _embed(self.centre_embedding, features)
+    def _measure_tokens(self, patches: Tensor) -> Tensor:
+        """Return the distances of the tokens of patches `(B, N, k k C)` to the image's centres `(B, N, M)`."""
+        centre_tokens = _embed(self.centre_embedding, patches)
         return _distances(centre_tokens + self.positions, self._gather_centres(centre_tokens))
 
     def _find_mask(self, distances: Tensor) -> Tensor:
@@ -299,9 +309,9 @@ class AmiNet(OnBackbone):
         predicted: Tensor = self.prediction(self.norm(self.blocks(tokens + self.positions)))
         return predicted
 
-    def _rebuild(self, features: Tensor, masked: Tensor) -> Tensor:
-        """Return F^ `(B, C, h, w)`, inpainted where tokens are masked."""
-        predicted = self._inpaint(self._hide(_embed(self.patch_embedding, features), masked))
+    def _rebuild(self, patches: Tensor, masked: Tensor) -> Tensor:
+        """Return F^ `(B, C, h, w)` of patches `(B, N, k k C)`, inpainted where tokens are masked."""
+        predicted = self._inpaint(self._hide(_embed(self.patch_embedding, patches), masked))
         return unpatchify(predicted, self.token_grid, self.config.patch_size)
 
     def _finish_map(self, features: Tensor, rebuilt: Tensor) -> AnomalyOutput:
@@ -326,16 +336,29 @@ def _divide(size: tuple[int, int], step: int) -> tuple[int, int]:
     return size[0] // step, size[1] // step
 
 
+def _mean_matrix(size: int) -> Tensor:
+    """Return what takes the mean of three neighbours of a row, with zeros beyond its ends: `(size, size)` float64."""
+    near = (torch.arange(size)[:, None] - torch.arange(size)).abs() <= 1
+    return near.double() / 3
+
+
 def _transformer(config: AmiNetConfig, depth: int) -> nn.Sequential:
     return nn.Sequential(
         *(TransformerBlock(config.token_channels, config.heads, config.mlp_ratio) for _ in range(depth))
     )
 
 
-def _embed(embedding: nn.Conv2d, features: Tensor) -> Tensor:
-    """Turn features `(B, C, h, w)` into tokens `(B, N, D)`, row by row."""
-    tokens: Tensor = embedding(features).flatten(2).transpose(1, 2)
-    return tokens
+def _embed(embedding: nn.Conv2d, patches: Tensor) -> Tensor:
+    """Turn patches `(B, N, k k C)` into tokens `(B, N, D)`: the convolution without overlaps, as a matrix product."""
+    weight = embedding.weight.permute(0, 2, 3, 1).flatten(1)
+    return functional.linear(patches, weight, embedding.bias)
+
+
+def _cosines(rows: Tensor, others: Tensor) -> Tensor:
+    """Return the cosines of rows `(B, N, C)` and others: `(B, N)`, with half the passes of PyTorch's own."""
+    lengths = torch.linalg.vector_norm(rows, dim=2) * torch.linalg.vector_norm(others, dim=2)
+    cosines: Tensor = (rows * others).sum(dim=2) / lengths.clamp_min(_TINY)
+    return cosines
 
 
 def _distances(points: Tensor, centres: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from models.ami_net import AmiNet, _embed, find_outliers
+from models.blocks.patches import patchify
 from models.blocks.smoothing import bilinear_matrix
 from models.detector import GradientStage
 from tests.shared_material import require_shared
@@ -123,9 +124,10 @@ def _recorded(method: Callable[..., Tensor], into: dict[str, Tensor], name: str)
 def _arrange(detector: AmiNet, features: Tensor, rebuilt: Tensor, seen: dict[str, Tensor]) -> dict[str, Tensor]:
     """Bring our tensors to the layouts of the expected arrays."""
     resize = bilinear_matrix(64, 256).float()
+    patches = patchify(features, detector.config.patch_size)
     ours = {
-        "patch_embed_s": _embed(detector.patch_embedding, features)[..., ::16],
-        "auxi_embed_s": _embed(detector.centre_embedding, features)[..., ::16],
+        "patch_embed_s": _embed(detector.patch_embedding, patches)[..., ::16],
+        "auxi_embed_s": _embed(detector.centre_embedding, patches)[..., ::16],
         "aux_block_centres": seen["aux_block_centres"][:, :8],
         "centres": seen["centres"],
         "block0_s": seen["block0"][..., ::16],

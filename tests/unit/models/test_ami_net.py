@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from models.ami_net import AmiNet, _distances, assign_tokens, find_outliers
+from models.ami_net import AmiNet, _distances, _embed, assign_tokens, find_outliers
 from models.backbones import untrained_weights
+from models.blocks.patches import patchify
 from tests.tiny_detectors import TINY, make_detector
 
 _CONFIG = TINY["ami_net"]
@@ -110,8 +111,9 @@ def test_rebuilding_when_a_token_is_masked_then_nothing_that_it_shows_is_used():
     altered[:, :, : _CONFIG.patch_size, : _CONFIG.patch_size] += 5
 
     with torch.no_grad():
-        hidden = [detector._rebuild(frame, masked) for frame in (features, altered)]
-        shown = [detector._rebuild(frame, 1 - masked) for frame in (features, altered)]
+        patches = [patchify(frame, _CONFIG.patch_size) for frame in (features, altered)]
+        hidden = [detector._rebuild(frame, masked) for frame in patches]
+        shown = [detector._rebuild(frame, 1 - masked) for frame in patches]
 
     assert torch.equal(hidden[0], hidden[1])
     assert not torch.equal(shown[0], shown[1])
@@ -133,6 +135,16 @@ def test_features_when_unpacked_then_are_the_smoothed_layers_on_the_finest_grid(
         torch.cat(resized, dim=1).flatten(0, 1)[:, None], torch.full((1, 1, 3, 3), 1 / 9), padding=1
     )
     torch.testing.assert_close(features.flatten(), smoothed.flatten())
+
+
+def test_tokens_when_embedded_then_are_those_of_the_convolution():
+    """The matrix product over patches is the published convolution without overlaps, row by row."""
+    detector = _detector()
+    features = _draw(2, sum(detector.backbone.channels), *detector.feature_grid)
+
+    tokens = _embed(detector.patch_embedding, patchify(features, _CONFIG.patch_size))
+
+    torch.testing.assert_close(tokens, detector.patch_embedding(features).flatten(2).transpose(1, 2))
 
 
 def test_random_masks_when_drawn_then_number_and_place_differ_from_image_to_image():
@@ -187,8 +199,8 @@ def test_loss_when_compared_with_its_formula_then_covers_all_tokens():
 
     terms = detector._weigh_terms(features, masked, torch.Generator())
 
-    rebuilt = detector._rebuild(features, masked)
     size = _CONFIG.patch_size
+    rebuilt = detector._rebuild(patchify(features, size), masked)
     tokens = [functional.unfold(maps, size, stride=size) for maps in (features, rebuilt)]
     direction = 1 - functional.cosine_similarity(*tokens, dim=1)
     torch.testing.assert_close(terms["distance"], (features - rebuilt).square().mean())
