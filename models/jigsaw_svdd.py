@@ -21,6 +21,12 @@ Deviations from the reference code, each with its reason:
 * a step may learn from all 36 pairs of a jigsaw instead of one (`pairs`), which a short descent on a CPU needs;
 * a step may draw fewer jigsaws of large pieces than of small ones (`large_share`): a large piece costs as much as four
   small ones, and what a descent on a CPU needs first is steps;
+* a step may draw several pairs of neighbours from a frame (`neighbour_pairs`), and the two patches of a pair may be
+  brightened or darkened apart from each other (`brightness_noise`): one encoder is to judge parts under every exposure,
+  and a short descent learns from eight pairs what it does not learn from one;
+* frames may be mirrored beyond their border before patches are taken (`margin`): a pixel in a corner lies under one
+  patch and one in the middle under many, whose mean varies less, so that the largest values of good frames' maps lie
+  near the border;
 * the last epoch counts; the code keeps all of them and looks at test frames after each;
 * the returned map is blurred (the code blurs for display only); the score is the maximum before the blur.
 As in the code: the classifier's last weight is normalised and, unless `learn_projection`, never learns; the two maps
@@ -86,12 +92,18 @@ class JigsawSvddConfig:
         hidden_channels: width of the 64-pixel level's hidden layer, and of the classifiers'.
         small_stride: S of the 32-pixel patches, a multiple of 4 that divides 32 and `large_stride`.
         large_stride: S of the 64-pixel patches.
+        margin: how far frames are mirrored beyond their border before patches are taken, in pixels, a multiple of
+            `large_stride`; 0 as published. From 64 - `large_stride` on each pixel lies under as many patches.
         neighbours: k of the affinity augmentation (open: the code trains with 1 and sweeps 1 to 20).
         pairs: what a step learns from each jigsaw: one drawn pair, as published, or all 36, weighted so that each class
             counts alike. The expected loss is the same; nine encoded pieces instead of two give 36 pairs, and a short
             descent gets off the plateau where it begins.
         large_share: of a step's frames, how many show the 64-pixel level its jigsaws and neighbours as well; 1 as
             published. The expected loss is the same.
+        neighbour_pairs: how many pairs of neighbours a step draws from each frame and level; 1 as published. The
+            expected loss is the same.
+        brightness_noise: standard deviation of the shift that all values of a neighbour share, of the range [0, 1];
+            0 as published. Embeddings learn to overlook it, and with it broad shades.
         compactness_weight: lambda (open for each product: 0.001 for textures, 1 for objects).
         colour_noise: standard deviation of the shift of each channel of a jigsaw's piece, of the range [0, 1].
         pixel_noise: standard deviation of the noise of each of its values.
@@ -109,9 +121,12 @@ class JigsawSvddConfig:
     hidden_channels: int = 128
     small_stride: int = 4
     large_stride: int = 16
+    margin: int = 0
     neighbours: int = 5
     pairs: Literal["one", "all"] = "one"
     large_share: float = 1.0
+    neighbour_pairs: int = 1
+    brightness_noise: float = 0.0
     compactness_weight: float = 1e-3
     colour_noise: float = 0.02
     pixel_noise: float = 0.02
@@ -336,7 +351,9 @@ class JigsawSvdd(nn.Module):
         self.register_load_state_dict_pre_hook(JigsawSvdd._take_lengths)  # type: ignore[no-untyped-call]  # torch's
         for patch, stride in ((_SMALL, config.small_stride), (_LARGE, config.large_stride)):
             for axis, side in zip(("rows", "columns"), config.image_size, strict=True):
-                self.register_buffer(f"spread_{axis}_{patch}", _spread_matrix(side, patch, stride), persistent=False)
+                matrix = _spread_matrix(side + 2 * config.margin, patch, stride)
+                matrix = matrix[config.margin : config.margin + side]
+                self.register_buffer(f"spread_{axis}_{patch}", matrix, persistent=False)
         for axis, side in zip(("rows", "columns"), config.image_size, strict=True):
             matrix = gaussian_matrix(side, config.blur_sigma).to(torch.float32)
             self.register_buffer(f"blur_{axis}", matrix, persistent=False)
@@ -419,8 +436,9 @@ class JigsawSvdd(nn.Module):
             )
             terms[f"relation_{name}"] = functional.cross_entropy(logits, classes, weight=weight)
 
-            corners = _draw_neighbours(images.shape[0], self.image_size, patch, generator)
-            first, second = embed(_cut_pieces(images, corners, patch)).chunk(2)
+            corners = _draw_neighbours(images.shape[0], self.config.neighbour_pairs, self.image_size, patch, generator)
+            neighbours = self._change_brightness(_cut_pieces(images, corners, patch), generator)
+            first, second = embed(neighbours).chunk(2)
             distance = (first - second).norm(dim=1).mean()
             terms[f"compactness_{name}"] = self.config.compactness_weight * distance
         return terms
@@ -430,6 +448,13 @@ class JigsawSvdd(nn.Module):
         colours = torch.randn(*pieces.shape[:2], 1, 1, generator=generator).to(pieces.device)
         noise = torch.randn(pieces.shape, generator=generator).to(pieces.device)
         return pieces + self.config.colour_noise * colours + self.config.pixel_noise * noise
+
+    def _change_brightness(self, patches: Tensor, generator: torch.Generator) -> Tensor:
+        """Brighten or darken each of the patches `(n, 3, K, K)` by an amount of its own."""
+        if self.config.brightness_noise == 0:
+            return patches
+        shifts = torch.randn(patches.shape[0], 1, 1, 1, generator=generator).to(patches.device)
+        return patches + self.config.brightness_noise * shifts
 
     @torch.no_grad()
     def observe_patches(self, images: Tensor) -> None:
@@ -442,7 +467,7 @@ class JigsawSvdd(nn.Module):
         if self._samples is None:
             capacity, seed = self.config.bank_candidates, self.config.seed
             self._samples = _RowSample(capacity, seed), _RowSample(capacity, seed)
-        for sample, grid in zip(self._samples, self.encoder.encode_grids(self.encode(images)), strict=True):
+        for sample, grid in zip(self._samples, self._embed_patches(images), strict=True):
             sample.add(_rows(grid))
 
     def finish_banks(self) -> None:
@@ -464,13 +489,19 @@ class JigsawSvdd(nn.Module):
             ValueError: if the images have another size than `image_size`.
             RuntimeError: if the mean image was not measured or the banks are empty.
         """
-        centred = self.encode(images)
+        small, large = self._embed_patches(images)
         if self.small_bank.shape[0] == 0:
             raise RuntimeError("there are no good patches yet; run the pass stages over the good frames first")
-        small, large = self.encoder.encode_grids(centred)
         product = self._map(small, self.small_bank, _SMALL) * self._map(large, self.large_bank, _LARGE)
         blur_rows, blur_columns = self.get_buffer("blur_rows"), self.get_buffer("blur_columns")
         return AnomalyOutput(blur_rows @ product @ blur_columns.T, product.amax(dim=(1, 2)))
+
+    def _embed_patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed all patches of images `(B, 3, H, W)`, mirrored beyond their border: two grids `(B, D, h, w)`."""
+        centred = self.encode(images)
+        if self.config.margin:
+            centred = functional.pad(centred, 4 * [self.config.margin], mode="reflect")
+        return self.encoder.encode_grids(centred)
 
     def _map(self, grid: Tensor, bank: Tensor, patch: int) -> Tensor:
         """Return the map `(B, H, W)` of embeddings `(B, D, h, w)`: each pixel's mean over the patches that cover it."""
@@ -607,17 +638,21 @@ def _draw_pairs(
     return corners[torch.arange(count)[:, None], pieces], torch.tensor([[0, 1]]), classes
 
 
-def _draw_neighbours(count: int, size: tuple[int, int], patch: int, generator: torch.Generator) -> Tensor:
-    """Draw pairs of patches up to K/32 apart along each axis, and apart: corners `(count, 2, 2)` (patch, axis)."""
+def _draw_neighbours(count: int, pairs: int, size: tuple[int, int], patch: int, generator: torch.Generator) -> Tensor:
+    """Draw pairs of patches up to K/32 apart along each axis, and apart, in each of `count` images.
+
+    Returns:
+        Corners `(count, 2 pairs, 2)`, all first ones before all second.
+    """
     reach = patch // 32
     side = 2 * reach + 1
     # All moves in a row without the one in the middle, which is no move.
-    drawn = torch.randint(side**2 - 1, (count,), generator=generator)
+    drawn = torch.randint(side**2 - 1, (count, pairs), generator=generator)
     drawn = drawn + (drawn >= side**2 // 2)
-    moves = torch.stack((drawn // side - reach, drawn % side - reach), dim=1)
-    corners = [_draw_within(reach, length - patch - reach, (count,), generator) for length in size]
-    first = torch.stack(corners, dim=1)
-    return torch.stack((first, first + moves), dim=1)
+    moves = torch.stack((drawn // side - reach, drawn % side - reach), dim=2)
+    corners = [_draw_within(reach, length - patch - reach, (count, pairs), generator) for length in size]
+    first = torch.stack(corners, dim=2)
+    return torch.cat((first, first + moves), dim=1)
 
 
 def _draw_within(low: int, high: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -670,6 +705,25 @@ def _refuse_misfits(config: JigsawSvddConfig) -> None:
     least = 3 * _LARGE - 2
     if min(config.image_size) < least:
         raise ValueError(f"a jigsaw of {_LARGE}-pixel pieces needs sides of {least} pixels, not {config.image_size}")
+    _refuse_grid(config)
+    if any(width < _GROUP or width % _GROUP for width in (*config.encoder_channels, config.embedding_channels)):
+        raise ValueError(f"encoder_channels and embedding_channels must be multiples of {_GROUP}")
+    of_one_frame = math.prod(
+        (side + 2 * config.margin - _LARGE) // config.large_stride + 1 for side in config.image_size
+    )
+    most = of_one_frame if config.bank_rows is None else min(of_one_frame, config.bank_rows)
+    if not 1 <= config.neighbours <= min(most, config.bank_candidates):
+        raise ValueError(f"neighbours must lie between 1 and {most}, the patches that are sure to be in a bank")
+    if not 0 < config.large_share <= 1:
+        raise ValueError(f"large_share must lie in (0, 1], got {config.large_share}")
+    if config.neighbour_pairs < 1:
+        raise ValueError(f"neighbour_pairs must be at least 1, got {config.neighbour_pairs}")
+    for name in ("compactness_weight", "brightness_noise"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
+
+
+def _refuse_grid(config: JigsawSvddConfig) -> None:
     small, large = config.small_stride, config.large_stride
     if small < _CELL or small % _CELL or _SMALL % small or large % small or not small <= large <= _LARGE:
         raise ValueError(
@@ -677,13 +731,5 @@ def _refuse_misfits(config: JigsawSvddConfig) -> None:
         )
     if any((side - _SMALL) % small or (side - _LARGE) % large for side in config.image_size):
         raise ValueError(f"patches at strides {small} and {large} do not end at the border of {config.image_size}")
-    if any(width < _GROUP or width % _GROUP for width in (*config.encoder_channels, config.embedding_channels)):
-        raise ValueError(f"encoder_channels and embedding_channels must be multiples of {_GROUP}")
-    of_one_frame = math.prod((side - _LARGE) // large + 1 for side in config.image_size)
-    most = of_one_frame if config.bank_rows is None else min(of_one_frame, config.bank_rows)
-    if not 1 <= config.neighbours <= min(most, config.bank_candidates):
-        raise ValueError(f"neighbours must lie between 1 and {most}, the patches that are sure to be in a bank")
-    if not 0 < config.large_share <= 1:
-        raise ValueError(f"large_share must lie in (0, 1], got {config.large_share}")
-    if config.compactness_weight < 0:
-        raise ValueError(f"compactness_weight must not be negative, got {config.compactness_weight}")
+    if config.margin % large or not 0 <= config.margin < min(config.image_size):
+        raise ValueError(f"margin must be a multiple of {large} below the frame's sides, got {config.margin}")

@@ -1,5 +1,6 @@
 """What is Jigsaw-SVDD's own: the jigsaw and its draws, the encoder run two ways, banks, affinities and spread maps."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -148,9 +149,9 @@ def test_relations_when_the_middle_piece_is_drawn_then_stays_by_the_centre_on_bo
 @both_patches
 def test_neighbours_when_drawn_then_are_apart_but_not_far(patch):
     """The SVDD pair is never one patch twice, at most K/32 apart along each axis, and inside the image."""
-    corners = _draw_neighbours(5000, _SIZE, patch, _generator())
+    corners = _draw_neighbours(1000, 5, _SIZE, patch, _generator())
 
-    moved = corners[:, 1] - corners[:, 0]
+    moved = (corners[:, 5:] - corners[:, :5]).flatten(0, 1)
     reach = patch // 32
     seen = {tuple(move) for move in moved.tolist()}
     steps = range(-reach, reach + 1)
@@ -349,6 +350,45 @@ def test_svdd_term_when_written_out_in_numpy_then_is_the_weighted_mean_of_plain_
     assert float(term.detach()) == pytest.approx(0.25 * expected, rel=1e-5)
 
 
+def test_svdd_term_when_several_pairs_are_asked_for_then_is_their_mean_over_frames_with_pairs_of_their_own():
+    """Three pairs of each frame: each pair lies in one frame, a pixel apart, and counts alike."""
+    detector = _fitted(_texture(4), neighbour_pairs=3, compactness_weight=1.0, colour_noise=0.0, pixel_noise=0.0)
+    seen, embedded = [], []
+    embed = detector.encoder.encode_small
+    detector.encoder.encode_small = lambda patches: (
+        seen.append(patches) or embedded.append(embed(patches)) or embedded[-1]
+    )
+
+    frames = 0.1 * torch.arange(4.0)[:, None, None, None].expand(4, 3, 192, 192)
+    term = detector.loss(frames, 3)["compactness_small"]
+
+    first, second = seen[1].mean(dim=(1, 2, 3)).chunk(2)
+    assert sorted(first.tolist()) == pytest.approx(sorted(3 * [0.0, 0.1, 0.2, 0.3]))
+    assert torch.equal(first, second)
+    ours, theirs = embedded[1].detach().chunk(2)
+    assert float(term.detach()) == pytest.approx(float((ours - theirs).norm(dim=1).mean()))
+
+
+def test_brightness_when_changed_then_each_neighbour_is_shifted_as_a_whole_and_apart_from_the_other():
+    """All values of a patch move alike, by a draw of its own; the jigsaw's pieces are left as they are."""
+    loud, quiet = (_fitted(_texture(4), brightness_noise=level) for level in (0.5, 0.0))
+    centred = quiet.encode(_texture(4))
+    seen = {}
+    for name, detector in (("loud", loud), ("quiet", quiet)):
+        embed = detector.encoder.encode_large
+        detector.encoder.encode_large = lambda x, name=name, embed=embed: (
+            seen.setdefault(name, []).append(x) or embed(x)
+        )
+        with torch.no_grad():
+            detector.loss(centred, 3)
+
+    shifts = seen["loud"][1] - seen["quiet"][1]
+    assert torch.allclose(shifts, shifts[:, :1, :1, :1].expand_as(shifts), atol=1e-6)
+    assert len(shifts[:, 0, 0, 0].unique()) == len(shifts) == 8
+    assert 0.1 < float(shifts[:, 0, 0, 0].std()) < 1.5
+    assert torch.equal(seen["loud"][0], seen["quiet"][0])
+
+
 def test_large_pieces_when_a_share_is_asked_for_then_are_cut_out_of_that_many_frames():
     """A quarter of eight frames shows the 64-pixel level its nine pieces and its neighbours; all show the other."""
     detector = _fitted(_texture(8), pairs="all", large_share=0.25)
@@ -397,6 +437,24 @@ def test_spread_when_one_patch_is_hot_then_lights_its_own_pixels_with_the_right_
     expected = torch.zeros(256, 256)
     expected[40:72, 0:32] = 12.0 / counts[40:72, 0:32]
     torch.testing.assert_close(spread, expected)
+
+
+def test_margin_when_given_then_each_pixel_lies_under_as_many_patches_and_the_middle_stays():
+    """Mirrored frames change the map near the border alone; there it is the mean of as many patches as elsewhere."""
+    frames = _texture(4)
+    plain = _fitted(frames)
+    mirrored = _fitted(frames, margin=64)
+    mirrored.load_state_dict(plain.state_dict())
+
+    with torch.no_grad():
+        maps = [detector(_texture(2, seed=5)).anomaly_map for detector in (plain, mirrored)]
+
+    for axis, (patch, stride) in itertools.product(("rows", "columns"), ((_SMALL, 16), (_LARGE, 32))):
+        covering = (mirrored.get_buffer(f"spread_{axis}_{patch}") > 0).sum(dim=1)
+        assert covering.unique().tolist() == [patch // stride]
+    inner = slice(64 + 8, -(64 + 8))  # a large patch and the blur's reach
+    torch.testing.assert_close(maps[0][:, inner, inner], maps[1][:, inner, inner], rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(maps[0][:, :16, :16], maps[1][:, :16, :16], rtol=1e-2)
 
 
 def test_row_sample_when_more_rows_come_than_it_may_keep_then_is_even_over_all():
@@ -575,6 +633,11 @@ def test_initial_values_when_the_seed_is_the_same_then_are_the_same():
         ({"neighbours": 0}, "between 1 and 25"),
         ({"neighbours": 3, "bank_rows": 2}, "between 1 and 2"),
         ({"compactness_weight": -1.0}, "compactness_weight"),
+        ({"brightness_noise": -0.1}, "brightness_noise"),
+        ({"margin": 24}, "margin"),
+        ({"margin": 192}, "margin"),
+        ({"margin": -16}, "margin"),
+        ({"neighbour_pairs": 0}, "neighbour_pairs"),
         ({"large_share": 0.0}, "large_share"),
     ],
 )
@@ -593,6 +656,7 @@ def test_config_when_left_alone_then_holds_the_published_values():
     assert (config.small_stride, config.large_stride, config.neighbours) == (4, 16, 5)
     assert (config.colour_noise, config.pixel_noise, config.compactness_weight) == (0.02, 0.02, 1e-3)
     assert (config.pairs, config.large_share) == ("one", 1.0)
+    assert (config.neighbour_pairs, config.brightness_noise, config.margin) == (1, 0.0, 0)
     assert (config.recipe.optimiser, config.recipe.learning_rate, config.recipe.final_learning_rate) == (
         *("adam", 1e-4),
         1e-4,
