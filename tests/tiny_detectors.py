@@ -159,6 +159,7 @@ TINY: Mapping[str, Any] = {
         hidden_channels=16,
         small_stride=16,
         large_stride=32,
+        margin=32,
         neighbours=3,
         bank_rows=100,
         recipe=replace(_BRIEF_ADAMW, iterations=20),

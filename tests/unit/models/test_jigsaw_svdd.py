@@ -35,6 +35,8 @@ from tests.tiny_detectors import TINY
 from training.optimisers import build_optimiser
 
 _SIZE = (256, 256)
+# Without a margin, as published, so that what a map is made of can be counted.
+_PUBLISHED_BORDER = replace(TINY["jigsaw_svdd"], margin=0)
 both_patches = pytest.mark.parametrize("patch", [_SMALL, _LARGE])
 
 
@@ -85,7 +87,7 @@ def _descend(detector: JigsawSvdd, centred: Tensor, *, steps: int, learning_rate
 
 def _fitted(frames: Tensor, *, steps: int = 0, **changes: object) -> JigsawSvdd:
     """Run the passes of a tiny detector, with as many steps of the descent between them as are wanted."""
-    detector = JigsawSvdd(replace(TINY["jigsaw_svdd"], **changes))
+    detector = JigsawSvdd(replace(_PUBLISHED_BORDER, **changes))
     images, _, patches = detector.stages()
     images.observe(frames)
     images.finish()
@@ -212,7 +214,7 @@ def test_patch_encoder_when_run_then_maps_have_the_published_sides():
 
 def test_patch_encoder_when_new_then_each_octet_of_the_embedding_has_mean_zero_and_variance_one():
     """The last norm keeps an embedding from shrinking to zero, whatever the SVDD term wants."""
-    encoder = JigsawSvdd(TINY["jigsaw_svdd"]).encoder.patches
+    encoder = JigsawSvdd(_PUBLISHED_BORDER).encoder.patches
 
     with torch.no_grad():
         octets = torch.atanh(encoder(torch.rand(6, 3, 32, 32)).double()).reshape(-1, 8)
@@ -514,7 +516,7 @@ def test_banks_when_a_frame_of_theirs_is_judged_then_its_score_is_all_but_zero()
 def test_pass_when_no_frames_were_observed_then_refuses(finish):
     """An empty folder never leaves half-made statistics."""
     with pytest.raises(RuntimeError, match="no frames"):
-        getattr(JigsawSvdd(TINY["jigsaw_svdd"]), finish)()
+        getattr(JigsawSvdd(_PUBLISHED_BORDER), finish)()
 
 
 def test_encode_when_the_mean_image_is_measured_then_takes_it_off_pixel_by_pixel():
@@ -558,7 +560,7 @@ def test_map_when_one_level_sees_nothing_then_the_product_is_zero():
 def test_descent_when_run_briefly_then_tells_relations_and_draws_neighbours_together():
     """A few steps on large gradients: far better than one in twelve on new frames, and neighbours come closer."""
     settings = {"pairs": "all", "embedding_channels": 16, "hidden_channels": 32, "compactness_weight": 0.3}
-    detector = JigsawSvdd(replace(TINY["jigsaw_svdd"], **settings))
+    detector = JigsawSvdd(replace(_PUBLISHED_BORDER, **settings))
     frames = _gradients(3)
     corners, _, classes = _draw_pairs(64, (192, 192), _LARGE, _generator())
     pieces = _cut_pieces(_gradients(64, seed=1), corners, _LARGE)
@@ -612,7 +614,7 @@ def test_planted_patch_when_judged_then_scores_above_its_clean_twin_and_is_found
 
 def test_initial_values_when_the_seed_is_the_same_then_are_the_same():
     """A run is repeatable from its configuration alone, whatever was drawn before."""
-    first, again, other = (JigsawSvdd(replace(TINY["jigsaw_svdd"], seed=seed)).state_dict() for seed in (1, 1, 2))
+    first, again, other = (JigsawSvdd(replace(_PUBLISHED_BORDER, seed=seed)).state_dict() for seed in (1, 1, 2))
 
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["encoder.mixing.weight"], other["encoder.mixing.weight"])
@@ -644,7 +646,7 @@ def test_initial_values_when_the_seed_is_the_same_then_are_the_same():
 def test_detector_when_the_configuration_contradicts_itself_then_says_where(changes, message):
     """Impossible combinations are refused before any frame is read."""
     with pytest.raises(ValueError, match=message):
-        JigsawSvdd(replace(TINY["jigsaw_svdd"], **changes))
+        JigsawSvdd(replace(_PUBLISHED_BORDER, **changes))
 
 
 def test_config_when_left_alone_then_holds_the_published_values():
