@@ -21,7 +21,9 @@ Deviations from the reference code, each with its reason:
 * a step may learn from all 36 pairs of a jigsaw instead of one (`pairs`), which a short descent on a CPU needs;
 * a step may draw fewer jigsaws of large pieces than of small ones (`large_share`): a large piece costs as much as four
   small ones, and what a descent on a CPU needs first is steps;
-* a step may draw several pairs of neighbours from a frame (`neighbour_pairs`), which a short descent needs as well;
+* a step may draw several pairs of neighbours from a frame (`neighbour_pairs`), and the two patches of a pair may be
+  brightened or darkened apart from each other (`brightness_noise`): one encoder is to judge parts under every exposure,
+  and a short descent learns from eight pairs what it does not learn from one;
 * frames may be mirrored beyond their border before patches are taken (`margin`): a pixel in a corner lies under one
   patch and one in the middle under many, whose mean varies less, so that the largest values of good frames' maps lie
   near the border;
@@ -100,6 +102,8 @@ class JigsawSvddConfig:
             published. The expected loss is the same.
         neighbour_pairs: how many pairs of neighbours a step draws from each frame and level; 1 as published. The
             expected loss is the same.
+        brightness_noise: standard deviation of the shift that all values of a neighbour share, of the range [0, 1];
+            0 as published. Embeddings learn to overlook it, and with it broad shades.
         compactness_weight: lambda (open for each product: 0.001 for textures, 1 for objects).
         colour_noise: standard deviation of the shift of each channel of a jigsaw's piece, of the range [0, 1].
         pixel_noise: standard deviation of the noise of each of its values.
@@ -122,6 +126,7 @@ class JigsawSvddConfig:
     pairs: Literal["one", "all"] = "one"
     large_share: float = 1.0
     neighbour_pairs: int = 1
+    brightness_noise: float = 0.0
     compactness_weight: float = 1e-3
     colour_noise: float = 0.02
     pixel_noise: float = 0.02
@@ -432,7 +437,8 @@ class JigsawSvdd(nn.Module):
             terms[f"relation_{name}"] = functional.cross_entropy(logits, classes, weight=weight)
 
             corners = _draw_neighbours(images.shape[0], self.config.neighbour_pairs, self.image_size, patch, generator)
-            first, second = embed(_cut_pieces(images, corners, patch)).chunk(2)
+            neighbours = self._change_brightness(_cut_pieces(images, corners, patch), generator)
+            first, second = embed(neighbours).chunk(2)
             distance = (first - second).norm(dim=1).mean()
             terms[f"compactness_{name}"] = self.config.compactness_weight * distance
         return terms
@@ -442,6 +448,13 @@ class JigsawSvdd(nn.Module):
         colours = torch.randn(*pieces.shape[:2], 1, 1, generator=generator).to(pieces.device)
         noise = torch.randn(pieces.shape, generator=generator).to(pieces.device)
         return pieces + self.config.colour_noise * colours + self.config.pixel_noise * noise
+
+    def _change_brightness(self, patches: Tensor, generator: torch.Generator) -> Tensor:
+        """Brighten or darken each of the patches `(n, 3, K, K)` by an amount of its own."""
+        if self.config.brightness_noise == 0:
+            return patches
+        shifts = torch.randn(patches.shape[0], 1, 1, 1, generator=generator).to(patches.device)
+        return patches + self.config.brightness_noise * shifts
 
     @torch.no_grad()
     def observe_patches(self, images: Tensor) -> None:
@@ -705,8 +718,9 @@ def _refuse_misfits(config: JigsawSvddConfig) -> None:
         raise ValueError(f"large_share must lie in (0, 1], got {config.large_share}")
     if config.neighbour_pairs < 1:
         raise ValueError(f"neighbour_pairs must be at least 1, got {config.neighbour_pairs}")
-    if config.compactness_weight < 0:
-        raise ValueError(f"compactness_weight must not be negative, got {config.compactness_weight}")
+    for name in ("compactness_weight", "brightness_noise"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
 
 
 def _refuse_grid(config: JigsawSvddConfig) -> None:

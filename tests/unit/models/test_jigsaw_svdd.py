@@ -371,6 +371,26 @@ def test_svdd_term_when_several_pairs_are_asked_for_then_is_their_mean_over_fram
     assert float(term.detach()) == pytest.approx(float((ours - theirs).norm(dim=1).mean()))
 
 
+def test_brightness_when_changed_then_each_neighbour_is_shifted_as_a_whole_and_apart_from_the_other():
+    """All values of a patch move alike, by a draw of its own; the jigsaw's pieces are left as they are."""
+    loud, quiet = (_fitted(_texture(4), brightness_noise=level) for level in (0.5, 0.0))
+    centred = quiet.encode(_texture(4))
+    seen = {}
+    for name, detector in (("loud", loud), ("quiet", quiet)):
+        embed = detector.encoder.encode_large
+        detector.encoder.encode_large = lambda x, name=name, embed=embed: (
+            seen.setdefault(name, []).append(x) or embed(x)
+        )
+        with torch.no_grad():
+            detector.loss(centred, 3)
+
+    shifts = seen["loud"][1] - seen["quiet"][1]
+    assert torch.allclose(shifts, shifts[:, :1, :1, :1].expand_as(shifts), atol=1e-6)
+    assert len(shifts[:, 0, 0, 0].unique()) == len(shifts) == 8
+    assert 0.1 < float(shifts[:, 0, 0, 0].std()) < 1.5
+    assert torch.equal(seen["loud"][0], seen["quiet"][0])
+
+
 def test_large_pieces_when_a_share_is_asked_for_then_are_cut_out_of_that_many_frames():
     """A quarter of eight frames shows the 64-pixel level its nine pieces and its neighbours; all show the other."""
     detector = _fitted(_texture(8), pairs="all", large_share=0.25)
@@ -615,6 +635,7 @@ def test_initial_values_when_the_seed_is_the_same_then_are_the_same():
         ({"neighbours": 0}, "between 1 and 25"),
         ({"neighbours": 3, "bank_rows": 2}, "between 1 and 2"),
         ({"compactness_weight": -1.0}, "compactness_weight"),
+        ({"brightness_noise": -0.1}, "brightness_noise"),
         ({"margin": 24}, "margin"),
         ({"margin": 192}, "margin"),
         ({"margin": -16}, "margin"),
@@ -637,7 +658,7 @@ def test_config_when_left_alone_then_holds_the_published_values():
     assert (config.small_stride, config.large_stride, config.neighbours) == (4, 16, 5)
     assert (config.colour_noise, config.pixel_noise, config.compactness_weight) == (0.02, 0.02, 1e-3)
     assert (config.pairs, config.large_share) == ("one", 1.0)
-    assert (config.neighbour_pairs, config.margin) == (1, 0)
+    assert (config.neighbour_pairs, config.brightness_noise, config.margin) == (1, 0.0, 0)
     assert (config.recipe.optimiser, config.recipe.learning_rate, config.recipe.final_learning_rate) == (
         *("adam", 1e-4),
         1e-4,
