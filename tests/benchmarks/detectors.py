@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -189,10 +190,9 @@ def tell(cells: Sequence[Cell], weaknesses: dict[str, str], earlier: dict[str, E
     lines = sorted({line for _, line in pairs})
     names = _by_accuracy(pairs, lines)
     cpus = sorted({cell.speed.cpu for cell in cells if cell.speed is not None})
-    seeds = sorted({cell.seed for cell in cells})
     parts = [
         "## All detectors, small configuration, each beside its control\n",
-        _HOW_MEASURED.format(seeds=", ".join(map(str, seeds)), cpus="; ".join(cpus) or "-"),
+        _HOW_MEASURED.format(seeds=_told_seeds(cells), cpus="; ".join(cpus) or "-"),
         "### I-AUROC in short, control in brackets\n",
         _table(
             ("detector", *lines, "mean"),
@@ -228,7 +228,7 @@ def tell(cells: Sequence[Cell], weaknesses: dict[str, str], earlier: dict[str, E
 
 _HOW_MEASURED = """\
 `tests/benchmarks/detectors.py measure --control --probe`, then `detectors.py table`. Every row is a complete run from
-the folder of frames to a bundle; seeds {seeds}, figures are means over them. The control is the same detector with an
+the folder of frames to a bundle; seeds: {seeds}; figures are means over them. The control is the same detector with an
 untrained backbone and descents of no step, passes over the good frames included. Brackets: 95 % of 2000 bootstrap
 draws of the test frames, good and defective ones apart. *Above control* is the interval of the difference over the
 same draws: where it holds 0, the detector is **within the noise of its control** on that line. `nearest neighbours` is
@@ -345,6 +345,17 @@ def _undefined(cells: Sequence[Cell]) -> str:
         if record.value is None and record.reason
     }
     return "".join(f"{line}: {reason}, so its pixel figures are not defined.\n" for reason, line in sorted(reasons))
+
+
+def _told_seeds(cells: Sequence[Cell]) -> str:
+    """Name the seeds that most rows have, and the rows that have others."""
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for cell in cells:
+        seeds.setdefault((cell.title, cell.line), set()).add(cell.seed)
+    told = {row: ", ".join(map(str, sorted(own))) for row, own in seeds.items()}
+    usual = Counter(told.values()).most_common(1)[0][0] if told else "-"
+    others = (f"{own} of {title} on {line}" for (title, line), own in sorted(told.items()) if own != usual)
+    return "; ".join((usual, *others))
 
 
 def _by_accuracy(pairs: dict[tuple[str, str], Pair], lines: Iterable[str]) -> list[str]:
