@@ -22,8 +22,7 @@ Deviations from the reference code, each with its reason:
 * a step may draw fewer jigsaws of large pieces than of small ones (`large_share`): a large piece costs as much as four
   small ones, and what a descent on a CPU needs first is steps;
 * a step may draw several pairs of neighbours from a frame (`neighbour_pairs`), and the two patches of a pair may be
-  brightened or darkened apart from each other (`brightness_noise`): one encoder is to judge parts under every exposure,
-  and a short descent learns from eight pairs what it does not learn from one;
+  brightened or darkened apart from each other (`brightness_noise`): one encoder is to judge parts under every exposure;
 * frames may be mirrored beyond their border before patches are taken (`margin`): a pixel in a corner lies under one
   patch and one in the middle under many, whose mean varies less, so that the largest values of good frames' maps lie
   near the border;
