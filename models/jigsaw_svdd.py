@@ -16,8 +16,8 @@ Deviations from the reference code, each with its reason:
 * affinities are bounded below and above: in the code a distance of exactly zero gets the smallest weight and the bound
   20 -> 15 makes weights fall where they should rise;
 * nearest patches are found exactly, by a matrix product, in a bank that a greedy coreset may bound; the code uses an
-  approximate index over everything. The bank keeps float32: neighbours that are pulled together strongly (lambda of 0.1
-  and 1) leave embeddings that differ by less than float16's steps;
+  approximate index over everything. The bank keeps float32: neighbours that are pulled together strongly
+  (lambda of 0.03 and above) leave embeddings that differ by less than float16's steps;
 * a step may learn from all 36 pairs of a jigsaw instead of one (`pairs`), which a short descent on a CPU needs;
 * a step may draw fewer jigsaws of large pieces than of small ones (`large_share`): a large piece costs as much as four
   small ones, and what a descent on a CPU needs first is steps;
