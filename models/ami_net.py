@@ -31,6 +31,7 @@ embedding of F · z = `centres` (B, M, D) · s = `scores` (B, N) · sigma = `mas
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,8 @@ class AmiNetConfig:
         seed: seeds the initial values, and with the step all noise and masks of training.
         recipe: the descent; the paper's batch is 8 for one class, 16 for fifteen classes in one model, 1 for few shots.
     """
+
+    score_reduction: ClassVar[Literal["deviation"]] = "deviation"
 
     backbone: str = "wide_resnet50_2.tv_in1k"
     layers: tuple[int, ...] = (1, 2, 3)

@@ -22,7 +22,7 @@ Symbols: F, S, R = `features`, `rebuilt`, `remembered` (B, C, h, w), one entry a
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,8 @@ class DadfConfig:
         recipe: the descent of the transformer.
         flow_recipe: the descent of the flows.
     """
+
+    score_reduction: ClassVar[Literal["maximum"]] = "maximum"
 
     backbone: str = "wide_resnet50_2.tv_in1k"
     layers: tuple[int, ...] = (1, 2, 3)

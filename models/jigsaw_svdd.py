@@ -26,8 +26,9 @@ Deviations from the reference code, each with its reason:
 * frames may be mirrored beyond their border before patches are taken (`margin`): a pixel in a corner lies under one
   patch and one in the middle under many, whose mean varies less, so that the largest values of good frames' maps lie
   near the border;
-* the last epoch counts; the code keeps all of them and looks at test frames after each;
-* the returned map is blurred (the code blurs for display only); the score is the maximum before the blur.
+* the map is not blurred, which the code does for display alone: so the score, the map's maximum before any blur, can
+  follow a region of interest;
+* the last epoch counts; the code keeps all of them and looks at test frames after each.
 As in the code: the classifier's last weight is normalised and, unless `learn_projection`, never learns; the two maps
 are not normalised before the product. Frames in the bank have distance 0 to themselves, so none of them may be judged:
 thresholds come from frames that were held out.
@@ -48,7 +49,7 @@ embedding (n, D) · k = `neighbours` · d = distances (n, k) · alpha, beta, w, 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,6 @@ from torch.nn import functional
 from models.blocks.draws import generator_of_step
 from models.blocks.initial_values import draw_defaults
 from models.blocks.maps import require_image_size
-from models.blocks.smoothing import gaussian_matrix
 from models.detector import AnomalyOutput, GradientStage, PassStage, Recipe, Stage
 
 _SMALL, _LARGE = 32, 64  # K; the encoder's layers bring 32 pixels down to one
@@ -109,10 +109,11 @@ class JigsawSvddConfig:
         learn_projection: let the classifier's last weight learn; in the code it does not.
         bank_rows: M, the most rows that a bank keeps (open); None keeps all that were seen.
         bank_candidates: the most rows that a coreset is chosen from, drawn evenly from all frames (open).
-        blur_sigma: standard deviation of the Gaussian over the returned map, in pixels; 0 for none.
         seed: seeds initial values, draws and the coreset.
         recipe: the descent; a draw an image and step, so 400 epochs of 100 draws are 40,000 passes.
     """
+
+    score_reduction: ClassVar[Literal["maximum"]] = "maximum"
 
     image_size: tuple[int, int] = (256, 256)
     encoder_channels: tuple[int, int, int, int, int, int] = (96, 256, 384, 384, 256, 128)
@@ -132,7 +133,6 @@ class JigsawSvddConfig:
     learn_projection: bool = False
     bank_rows: int | None = 100_000
     bank_candidates: int = 1_000_000
-    blur_sigma: float = 2.0
     seed: int = 1
     recipe: Recipe = _PAPER_RECIPE
 
@@ -353,9 +353,6 @@ class JigsawSvdd(nn.Module):
                 matrix = _spread_matrix(side + 2 * config.margin, patch, stride)
                 matrix = matrix[config.margin : config.margin + side]
                 self.register_buffer(f"spread_{axis}_{patch}", matrix, persistent=False)
-        for axis, side in zip(("rows", "columns"), config.image_size, strict=True):
-            matrix = gaussian_matrix(side, config.blur_sigma).to(torch.float32)
-            self.register_buffer(f"blur_{axis}", matrix, persistent=False)
         self._sum: Tensor | None = None
         self._count = 0
         self._samples: tuple[_RowSample, _RowSample] | None = None
@@ -491,9 +488,8 @@ class JigsawSvdd(nn.Module):
         small, large = self._embed_patches(images)
         if self.small_bank.shape[0] == 0:
             raise RuntimeError("there are no good patches yet; run the pass stages over the good frames first")
-        product = self._map(small, self.small_bank, _SMALL) * self._map(large, self.large_bank, _LARGE)
-        blur_rows, blur_columns = self.get_buffer("blur_rows"), self.get_buffer("blur_columns")
-        return AnomalyOutput(blur_rows @ product @ blur_columns.T, product.amax(dim=(1, 2)))
+        anomaly_map = self._map(small, self.small_bank, _SMALL) * self._map(large, self.large_bank, _LARGE)
+        return AnomalyOutput(anomaly_map, anomaly_map.amax(dim=(1, 2)))
 
     def _embed_patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Embed all patches of images `(B, 3, H, W)`, mirrored beyond their border: two grids `(B, D, h, w)`."""

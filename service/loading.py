@@ -16,7 +16,7 @@ from service.batch_queue import Running
 from service.batcher import Batcher
 from service.contract.bundle import Bundle, Manifest, load_bundle, load_policy
 from service.contract.golden import GoldenSet, read_golden_by_line, replay
-from service.contract.policy import Policy, inspected_mask, refuse_unfit
+from service.contract.policy import Policy, inspected_mask
 from service.contract.signature import Trust
 from service.contract.tiling import Run
 from service.engines.engine import Engine, LoneRun
@@ -217,7 +217,6 @@ def fit_policy(policy: Policy, manifest: Manifest) -> LivePolicy:
     Raises:
         BundleRefused: if it does not fit the bundle.
     """
-    refuse_unfit(policy, manifest.output.score_rule)
     window = manifest.input.window(1, 1)
     inspected = inspected_mask(policy, *manifest.map_size, window=window)
     return LivePolicy(policy, policy_digest(policy), inspected)

@@ -180,11 +180,6 @@ class RunConfig(BaseModel):
         except ValidationError as error:
             raise ConfigFault(_first_fault(error, "hyperparameters")) from error
         _refuse_other_products(self.detector, self.product, getattr(schema, "products", None))
-        if self.tiles is not None and score_rule_of(own).kind == "graph":
-            raise ConfigFault(
-                f"The score of {self.detector}, configured like this, is no mean or maximum of its map, so it can't be "
-                "told of a frame whose tiles' maps are stitched; leave tiles out."
-            )
         return own
 
     def to_yaml(self) -> str:
@@ -216,11 +211,15 @@ def load_config(source: str, detector: str = "inp_former", overrides: Iterable[s
 
 
 def score_rule_of(own: Any) -> ScoreRule:
-    """Return how a detector with this configuration of its own reduces scores from maps; `graph` where it does not."""
-    if getattr(own, "score_reduction", None) == "maximum":
-        return ScoreRule(kind="maximum")
-    fraction = getattr(own, "top_fraction", None)
-    return ScoreRule(kind="graph") if fraction is None else ScoreRule(kind="top_fraction_mean", fraction=fraction)
+    """Return how a detector with this configuration of its own reduces scores from maps.
+
+    It says so by `score_reduction`, `score` or `top_fraction`, as a setting or once for all.
+    """
+    for name in ("score_reduction", "score"):
+        reduction = getattr(own, name, None)
+        if reduction is not None:
+            return ScoreRule(kind=reduction)
+    return ScoreRule(kind="top_fraction_mean", fraction=own.top_fraction)
 
 
 def map_size_of(own: Any) -> tuple[int, int]:

@@ -242,8 +242,7 @@ def _compare_line(
         raise _differs("anomaly maps", f"{map_difference:.2g} of their range", f"{MAP_TOLERANCE:g}")
     if not score_difference <= allowed:
         raise _differs("scores", f"{score_difference:.2g}", f"{allowed:.2g}")
-    if rule.kind != "graph":
-        _check_rule(rule, found, allowed)
+    _check_rule(rule, found, allowed)
     inspected = inspected_mask(policy, *found.maps.shape[1:], window=window)
     differ = _verdicts_that_differ(expected, found, policy, rule, inspected)
     if differ:

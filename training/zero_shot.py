@@ -21,7 +21,7 @@ from service.contract.bundle import BackboneRecord, Bundle, DataRecord, LineReco
 from service.contract.frames import fit_to_input
 from service.contract.geometry import InputSpec
 from service.contract.graph import opset_of
-from service.contract.policy import Policy, ScoreRule, refuse_unfit, spread_of
+from service.contract.policy import Policy, ScoreRule, spread_of
 from service.contract.tiling import Run, by_tiles
 from service.errors import FrameNotComparable
 from training.bundles import bundle_files, output_of, tell_input, verify_bundle
@@ -98,8 +98,8 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
         The bundle's directory in the store.
 
     Raises:
-        ConfigFault: if the detector has to be fitted on the line it judges, or its score can't be measured by a frame
-            itself, or its maps of textures are as flat as those of flat frames.
+        ConfigFault: if the detector has to be fitted on the line it judges, or its maps of textures are as flat as
+            those of flat frames.
         CheckpointRefused: if the run's checkpoint is missing, damaged, or another backbone's.
         WeightsUnavailable: if no backbone weights could be had.
         ExportFailed: if the graph can't be made, or does not say what the detector says.
@@ -115,11 +115,6 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
     else:
         _take_over(prepared, request.fitted_in)
     rule = prepared.score_rule
-    if request.calibration == "self" and rule.kind == "graph":
-        raise ConfigFault(
-            f"The score of {config.detector} can't be measured by a frame itself; leave --calibration self out, and "
-            "calibrate the bundle with good parts."
-        )
 
     reporter.note("exporting, and comparing the graph with PyTorch")
     model = export_graph(prepared.detector)
@@ -128,7 +123,6 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
     frames = generate_frames(spec, config.golden_frames, config.seed)
     inputs = np.stack([fit_to_input(pixels, spec) for pixels, _ in frames])
     policy = _choose_policy(whole, inputs, spec, request.calibration)
-    refuse_unfit(policy, rule)
     on_cpu = by_tiles(DetectorRun(prepared.module, torch.device("cpu")), spec, rule)
     of_line = np.zeros(len(inputs), np.int64)
     chooser = GoldenChooser(whole, request.name, 0, policy, rule, spec, config.golden, config.seed)

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from service.contract.calibration import Calibration
 from service.contract.geometry import InputSpec
 from service.contract.graph import verify_graph
-from service.contract.policy import Policy, ScoreRule, refuse_unfit
+from service.contract.policy import Policy, ScoreRule
 from service.contract.signature import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, Trust, refuse_unsigned
 from service.errors import BundleRefused
 
@@ -225,8 +225,6 @@ class Manifest(_Record):
     @model_validator(mode="after")
     def _tiles_can_be_stitched(self) -> Self:
         self.input.stitched_size(self.output.map_height, self.output.map_width)
-        if self.input.tiles is not None and self.output.score_rule.kind == "graph":
-            raise ValueError("frames are cut into tiles, but the score can't be reduced from a stitched map")
         return self
 
     @model_validator(mode="after")
@@ -391,12 +389,7 @@ def _required_files(manifest: Manifest) -> Iterator[str]:
 
 def _read_policy(files: Mapping[str, bytes], line: str, manifest: Manifest) -> Policy:
     name = line_file(line, manifest.lines, POLICY_FILE)
-    policy = _parse(Policy, files[name], name)
-    try:
-        refuse_unfit(policy, manifest.output.score_rule)
-    except BundleRefused as error:
-        raise BundleRefused(f"{name}: {error.sentence}") from error
-    return policy
+    return _parse(Policy, files[name], name)
 
 
 def _refuse_strangers(path: Path, manifest: Manifest) -> None:

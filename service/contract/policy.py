@@ -54,12 +54,12 @@ class Verdict(StrEnum):
 class ScoreRule(BaseModel):
     """How a score is reduced from its map, so that it can be reduced again inside a region of interest.
 
-    `graph` means that only the network knows; then a region of interest is refused.
+    By the mean of the largest share of its values, by the largest one, or by their standard deviation.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["top_fraction_mean", "maximum", "graph"]
+    kind: Literal["top_fraction_mean", "maximum", "deviation"]
     fraction: float | None = Field(default=None, gt=0, le=1)
 
     @model_validator(mode="after")
@@ -72,12 +72,12 @@ class ScoreRule(BaseModel):
         """Reduce inspected map values `(n,)` to one score.
 
         Raises:
-            BundleRefused: if the rule is `graph`, or nothing is inspected.
+            BundleRefused: if nothing is inspected.
         """
-        if self.kind == "graph":
-            raise BundleRefused("This detector's score can't be computed inside a region of interest.")
         if values.size == 0:
             raise BundleRefused("The region of interest leaves no map value to inspect; enlarge it.")
+        if self.kind == "deviation":
+            return float(values.std(dtype=np.float64))
         if self.fraction is None:
             return float(values.max())
         count = max(1, int(values.size * self.fraction))
@@ -162,20 +162,6 @@ class Compared(NamedTuple):
     anomaly_map: NDArray[np.float32]
 
 
-def refuse_unfit(policy: Policy, rule: ScoreRule) -> None:
-    """Refuse a policy that needs scores to be reduced again, where only the network knows how.
-
-    Raises:
-        BundleRefused: if the two don't go together.
-    """
-    if rule.kind != "graph":
-        return
-    if policy.region_of_interest is not None:
-        raise BundleRefused("The policy has a region of interest, but this detector's score can't follow it.")
-    if policy.calibration == "self":
-        raise BundleRefused("The policy measures frames by themselves, but this detector's score can't follow it.")
-
-
 def may_judge(policy: Policy, *, is_calibrated: bool) -> bool:
     """Tell whether a policy may give verdicts: its thresholds come from good parts, or it says that none are needed."""
     return is_calibrated or policy.calibration == "self"
@@ -219,7 +205,7 @@ def image_score(
 
     Raises:
         EngineFailed: if the score or an inspected map value is not finite.
-        BundleRefused: if a region of interest can't be applied.
+        BundleRefused: if nothing is inspected.
     """
     # A NaN anywhere is both the largest and the smallest value, so that two looks tell what a mask of all cells would.
     if not (math.isfinite(score) and math.isfinite(anomaly_map.max()) and math.isfinite(anomaly_map.min())):

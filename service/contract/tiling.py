@@ -52,7 +52,6 @@ def answer_of(scores: NDArray[np.float32], maps: NDArray[np.float32], spec: Inpu
 
     Raises:
         EngineFailed: if the maps are not as many as the tiles.
-        BundleRefused: if only the network knows how scores are reduced.
     """
     if len(scores) != spec.tile_count or len(maps) != spec.tile_count:
         raise EngineFailed("The engine answered with another number of tiles than it was given.")

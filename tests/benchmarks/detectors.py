@@ -12,21 +12,19 @@ cells lie in `cells/` beside this file and are committed; the bundles beside the
     .venv/bin/python tests/benchmarks/detectors.py table
 
 The last command writes the section between the two markers of RESULTS.md; the words on why a detector is weak are
-read from weaknesses.yaml beside it. Rows without a cell are filled from earlier.yaml. `--variant TITLE --set KEY=VALUE`
-measures another configuration of a detector as a row of its own. Nothing is chosen on test frames here.
+read from weaknesses.yaml beside it. `--variant TITLE --set KEY=VALUE` measures another configuration of a detector as a
+row of its own. Nothing is chosen on test frames here.
 """
 
 import argparse
 import hashlib
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
-from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -58,53 +56,38 @@ _HERE = Path(__file__).resolve().parent
 _RESULTS = _HERE / "RESULTS.md"
 _WEAKNESSES = _HERE / "weaknesses.yaml"
 _CELLS = _HERE / "cells"
-_EARLIER = _HERE / "earlier.yaml"
 _BEGIN, _END = "<!-- detectors: begin -->", "<!-- detectors: end -->"
 # Features of the probe, and the untrained ones that are their control.
 _PROBES = {"embedded": None, "mobilenetv1_100": "untrained mobilenetv1_100", "resnet18": None}
 _PROBE = "nearest neighbours"
 
 _ACCURACY_COLUMNS = (
-    *("detector", "line", "I-AUROC [95 %]", "control [95 %]", "above control"),
+    *("detector", "line", "seeds", "I-AUROC [95 %]", "control [95 %]", "above control"),
     *("I-AP (control)", "P-AUROC (control)", "AUPRO@0.3 (control)"),
 )
-
-_EARLIER_MARK = "†"
-
-
-class Earlier(TypedDict):
-    """What `earlier.yaml` holds of one row: figures by line and name, those of its control, and the row of its cost."""
-
-    lines: dict[str, dict[str, float | None]]
-    controls: NotRequired[dict[str, dict[str, float | None]]]
-    cost: list[str]
 
 
 @dataclass
 class Side:
-    """A detector or its control on one line: cells, or earlier figures where there is none."""
+    """A detector or its control on one line."""
 
     cells: list[Cell] = field(default_factory=list)
-    figures: dict[str, float | None] = field(default_factory=dict)
 
     def figure(self, name: str) -> float | None:
-        """Return the mean of the cells that have the figure, else the earlier one."""
-        if not self.cells:
-            return self.figures.get(name)
+        """Return the mean of the cells that have the figure."""
         values = [cell.metrics[name].value for cell in self.cells if name in cell.metrics]
         known = [value for value in values if value is not None]
         return mean(known) if known else None
 
     def interval(self) -> tuple[float, float] | None:
         """Return the bounds of 95 % of the draws of the image AUROC."""
-        if self.cells:
-            draws = auroc_resamples(self.cells)
-            if not draws.size:
-                return None
-            low, high = np.percentile(draws, (2.5, 97.5))
-            return float(low), float(high)
-        low, high = self.figures.get("low"), self.figures.get("high")
-        return None if low is None or high is None else (low, high)
+        if not self.cells:
+            return None
+        draws = auroc_resamples(self.cells)
+        if not draws.size:
+            return None
+        low, high = np.percentile(draws, (2.5, 97.5))
+        return float(low), float(high)
 
 
 @dataclass
@@ -158,8 +141,8 @@ def write_table(options: argparse.Namespace) -> int:
     if not cells:
         print(f"{options.output} holds no cell; run measure first.", file=sys.stderr)
         return 1
-    weaknesses, earlier = (yaml.safe_load(path.read_text("utf-8")) or {} for path in (_WEAKNESSES, _EARLIER))
-    section = f"{_BEGIN}\n{tell(cells, weaknesses, earlier)}{_END}"
+    weaknesses = yaml.safe_load(_WEAKNESSES.read_text("utf-8")) or {}
+    section = f"{_BEGIN}\n{tell(cells, weaknesses)}{_END}"
     text = options.results.read_text("utf-8")
     if _BEGIN in text and _END in text:
         before, after = text.split(_BEGIN)[0], text.split(_END, 1)[1]
@@ -171,19 +154,14 @@ def write_table(options: argparse.Namespace) -> int:
     return 0
 
 
-def tell(cells: Sequence[Cell], weaknesses: dict[str, str], earlier: dict[str, Earlier]) -> str:
+def tell(cells: Sequence[Cell], weaknesses: dict[str, str]) -> str:
     """Return the section: what the figures mean, a table of accuracy, one of cost, and the words on weaknesses.
 
     Args:
-        cells: newly measured ones.
+        cells: measured ones.
         weaknesses: words by title of a row.
-        earlier: by title of a row; shown where there is no cell.
     """
     pairs: dict[tuple[str, str], Pair] = {}
-    for title, record in earlier.items():
-        for line in record["lines"]:
-            fitted = Side(figures=record["lines"][line])
-            pairs[title, line] = Pair(fitted, Side(figures=record.get("controls", {}).get(line, {})))
     for cell in cells:
         pair = pairs.setdefault((cell.title, cell.line), Pair(Side(), Side()))
         (pair.fitted if cell.kind == "fitted" else pair.control).cells.append(cell)
@@ -192,7 +170,7 @@ def tell(cells: Sequence[Cell], weaknesses: dict[str, str], earlier: dict[str, E
     cpus = sorted({cell.speed.cpu for cell in cells if cell.speed is not None})
     parts = [
         "## All detectors, small configuration, each beside its control\n",
-        _HOW_MEASURED.format(seeds=_told_seeds(cells), cpus="; ".join(cpus) or "-"),
+        _HOW_MEASURED.format(cpus="; ".join(cpus) or "-"),
         "### I-AUROC in short, control in brackets\n",
         _table(
             ("detector", *lines, "mean"),
@@ -217,7 +195,7 @@ def tell(cells: Sequence[Cell], weaknesses: dict[str, str], earlier: dict[str, E
                 "slowest operators",
                 "graph",
             ),
-            _cost_rows(names, cells, earlier),
+            _cost_rows(names, cells),
         ),
     ]
     notes = [f"- **{name}**: {' '.join(weaknesses[name].split())}" for name in names if name in weaknesses]
@@ -228,13 +206,13 @@ def tell(cells: Sequence[Cell], weaknesses: dict[str, str], earlier: dict[str, E
 
 _HOW_MEASURED = """\
 `tests/benchmarks/detectors.py measure --control --probe`, then `detectors.py table`. Every row is a complete run from
-the folder of frames to a bundle; seeds: {seeds}; figures are means over them. The control is the same detector with an
-untrained backbone and descents of no step, passes over the good frames included. Brackets: 95 % of 2000 bootstrap
+the folder of frames to a bundle; figures are means over a row's seeds, which stand in brackets for a control that has
+others. The control is the same detector with an untrained backbone and descents of no step, passes over the good frames
+included. Brackets: 95 % of 2000 bootstrap
 draws of the test frames, good and defective ones apart. *Above control* is the interval of the difference over the
 same draws: where it holds 0, the detector is **within the noise of its control** on that line. `nearest neighbours` is
 the plain probe (`nearest_neighbour_probe.py`): no training, a memory bank of features; its maps are not measured.
-Figures with † are from commit 81f3747; scores frame by frame were not kept of them (`earlier.yaml`), so they are called
-above their control only where both intervals are apart. A row's title names what it changes of the small configuration.
+A row's title names what it changes of the small configuration.
 
 ms a frame: ONNX Runtime, batch 1, one thread, median of the thread's own CPU time, so that other work on the machine
 hardly moves it; CPU: {cpus}. Seconds of fitting and of the whole run are on the
@@ -260,6 +238,7 @@ def _accuracy_row(name: str, line: str, pair: Pair) -> tuple[str, ...]:
     return (
         name,
         line,
+        _told_seeds(pair),
         _with_interval(pair.fitted),
         _with_interval(pair.control),
         _above(pair.fitted, pair.control),
@@ -270,16 +249,11 @@ def _accuracy_row(name: str, line: str, pair: Pair) -> tuple[str, ...]:
     )
 
 
-def _cost_rows(names: Sequence[str], cells: Sequence[Cell], earlier: dict[str, Earlier]) -> Iterator[tuple[str, ...]]:
+def _cost_rows(names: Sequence[str], cells: Sequence[Cell]) -> Iterator[tuple[str, ...]]:
     for name in names:
         own = [cell for cell in cells if (cell.title, cell.kind) == (name, "fitted")]
-        if name.startswith(_PROBE):
-            continue
-        if own:
+        if own and not name.startswith(_PROBE):
             yield _cost_row(name, own)
-        elif name in earlier:
-            *before, speed, slowest, size = earlier[name]["cost"]
-            yield (name, *before, "-", speed, slowest, size)
 
 
 def _cost_row(name: str, cells: Sequence[Cell]) -> tuple[str, ...]:
@@ -302,30 +276,27 @@ def _cost_row(name: str, cells: Sequence[Cell]) -> tuple[str, ...]:
     )
 
 
+def _told_seeds(pair: Pair) -> str:
+    fitted, control = (
+        ", ".join(map(str, sorted(cell.seed for cell in side.cells))) for side in (pair.fitted, pair.control)
+    )
+    return fitted if control in ("", fitted) else f"{fitted} ({control})"
+
+
 def _with_interval(side: Side) -> str:
-    if side.figure("i_auroc") is None:
-        return "not run"
     interval = side.interval()
-    told = _told_figure(side)
-    if interval is not None:
-        told += f" [{interval[0]:.3f}, {interval[1]:.3f}]"
-    return told if side.cells else f"{told} {_EARLIER_MARK}"
+    return "not run" if interval is None else f"{_told_figure(side)} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def _above(fitted: Side, control: Side) -> str:
     """Return the interval of the difference, and a word where it holds 0."""
-    if fitted.cells and control.cells:
-        difference = auroc_resamples(fitted.cells) - auroc_resamples(control.cells)
-        if not difference.size:
-            return "-"
-        low, high = np.percentile(difference, (2.5, 97.5))
-        told = f" [{low:+.3f}, {high:+.3f}]"
-    else:
-        # Of an earlier figure only the interval is known; where both are apart, so are the figures.
-        one, other = fitted.interval(), control.interval()
-        if one is None or other is None:
-            return "-"
-        low, high, told = one[0] - other[1], one[1] - other[0], ""
+    if not (fitted.cells and control.cells):
+        return "-"
+    difference = auroc_resamples(fitted.cells) - auroc_resamples(control.cells)
+    if not difference.size:
+        return "-"
+    low, high = np.percentile(difference, (2.5, 97.5))
+    told = f" [{low:+.3f}, {high:+.3f}]"
     if low > 0:
         return f"yes{told}"
     return f"**below its control**{told}" if high < 0 else f"**within noise**{told}"
@@ -345,17 +316,6 @@ def _undefined(cells: Sequence[Cell]) -> str:
         if record.value is None and record.reason
     }
     return "".join(f"{line}: {reason}, so its pixel figures are not defined.\n" for reason, line in sorted(reasons))
-
-
-def _told_seeds(cells: Sequence[Cell]) -> str:
-    """Name the seeds that most rows have, and the rows that have others."""
-    seeds: dict[tuple[str, str], set[int]] = {}
-    for cell in cells:
-        seeds.setdefault((cell.title, cell.line), set()).add(cell.seed)
-    told = {row: ", ".join(map(str, sorted(own))) for row, own in seeds.items()}
-    usual = Counter(told.values()).most_common(1)[0][0] if told else "-"
-    others = (f"{own} of {title} on {line}" for (title, line), own in sorted(told.items()) if own != usual)
-    return "; ".join((usual, *others))
 
 
 def _by_accuracy(pairs: dict[tuple[str, str], Pair], lines: Iterable[str]) -> list[str]:

@@ -102,7 +102,6 @@ def test_frames_when_they_are_cut_then_every_door_gives_the_validated_score(plac
     [
         (["--tiles", "3"], "write for example 3x2"),
         (["--tile-overlap", "0.3"], "tiles.rows"),
-        (["--tiles", "2x2", "--detector", "dadf"], "leave tiles out"),
         (["--layout", "photo_album"], "known are"),
         (["--layout", "plain", "--layout", "mvtec"], "give --layout once"),
     ],

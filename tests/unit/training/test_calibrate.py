@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from service.contract.policy import ScoreRule
-from service.errors import BundleRefused, CalibrationRefused, UnreadableFrame
+from service.errors import CalibrationRefused, UnreadableFrame
 from tests.factories import encode, make_bundle, make_frame
 from training.__main__ import commands
 from training.calibrate import calibrate, read_region_of_interest, refuse_unsupported_rates
@@ -46,22 +46,6 @@ def test_calibrate_when_a_region_of_interest_is_given_then_the_rest_does_not_cou
     assert found.policy.fail_threshold < 1.01
     assert found.policy.region_threshold < 1.01
     assert found.calibration.scores[-1] <= 1
-
-
-def test_calibrate_when_only_the_network_knows_its_score_then_a_region_of_interest_is_refused():
-    """A score that can't be computed again is never compared outside of what it was computed from."""
-    scores, maps = _good_parts()
-
-    with pytest.raises(BundleRefused):
-        calibrate(
-            scores,
-            maps,
-            ScoreRule(kind="graph"),
-            review_rate=0.1,
-            fail_rate=0.05,
-            version="1",
-            region_of_interest=_LEFT_HALF,
-        )
 
 
 @pytest.mark.parametrize(

@@ -154,11 +154,3 @@ def test_load_config_when_tiles_make_no_sense_then_the_sentence_names_them(setti
     """Tiles that can't be cut are refused with the configuration, before a frame is read."""
     with pytest.raises(ConfigFault, match=words):
         load_config("small", overrides=settings)
-
-
-def test_load_config_when_the_score_is_no_reduction_of_the_map_then_tiles_are_refused():
-    """What a stitched map's score would be, only the network could say."""
-    settings = ["tiles.rows=2", "tiles.columns=2", "hyperparameters.score_reduction=deviation"]
-
-    with pytest.raises(ConfigFault, match="leave tiles out"):
-        load_config("small", "rb_ae", settings)

@@ -23,7 +23,7 @@ from service.contract.bundle import (
     versions_of,
 )
 from service.contract.golden import read_golden
-from service.contract.policy import ScoreRule, Verdict
+from service.contract.policy import Verdict
 from service.errors import BundleRefused
 from tests.factories import (
     bundle_files,
@@ -412,16 +412,6 @@ def test_loading_when_the_calibration_is_pickled_is_refused(bundle):
 
     with pytest.raises(BundleRefused, match=r"calibration\.npz"):
         load_bundle(reseal(bundle))
-
-
-def test_loading_when_a_region_of_interest_can_not_move_the_score_is_refused(bundle):
-    """A default policy that this detector's score can't follow is refused before any frame."""
-    policy = make_policy(region_of_interest=(((0, 0), (1, 0), (1, 1)),))
-    (bundle / "policy.json").write_text(policy.model_dump_json())
-    output = make_manifest().output.model_copy(update={"score_rule": ScoreRule(kind="graph")})
-
-    with pytest.raises(BundleRefused, match="region of interest"):
-        load_bundle(reseal(bundle, output=output))
 
 
 def test_loading_a_policy_when_it_is_good_returns_it(tmp_path):

@@ -12,11 +12,9 @@ from service.contract.policy import (
     Policy,
     ScoreRule,
     Verdict,
-    image_score,
     inspected_mask,
     judge,
     may_judge,
-    refuse_unfit,
     spread_of,
     verdict_of,
 )
@@ -25,7 +23,6 @@ from tests.factories import make_input, make_policy, make_self_policy
 from tests.strategies import anomaly_maps, finite_float32, policies
 
 MAXIMUM = ScoreRule(kind="maximum")
-GRAPH = ScoreRule(kind="graph")
 WINDOW = (0.0, 0.0, 8.0, 8.0)
 SEVERITY = [Verdict.PASS, Verdict.REVIEW, Verdict.FAIL]
 LEFT_HALF = (((0.0, 0.0), (0.45, 0.0), (0.45, 1.0), (0.0, 1.0)),)
@@ -90,7 +87,7 @@ def test_judging_when_the_score_is_not_finite_is_no_pass(score, inspected):
 @given(anomaly_maps(), policies(), finite_float32())
 def test_judging_when_anything_is_finite_agrees_with_its_own_score(anomaly_map, policy, score):
     """The verdict is that of the score in the answer; regions are shown and never soften it."""
-    judgement = judge(score, anomaly_map, policy, GRAPH, WINDOW, None)
+    judgement = judge(score, anomaly_map, policy, MAXIMUM, WINDOW, None)
 
     assert judgement.score == score
     assert judgement.verdict is verdict_of(score, policy)
@@ -156,12 +153,6 @@ def test_inspected_mask_when_the_crop_leaves_nothing_of_it_is_refused():
         inspected_mask(policy, 60, 60, window=make_input(60, 60, margin=20).window(1, 1))
 
 
-def test_score_when_the_graph_alone_can_reduce_refuses_a_region_of_interest():
-    """A score that can't follow the region of interest is refused rather than quietly kept."""
-    with pytest.raises(BundleRefused, match="region of interest"):
-        image_score(0.0, np.zeros((4, 4), np.float32), np.ones((4, 4), bool), GRAPH)
-
-
 def test_score_when_nothing_is_inspected_is_refused():
     """No values, no score, no verdict."""
     with pytest.raises(BundleRefused, match="enlarge"):
@@ -185,8 +176,21 @@ def test_maximum_when_reduced_is_the_largest_value(anomaly_map):
     assert MAXIMUM.reduce(anomaly_map.ravel()) == anomaly_map.max()
 
 
+@given(anomaly_maps())
+def test_deviation_when_computed_by_hand_is_the_same(anomaly_map):
+    """The root of the mean squared distance to the mean, in double precision."""
+    values = anomaly_map.ravel().tolist()
+    middle = math.fsum(values) / len(values)
+    expected = math.sqrt(math.fsum((value - middle) ** 2 for value in values) / len(values))
+
+    score = ScoreRule(kind="deviation").reduce(anomaly_map.ravel())
+
+    assert score == pytest.approx(expected, rel=1e-9, abs=1e-9 * max(map(abs, values)))
+
+
 @pytest.mark.parametrize(
-    "fields", [{"kind": "top_fraction_mean"}, {"kind": "maximum", "fraction": 0.1}, {"kind": "graph", "fraction": 1}]
+    "fields",
+    [{"kind": "top_fraction_mean"}, {"kind": "maximum", "fraction": 0.1}, {"kind": "deviation", "fraction": 1}],
 )
 def test_score_rule_when_fraction_and_kind_do_not_fit_is_refused(fields):
     """A fraction belongs to one rule only."""
@@ -312,12 +316,6 @@ def test_policy_when_self_calibration_is_not_complete_then_it_is_refused(fields)
     """A policy that measures frames by themselves says from which spread on, and no other one does."""
     with pytest.raises(ValidationError):
         make_policy(**fields)
-
-
-def test_policy_when_only_the_graph_knows_the_score_then_self_calibration_is_refused():
-    """Where scores can't be reduced again, a policy can't change their unit."""
-    with pytest.raises(BundleRefused, match="measures frames by themselves"):
-        refuse_unfit(make_self_policy(), GRAPH)
 
 
 @pytest.mark.parametrize(

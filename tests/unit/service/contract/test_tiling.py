@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as arrays
 from service.contract.geometry import Tiling
 from service.contract.policy import ScoreRule
 from service.contract.tiling import answer_of, by_tiles, cut_tiles, stitch
-from service.errors import BundleRefused, EngineFailed
+from service.errors import EngineFailed
 from tests.factories import make_frame, make_graph, make_input, make_runner
 from tests.strategies import finite_float32
 
@@ -145,7 +145,7 @@ def test_answer_when_frames_are_not_cut_is_the_networks_own():
     """Without tiles the network's score and map stand as they are."""
     maps = np.ones((1, 4, 6), np.float32)
 
-    answer = answer_of(np.array([7], np.float32), maps, make_input(), ScoreRule(kind="graph"))
+    answer = answer_of(np.array([7], np.float32), maps, make_input(), MEAN)
 
     assert answer.score == 7
     assert answer.anomaly_map.base is maps
@@ -158,14 +158,6 @@ def test_answer_when_tiles_are_missing_or_too_many_is_the_engines_fault(count):
 
     with pytest.raises(EngineFailed):
         answer_of(np.zeros(count, np.float32), np.zeros((count, 16, 24), np.float32), spec, MEAN)
-
-
-def test_answer_when_only_the_network_knows_its_score_is_refused():
-    """A score that can't be told of a stitched map is not guessed from the tiles' scores."""
-    spec = make_input(16, 24, tiles=TILES)
-
-    with pytest.raises(BundleRefused):
-        answer_of(np.zeros(6, np.float32), np.zeros((6, 16, 24), np.float32), spec, ScoreRule(kind="graph"))
 
 
 def test_network_by_tiles_when_it_looks_at_each_pixel_says_what_it_would_say_of_the_whole():
