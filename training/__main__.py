@@ -33,6 +33,12 @@ Product = Annotated[
 ReviewRate = Annotated[float | None, typer.Option(help="wanted share of good parts that are REVIEW or FAIL")]
 FailRate = Annotated[float | None, typer.Option(help="wanted share of good parts that are FAIL")]
 Roi = Annotated[Path | None, typer.Option(help="mask image, white where parts are inspected")]
+Rois = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]MASK", help="mask image, white where parts are inspected; of several lines: NAME=MASK"
+    ),
+]
 Layout = Annotated[str | None, typer.Option(help="how the folder is read, where it could be read in several ways")]
 Precision = Annotated[
     Literal["fp32", "fp16", "int8"] | None,
@@ -90,10 +96,7 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
     review_rate: ReviewRate = None,
     fail_rate: FailRate = None,
     precision: Precision = None,
-    roi: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[NAME=]MASK", help="mask image, white where parts are inspected; of a --line: NAME=MASK"),
-    ] = None,
+    roi: Rois = None,
     tiles: Annotated[
         str | None,
         typer.Option(metavar="ROWSxCOLUMNS", help="cut each frame into overlapping tiles, for small defects"),
@@ -201,6 +204,8 @@ flawline export runs/bottle/20261122-101500 --fail-rate 0.02
 
 flawline export runs/bottle/20261122-101500 --precision int8
 
+flawline export runs/bottle/20261122-101500 --roi runs/bottle/20261122-101500/without_rim.png
+
 flawline export grnr --name leather --product texture
 
 flawline export grnr --name leather --product texture --calibration self
@@ -214,6 +219,7 @@ def export(  # noqa: PLR0917 - typer reads options from a signature; nobody call
     review_rate: ReviewRate = None,
     fail_rate: FailRate = None,
     precision: Precision = None,
+    roi: Rois = None,
     keep_float: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="operators that stay in float32; may be repeated")
     ] = None,
@@ -241,6 +247,7 @@ def export(  # noqa: PLR0917 - typer reads options from a signature; nobody call
             asked=zero_shot,
             rates=(review_rate, fail_rate),
             precision=precision or keep_float,
+            regions_of_interest=roi or (),
             others={"--name": name, "--calibration": calibration, "--config": config, "--product": product},
         ):
             changes = {
@@ -249,7 +256,7 @@ def export(  # noqa: PLR0917 - typer reads options from a signature; nobody call
                 "precision": precision,
                 "keep_float": keep_float,
             }
-            jobs.export_run(Path(source), store, changes, threads)
+            jobs.export_run(Path(source), store, changes, threads, roi or ())
             return
         chosen = [] if product is None else [f"product={product}"]
         wishes = jobs.ZeroShotWishes(

@@ -15,6 +15,7 @@ from service.contract.frames import decode_mask
 from service.contract.policy import Policy, ScoreRule, image_score, inspected_mask
 from service.contract.regions import Polygon, Window, outline_mask
 from service.errors import CalibrationRefused, UnreadableFrame
+from training.peaks import Peaks, find_peaks
 
 # Smaller components of a region-of-interest mask are specks of a brush, not places to inspect.
 _SMALLEST_ROI_FRACTION = 1e-4
@@ -29,12 +30,14 @@ class Calibrated:
         policy: the bundle's default rules.
         review: the threshold of `REVIEW` and its promise.
         fail: the threshold of `FAIL` and its promise.
+        peaks: where good parts look oddest, which is what thresholds are set by.
     """
 
     calibration: Calibration
     policy: Policy
     review: Threshold
     fail: Threshold
+    peaks: Peaks
 
 
 def refuse_unsupported_rates(good_parts: int, review_rate: float, fail_rate: float) -> None:
@@ -112,7 +115,7 @@ def calibrate(
         "map_floor": calibration.map_floor,
     }
     policy = Policy.model_validate(policy.model_dump() | thresholds)
-    return Calibrated(calibration, policy, review, fail)
+    return Calibrated(calibration, policy, review, fail, find_peaks(maps, inspected, window))
 
 
 def read_region_of_interest(path: Path) -> tuple[Polygon, ...]:

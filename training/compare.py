@@ -12,7 +12,7 @@ import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -29,6 +29,7 @@ from models.detector import GradientStage, Recipe
 from service.contract.bundle import MODEL_FILE, SCHEMA_VERSION, MetricRecord, load_bundle
 from service.contract.frames import FrameLimits
 from service.contract.tiling import cut_tiles
+from training.calibrate import read_region_of_interest
 from training.config import RunConfig
 from training.data.check import check_dataset
 from training.data.detect import read_dataset
@@ -64,6 +65,7 @@ class CellPlan:
         kind: the detector, or its control.
         variant: what tells the configuration from another one of the same detector; empty where there is one only.
         layout: how the folder is read, or None to find out.
+        region_of_interest: a mask image, white where parts are inspected, or None.
     """
 
     line: str
@@ -72,6 +74,7 @@ class CellPlan:
     kind: Kind = "fitted"
     variant: str = ""
     layout: str | None = None
+    region_of_interest: Path | None = None
 
     def __str__(self) -> str:
         """Name the cell for people."""
@@ -311,7 +314,14 @@ def _measure(plan: CellPlan, means: Means, digest: str, reporter: Reporter) -> C
     store, run = directory / "store", directory / "run"
     request = RunRequest(
         name=plan.line,
-        lines=(LineRequest(name=plan.line, folder=plan.folder, layout=plan.layout),),
+        lines=(
+            LineRequest(
+                name=plan.line,
+                folder=plan.folder,
+                layout=plan.layout,
+                region_of_interest=plan.region_of_interest,
+            ),
+        ),
         store=store,
         config=plan.config,
         weights=UNTRAINED if plan.kind == "control" else means.weights,
@@ -365,7 +375,7 @@ def _cell_of(plan: CellPlan, finished: FinishedRun, digest: str, total: tuple[fl
 def _digest(plan: CellPlan, means: Means) -> str:
     backbone = plan.config.backbone
     weights = UNTRAINED if plan.kind == "control" else means.weights
-    facts: Mapping[str, object] = {
+    facts: dict[str, object] = {
         "schema": _SCHEMA,
         "bundle": SCHEMA_VERSION,
         # Without defaults, so that a key which the run learns later does not make old cells untrue.
@@ -375,6 +385,8 @@ def _digest(plan: CellPlan, means: Means) -> str:
         "sources": sources_digest(plan.config.detector),
         "weights": None if backbone is None else _weights_digest(backbone, weights, means.weight_folders),
     }
+    if plan.region_of_interest is not None:
+        facts["region of interest"] = read_region_of_interest(plan.region_of_interest)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

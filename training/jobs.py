@@ -215,14 +215,21 @@ def resume_run(directory: Path, threads: int | None) -> None:
     _run(request, directory, beginning, threads, peers)
 
 
-def export_run(directory: Path, store: Path | None, changes: Mapping[str, Any], threads: int | None) -> None:
-    """Evaluate, calibrate and export a fitted run again, with other rates or in another precision.
+def export_run(
+    directory: Path,
+    store: Path | None,
+    changes: Mapping[str, Any],
+    threads: int | None,
+    regions_of_interest: Sequence[str] = (),
+) -> None:
+    """Evaluate, calibrate and export a fitted run again, with other rates, in another precision, or inspecting less.
 
     Args:
         directory: of the run.
         store: receives the bundle, or None for the run's own.
         changes: values of the run's configuration; None keeps one.
         threads: of one computation, or None for torch's choice.
+        regions_of_interest: mask images of its lines, `MASK` of the only one, else `NAME=MASK`; others keep theirs.
     """
     request = read_request(directory)
     given = {key: value for key, value in changes.items() if value is not None}
@@ -230,7 +237,12 @@ def export_run(directory: Path, store: Path | None, changes: Mapping[str, Any], 
         config = RunConfig.model_validate(request.config.model_dump(mode="json") | given)
     except ValidationError as error:
         raise ConfigFault("A rate lies between 0 and 1, for example 0.05.") from error
-    update = {"config": config} | ({} if store is None else {"store": store.resolve()})
+    masks = _masks_of([line.name for line in request.lines], regions_of_interest)
+    lines = tuple(
+        line.model_copy(update={"region_of_interest": masks.get(line.name, line.region_of_interest)})
+        for line in request.lines
+    )
+    update = {"config": config, "lines": lines} | ({} if store is None else {"store": store.resolve()})
     _run(request.model_copy(update=update), directory, "export", threads)
 
 
@@ -240,6 +252,7 @@ def is_zero_shot(
     asked: bool,
     rates: Sequence[float | None],
     precision: object | None,
+    regions_of_interest: Sequence[str],
     others: Mapping[str, object | None],
 ) -> bool:
     """Tell which of its two exports is meant, and refuse options of the other one.
@@ -257,6 +270,10 @@ def is_zero_shot(
         raise ConfigFault(
             "Without frames nobody can tell whether another precision gives the same verdicts; leave --precision and "
             "--keep-float out."
+        )
+    if wanted and regions_of_interest:
+        raise ConfigFault(
+            "Without frames there is no map to look at; leave --roi out, and give it to flawline calibrate."
         )
     strange = [option for option, value in others.items() if value is not None]
     if not wanted and strange:
@@ -483,34 +500,42 @@ def _weight_folders(given: str | None) -> tuple[Path, ...]:
 
 
 def _only_line(folder: Path, wishes: Wishes) -> LineRequest:
-    if len(wishes.regions_of_interest) > 1:
-        raise ParameterInvalid("One line has one region of interest; give --roi once.")
-    mask = next(iter(wishes.regions_of_interest), None)
+    name = _line_name(wishes.name or folder.resolve().name)
     named = [given for given in wishes.layouts if "=" in given]
     if named or len(wishes.layouts) > 1:
         raise ParameterInvalid("One line has one layout; give --layout once, without a name.")
     return LineRequest(
-        name=_line_name(wishes.name or folder.resolve().name),
+        name=name,
         folder=folder.resolve(),
-        region_of_interest=None if mask is None else Path(mask).resolve(),
+        region_of_interest=_masks_of([name], wishes.regions_of_interest).get(name),
         layout=next(iter(wishes.layouts), None),
     )
 
 
 def _named_lines(wishes: Wishes) -> tuple[LineRequest, ...]:
     pairs = [_name_and_path("--line", given, "lines/bottle") for given in wishes.lines]
-    masks: dict[str, Path] = {}
-    for name, mask in (_name_and_path("--roi", given, "bottle_mask.png") for given in wishes.regions_of_interest):
-        if name not in {line for line, _ in pairs}:
-            raise ParameterInvalid(f"--roi {name}={mask}: there is no --line {name}.")
-        if name in masks:
-            raise ParameterInvalid(f"The line {name} has two regions of interest; give --roi once a line.")
-        masks[name] = mask
-    layouts = layouts_of([name for name, _ in pairs], wishes.layouts)
+    names = [name for name, _ in pairs]
+    masks, layouts = _masks_of(names, wishes.regions_of_interest), layouts_of(names, wishes.layouts)
     return tuple(
         LineRequest(name=_line_name(name), folder=folder, region_of_interest=masks.get(name), layout=layouts.get(name))
         for name, folder in pairs
     )
+
+
+def _masks_of(lines: Sequence[str], given: Sequence[str]) -> dict[str, Path]:
+    """Return the mask of each line that has one, from `NAME=MASK` each, or `MASK` where there is one line."""
+    if len(lines) == 1 and all("=" not in mask or Path(mask).exists() for mask in given):
+        if len(given) > 1:
+            raise ParameterInvalid("One line has one region of interest; give --roi once.")
+        return {line: Path(mask).resolve() for line, mask in zip(lines, given, strict=False)}
+    masks: dict[str, Path] = {}
+    for name, mask in (_name_and_path("--roi", one, "bottle_mask.png") for one in given):
+        if name not in lines:
+            raise ParameterInvalid(f"--roi {name}={mask}: there is no line {name}.")
+        if name in masks:
+            raise ParameterInvalid(f"The line {name} has two regions of interest; give --roi once a line.")
+        masks[name] = mask
+    return masks
 
 
 def layouts_of(lines: Sequence[str], given: Sequence[str]) -> dict[str, str]:

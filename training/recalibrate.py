@@ -6,6 +6,7 @@ policy, golden frames and figures are carried over.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -132,9 +133,7 @@ def recalibrate(
 
 def _with_filters_of(old: Policy, calibrated: Calibrated) -> Calibrated:
     filters = {"min_region_area_px": old.min_region_area_px, "max_regions": old.max_regions}
-    return Calibrated(
-        calibrated.calibration, calibrated.policy.model_copy(update=filters), calibrated.review, calibrated.fail
-    )
+    return replace(calibrated, policy=calibrated.policy.model_copy(update=filters))
 
 
 def _next_version(version: str) -> str:

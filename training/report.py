@@ -145,6 +145,8 @@ class LineReport(_Record):
         roc: `(x, y)` points.
         precision_recall: `(x, y)` points.
         pictures: best and worst frames.
+        peaks: where good parts look oddest, `(x, y)` in fractions of the frame, a place a held-out frame.
+        peaks_at_rim: how many of them lie at the rim, where that sets the thresholds; else None.
     """
 
     line: str
@@ -162,6 +164,8 @@ class LineReport(_Record):
     roc: tuple[tuple[float, float], ...]
     precision_recall: tuple[tuple[float, float], ...]
     pictures: tuple[Picture, ...]
+    peaks: tuple[tuple[float, float], ...] = ()
+    peaks_at_rim: int | None = None
 
     @property
     def good_tested(self) -> tuple[VerdictRow, ...]:
@@ -210,7 +214,7 @@ def collect(
         rule: how scores are reduced from maps.
         spec: the network's input.
     """
-    policy = calibrated.policy
+    policy, peaks = calibrated.policy, calibrated.peaks
     judgements = judge_all(held_out, policy, rule, spec)
     held_counts = dict.fromkeys(_VERDICTS, 0)
     for judgement in judgements:
@@ -241,6 +245,8 @@ def collect(
         roc=() if evaluation is None else _points(evaluation.roc),
         precision_recall=() if evaluation is None else _points(evaluation.precision_recall),
         pictures=tuple(pictures),
+        peaks=tuple((float(f"{x:.3f}"), float(f"{y:.3f}")) for x, y in peaks.places),
+        peaks_at_rim=peaks.at_rim if peaks.gather_at_rim else None,
     )
 
 
@@ -347,6 +353,7 @@ class _Section(NamedTuple):
     histogram: str
     roc: str | None
     precision_recall: str | None
+    ordinary: Picture | None
 
 
 def _words_and_drawings(line: LineReport, place: int) -> _Section:
@@ -365,6 +372,7 @@ def _words_and_drawings(line: LineReport, place: int) -> _Section:
         histogram=draw_histogram(line.calibration_scores, good, defective, thresholds, place),
         roc=draw_roc(line.roc, good, defective, thresholds, place),
         precision_recall=draw_precision_recall(line.precision_recall, good, defective, thresholds, place),
+        ordinary=next((picture for picture in line.pictures if picture.group == "passed"), None),
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from service.contract.bundle import Manifest, MetricRecord, ParityRecord
-from service.contract.frames import FrameLimits
+from service.contract.frames import FrameLimits, encode_png
 from service.contract.geometry import InputSpec
 from service.contract.policy import ScoreRule
 from service.contract.tiling import Run, by_tiles, cut_tiles
@@ -52,12 +52,13 @@ from training.fit import CheckpointPlan, FitReport, FitSettings, fit
 from training.golden import GoldenChooser, GoldenFrame, golden_files, plant_defect
 from training.import_checkpoint import adopt_released
 from training.lines import GatheredLine, GatheredLines, gather_lines
+from training.peaks import mask_without_rim
 from training.peers import Alone, Peers
 from training.precision import JudgedFrames, check_verdicts, layers_of, lower_precision
 from training.progress import Reporter, SilentReporter
 from training.report import LineReport, ReportData, collect, render
 from training.reproducibility import describe_run, make_deterministic
-from training.run_directory import RunRequest, keep_request, keep_results
+from training.run_directory import RunRequest, keep_request, keep_results, mask_path
 from training.store import publish
 
 _FIRST_POLICY = "1"
@@ -177,7 +178,8 @@ def train(
         lines=tuple(_report_line(line, rule, spec) for line in measured),
     )
     page = render(report)
-    keep_results(directory, manifest, report, page, {line.name: line.answers for line in measured})
+    masks = _leave_rims_out(measured, directory, spec, reporter)
+    keep_results(directory, manifest, report, page, {line.name: line.answers for line in measured}, masks)
     calibrations = {line.name: line.calibrated.calibration for line in measured}
     files = bundle_files(model, calibrations, policies, golden, page)
     bundle = publish(request.store, manifest, files, check=lambda path: verify_bundle(path, graph))
@@ -313,6 +315,25 @@ def _measure(
         resolution = config.evaluation_resolution
         evaluation = evaluate(tested, calibrated.policy, rule, config.frame_input, resolution, seed=config.seed)
     return MeasuredLine(line, held_out, tested, calibrated, evaluation)
+
+
+def _leave_rims_out(
+    lines: Sequence[MeasuredLine], directory: Path, spec: InputSpec, reporter: Reporter
+) -> dict[str, bytes]:
+    """Say which lines' thresholds are set by the rim of the frame, and return masks that leave it out, as PNGs."""
+    masks = {}
+    for line in lines:
+        peaks = line.calibrated.peaks
+        if peaks.gather_at_rim:
+            masks[line.name] = encode_png(mask_without_rim(line.held_out.frame_sizes[0], spec.window(1, 1)))
+            path = mask_path(directory, line.name, [each.name for each in lines])
+            roi = path if len(lines) == 1 else f"{line.name}={path}"
+            reporter.note(
+                f"{peaks.at_rim} of {len(peaks.places)} held-out good frames of {line.name} look oddest in the outer "
+                "eighth of what the detector sees, so the rim sets the thresholds, and smaller defects elsewhere pass. "
+                f"If it need not be inspected: flawline export {directory} --roi {roi}"
+            )
+    return masks
 
 
 def _lower(

@@ -7,11 +7,12 @@ runs/<name>/<time>/run.json       the request, word for word
                    metrics.json   figures, likewise
                    report.json    what the page shows, pictures included
                    report.html    the page
+                   without_rim.png  a region of interest, where the rim sets the thresholds; likewise
 """
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -118,7 +119,12 @@ def read_request(directory: Path) -> RunRequest:
 
 
 def keep_results(
-    directory: Path, manifest: Manifest, report: ReportData, page: str, answers: Mapping[str, Mapping[str, Answers]]
+    directory: Path,
+    manifest: Manifest,
+    report: ReportData,
+    page: str,
+    answers: Mapping[str, Mapping[str, Answers]],
+    masks: Mapping[str, bytes],
 ) -> None:
     """Write figures, scores and the report.
 
@@ -128,6 +134,7 @@ def keep_results(
         report: what the page shows.
         page: the page.
         answers: raw answers, by line and by the name of their set.
+        masks: PNGs that leave the rim out, of the lines whose thresholds are set there.
     """
     for line, by_set in answers.items():
         figures = {name: metric.model_dump() for name, metric in manifest.by_line[line].metrics.items()}
@@ -135,8 +142,15 @@ def keep_results(
         place.mkdir(parents=True, exist_ok=True)
         _write(place / "metrics.json", json.dumps(figures, indent=2))
         (place / "scores.npz").write_bytes(_scores(by_set))
+    for line, mask in masks.items():
+        mask_path(directory, line, manifest.lines).write_bytes(mask)
     _write(directory / _REPORT_DATA_FILE, report.model_dump_json())
     _write(directory / REPORT_FILE, page)
+
+
+def mask_path(directory: Path, line: str, lines: Sequence[str]) -> Path:
+    """Return where a run keeps the mask that leaves a line's rim out."""
+    return directory / line_file(line, lines, "without_rim.png")
 
 
 def read_report(directory: Path) -> ReportData:

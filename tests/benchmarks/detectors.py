@@ -9,11 +9,12 @@ cells lie in `cells/` beside this file and are committed; the bundles beside the
     .venv/bin/python tests/benchmarks/detectors.py measure --control --detectors inp_former,glcf
     .venv/bin/python tests/benchmarks/detectors.py measure --control-only --detectors st_mae
     .venv/bin/python tests/benchmarks/detectors.py measure --variant resnet18 --set backbone=resnet18
+    .venv/bin/python tests/benchmarks/detectors.py measure --detectors grnr --variant 'rim left out' --without-rim
     .venv/bin/python tests/benchmarks/detectors.py table
 
 The last command writes the section between the two markers of RESULTS.md; the words on why a detector is weak are
-read from weaknesses.yaml beside it. `--variant TITLE --set KEY=VALUE` measures another configuration of a detector as a
-row of its own. Nothing is chosen on test frames here.
+read from weaknesses.yaml beside it. `--variant TITLE` with `--set KEY=VALUE` or
+`--without-rim` measures a detector in another way, as a row of its own. Nothing is chosen on test frames here.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models import DETECTORS
+from service.contract.frames import encode_png
 from tests.benchmarks import nearest_neighbour_probe
 from training.compare import (
     Cell,
@@ -50,6 +52,7 @@ from training.compare import (
 from training.config import ConfigFault, load_config
 from training.evaluate import to_records
 from training.metrics import image_metrics
+from training.peaks import mask_without_rim
 from training.progress import choose_reporter
 
 _HERE = Path(__file__).resolve().parent
@@ -60,6 +63,7 @@ _BEGIN, _END = "<!-- detectors: begin -->", "<!-- detectors: end -->"
 # Features of the probe, and the untrained ones that are their control.
 _PROBES = {"embedded": None, "mobilenetv1_100": "untrained mobilenetv1_100", "resnet18": None}
 _PROBE = "nearest neighbours"
+_MASK_SIZE = (256, 256)
 
 _ACCURACY_COLUMNS = (
     *("detector", "line", "seeds", "I-AUROC [95 %]", "control [95 %]", "above control"),
@@ -122,6 +126,11 @@ def measure(options: argparse.Namespace) -> int:
 
 
 def _plans(options: argparse.Namespace, lines: Sequence[Path]) -> Iterator[CellPlan]:
+    region = None
+    if options.without_rim:
+        region = options.output / "without_rim.png"
+        region.parent.mkdir(parents=True, exist_ok=True)
+        region.write_bytes(encode_png(mask_without_rim(_MASK_SIZE, (0.0, 0.0, 1.0, 1.0))))
     for detector in _names(options.detectors, DETECTORS):
         for line in lines:
             settings = list(options.set)
@@ -132,7 +141,10 @@ def _plans(options: argparse.Namespace, lines: Sequence[Path]) -> Iterator[CellP
             except ConfigFault as fault:
                 print(f"{detector} on {line.name} is left out: {fault}", flush=True)
                 continue
-            yield from (CellPlan(line.name, line, config, variant=options.variant) for config in configs)
+            yield from (
+                CellPlan(line.name, line, config, variant=options.variant, region_of_interest=region)
+                for config in configs
+            )
 
 
 def write_table(options: argparse.Namespace) -> int:
@@ -427,7 +439,10 @@ def main() -> None:
     )
     measuring.add_argument("--config", default="small", help="small, paper or a YAML file")
     measuring.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    measuring.add_argument("--variant", default="", help="title of what --set changes; makes a row of its own")
+    measuring.add_argument(
+        "--without-rim", action="store_true", help="inspect all but the rim, as a run proposes where that is oddest"
+    )
+    measuring.add_argument("--variant", default="", help="title of what is changed; makes a row of its own")
     measuring.add_argument("--seeds", nargs="+", type=int, default=[1])
     measuring.add_argument("--weights", type=Path, default=Path("../shared/weights"))
     measuring.add_argument("--threads", type=int, default=1)

@@ -14,7 +14,9 @@ import torch
 from typer.testing import CliRunner
 
 from service.contract.bundle import load_bundle, versions_of
+from service.contract.frames import FrameLimits, decode_image
 from service.contract.golden import read_golden, replay
+from service.contract.policy import inspected_mask
 from service.errors import CalibrationRefused
 from tests.factories import encode, make_frame, make_runner
 from tests.tiny_line import (
@@ -118,6 +120,54 @@ def test_train_when_good_parts_cannot_carry_the_rate_then_refuses_before_fitting
         train(request, tmp_path / "run", SilentReporter())
 
     assert list(tmp_path.iterdir()) == []
+
+
+def _with_rough_rims(line):
+    """Draw coarse black and white cells round each good training frame of a line, other ones each time."""
+    rng = np.random.default_rng(0)
+    for path in sorted((line / "train/good").glob("*.png")):
+        pixels = decode_image(path.read_bytes(), FrameLimits()).pixels.copy()
+        cells = np.kron(rng.integers(0, 2, (18, 20)) * 255, np.ones((4, 4)))[..., None]
+        pixels = np.where(_rim(*pixels.shape[:2])[..., None], cells, pixels).astype(np.uint8)
+        path.write_bytes(encode(pixels))
+    return line
+
+
+def _rim(height, width):
+    rim = np.ones((height, width), bool)
+    rim[height // 8 : -height // 8, width // 8 : -width // 8] = False
+    return rim
+
+
+def test_train_when_the_rim_of_good_parts_is_oddest_then_says_so_and_the_run_exports_without_it(tmp_path):
+    """What it tells to do is one command, and then the rim sets no threshold; a deviation follows as a maximum does."""
+    line = _with_rough_rims(write_line(tmp_path / "lid"))
+    hyperparameters = {
+        "layers": [2, 3],
+        "patch_size": 2,
+        "token_channels": 16,
+        "heads": 2,
+        "blocks": 1,
+        "map_size": [32, 32],
+        "recipe": TINY_RUN["hyperparameters"]["recipe"] | {"optimiser": "adamw"},
+    }
+    config = make_config(detector="ami_net", hyperparameters=hyperparameters)
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    trained = _invoke(
+        *("train", line, "--config", tmp_path / "run.yaml", "--weights", "untrained", "--threads", "1"),
+        *("--store", tmp_path / "store", "--runs", tmp_path / "runs"),
+    )
+    told = re.search(r"flawline (export \S+ --roi \S+)", re.sub(r"\s+", " ", trained.output))
+
+    exported = _invoke(*told[1].split(), "--threads", "1")
+
+    assert (trained.exit_code, exported.exit_code) == (0, 0), trained.output + exported.output
+    before, after = (_published(result.output) for result in (trained, exported))
+    assert after.manifest.output.score_rule.kind == "deviation"
+    assert after.calibrations["lid"].scores.max() < before.calibrations["lid"].scores.min()
+    assert "The rim sets the thresholds" in (before.path / "report.html").read_text("utf-8")
+    assert "The rim sets the thresholds" not in (after.path / "report.html").read_text("utf-8")
+    assert not inspected_mask(after.policies["lid"], 32, 32)[_rim(32, 32)].any()
 
 
 def _learning_from_defects(folder):
@@ -272,8 +322,12 @@ def test_train_command_when_interrupted_then_keeps_the_run_and_names_the_command
         (["train", "--line", "a=nowhere", "--line", "b=elsewhere"], 2, "give its name with --name"),
         (["train", "--line", "a"], 2, "write NAME=PATH"),
         (["train", "--line", "a/b=nowhere"], 2, "can't name a line"),
-        (["train", "--line", "a=nowhere", "--roi", "b=mask.png"], 2, "there is no --line b"),
-        (["train", "--line", "a=nowhere", "--roi", "mask.png"], 2, "write NAME=PATH"),
+        (["train", "--line", "a=nowhere", "--roi", "b=mask.png"], 2, "there is no line b"),
+        (
+            ["train", "--line", "a=nowhere", "--line", "b=nowhere", "--name", "both", "--roi", "mask.png"],
+            2,
+            "write NAME=PATH",
+        ),
         (["train", "nowhere"], 2, "nowhere is no folder"),
         (["train", "nowhere", "--name", "a/b"], 2, "can't name a line"),
         (["train", "nowhere", "--set", "sed=1"], 2, "did you mean seed?"),

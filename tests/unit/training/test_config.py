@@ -2,8 +2,9 @@
 
 import pytest
 
+from models import DETECTORS
 from models.inp_former import InpFormerConfig
-from training.config import ConfigFault, load_config, map_size_of, parse_config
+from training.config import ConfigFault, load_config, map_size_of, parse_config, score_rule_of
 
 
 def test_paper_configuration_gives_the_published_values():
@@ -154,3 +155,16 @@ def test_load_config_when_tiles_make_no_sense_then_the_sentence_names_them(setti
     """Tiles that can't be cut are refused with the configuration, before a frame is read."""
     with pytest.raises(ConfigFault, match=words):
         load_config("small", overrides=settings)
+
+
+@pytest.mark.parametrize("source", ["small", "paper"])
+@pytest.mark.parametrize("detector", sorted(DETECTORS))
+def test_score_rule_when_a_detector_is_configured_then_says_how_its_score_follows_from_its_map(detector, source):
+    """Every detector can look at a region of interest or at tiles, where scores are reduced again from maps."""
+    product = ["product=texture"] if detector == "grnr" else []
+    rules = {"ami_net": "deviation", "inp_former": "top_fraction_mean", "inp_former_pp": "top_fraction_mean"}
+    rules |= {"glcf": "maximum" if source == "small" else "deviation", "st_mae": "deviation"}
+
+    rule = score_rule_of(load_config(source, detector, product).detector_config())
+
+    assert rule.kind == rules.get(detector, "maximum")

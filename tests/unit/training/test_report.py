@@ -231,3 +231,24 @@ def test_drawings_when_there_is_little_to_draw_then_still_take_the_pages_colours
     assert drawing.startswith("<svg ")
     assert "var(--ink)" in drawing
     assert fixed <= {"#ffffff"}
+
+
+def test_render_when_good_parts_have_peaks_then_each_is_a_circle_on_an_ordinary_frame():
+    """People see where thresholds come from without reading a map."""
+    line = _line(peaks=((0.25, 0.5), (1.0, 0.031)), pictures=(_picture("passed", verdict="PASS"), _picture("caught")))
+
+    page = render(_report(line))
+
+    assert re.findall(r'<i style="left:([\d.]+)%;top:([\d.]+)%">', page) == [("25.0", "50.0"), ("100.0", "3.1")]
+    assert "A good frame with 2 circles" in page
+    assert "The rim sets the thresholds" not in page
+
+
+def test_render_when_the_rim_sets_the_thresholds_then_says_so_and_what_to_do():
+    """A rim that need not be inspected costs defects elsewhere, and one option leaves it out."""
+    line = _line(peaks=((0.0, 0.5),) * 3, peaks_at_rim=3, pictures=(_picture("passed", verdict="PASS"),))
+
+    text = _text(render(_report(line)))
+
+    assert "The rim sets the thresholds. 3 of 3 held-out good frames look oddest in the outer eighth" in text
+    assert "(--roi)" in text
