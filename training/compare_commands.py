@@ -28,6 +28,12 @@ def compare(  # noqa: PLR0917 - typer reads options from a signature; nobody cal
         Literal["texture", "object"] | None,
         typer.Option(help="what frames show: a surface that fills them, or a thing"),
     ] = None,
+    roi: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]MASK", help="mask image, white where parts are inspected; of several lines: NAME=MASK"
+        ),
+    ] = None,
     layout: Annotated[
         list[str] | None,
         typer.Option(metavar="[NAME=]LAYOUT", help="how a folder is read, where that is not clear: mvtec, visa …"),
@@ -59,6 +65,7 @@ def compare(  # noqa: PLR0917 - typer reads options from a signature; nobody cal
                 folder=folder,
                 weights=weights,
                 control=control,
+                regions_of_interest=roi or [],
                 layouts=layout or [],
                 device=device,
                 settings=[*(settings or []), *(f"{key}={value}" for key, value in named.items() if value is not None)],

@@ -13,13 +13,14 @@ from rich.console import Console
 from models import DETECTORS
 from service.contract.bundle import LineName
 from service.errors import ParameterInvalid
+from training.calibrate import read_region_of_interest
 from training.compare import Cell, CellPlan, Means, complete, control_of
 from training.compare_page import TABLE_COLUMNS, pair_controls, render_comparison, table_rows
 from training.config import ConfigFault, load_config
 from training.data.detect import read_dataset
 from training.data.samples import ANOMALOUS, NORMAL, DatasetFault
 from training.fit import FitStopped
-from training.jobs import layouts_of
+from training.jobs import layouts_of, masks_of
 from training.progress import Reporter, choose_reporter
 from training.weights import read_weights_option
 
@@ -42,6 +43,7 @@ class Wishes:
         device: where to fit.
         settings: `key=value`, in order.
         layouts: how folders are read, `LAYOUT` or `NAME=LAYOUT` each; none to find out.
+        regions_of_interest: mask images, `MASK` of the only line or `NAME=MASK` each.
     """
 
     lines: Sequence[str]
@@ -53,6 +55,7 @@ class Wishes:
     device: Literal["auto", "cpu", "cuda"]
     settings: Sequence[str]
     layouts: Sequence[str] = ()
+    regions_of_interest: Sequence[str] = ()
 
 
 def compare_detectors(wishes: Wishes, threads: int | None) -> None:
@@ -88,9 +91,11 @@ def _plans(wishes: Wishes, reporter: Reporter) -> Iterator[CellPlan]:
     lines = dict(_name_and_folder(given) for given in wishes.lines)
     if len(lines) < len(wishes.lines):
         raise ParameterInvalid("Two lines have the same name; give --line NAME=FOLDER to tell them apart.")
-    layouts = layouts_of(list(lines), wishes.layouts)
+    layouts, masks = layouts_of(list(lines), wishes.layouts), masks_of(list(lines), wishes.regions_of_interest)
     for line, folder in lines.items():
         _refuse_unmeasurable(folder, layouts.get(line))
+    for mask in masks.values():
+        read_region_of_interest(mask)  # whatever is wrong with it is told now
     every = wishes.detectors is None
     names = sorted(DETECTORS) if wishes.detectors is None else [name.strip() for name in wishes.detectors.split(",")]
     for name in dict.fromkeys(names):
@@ -102,7 +107,7 @@ def _plans(wishes: Wishes, reporter: Reporter) -> Iterator[CellPlan]:
             reporter.note(f"{name} is left out: {fault}")
             continue
         for line, folder in lines.items():
-            plan = CellPlan(line, folder, config, layout=layouts.get(line))
+            plan = CellPlan(line, folder, config, layout=layouts.get(line), region_of_interest=masks.get(line))
             yield plan
             if wishes.control:
                 yield control_of(plan)

@@ -237,7 +237,7 @@ def export_run(
         config = RunConfig.model_validate(request.config.model_dump(mode="json") | given)
     except ValidationError as error:
         raise ConfigFault("A rate lies between 0 and 1, for example 0.05.") from error
-    masks = _masks_of([line.name for line in request.lines], regions_of_interest)
+    masks = masks_of([line.name for line in request.lines], regions_of_interest)
     lines = tuple(
         line.model_copy(update={"region_of_interest": masks.get(line.name, line.region_of_interest)})
         for line in request.lines
@@ -507,7 +507,7 @@ def _only_line(folder: Path, wishes: Wishes) -> LineRequest:
     return LineRequest(
         name=name,
         folder=folder.resolve(),
-        region_of_interest=_masks_of([name], wishes.regions_of_interest).get(name),
+        region_of_interest=masks_of([name], wishes.regions_of_interest).get(name),
         layout=next(iter(wishes.layouts), None),
     )
 
@@ -515,15 +515,23 @@ def _only_line(folder: Path, wishes: Wishes) -> LineRequest:
 def _named_lines(wishes: Wishes) -> tuple[LineRequest, ...]:
     pairs = [_name_and_path("--line", given, "lines/bottle") for given in wishes.lines]
     names = [name for name, _ in pairs]
-    masks, layouts = _masks_of(names, wishes.regions_of_interest), layouts_of(names, wishes.layouts)
+    masks, layouts = masks_of(names, wishes.regions_of_interest), layouts_of(names, wishes.layouts)
     return tuple(
         LineRequest(name=_line_name(name), folder=folder, region_of_interest=masks.get(name), layout=layouts.get(name))
         for name, folder in pairs
     )
 
 
-def _masks_of(lines: Sequence[str], given: Sequence[str]) -> dict[str, Path]:
-    """Return the mask of each line that has one, from `NAME=MASK` each, or `MASK` where there is one line."""
+def masks_of(lines: Sequence[str], given: Sequence[str]) -> dict[str, Path]:
+    """Return the region of interest of each line that has one: a mask image, white where parts are inspected.
+
+    Args:
+        lines: their names.
+        given: `NAME=MASK` each, or `MASK` where there is one line.
+
+    Raises:
+        ParameterInvalid: if a line has two, or one is given for a line that there is not.
+    """
     if len(lines) == 1 and all("=" not in mask or Path(mask).exists() for mask in given):
         if len(given) > 1:
             raise ParameterInvalid("One line has one region of interest; give --roi once.")

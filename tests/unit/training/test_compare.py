@@ -12,8 +12,8 @@ import pytest
 from models import DETECTORS
 from models.detector import Recipe
 from service.contract.bundle import MetricRecord, load_bundle
-from service.errors import ParameterInvalid
-from tests.factories import make_frame, make_graph
+from service.errors import ParameterInvalid, UnreadableFrame
+from tests.factories import encode, make_frame, make_graph
 from tests.tiny_detectors import TINY
 from tests.tiny_line import DEFECTS, TEST_GOOD, make_config, write_line
 from training.compare import (
@@ -21,6 +21,7 @@ from training.compare import (
     CellFailed,
     CellPlan,
     Means,
+    _digest,
     auroc_resamples,
     cell_directory,
     complete,
@@ -35,6 +36,7 @@ from training.compare_page import Result, pair_controls, render_comparison, stan
 from training.config import RunConfig
 from training.data.samples import DatasetFault
 from training.metrics import auroc
+from training.peaks import mask_without_rim
 from training.progress import SilentReporter
 from training.speed import measure_speed
 
@@ -101,7 +103,9 @@ def line(tmp_path_factory):
 @pytest.fixture(scope="module")
 def compared(line, tmp_path_factory):
     """One detector, its control, and one that can't be fitted because its wishes are beyond 24 good parts."""
-    fitted = CellPlan("bottle", line, _tiny("inp_former-cnn"))
+    mask = tmp_path_factory.mktemp("masks") / "bottle.png"
+    mask.write_bytes(encode(mask_without_rim((72, 80), (0.0, 0.0, 1.0, 1.0))))
+    fitted = CellPlan("bottle", line, _tiny("inp_former-cnn"), region_of_interest=mask)
     greedy = CellPlan("bottle", line, _tiny("st_mae").model_copy(update={"fail_rate": 1e-4}))
     plans = [fitted, control_of(fitted), greedy]
     means = Means(tmp_path_factory.mktemp("cells"), weights="untrained", device="cpu", speed_s=0.0)
@@ -122,6 +126,16 @@ def test_complete_when_a_cell_is_measured_then_it_tells_accuracy_time_and_size(c
     assert cell.speed.cpu_ms > 0
     assert cell.bundle_bytes > cell.model_bytes > 0
     assert load_bundle(cell_directory(means.folder, plans[0]) / cell.bundle).manifest.detector == "inp_former"
+
+
+def test_complete_when_a_region_of_interest_is_given_then_the_cell_is_of_that_region(compared):
+    """Detectors are compared on what will be inspected, and a figure of all of the frame is another one."""
+    plans, means, (cell, *_) = compared
+    bundle = load_bundle(cell_directory(means.folder, plans[0]) / cell.bundle)
+
+    assert bundle.policies["bottle"].region_of_interest is not None
+    assert _digest(plans[0], means) == cell.digest
+    assert _digest(dataclasses.replace(plans[0], region_of_interest=None), means) != cell.digest
 
 
 def test_complete_when_a_cell_is_a_control_then_its_bundle_is_not_kept(compared):
@@ -291,6 +305,15 @@ def test_compare_when_a_layout_is_given_then_the_line_is_read_by_it(tmp_path, la
     wishes = Wishes([str(folder)], "inp_former", "small", tmp_path, None, False, "cpu", (), layouts=(layout,))
 
     with pytest.raises(fault, match=sentence):
+        compare_detectors(wishes, 1)
+
+
+def test_compare_when_a_mask_cannot_be_read_then_says_so_before_any_work(tmp_path):
+    """A region of interest is looked at before the first of many runs."""
+    folder = write_line(tmp_path / "bottle")
+    wishes = Wishes([str(folder)], "grnr", "small", tmp_path, None, False, "cpu", (), regions_of_interest=("none.png",))
+
+    with pytest.raises(UnreadableFrame, match=r"none\.png"):
         compare_detectors(wishes, 1)
 
 
