@@ -143,11 +143,12 @@ def test_export_when_a_line_is_new_then_the_server_takes_it_and_calibrating_it_m
         (("grnr", "--name", "leather"), "say so with --product texture"),
         (("grnr", "--name", "board", "--product", "object"), "take another detector"),
         (("grnr", "--name", "leather", "--fail-rate", "0.1"), "give them to flawline calibrate"),
+        (("grnr", "--name", "leather", "--roi", "mask.png"), "give it to flawline calibrate"),
         (("runs/none", "--calibration", "self"), "--calibration belong to a zero-shot export"),
         (("runs/none", "--zero-shot", "--name", "new"), "is not the directory of a run"),
         (("inp_former", "--name", "leather", "--weights", "untrained"), "has to be fitted"),
     ],
-    ids=["no name", "no product", "an object", "rates", "no zero-shot", "no run", "to be fitted"],
+    ids=["no name", "no product", "an object", "rates", "a region", "no zero-shot", "no run", "to be fitted"],
 )
 def test_export_when_it_can_not_be_then_says_what_to_do_and_writes_nothing(tmp_path, arguments, sentence):
     """Every wrong call ends in one sentence and exit code 2, before any network is exported."""
