@@ -33,8 +33,7 @@ _TRACED_BATCH = 2
 # Batch sizes that parity runs at; none of them is the traced one.
 _PARITY_BATCHES = (1, 3, 5)
 # float32 sums in another order: errors seen are near 1e-6 of the range. Where a detector decides, such errors grow:
-# AMI-Net's tokens at the threshold of its mask make up to 1.5e-4 of the range. Scores are sums over all of a map and stay
-# near; no verdict may differ.
+# AMI-Net's tokens at the threshold of its mask make up to 1.5e-4 of the range. No verdict may differ.
 MAP_TOLERANCE = 1e-3
 SCORE_TOLERANCE = 1e-4
 
