@@ -16,7 +16,7 @@ from service.batch_queue import Running
 from service.batcher import Batcher
 from service.contract.bundle import Bundle, Manifest, load_bundle, load_policy
 from service.contract.golden import GoldenSet, read_golden_by_line, replay
-from service.contract.policy import Policy, inspected_mask
+from service.contract.policy import Policy, inspected_mask, refuse_unfit_region
 from service.contract.signature import Trust
 from service.contract.tiling import Run
 from service.engines.engine import Engine, LoneRun
@@ -219,6 +219,7 @@ def fit_policy(policy: Policy, manifest: Manifest) -> LivePolicy:
     """
     window = manifest.input.window(1, 1)
     inspected = inspected_mask(policy, *manifest.map_size, window=window)
+    refuse_unfit_region(inspected, manifest.output.score_rule)
     return LivePolicy(policy, policy_digest(policy), inspected)
 
 

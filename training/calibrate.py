@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from service.contract.calibration import Calibration, Threshold, needed_good_parts, reachable_rate
 from service.contract.frames import decode_mask
-from service.contract.policy import Policy, ScoreRule, image_score, inspected_mask
+from service.contract.policy import Policy, ScoreRule, image_score, inspected_mask, refuse_unfit_region
 from service.contract.regions import Polygon, Window, outline_mask
 from service.errors import CalibrationRefused, UnreadableFrame
 from training.peaks import Peaks, find_peaks
@@ -87,19 +87,12 @@ def calibrate(
 
     Raises:
         CalibrationRefused: if there are too few good parts for a rate, or a score is not finite.
-        BundleRefused: if the region of interest can't be applied to this detector.
+        BundleRefused: if the region of interest leaves nothing to inspect, or too little for this detector.
     """
     refuse_unsupported_rates(len(scores), review_rate, fail_rate)
-    # The region of interest is rasterised by the function that the service will use, which wants a whole policy.
-    policy = Policy(
-        version=version,
-        review_threshold=0,
-        fail_threshold=0,
-        region_threshold=1,
-        map_floor=0,
-        region_of_interest=region_of_interest,
-    )
+    policy = _without_thresholds(version, region_of_interest)
     inspected = inspected_mask(policy, *maps.shape[1:], window=window)
+    refuse_unfit_region(inspected, rule)
     if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
         raise CalibrationRefused("A good frame's score or map is not finite; look at the frames and the training loss.")
     compared = [image_score(float(score), amap, inspected, rule) for score, amap in zip(scores, maps, strict=True)]
@@ -116,6 +109,35 @@ def calibrate(
     }
     policy = Policy.model_validate(policy.model_dump() | thresholds)
     return Calibrated(calibration, policy, review, fail, find_peaks(maps, inspected, window))
+
+
+def refuse_unusable_region(
+    region_of_interest: tuple[Polygon, ...], map_size: tuple[int, int], rule: ScoreRule, window: Window
+) -> None:
+    """Refuse a region of interest that no calibration could use; asked before fitting, not an hour later.
+
+    Args:
+        region_of_interest: polygons in fractions of the frame.
+        map_size: `(height, width)` of a frame's map.
+        rule: how scores are reduced from maps.
+        window: where the maps lie on the frame, `InputSpec.window(1, 1)`.
+
+    Raises:
+        BundleRefused: if it leaves nothing to inspect, or too little for this detector.
+    """
+    refuse_unfit_region(inspected_mask(_without_thresholds("0", region_of_interest), *map_size, window=window), rule)
+
+
+def _without_thresholds(version: str, region_of_interest: tuple[Polygon, ...] | None) -> Policy:
+    """Return what the service's own function rasterises a region of interest from."""
+    return Policy(
+        version=version,
+        review_threshold=0,
+        fail_threshold=0,
+        region_threshold=1,
+        map_floor=0,
+        region_of_interest=region_of_interest,
+    )
 
 
 def read_region_of_interest(path: Path) -> tuple[Polygon, ...]:

@@ -20,8 +20,8 @@ from service.contract.frames import FrameLimits
 from service.contract.geometry import InputSpec
 from service.contract.regions import Polygon
 from service.errors import CalibrationRefused, ParameterInvalid
-from training.calibrate import read_region_of_interest, refuse_unsupported_rates
-from training.config import RunConfig
+from training.calibrate import read_region_of_interest, refuse_unsupported_rates, refuse_unusable_region
+from training.config import RunConfig, map_size_of, score_rule_of
 from training.data.check import CheckedDataset, check_dataset
 from training.data.detect import read_dataset
 from training.data.samples import ANOMALOUS, UNKNOWN, Dataset, DatasetFault, Sample
@@ -93,6 +93,7 @@ def gather_lines(request: RunRequest, reporter: Reporter) -> GatheredLines:
         DatasetFault: if two lines have the same frames, a file can't be used, or frames are of too different a shape.
         CalibrationRefused: if a line holds out too few good parts for the wanted rates.
         UnreadableFrame: if a region of interest can't be read.
+        BundleRefused: if one leaves nothing to inspect, or too little for this detector.
     """
     _refuse_repetitions(request.lines)
     _refuse_taken_lines(request)
@@ -143,7 +144,11 @@ class _Opened(NamedTuple):
 
 
 def _open(line: LineRequest, config: RunConfig, *, is_one_of_many: bool, is_released: bool) -> _Opened:
-    region = None if line.region_of_interest is None else read_region_of_interest(line.region_of_interest)
+    region = None
+    if line.region_of_interest is not None:
+        region = read_region_of_interest(line.region_of_interest)
+        own, spec = config.detector_config(), config.frame_input
+        refuse_unusable_region(region, spec.stitched_size(*map_size_of(own)), score_rule_of(own), spec.window(1, 1))
     dataset = read_dataset(line.folder, line.layout)
     fitted_on: list[Sample]
     if is_released:

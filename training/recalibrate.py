@@ -74,7 +74,7 @@ def recalibrate(
     Raises:
         CalibrationRefused: if there are too few good parts for a rate.
         GoldenFailed: if no golden frame is clear of the new thresholds.
-        FlawlineError: if a frame can't be read, or the region of interest can't be applied.
+        FlawlineError: if a frame can't be read, or the region of interest leaves too little to inspect.
     """
     manifest, index = bundle.manifest, bundle.manifest.lines.index(line)
     old, record = bundle.policies[line], manifest.by_line[line]

@@ -38,6 +38,7 @@ CalibrationKind = Literal["good_parts", "self"]
 # Makes the median absolute deviation of normally distributed values their standard deviation.
 _DEVIATIONS_OF_MEDIAN = 1.4826
 _LARGEST = float(np.finfo(np.float32).max)
+_LEAST_SHARE_OF_DEVIATION = 0.25
 
 VersionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
@@ -54,7 +55,9 @@ class Verdict(StrEnum):
 class ScoreRule(BaseModel):
     """How a score is reduced from its map, so that it can be reduced again inside a region of interest.
 
-    By the mean of the largest share of its values, by the largest one, or by their standard deviation.
+    Attributes:
+        kind: mean of the largest values, the largest value, or the standard deviation of all.
+        fraction: share of the values that the mean is of, in (0, 1]; None for the others.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -162,6 +165,26 @@ class Compared(NamedTuple):
     anomaly_map: NDArray[np.float32]
 
 
+def refuse_unfit_region(inspected: NDArray[np.bool_] | None, rule: ScoreRule) -> None:
+    """Refuse a region of interest that a defect could fill, where the score is how uneven the map is.
+
+    A defect that fills all that is inspected leaves an even map, and would pass.
+
+    Args:
+        inspected: `inspected_mask(policy, h, w)`, `(h, w)` bool.
+        rule: of the detector.
+
+    Raises:
+        BundleRefused: if the region is smaller than a quarter of the map.
+    """
+    if rule.kind == "deviation" and inspected is not None and inspected.mean() < _LEAST_SHARE_OF_DEVIATION:
+        raise BundleRefused(
+            "This detector scores how uneven its map is, and a defect could fill so small a region of interest and "
+            f"leave it even. Inspect at least {_LEAST_SHARE_OF_DEVIATION:.0%} of what it sees, crop the frames, or "
+            "take a detector that scores by the largest values."
+        )
+
+
 def may_judge(policy: Policy, *, is_calibrated: bool) -> bool:
     """Tell whether a policy may give verdicts: its thresholds come from good parts, or it says that none are needed."""
     return is_calibrated or policy.calibration == "self"
@@ -232,7 +255,7 @@ def bring_to_units(
     Raises:
         EngineFailed: if a number is not finite.
         FrameNotComparable: if the frame shall be measured by itself and its map is flat.
-        BundleRefused: if the score can't be reduced again, where that is needed.
+        BundleRefused: if nothing is inspected.
     """
     raw = image_score(score, anomaly_map, inspected, rule)
     if policy.calibration == "good_parts":

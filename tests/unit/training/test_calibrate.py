@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from service.contract.policy import ScoreRule
-from service.errors import CalibrationRefused, UnreadableFrame
+from service.errors import BundleRefused, CalibrationRefused, UnreadableFrame
 from tests.factories import encode, make_bundle, make_frame
 from training.__main__ import commands
 from training.calibrate import calibrate, read_region_of_interest, refuse_unsupported_rates
@@ -76,6 +76,21 @@ def test_calibrate_when_a_number_is_not_finite_then_is_refused(value):
 
     with pytest.raises(CalibrationRefused):
         calibrate(scores, maps, _TOP, review_rate=0.1, fail_rate=0.05, version="1")
+
+
+def test_calibrate_when_a_region_is_too_small_for_a_deviation_then_is_refused():
+    """A region that a defect could fill would let it pass."""
+    scores, maps = _good_parts()
+    corner = (((0.0, 0.0), (0.3, 0.0), (0.3, 0.3), (0.0, 0.3)),)
+
+    with pytest.raises(BundleRefused, match="how uneven its map is"):
+        calibrate(
+            *(scores, maps, ScoreRule(kind="deviation")),
+            review_rate=0.1,
+            fail_rate=0.05,
+            version="1",
+            region_of_interest=corner,
+        )
 
 
 def test_read_region_of_interest_when_the_mask_is_white_somewhere_then_gives_polygons_of_the_frame(tmp_path):

@@ -2,9 +2,10 @@
 
 import shutil
 
+import numpy as np
 import pytest
 
-from service.errors import CalibrationRefused, ParameterInvalid
+from service.errors import BundleRefused, CalibrationRefused, ParameterInvalid
 from tests.factories import encode, make_bundle, make_frame
 from tests.tiny_line import make_config, make_request, write_line
 from training.data.samples import DatasetFault
@@ -171,6 +172,18 @@ def test_gather_when_each_line_has_a_region_of_interest_then_keeps_it_to_itself(
 
     assert gathered.lines[0].region_of_interest
     assert gathered.lines[1].region_of_interest is None
+
+
+def test_gather_when_a_region_is_too_small_for_the_detector_then_refuses_before_fitting(tmp_path, bottle):
+    """What calibration could not use is told now, and not after the fit."""
+    mask = tmp_path / "mask.png"
+    mask.write_bytes(encode(np.pad(np.full((20, 20), 255, np.uint8), ((0, 52), (0, 60)))))
+    lines = (LineRequest(name="bottle", folder=bottle, region_of_interest=mask),)
+    hyperparameters = {"layers": [2, 3], "patch_size": 2, "token_channels": 16, "heads": 2, "map_size": [32, 32]}
+    config = make_config(detector="ami_net", hyperparameters=hyperparameters)
+
+    with pytest.raises(BundleRefused, match="how uneven its map is"):
+        _gather(tmp_path, bottle, lines=lines, config=config)
 
 
 def test_gather_when_there_is_one_line_then_its_refusal_names_no_other(tmp_path, bottle):

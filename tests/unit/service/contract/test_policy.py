@@ -1,6 +1,7 @@
 """Promises of the only code that may say PASS."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from service.contract.policy import (
     inspected_mask,
     judge,
     may_judge,
+    refuse_unfit_region,
     spread_of,
     verdict_of,
 )
@@ -151,6 +153,18 @@ def test_inspected_mask_when_the_crop_leaves_nothing_of_it_is_refused():
 
     with pytest.raises(BundleRefused, match="nothing to inspect"):
         inspected_mask(policy, 60, 60, window=make_input(60, 60, margin=20).window(1, 1))
+
+
+@pytest.mark.parametrize(("rows", "refused"), [(3, True), (4, False)])
+def test_region_when_a_defect_could_fill_it_and_leave_the_map_even_is_refused(rows, refused):
+    """A deviation needs a quarter of the map; a detector that scores by its largest values takes any region."""
+    inspected = np.zeros((16, 8), bool)
+    inspected[:rows] = True
+
+    refuse_unfit_region(inspected, MAXIMUM)
+    refuse_unfit_region(None, ScoreRule(kind="deviation"))
+    with pytest.raises(BundleRefused, match="at least 25%") if refused else nullcontext():
+        refuse_unfit_region(inspected, ScoreRule(kind="deviation"))
 
 
 def test_score_when_nothing_is_inspected_is_refused():
