@@ -1,8 +1,8 @@
 """Where good parts look oddest: the places that thresholds are set by.
 
-A threshold lets good parts through, so it lies above what they show at their oddest place. Where that is the rim of the
-part or a printed date on most of them, the threshold says little of the surface that matters, and small defects on it
-pass. The report draws these places, and a rim that gathers them is told with a mask that leaves it out.
+A threshold lets good parts through, so it lies above what they show at their oddest places. Where that is the rim of
+the part or a printed date on most of them, the threshold says little of the surface that matters, and small defects on
+it pass. The report draws these places, and a rim that gathers them is told with a mask that leaves it out.
 """
 
 from typing import NamedTuple
@@ -55,7 +55,15 @@ def find_peaks(maps: NDArray[np.float32], inspected: NDArray[np.bool_] | None, w
 
 
 def mask_without_rim(frame_size: tuple[int, int], window: Window) -> NDArray[np.uint8]:
-    """Return a mask image `(H, W)` uint8 that leaves the rim out: white where parts would be inspected."""
+    """Return a mask image that leaves the rim out.
+
+    Args:
+        frame_size: `(height, width)` of the image.
+        window: where maps lie on the frame, `InputSpec.window(1, 1)`; the rim is that of the window.
+
+    Returns:
+        `(H, W)` uint8, 255 where parts would be inspected and 0 elsewhere.
+    """
     height, width = frame_size
     top, left, window_height, window_width = window
     y, x = (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width

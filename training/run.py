@@ -5,6 +5,7 @@ Data flows through return values; what a run keeps on its way lies in its direct
 
 import hashlib
 import json
+import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -327,11 +328,11 @@ def _leave_rims_out(
         if peaks.gather_at_rim:
             masks[line.name] = encode_png(mask_without_rim(line.held_out.frame_sizes[0], spec.window(1, 1)))
             path = mask_path(directory, line.name, [each.name for each in lines])
-            roi = path if len(lines) == 1 else f"{line.name}={path}"
+            roi = str(path) if len(lines) == 1 else f"{line.name}={path}"
             reporter.note(
                 f"{peaks.at_rim} of {len(peaks.places)} held-out good frames of {line.name} look oddest in the outer "
                 "eighth of what the detector sees, so the rim sets the thresholds, and smaller defects elsewhere pass. "
-                f"If it need not be inspected: flawline export {directory} --roi {roi}"
+                f"If it need not be inspected: {shlex.join(('flawline', 'export', str(directory), '--roi', roi))}"
             )
     return masks
 

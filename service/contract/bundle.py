@@ -300,7 +300,10 @@ def load_bundle(path: Path, trust: Trust | None = None) -> Bundle:
         if hashlib.sha256(data).hexdigest() != expected:
             raise BundleRefused(f"{relative} is not the file that {MANIFEST_FILE} names; export the bundle again.")
         files[relative] = data
-    policies = {line: _read_policy(files, line, manifest) for line in manifest.lines}
+    policies = {}
+    for line in manifest.lines:
+        name = line_file(line, manifest.lines, POLICY_FILE)
+        policies[line] = _parse(Policy, files[name], name)
     calibrations = {
         line: Calibration.from_bytes(files[line_file(line, manifest.lines, CALIBRATION_FILE)])
         for line in manifest.lines
@@ -385,11 +388,6 @@ def _required_files(manifest: Manifest) -> Iterator[str]:
         if manifest.by_line[line].is_calibrated:
             yield line_file(line, manifest.lines, CALIBRATION_FILE)
         yield line_file(line, manifest.lines, POLICY_FILE)
-
-
-def _read_policy(files: Mapping[str, bytes], line: str, manifest: Manifest) -> Policy:
-    name = line_file(line, manifest.lines, POLICY_FILE)
-    return _parse(Policy, files[name], name)
 
 
 def _refuse_strangers(path: Path, manifest: Manifest) -> None:

@@ -13,8 +13,8 @@ cells lie in `cells/` beside this file and are committed; the bundles beside the
     .venv/bin/python tests/benchmarks/detectors.py table
 
 The last command writes the section between the two markers of RESULTS.md; the words on why a detector is weak are
-read from weaknesses.yaml beside it. `--variant TITLE` with `--set KEY=VALUE` or
-`--without-rim` measures a detector in another way, as a row of its own. Nothing is chosen on test frames here.
+read from weaknesses.yaml beside it. `--variant TITLE` with `--set KEY=VALUE` or `--without-rim` measures a detector in
+another way, as a row of its own. Nothing is chosen on test frames here.
 """
 
 import argparse
@@ -220,11 +220,10 @@ _HOW_MEASURED = """\
 `tests/benchmarks/detectors.py measure --control --probe`, then `detectors.py table`. Every row is a complete run from
 the folder of frames to a bundle; figures are means over a row's seeds, which stand in brackets for a control that has
 others. The control is the same detector with an untrained backbone and descents of no step, passes over the good frames
-included. Brackets: 95 % of 2000 bootstrap
-draws of the test frames, good and defective ones apart. *Above control* is the interval of the difference over the
-same draws: where it holds 0, the detector is **within the noise of its control** on that line. `nearest neighbours` is
-the plain probe (`nearest_neighbour_probe.py`): no training, a memory bank of features; its maps are not measured.
-A row's title names what it changes of the small configuration.
+included. Brackets: 95 % of 2000 bootstrap draws of the test frames, good and defective ones apart. *Above control* is
+the interval of the difference over the same draws: where it holds 0, the detector is **within the noise of its
+control** on that line. `nearest neighbours` is the plain probe (`nearest_neighbour_probe.py`): no training, a memory
+bank of features; its maps are not measured. A row's title names what it changes of the small configuration.
 
 ms a frame: ONNX Runtime, batch 1, one thread, median of the thread's own CPU time, so that other work on the machine
 hardly moves it; CPU: {cpus}. Seconds of fitting and of the whole run are on the
