@@ -96,14 +96,15 @@ def gather_lines(request: RunRequest, reporter: Reporter) -> GatheredLines:
         BundleRefused: if one leaves nothing to inspect, or too little for this detector.
     """
     _refuse_repetitions(request.lines)
-    _refuse_taken_lines(request)
+    served = [line.name for line in request.lines]
+    refuse_taken_lines(request.store, request.name, served)
     many, released = len(request.lines) > 1, request.released is not None
     opened = [_open(line, request.config, is_one_of_many=many, is_released=released) for line in request.lines]
     lines = tuple(_check(line, request.config.input.bit_depth, reporter) for line in opened)
     _refuse_copies(lines)
     warnings = (
         *_told_of_release(request),
-        *_lines_given_up(request),
+        *lines_given_up(request.store, request.name, served),
         *_told_of_few_frames(lines, request.config),
         *_told_of_missing_masks(lines),
         *compare_frame_sizes(lines, request.config.frame_input),
@@ -133,6 +134,34 @@ def compare_frame_sizes(lines: Sequence[GatheredLine], spec: InputSpec) -> tuple
         )
     resized = f"{spec.resize_height}x{spec.resize_width}"
     return (f"The lines' frames differ in size, height x width: {told}; the network takes all resized to {resized}.",)
+
+
+def refuse_taken_lines(store: Path, name: str, lines: Sequence[str]) -> None:
+    """Refuse lines that another bundle of the store serves, because the service would refuse the second bundle.
+
+    Args:
+        store: where the bundle goes.
+        name: of the bundle.
+        lines: that it shall serve.
+
+    Raises:
+        ParameterInvalid: naming the line and the other bundle.
+    """
+    for other, served in _served_lines(store).items():
+        taken = sorted(set(lines).intersection(served))
+        if other != name and taken:
+            raise ParameterInvalid(
+                f"The bundle {other} in {store} serves the line {taken[0]} already, and the service would "
+                f"refuse a second one; give the line another name, or take {store / other} away."
+            )
+
+
+def lines_given_up(store: Path, name: str, lines: Sequence[str]) -> tuple[str, ...]:
+    """Say which lines a new version of a bundle would no longer serve; arguments as `refuse_taken_lines`."""
+    lost = [line for line in _served_lines(store).get(name, ()) if line not in lines]
+    if not lost:
+        return ()
+    return (f"The newest version of {name} serves {', '.join(lost)} as well, and this one will not.",)
 
 
 class _Opened(NamedTuple):
@@ -196,17 +225,6 @@ def _refuse_copies(lines: Sequence[GatheredLine]) -> None:
         names[line.data.digest] = line.name
 
 
-def _refuse_taken_lines(request: RunRequest) -> None:
-    wanted = {line.name for line in request.lines}
-    for name, served in _served_lines(request.store).items():
-        taken = sorted(wanted.intersection(served))
-        if name != request.name and taken:
-            raise ParameterInvalid(
-                f"The bundle {name} in {request.store} serves the line {taken[0]} already, and the service would "
-                f"refuse a second one; give the line another name, or take {request.store / name} away."
-            )
-
-
 def _told_of_release(request: RunRequest) -> tuple[str, ...]:
     if request.released is None:
         return ()
@@ -242,15 +260,6 @@ def _told_of_missing_masks(lines: Sequence[GatheredLine]) -> tuple[str, ...]:
         for line in lines
         if any(sample.label == ANOMALOUS for sample in line.tested) and not line.data.dataset.has_masks
     )
-
-
-def _lines_given_up(request: RunRequest) -> tuple[str, ...]:
-    """Say which lines a new version of the bundle would no longer serve."""
-    before = _served_lines(request.store).get(request.name, ())
-    lost = [line for line in before if line not in {line.name for line in request.lines}]
-    if not lost:
-        return ()
-    return (f"The newest version of {request.name} serves {', '.join(lost)} as well, and this one will not.",)
 
 
 def _served_lines(store: Path) -> dict[str, tuple[str, ...]]:

@@ -31,6 +31,7 @@ from training.detectors import PreparedDetector, prepare_detector
 from training.evaluate import to_records, without_test_frames
 from training.export import DetectorRun, GraphRun, check_parity, export_graph
 from training.golden import GoldenChooser, GoldenFrame, golden_files, plant_defect
+from training.lines import lines_given_up, refuse_taken_lines
 from training.procedural.textures import draw_texture
 from training.progress import Reporter
 from training.report import Fact, RunFacts, render_zero_shot
@@ -89,6 +90,7 @@ class _Made:
     output: OutputSpec
     backbone: BackboneRecord | None
     provenance: Provenance
+    warnings: tuple[str, ...]
 
 
 def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
@@ -98,6 +100,7 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
         The bundle's directory in the store.
 
     Raises:
+        ParameterInvalid: if another bundle of the store serves the line.
         ConfigFault: if the detector has to be fitted on the line it judges, or its maps of textures are as flat as
             those of flat frames.
         CheckpointRefused: if the run's checkpoint is missing, damaged, or another backbone's.
@@ -108,6 +111,10 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
     config, spec = request.config, request.config.frame_input
     if config.precision != "fp32":
         raise ConfigFault("A zero-shot bundle is fp32: without frames nobody can tell what another precision changes.")
+    refuse_taken_lines(request.store, request.name, [request.name])
+    warnings = lines_given_up(request.store, request.name, [request.name])
+    for warning in warnings:
+        reporter.note(warning)
     make_deterministic(config.seed)
     prepared = prepare_detector(config, request.weights, request.weight_folders, torch.device("cpu"))
     if request.fitted_in is None:
@@ -146,6 +153,7 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
         output=output_of(graph, inputs[0], of_line[0], spec, rule),
         backbone=prepared.backbone,
         provenance=describe_run(config.seed, datetime.now(UTC)),
+        warnings=warnings,
     )
     files = bundle_files(model, {}, {request.name: policy}, golden_files(made.golden), _render(made))
 
@@ -306,5 +314,6 @@ def _render(made: _Made) -> str:
         configuration=request.config.to_yaml(),
         losses=(),
         parity=made.parity,
+        warnings=made.warnings,
     )
     return render_zero_shot(run, made.policy, made.golden, made.rule, request.config.frame_input)

@@ -9,8 +9,8 @@ import torch
 from service.contract.bundle import load_bundle
 from service.contract.golden import read_golden, replay
 from service.contract.policy import Verdict, judge
-from service.errors import FrameNotComparable
-from tests.factories import make_input, make_runner
+from service.errors import FrameNotComparable, ParameterInvalid
+from tests.factories import make_bundle, make_input, make_runner
 from tests.tiny_line import TINY_RUN, fit_only, make_config, make_request, write_line
 from training.checkpoint import CheckpointRefused, TrainingState, detector_tensors, save_checkpoint
 from training.config import ConfigFault, RunConfig
@@ -63,8 +63,10 @@ def _from_run(run, store, **changes):
 
 @pytest.fixture(scope="module")
 def uncalibrated(run, tmp_path_factory):
-    """A bundle of INP-Former, fitted on another line, that waits for good parts."""
-    return make_zero_shot(_from_run(run, tmp_path_factory.mktemp("none")), SilentReporter())
+    """A bundle of INP-Former, fitted on another line, that waits for good parts; its version before served one more."""
+    store = tmp_path_factory.mktemp("none")
+    make_bundle(store, "leather", lines=("leather", "lid"))
+    return make_zero_shot(_from_run(run, store), SilentReporter())
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,23 @@ def test_export_when_the_detector_must_be_fitted_then_says_how(tmp_path):
         make_zero_shot(request, SilentReporter())
 
     assert not list(tmp_path.iterdir())
+
+
+def test_export_when_another_bundle_serves_the_line_then_refuses(tmp_path):
+    """The service would refuse the second bundle, so it is not made, as a run would not be begun."""
+    make_bundle(tmp_path, "both", lines=("leather", "lid"))
+
+    with pytest.raises(ParameterInvalid, match=r"The bundle both in .* serves the line leather already"):
+        make_zero_shot(_request(tmp_path), SilentReporter())
+
+    assert [path.name for path in tmp_path.iterdir()] == ["both"]
+
+
+def test_export_when_the_new_version_leaves_a_line_out_then_its_page_says_so(uncalibrated):
+    """Whoever names the bundle of several lines learns which ones it will not serve any more."""
+    told = "The newest version of leather serves lid as well, and this one will not."
+
+    assert told in load_bundle(uncalibrated).files["report.html"].decode()
 
 
 def test_zero_shot_when_the_method_knows_no_other_lines_then_is_refused_by_name():
