@@ -239,7 +239,11 @@ def export(  # noqa: PLR0917 - typer reads options from a signature; nobody call
     settings: Settings = None,
     threads: Threads = None,
 ) -> None:
-    """Export a fitted run again as a new version; or, zero-shot, make a bundle without any frame of its line."""
+    """Export a fitted run again as a new version; or, zero-shot, make a bundle without any frame of its line.
+
+    What the options say holds for this export alone: the run keeps what it was fitted with, and the next export begins
+    from there.
+    """
     jobs = _jobs()
     with jobs.faults_as_sentences():
         if not jobs.is_zero_shot(

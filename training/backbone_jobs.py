@@ -14,6 +14,8 @@ from training.distill import distil, write_student
 from training.distill_lessons import DistillConfig, Teacher
 from training.peers import refuse_company
 from training.progress import Reporter, choose_reporter
+from training.stops import termination_interrupts
+from training.store import is_machines_fault
 from training.weight_lock import (
     LOCK_FILE,
     SHIPPED_FOLDER,
@@ -24,25 +26,28 @@ from training.weight_lock import (
     verify_folder,
 )
 
-_CALLERS = 2
+_MACHINES, _CALLERS = 1, 2
 
 
 @contextlib.contextmanager
 def faults_as_sentences() -> Iterator[None]:
-    """Turn every expected fault into one sentence on stderr and exit code 2.
+    """Turn every expected fault into one sentence on stderr and an exit code: 1 the machine's, 2 the caller's.
+
+    A termination signal ends the command as Ctrl-C does.
 
     Raises:
         typer.Exit: with that code.
     """
     try:
-        refuse_company()
-        yield
+        with termination_interrupts():
+            refuse_company()
+            yield
     except (CheckpointRefused, ConfigFault, ValueError, WeightsRefused) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(_CALLERS) from error
     except OSError as error:
         typer.echo(f"{error.filename or 'A file'}: {error.strerror or error}.", err=True)
-        raise typer.Exit(_CALLERS) from error
+        raise typer.Exit(_MACHINES if is_machines_fault(error) else _CALLERS) from error
 
 
 def list_weights(folder: Path) -> None:

@@ -12,10 +12,19 @@ from training.peers import PeerLost
 from training.ranking import ScoreNotFinite
 from training.run import RunNotFitted
 from training.run_directory import RunDirectoryFault
+from training.store import StoreFailed, StoreRefused
 from training.weight_lock import WeightsRefused
 from training.weights import WeightsUnavailable
 
-OURS: tuple[type[Exception], ...] = (EngineFailed, ExportFailed, FitFailed, GoldenFailed, PeerLost, ScoreNotFinite)
+OURS: tuple[type[Exception], ...] = (
+    EngineFailed,
+    ExportFailed,
+    FitFailed,
+    GoldenFailed,
+    PeerLost,
+    ScoreNotFinite,
+    StoreFailed,
+)
 CALLERS: tuple[type[Exception], ...] = (
     BackboneUnavailable,
     CheckpointRefused,
@@ -24,6 +33,7 @@ CALLERS: tuple[type[Exception], ...] = (
     FlawlineError,
     RunDirectoryFault,
     RunNotFitted,
+    StoreRefused,
     WeightsRefused,
     WeightsUnavailable,
 )

@@ -42,6 +42,8 @@ from training.recalibrate import read_good_folder, recalibrate
 from training.report import LineReport, ReportData, render
 from training.run import Beginning, help_to_fit, train
 from training.run_directory import LineRequest, RunRequest, new_directory, read_report, read_request
+from training.stops import termination_interrupts
+from training.store import is_machines_fault
 from training.weights import UNTRAINED
 from training.zero_shot import Calibration, ZeroShotRequest, make_zero_shot, zero_shot_config
 
@@ -110,7 +112,9 @@ class ZeroShotWishes:
 
 @contextlib.contextmanager
 def faults_as_sentences(*, shares_work: bool = False) -> Iterator[None]:
-    """Turn every expected fault into one sentence on stderr and an exit code: 1 ours, 2 the caller's.
+    """Turn every expected fault into one sentence on stderr and an exit code: 1 ours or the machine's, 2 the caller's.
+
+    A termination signal ends the command as Ctrl-C does.
 
     Args:
         shares_work: whether the command knows what to do where torchrun started several of it.
@@ -119,9 +123,10 @@ def faults_as_sentences(*, shares_work: bool = False) -> Iterator[None]:
         typer.Exit: with that code.
     """
     try:
-        if not shares_work:
-            refuse_company()
-        yield
+        with termination_interrupts():
+            if not shares_work:
+                refuse_company()
+            yield
     except _FAULTS_OF_OURS as error:
         raise _leave(str(error), _OURS) from error
     except torch.OutOfMemoryError as error:
@@ -130,7 +135,8 @@ def faults_as_sentences(*, shares_work: bool = False) -> Iterator[None]:
     except CALLERS as error:
         raise _leave(str(error), _CALLERS) from error
     except OSError as error:
-        raise _leave(f"{error.filename or 'A file'}: {error.strerror or error}.", _CALLERS, own=True) from error
+        code = _OURS if is_machines_fault(error) else _CALLERS
+        raise _leave(f"{error.filename or 'A file'}: {error.strerror or error}.", code, own=True) from error
 
 
 def train_lines(line_folder: Path | None, wishes: Wishes, threads: int | None) -> None:
@@ -223,6 +229,8 @@ def export_run(
     regions_of_interest: Sequence[str] = (),
 ) -> None:
     """Evaluate, calibrate and export a fitted run again, with other rates, in another precision, or inspecting less.
+
+    What is given holds for this export alone; all else is as the run was asked for, whatever was exported meanwhile.
 
     Args:
         directory: of the run.
@@ -422,6 +430,8 @@ def _run(
     except (FitStopped, KeyboardInterrupt) as stop:
         by_torchrun = "" if peers is None or peers.count == 1 else ", by torchrun again or without it"
         again = f" To go on where it stood: flawline train --resume {directory}{by_torchrun}"
+        if beginning == "export":
+            again = " The run is as it was; give the same command again."
         raise _leave(f"Stopped.{again if any(directory.iterdir()) else ''}", _STOPPED) from stop
     finally:
         # A run that was refused before it began leaves nothing behind.

@@ -26,7 +26,7 @@ from training.export import GraphRun
 from training.golden import GoldenChooser, carry_golden_over, golden_files
 from training.progress import Reporter
 from training.report import Fact, LineReport, ReportData, RunFacts, carry_over, collect, render
-from training.store import publish
+from training.store import probe_store, publish
 
 
 def read_good_folder(folder: Path) -> list[Sample]:
@@ -72,11 +72,14 @@ def recalibrate(
         The new bundle's directory, and what its report shows.
 
     Raises:
+        StoreRefused, StoreFailed: if the bundle's store can't be written.
         CalibrationRefused: if there are too few good parts for a rate.
         GoldenFailed: if no golden frame is clear of the new thresholds.
         FlawlineError: if a frame can't be read, or the region of interest leaves too little to inspect.
     """
     manifest, index = bundle.manifest, bundle.manifest.lines.index(line)
+    store = bundle.path.parent.parent
+    probe_store(store, manifest.name)
     old, record = bundle.policies[line], manifest.by_line[line]
     spec, rule = manifest.input, manifest.output.score_rule
     graph = GraphRun(bundle.model, threads)
@@ -127,7 +130,7 @@ def recalibrate(
     calibrations = {**bundle.calibrations, line: calibrated.calibration}
     policies = {**bundle.policies, line: calibrated.policy}
     files = bundle_files(bundle.model, calibrations, policies, golden, render(report))
-    path = publish(bundle.path.parent.parent, again, files, check=lambda place: verify_bundle(place, graph))
+    path = publish(store, again, files, check=lambda place: verify_bundle(place, graph))
     return path, report
 
 

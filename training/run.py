@@ -60,7 +60,7 @@ from training.progress import Reporter, SilentReporter
 from training.report import LineReport, ReportData, collect, render
 from training.reproducibility import describe_run, make_deterministic
 from training.run_directory import RunRequest, keep_request, keep_results, mask_path
-from training.store import publish
+from training.store import StoreFailed, StoreRefused, probe_store, publish
 
 _FIRST_POLICY = "1"
 # Over all lines; a line gets its share, and a few at least.
@@ -130,9 +130,11 @@ def train(
     config, spec = request.config, request.config.frame_input
     peers = peers or Alone()
 
+    probe_store(request.store, request.name)
     gathered, defects, prepared = _prepare(request, reporter)
     lines, device, rule = gathered.lines, prepared.device, prepared.score_rule
-    keep_request(directory, request)
+    if beginning != "export":  # what an export is asked for holds for that export alone
+        keep_request(directory, request)
     fitting = _fit(prepared, gathered, defects, request, directory, reporter, beginning, peers)
     peers.part()
 
@@ -183,8 +185,17 @@ def train(
     keep_results(directory, manifest, report, page, {line.name: line.answers for line in measured}, masks)
     calibrations = {line.name: line.calibrated.calibration for line in measured}
     files = bundle_files(model, calibrations, policies, golden, page)
-    bundle = publish(request.store, manifest, files, check=lambda path: verify_bundle(path, graph))
+    try:
+        bundle = publish(request.store, manifest, files, check=lambda path: verify_bundle(path, graph))
+    except (StoreRefused, StoreFailed) as fault:
+        raise type(fault)(f"{fault} {_how_to_publish(directory, beginning)}") from fault
     return FinishedRun(bundle, directory, manifest, report, fitting)
+
+
+def _how_to_publish(directory: Path, beginning: Beginning) -> str:
+    options = " and the options of this one" if beginning == "export" else ""
+    command = shlex.join(("flawline", "export", str(directory), "--store"))
+    return f"The fit is kept; once that is mended, or with another store{options}: {command} STORE"
 
 
 def help_to_fit(request: RunRequest, directory: Path, beginning: Beginning, peers: Peers) -> None:

@@ -1,10 +1,10 @@
 """What a run keeps beside its checkpoint, so that it can be resumed, exported again and shown again.
 
-runs/<name>/<time>/run.json       the request, word for word
+runs/<name>/<time>/run.json       the request of the fit, word for word; what an export asks for holds for itself alone
                    config.yaml    its configuration, for people
                    checkpoint…    `training.checkpoint`
                    scores.npz     scores and labels of held-out and test frames; of several lines in lines/<line>/
-                   metrics.json   figures, likewise
+                   metrics.json   figures, likewise; of the newest export, as are the report and its page
                    report.json    what the page shows, pictures included
                    report.html    the page
                    without_rim.png  a region of interest, where the rim sets the thresholds; likewise

@@ -19,6 +19,39 @@ _TEMPORARY_PREFIX = ".publishing-"
 # A publisher writes for seconds; what is older was left behind by a process that died.
 _LEFT_BEHIND_AFTER_S = 3600.0
 _TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EACCES})
+_MACHINES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
+_PROBE_BYTES = 4096
+
+
+class StoreRefused(Exception):
+    """What was named as a store can't be one; the sentence says why."""
+
+
+class StoreFailed(Exception):
+    """The machine can't write the store, for example because its disk is full; the sentence says why."""
+
+
+def is_machines_fault(error: OSError) -> bool:
+    """Tell whether the machine is at fault, as with a full disk, and not what the caller named."""
+    return error.errno in _MACHINES
+
+
+def probe_store(store: Path, name: str) -> None:
+    """Find out whether a bundle could be put into a store; asked before fitting, not an hour later.
+
+    Nothing stays: where there is no store yet, the nearest folder above it is tried.
+
+    Raises:
+        StoreRefused: if it can't be a store.
+        StoreFailed: if the machine can't write it.
+    """
+    directory = store / name
+    place = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX, dir=place) as temporary:
+            _write(Path(temporary) / "probe", bytes(_PROBE_BYTES))
+    except OSError as error:
+        raise _fault_of(error, store) from error
 
 
 def publish(
@@ -34,8 +67,20 @@ def publish(
 
     Returns:
         The bundle's directory, `store/<name>/<version>`.
+
+    Raises:
+        StoreRefused: if it can't be a store.
+        StoreFailed: if the machine can't write it.
     """
-    directory = store / manifest.name
+    try:
+        return _publish(store / manifest.name, manifest, files, check)
+    except OSError as error:
+        raise _fault_of(error, store) from error
+
+
+def _publish(
+    directory: Path, manifest: Manifest, files: Mapping[str, bytes], check: Callable[[Path], object] | None
+) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(directory)
     temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=directory))
@@ -74,6 +119,15 @@ def _rename_into_place(
             continue
         _sync_directory(directory)
         return final
+
+
+def _fault_of(error: OSError, store: Path) -> StoreRefused | StoreFailed:
+    why = error.strerror or str(error)
+    if is_machines_fault(error):
+        return StoreFailed(f"The store {store} can't be written: {why}.")
+    place = store if error.filename is None else Path(error.filename).parent
+    where = "" if place == store else f"{place}: "
+    return StoreRefused(f"The store {store} can't take a bundle ({where}{why}); take a folder that can be written.")
 
 
 def _write(path: Path, data: bytes) -> None:

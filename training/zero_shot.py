@@ -37,7 +37,7 @@ from training.progress import Reporter
 from training.report import Fact, RunFacts, render_zero_shot
 from training.reproducibility import Provenance, describe_run, make_deterministic
 from training.run_directory import RunRequest
-from training.store import publish
+from training.store import probe_store, publish
 
 Calibration = Literal["none", "self"]
 
@@ -100,6 +100,7 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
         The bundle's directory in the store.
 
     Raises:
+        StoreRefused, StoreFailed: if the store can't be written.
         ParameterInvalid: if another bundle of the store serves the line.
         ConfigFault: if the detector has to be fitted on the line it judges, or its maps of textures are as flat as
             those of flat frames.
@@ -111,6 +112,7 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
     config, spec = request.config, request.config.frame_input
     if config.precision != "fp32":
         raise ConfigFault("A zero-shot bundle is fp32: without frames nobody can tell what another precision changes.")
+    probe_store(request.store, request.name)
     refuse_taken_lines(request.store, request.name, [request.name])
     warnings = lines_given_up(request.store, request.name, [request.name])
     for warning in warnings:

@@ -1,5 +1,6 @@
 """A whole run on a tiny line: from a folder of frames to a bundle that the service would serve."""
 
+import errno
 import json
 import re
 import shutil
@@ -34,6 +35,7 @@ from training.__main__ import commands
 from training.checkpoint import has_checkpoint
 from training.progress import SilentReporter
 from training.run import train
+from training.run_directory import keep_request, read_request
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +233,7 @@ def test_train_command_when_labelled_defects_cannot_be_used_then_refuses_before_
 
 def test_export_when_another_precision_is_asked_for_then_the_bundle_is_calibrated_with_that_graph(finished, tmp_path):
     """The service accepts it: the manifest tells the precision, and golden set and thresholds are the graph's own."""
-    directory = shutil.copytree(finished.directory, tmp_path / "run")  # an export keeps what it was asked for in there
+    directory = shutil.copytree(finished.directory, tmp_path / "run")  # an export writes its figures in there
 
     result = _invoke("export", directory, "--precision", "fp16", "--store", tmp_path / "store", "--threads", "1")
 
@@ -241,6 +243,7 @@ def test_export_when_another_precision_is_asked_for_then_the_bundle_is_calibrate
     assert len(half.model) < len(first.model)
     assert half.manifest.parity.frames > GOOD // 2 + TEST_GOOD + DEFECTS  # and planted defects
     replay(half, read_golden(half), make_runner(half.model))
+    assert read_request(directory) == read_request(finished.directory)  # the next export is none of that precision
 
 
 def test_calibrate_when_other_good_parts_come_then_publishes_a_new_version(finished, line):
@@ -312,6 +315,52 @@ def test_train_command_when_interrupted_then_keeps_the_run_and_names_the_command
     )
     assert has_checkpoint(directory)
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [("train --resume", "To go on where it stood: flawline train --resume"), ("export", "give the same command again")],
+    ids=["train", "export"],
+)
+def test_commands_when_terminated_outside_of_fitting_then_end_as_at_ctrl_c(line, tmp_path, monkeypatch, command, words):
+    """A termination signal while frames are measured or a graph is exported says how to go on, too."""
+    keep_request(tmp_path, make_request(line, tmp_path / "store"))
+    monkeypatch.setattr("training.jobs.train", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+
+    result = _invoke(*command.split(), tmp_path)
+
+    assert result.exit_code == 130
+    assert words in " ".join(result.output.split())
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 1), (errno.EACCES, 2)])
+def test_commands_when_a_file_can_not_be_written_then_the_code_tells_whose_fault_it_is(
+    line, tmp_path, monkeypatch, number, code
+):
+    """A full disk is the machine's, a place that may not be written the caller's."""
+
+    def refuse(*_):
+        raise OSError(number, "why", "runs/scores.npz")
+
+    keep_request(tmp_path, make_request(line, tmp_path / "store"))
+    monkeypatch.setattr("training.jobs.train", refuse)
+
+    result = _invoke("export", tmp_path)
+
+    assert (result.exit_code, result.output.strip()) == (code, "runs/scores.npz: why.")
+
+
+def test_train_command_when_the_store_can_not_be_one_then_refuses_before_fitting(line, tmp_path):
+    """An hour of fitting does not end at a file where a folder should be."""
+    (tmp_path / "afile").touch()
+
+    result = _invoke("train", line, "--store", tmp_path / "afile", "--runs", tmp_path / "runs", "--threads", "1")
+
+    assert result.exit_code == 2
+    assert f"The store {tmp_path / 'afile'} can't take a bundle" in " ".join(result.output.split())
+    assert not list((tmp_path / "runs").rglob("*.*"))
 
 
 @pytest.mark.parametrize(

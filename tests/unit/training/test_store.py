@@ -1,5 +1,6 @@
 """Promises of the store's writer: whole bundles, each under a version of its own."""
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from service.contract.bundle import Manifest, load_bundle, versions_of
 from tests.factories import bundle_files
-from training.store import publish
+from training.store import StoreFailed, StoreRefused, probe_store, publish
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +74,37 @@ def test_publish_when_done_then_others_may_read(tmp_path, parts):
     path = publish(tmp_path, *parts)
 
     assert path.stat().st_mode & 0o555 == 0o555
+
+
+def test_probe_when_there_is_no_store_yet_then_leaves_none(tmp_path):
+    """A run that is refused later has made nothing."""
+    probe_store(tmp_path / "far/store", "demo_line")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("store", ["store", "store/below"], ids=["a file", "below a file"])
+def test_probe_when_the_store_is_a_file_then_refuses_and_names_it(tmp_path, store):
+    """What publishing would meet at the end is told at the beginning."""
+    (tmp_path / "store").touch()
+
+    with pytest.raises(StoreRefused, match=r"The store .*/store(/below)? can't take a bundle \(.*Not a directory\)"):
+        probe_store(tmp_path / store, "demo_line")
+
+
+def _fill_the_disk(monkeypatch):
+    def refuse(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a full disk does, without a path
+
+    monkeypatch.setattr(os, "fsync", refuse)
+
+
+def test_store_when_the_disk_is_full_then_probe_and_publish_name_it_as_the_machines_fault(tmp_path, parts, monkeypatch):
+    """The sentence tells which disk, and nothing half stays behind."""
+    _fill_the_disk(monkeypatch)
+
+    for ask in (lambda: probe_store(tmp_path, "demo_line"), lambda: publish(tmp_path, *parts)):
+        with pytest.raises(StoreFailed, match=rf"^The store {tmp_path} can't be written: No space left on device\."):
+            ask()
+
+    assert [*tmp_path.rglob("*")] == [tmp_path / "demo_line"]
