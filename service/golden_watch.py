@@ -10,6 +10,7 @@ saturation is no fault.
 import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,9 +53,15 @@ class GoldenWatch:
         """Replay once on every live bundle, side by side, so that one that hangs hides no other."""
         live = self._registry.live_versions()
         self._turn = {version.key: self._turn.get(version.key, -1) + 1 for version in live}
-        await asyncio.gather(*(self._ask(version) for version in live))
+        # Of their own, one each: a replay waits for its answers as long as its engine is held, and neither another one
+        # nor a request may wait for a thread behind it.
+        threads = ThreadPoolExecutor(max(1, len(live)), thread_name_prefix="flawline-golden")
+        try:
+            await asyncio.gather(*(self._ask(version, threads) for version in live))
+        finally:
+            threads.shutdown(wait=False)
 
-    async def _ask(self, version: LoadedVersion) -> None:
+    async def _ask(self, version: LoadedVersion, threads: ThreadPoolExecutor) -> None:
         bundle = version.bundle
         proof = bundle.proofs[self._turn[version.key] % len(bundle.proofs)]
         loop, deadline = asyncio.get_running_loop(), self._clock() + self._every_s
@@ -69,7 +76,7 @@ class GoldenWatch:
             return asyncio.run_coroutine_threadsafe(submit(frames, line_index), loop).result()
 
         try:
-            await asyncio.to_thread(proof, run)
+            await loop.run_in_executor(threads, proof, run)
         except MomentError:
             self._telemetry.golden_checked("skipped")
         except BundleRefused as error:

@@ -2,14 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from service.errors import FlawlineError
+from service.errors import DeadlinePassed, FlawlineError
 from service.inspection import Inspection
 from service.routes.context import Context, connection_of, context_of
 from service.routes.identity import received_at_of
@@ -80,6 +81,25 @@ def record_later(context: Context, inspection: Inspection, encode_s: float, tota
         asyncio.get_running_loop().call_soon(_show, context, inspection, encode_s, total_s)
     else:
         context.after_answers.start(inspection.inspection_id, _record(context, inspection, encode_s, total_s))
+
+
+@asynccontextmanager
+async def in_time(context: Context, deadline: float, what: str) -> AsyncIterator[None]:
+    """Wait for what is done inside a `with` block until a deadline.
+
+    Args:
+        context: the service's parts.
+        deadline: by the service's clock.
+        what: has to be done by then, for the sentence.
+
+    Raises:
+        DeadlinePassed: at the deadline.
+    """
+    try:
+        async with asyncio.timeout(deadline - context.clock()):
+            yield
+    except TimeoutError as error:
+        raise DeadlinePassed(f"The deadline passed before {what}; the part has no verdict.") from error
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:

@@ -83,7 +83,7 @@ async def activate(request: Request, bundle: str, version: Annotated[Version, Qu
     """
     registry = _registry_for(request, bundle)
     async with _audited(request, "activate", bundle=bundle, version=version):
-        await asyncio.to_thread(registry.activate, bundle, version)
+        await context_of(request).changes.make(registry.activate, bundle, version)
     return await asyncio.to_thread(_describe_changed, registry, bundle)
 
 
@@ -95,7 +95,7 @@ async def roll_back(request: Request, bundle: str) -> ChangedBundleAnswer:
     """
     registry = _registry_for(request, bundle)
     async with _audited(request, "roll_back", bundle=bundle) as noted:
-        noted["version"] = await asyncio.to_thread(registry.roll_back, bundle)
+        noted["version"] = await context_of(request).changes.make(registry.roll_back, bundle)
     return await asyncio.to_thread(_describe_changed, registry, bundle)
 
 
@@ -107,7 +107,7 @@ async def start_shadow(request: Request, bundle: str, version: Annotated[Version
     """
     registry = _registry_for(request, bundle)
     async with _audited(request, "start_shadow", bundle=bundle, version=version):
-        await asyncio.to_thread(registry.start_shadow, bundle, version)
+        await context_of(request).changes.make(registry.start_shadow, bundle, version)
     return await asyncio.to_thread(_describe, registry, bundle)
 
 
@@ -116,7 +116,7 @@ async def stop_shadow(request: Request, bundle: str) -> BundleAnswer:
     """Let no version look on any more."""
     registry = _registry_for(request, bundle)
     async with _audited(request, "stop_shadow", bundle=bundle):
-        await asyncio.to_thread(registry.stop_shadow, bundle)
+        await context_of(request).changes.make(registry.stop_shadow, bundle)
     return await asyncio.to_thread(_describe, registry, bundle)
 
 
@@ -154,7 +154,7 @@ async def activate_policy(request: Request, line: str, version: Annotated[Name, 
     _administrator(request, line)
     registry = context_of(request).registry
     async with _audited(request, "activate_policy", line=line, policy=version):
-        await asyncio.to_thread(registry.activate_policy, line, version)
+        await context_of(request).changes.make(registry.activate_policy, line, version)
     return _changed(registry, line)
 
 
@@ -179,7 +179,7 @@ async def rescan(request: Request) -> RescanAnswer:
     if not caller.covers_every_line:
         raise NotAuthorised("A rescan may change any line; ask for a key that covers all of them.")
     async with _audited(request, "rescan") as noted:
-        found = await asyncio.to_thread(registry.rescan)
+        found = await context_of(request).changes.make(registry.rescan)
         noted |= {"activated": len(found.activated), "refused": len(found.refused), "policies": len(found.policies)}
     return RescanAnswer(
         activated=[VersionOf(bundle=name, version=version) for name, version in found.activated],
@@ -234,7 +234,7 @@ async def _load(request: Request, line: str) -> Registry:
     _administrator(request, line)
     registry = context_of(request).registry
     async with _audited(request, "load", line=line):
-        await asyncio.to_thread(registry.load_line, line)
+        await context_of(request).changes.make(registry.load_line, line)
     return registry
 
 
@@ -242,7 +242,7 @@ async def _unload(request: Request, line: str) -> Registry:
     _administrator(request, line)
     registry = context_of(request).registry
     async with _audited(request, "unload", line=line):
-        await asyncio.to_thread(registry.unload_line, line)
+        await context_of(request).changes.make(registry.unload_line, line)
     return registry
 
 

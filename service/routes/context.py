@@ -4,9 +4,10 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -25,6 +26,8 @@ from service.traces import Traces
 CONNECTION_EXTENSION = "flawline.connection"
 _SETTLED_AFTER_S = 0.1
 _MOST_UNSETTLED = 32  # more at once would hold up a frame for milliseconds
+
+_Result = TypeVar("_Result")
 
 _log = logging.getLogger("flawline")
 
@@ -78,6 +81,20 @@ class AfterAnswers:
         if self._running:
             await asyncio.wait(self._running.values())
         self.settle()
+
+
+class Changes:
+    """Where administrators' changes are made: one after the other, each of which may take minutes.
+
+    A thread of their own, so that changes which wait for each other hold none that requests need.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="flawline-change")
+
+    async def make(self, change: Callable[..., _Result], *arguments: str) -> _Result:
+        """Make a change, and return or raise what it does."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, change, *arguments)
 
 
 class Connection(Protocol):
@@ -136,6 +153,7 @@ class Context:
     traces: Traces | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     after_answers: AfterAnswers = field(default_factory=AfterAnswers)
+    changes: Changes = field(default_factory=Changes)
 
     def reasons_not_ready(self) -> list[dict[str, str]]:
         """Say what keeps the service from being ready; empty when it is."""

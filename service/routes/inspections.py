@@ -16,10 +16,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from service.auth import Caller
-from service.errors import DeadlinePassed, FlawlineError, NotAuthorised, ParameterInvalid
+from service.errors import FlawlineError, NotAuthorised, ParameterInvalid
 from service.inspection import Inspection, InspectionRequest
 from service.routes import answers
-from service.routes.accounting import TRACE_PARENT_HEADER, Counting, count_later, record_later, unless_left
+from service.routes.accounting import TRACE_PARENT_HEADER, Counting, count_later, in_time, record_later, unless_left
 from service.routes.bodies import Upload, comes_at_once, receive_frame, receive_frames, usable
 from service.routes.context import Context, FrameRequest, caller_of, connection_of, context_of
 from service.routes.identity import identify, received_at_of, with_id
@@ -266,12 +266,8 @@ async def _answer(context: Context, inspection: Inspection) -> Response:
 
 async def _picture(context: Context, inspection: Inspection) -> Response:
     started_at = context.clock()
-    left_s = inspection.request.received_at + inspection.deadline_s - started_at
-    try:
-        async with asyncio.timeout(left_s):
-            body = await asyncio.to_thread(lambda: context.records.keep(inspection).render("overlay"))
-    except TimeoutError as error:
-        raise DeadlinePassed("The deadline passed before the picture was drawn; the part has no verdict.") from error
+    async with in_time(context, inspection.request.received_at + inspection.deadline_s, "the picture was drawn"):
+        body = await asyncio.to_thread(lambda: context.records.keep(inspection).render("overlay"))
     now = context.clock()
     encode_s, total_s = now - started_at, now - inspection.request.received_at
     record_later(context, inspection, encode_s, total_s, kept=True)

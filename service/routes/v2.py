@@ -25,7 +25,7 @@ from service.inspection import Inspection, InspectionRequest
 from service.live import LineStatus, LiveLine
 from service.open_inference import JSON_LENGTH_HEADER, Coding, InferAnswer, InferRequest, ModelSpec, Values
 from service.registry import Registry
-from service.routes.accounting import TRACE_PARENT_HEADER, Counting, record_later, unless_left
+from service.routes.accounting import TRACE_PARENT_HEADER, Counting, in_time, record_later, unless_left
 from service.routes.bodies import receive_body
 from service.routes.context import Context, caller_of, context_of
 from service.routes.identity import received_at_of
@@ -264,7 +264,8 @@ async def _receive(request: Request, spec: ModelSpec) -> InferRequest:
         plain = body if coding is None else open_inference.decompress(body, coding, max_bytes)
         return open_inference.parse_request(plain, request.headers.get(JSON_LENGTH_HEADER), spec)
 
-    return await asyncio.to_thread(read)
+    async with in_time(context_of(request), received_at_of(request) + settings.max_deadline_s, "the request was read"):
+        return await asyncio.to_thread(read)
 
 
 def _works(
@@ -309,7 +310,10 @@ async def _answer(request: Request, asked: InferRequest, inspections: list[Inspe
     context = context_of(request)
     started_at = context.clock()
     coding = open_inference.wanted_coding(request.headers.get("accept-encoding"))
-    answer = await asyncio.to_thread(_print, asked, inspections, coding)
+    # All of them came together and have the same time.
+    deadline = inspections[0].request.received_at + inspections[0].deadline_s
+    async with in_time(context, deadline, "the answer was written"):
+        answer = await asyncio.to_thread(_print, asked, inspections, coding)
     now = context.clock()
     for inspection in inspections:
         record_later(context, inspection, now - started_at, now - inspection.request.received_at, kept=True)

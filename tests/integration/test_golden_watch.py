@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import pytest
@@ -111,6 +112,23 @@ async def test_replay_when_the_engine_hangs_then_it_is_lost_by_the_alarm_of_its_
         await service.watch.look()
 
         assert service.registry.is_lost
+
+
+@in_loop
+async def test_replay_when_the_engine_is_held_then_it_holds_no_thread_that_requests_need(store):
+    """A replay may wait long for its answers; what requests do in threads goes on beside it."""
+    async with watched(store) as service:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        service.engine.hold()
+        looking = asyncio.create_task(service.watch.look())
+
+        await asyncio.to_thread(service.engine.started.acquire)
+        is_waiting = not looking.done()
+        service.engine.release()
+        await looking
+
+        assert is_waiting
+        assert service.counted("passed") == 1
 
 
 @in_loop

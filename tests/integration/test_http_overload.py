@@ -4,9 +4,11 @@ import asyncio
 import socket
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -307,8 +309,8 @@ class _JumpingClock:
         return time.monotonic() + (1000.0 if 0 < self.jumps_at <= self.readings else 0.0)
 
 
-def test_picture_when_the_deadline_passes_at_any_step_then_504_or_a_refusal_but_no_late_picture(store):
-    """Drawing is part of the way to the answer: whoever asked for the picture itself is not answered late with it."""
+def _asked_late(store: Path, path: str, **request: Any) -> tuple[httpx.Response, list[httpx.Response]]:
+    """Return an answer that was on time, and those where the deadline passed at one step after the other."""
     clock = _JumpingClock()
     app = create_app(Settings(store_directory=store), clock=clock)
     app.state.context.registry.load()
@@ -316,19 +318,36 @@ def test_picture_when_the_deadline_passes_at_any_step_then_504_or_a_refusal_but_
     async def ask(jumps_at: int) -> httpx.Response:
         clock.readings, clock.jumps_at = 0, jumps_at
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
-            return await http.post(INSPECT, content=GOOD, headers=PNG | {"Accept": "image/png"})
+            return await http.post(path, **request)
 
-    async def ask_each() -> tuple[int, list[httpx.Response]]:
+    async def ask_each() -> tuple[httpx.Response, list[httpx.Response]]:
         await ask(0)  # the first one also sets the alarms
         app.state.context.after_answers.settle()
         answer = await ask(0)
-        readings = clock.readings
-        assert answer.headers["content-type"] == "image/png"
         # The last reading of an answer that was on time is that of its timings.
-        return readings, [await ask(reading) for reading in range(2, readings)]
+        return answer, [await ask(reading) for reading in range(2, clock.readings)]
 
-    readings, answers = asyncio.run(ask_each())
+    on_time, late = asyncio.run(ask_each())
+    assert len(late) > 3
+    return on_time, late
 
-    assert readings > 5
-    assert {answer.status_code for answer in answers} <= {503, 504}
-    assert all(answer.json()["verdict"] == "NO_VERDICT" for answer in answers)
+
+def test_picture_when_the_deadline_passes_at_any_step_then_504_or_a_refusal_but_no_late_picture(store):
+    """Drawing is part of the way to the answer: whoever asked for the picture itself is not answered late with it."""
+    on_time, late = _asked_late(store, INSPECT, content=GOOD, headers=PNG | {"Accept": "image/png"})
+
+    assert on_time.headers["content-type"] == "image/png"
+    assert {answer.status_code for answer in late} <= {503, 504}
+    assert all(answer.json()["verdict"] == "NO_VERDICT" for answer in late)
+
+
+def test_protocol_when_the_deadline_passes_at_any_step_then_504_or_a_refusal_but_no_late_answer(store):
+    """Reading a request and writing its maps take time, too: no late verdict under `/v2` either."""
+    frame = {"name": "encoded_frames", "datatype": "BYTES", "shape": [1]}
+    base64 = {"data": [b64encode(GOOD).decode()], "parameters": {"content_type": "base64"}}
+
+    on_time, late = _asked_late(store, "/v2/models/demo_line/infer", json={"inputs": [frame | base64]})
+
+    assert on_time.json()["outputs"][2]["data"] == ["PASS"]
+    assert {answer.status_code for answer in late} <= {503, 504}
+    assert all(list(answer.json()) == ["error"] for answer in late)
