@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from training.ranking import Bools, Float32s, Float64s, Int64s, PixelPool, area_up_to, pooled, values_of
+from training.ranking import Bools, Float32s, Float64s, Int64s, PixelPool, area_up_to, pooled, split_mask, values_of
 
 _RESAMPLES = 1000
 # Quantile bins of normal and of anomalous pixels, this many of each.
@@ -44,7 +44,9 @@ def one_hot(group: Int64s, where: Bools, groups: int) -> Float64s:
     return matrix
 
 
-def histograms(pool: PixelPool, maps: Sequence[Float32s], masks: Sequence[Bools]) -> PerImage:
+def histograms(
+    pool: PixelPool, maps: Sequence[Float32s], masks: Sequence[Bools], inspected: Sequence[Bools] | None = None
+) -> PerImage:
     """Count each image's pixels in quantile bins of the pool, whose normal pixels are sorted."""
     anomalous = np.sort(pooled(pool.anomalous_of_image))
     picks = [np.unique(np.linspace(0, a.size - 1, _BINS).astype(np.int64)) for a in (pool.normal, anomalous)]
@@ -57,7 +59,8 @@ def histograms(pool: PixelPool, maps: Sequence[Float32s], masks: Sequence[Bools]
 
     normal_rows, anomalous_rows, cover_rows = [], [], []
     for index, (anomaly_map, mask) in enumerate(zip(maps, masks, strict=True)):
-        normal_of_image = np.sort(values_of(anomaly_map, ~mask))
+        free, _ = split_mask(mask, None if inspected is None else inspected[index])
+        normal_of_image = np.sort(values_of(anomaly_map, free))
         order = np.argsort(pool.anomalous_of_image[index])
         rising = pool.anomalous_of_image[index][order]
         shares = np.concatenate(([0.0], np.cumsum(pool.weights_of_image[index][order])))

@@ -386,7 +386,7 @@ def _digest(plan: CellPlan, means: Means) -> str:
         "weights": None if backbone is None else _weights_digest(backbone, weights, means.weight_folders),
     }
     if plan.region_of_interest is not None:
-        facts["region of interest"] = read_region_of_interest(plan.region_of_interest)
+        facts["region of interest, of all figures"] = read_region_of_interest(plan.region_of_interest)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -77,6 +77,8 @@ class Evaluation:
         roc: of the images.
         precision_recall: of the images.
         resolution: at which pixel figures were measured.
+        defects_outside: how many defective frames have a mask whose marks all lie outside of the region of interest;
+            None where there is no region, or no mask to tell it by.
     """
 
     answers: Answers
@@ -86,6 +88,7 @@ class Evaluation:
     roc: Curve
     precision_recall: Curve
     resolution: Resolution
+    defects_outside: int | None = None
 
     @property
     def scores(self) -> NDArray[np.float32]:
@@ -177,6 +180,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure a line's test frames under a policy.
 
+    Pixel figures are, as scores are, those of the inspected region: the cells of the map that a verdict looks at.
+
     Args:
         answers: what was said of the test frames.
         policy: the rules that scores and verdicts follow.
@@ -189,20 +194,35 @@ def evaluate(
     scores = np.array([judgement.score for judgement in judgements], np.float32)
     labels = answers.labels
     by_kind = _by_kind(answers.samples, scores)
+    inspected = inspected_mask(policy, *answers.maps.shape[1:], window=spec.window(1, 1))
     return Evaluation(
         answers=answers,
         judgements=judgements,
         metrics={
             **image_metrics(scores, labels, seed=seed),
-            **_pixel_metrics(answers, spec, resolution, seed),
-            **_figures_of_kinds(answers, spec, resolution, by_kind),
+            **_pixel_metrics(answers, spec, resolution, inspected, seed),
+            **_figures_of_kinds(answers, spec, resolution, inspected, by_kind),
             **_figures_of_pieces(answers.samples, scores),
         },
         by_kind=by_kind,
         roc=roc_curve(scores, labels),
         precision_recall=precision_recall_curve(scores, labels),
         resolution=resolution,
+        defects_outside=None if inspected is None else _defects_outside(answers, spec, inspected),
     )
+
+
+def inspected_share(policy: Policy, map_size: tuple[int, int], spec: InputSpec) -> float | None:
+    """Return which share of the frame verdicts look at under a policy's region of interest; None without one.
+
+    Args:
+        policy: the line's rules.
+        map_size: `(height, width)` of a frame's map.
+        spec: the network's input, which may see a part of the frame only.
+    """
+    window = spec.window(1, 1)
+    inspected = inspected_mask(policy, *map_size, window=window)
+    return None if inspected is None else float(inspected.mean()) * window[2] * window[3]
 
 
 def spread(answers: Answers) -> list[Sample]:
@@ -254,7 +274,9 @@ def _by_kind(samples: Sequence[Sample], scores: NDArray[np.float32]) -> dict[str
     return figures
 
 
-def _pixel_metrics(answers: Answers, spec: InputSpec, resolution: Resolution, seed: int) -> dict[str, Metric]:
+def _pixel_metrics(
+    answers: Answers, spec: InputSpec, resolution: Resolution, inspected: NDArray[np.bool_] | None, seed: int
+) -> dict[str, Metric]:
     anomalous = [sample for sample in answers.samples if sample.label == ANOMALOUS]
     # A data set with a limit of its own has AUPRO at the usual one as well, to be compared with others.
     limits = sorted({AUPRO_LIMIT, *(sample.aupro_limit for sample in answers.samples)})
@@ -277,11 +299,40 @@ def _pixel_metrics(answers: Answers, spec: InputSpec, resolution: Resolution, se
         else:
             maps.append(anomaly_map)
             masks.append(resize_mask(mask, *anomaly_map.shape))
-    return pixel_metrics(maps, masks, answers.labels, limits, seed=seed)
+    seen = _at_size_of(maps, inspected)
+    if seen is not None and not any((mask & part).any() for mask, part in zip(masks, seen, strict=True)):
+        return dict.fromkeys(figures, Metric(None, "no marked defect lies in the region of interest"))
+    return pixel_metrics(maps, masks, answers.labels, limits, inspected=seen, seed=seed)
+
+
+def _at_size_of(
+    maps: Sequence[NDArray[np.float32]], inspected: NDArray[np.bool_] | None
+) -> list[NDArray[np.bool_]] | None:
+    """Return which pixels of each map `(H, W)` lie in an inspected cell; None where all do."""
+    if inspected is None:
+        return None
+    of_size = {shape: resize_mask(inspected, *shape) for shape in {one.shape for one in maps}}
+    return [of_size[one.shape] for one in maps]
+
+
+def _defects_outside(answers: Answers, spec: InputSpec, inspected: NDArray[np.bool_]) -> int | None:
+    told = [i for i, sample in enumerate(answers.samples) if sample.label == ANOMALOUS and sample.mask_paths]
+    outside = 0
+    for index in told:
+        size = answers.frame_sizes[index]
+        mask = load_mask(answers.samples[index], *size)
+        top, left, bottom, right = _crop_of(spec, size)
+        seen = mask[top:bottom, left:right]
+        outside += bool(mask.any() and not (seen & resize_mask(inspected, *seen.shape)).any())
+    return outside if told else None
 
 
 def _figures_of_kinds(
-    answers: Answers, spec: InputSpec, resolution: Resolution, by_kind: dict[str, Metric]
+    answers: Answers,
+    spec: InputSpec,
+    resolution: Resolution,
+    inspected: NDArray[np.bool_] | None,
+    by_kind: dict[str, Metric],
 ) -> dict[str, Metric]:
     """Return sPRO of each kind of anomaly and the headlines of MVTec LOCO, which are means over kinds, not pooled.
 
@@ -289,7 +340,7 @@ def _figures_of_kinds(
     """
     if not any(sample.channels for sample in answers.samples):
         return {}
-    of_kind = {kind: _spro(answers, kind, spec, resolution) for kind in by_kind}
+    of_kind = {kind: _spro(answers, kind, spec, resolution, inspected) for kind in by_kind}
     return {
         **{f"spro_{kind}": metric for kind, metric in of_kind.items()},
         "spro": _mean(of_kind),
@@ -313,7 +364,9 @@ def _figures_of_pieces(samples: Sequence[Sample], scores: NDArray[np.float32]) -
     return {"s_auroc": auroc(np.array(worst_scores, np.float32), labels)}
 
 
-def _spro(answers: Answers, kind: str, spec: InputSpec, resolution: Resolution) -> Metric:
+def _spro(
+    answers: Answers, kind: str, spec: InputSpec, resolution: Resolution, inspected: NDArray[np.bool_] | None
+) -> Metric:
     """Measure one kind of anomaly against all good frames, by the rules of MVTec LOCO's evaluation kit."""
     if resolution == "model":
         of_size = "saturation areas are given in pixels of the original frames; use evaluation_resolution: original"
@@ -326,9 +379,12 @@ def _spro(answers: Answers, kind: str, spec: InputSpec, resolution: Resolution) 
     for index, (top, left, bottom, right) in zip(chosen, windows, strict=True):
         maps.append(resize_map(answers.maps[index], bottom - top, right - left))
         found = [(mask[top:bottom, left:right], rule) for mask, rule in load_channels(answers.samples[index])]
+        if inspected is not None:  # of a defect that is cut, the share of the part inside is enough
+            seen = resize_mask(inspected, bottom - top, right - left)
+            found = [(mask & seen, rule) for mask, rule in found]
         channels.append([mask for mask, _ in found])
         saturations.append([saturation_area(int(mask.sum()), r.threshold, relative=r.relative) for mask, r in found])
-    return spro(maps, channels, saturations)
+    return spro(maps, channels, saturations, inspected=_at_size_of(maps, inspected))
 
 
 def _mean(figures: dict[str, Metric]) -> Metric:

@@ -3,7 +3,8 @@
 Pure numpy; comes after `evaluate` has maps and scores, before the report. Rules:
 
 - Larger scores are more anomalous; any real range is allowed and nothing is clipped or rescaled.
-- Pixels of all images are pooled, normal images included; one curve a category.
+- Pixels of all images are pooled, normal images included; one curve a category. Where not all is inspected, pixels
+  outside are left out, good and defective ones, and a defect counts with the part inside.
 - What is not defined is a `Metric` without a value and with a reason, never 0 and never NaN.
 - Sorting and ties are the business of `ranking.py`, intervals that of `bootstrap.py`.
 """
@@ -31,6 +32,7 @@ from training.ranking import (
     pooled_weights,
     rank,
     saturating_weights,
+    split_mask,
     values_of,
 )
 
@@ -180,6 +182,8 @@ def spro(
     channels: Sequence[Sequence[Bools]],
     saturations: Sequence[Sequence[int]],
     limit: float = 0.05,
+    *,
+    inspected: Sequence[Bools] | None = None,
 ) -> Metric:
     """Area under the saturated per-region overlap up to `limit`, divided by `limit`.
 
@@ -191,6 +195,7 @@ def spro(
         channels: the bool masks `(H, W)` of each image's defects; none for a normal image.
         saturations: the saturation area of each channel, in pixels (`saturation_area`).
         limit: largest false positive rate, in (0, 1].
+        inspected: `(H, W)` bool each, or None for everything.
 
     Raises:
         ScoreNotFinite: if a map holds NaN or infinity.
@@ -201,16 +206,19 @@ def spro(
         if len(masks) != len(wanted):
             raise ValueError(f"image {index} has {len(masks)} channels but {len(wanted)} saturation areas")
         anomalous = np.zeros(anomaly_map.shape, bool)
+        seen = None if inspected is None else inspected[index]
         for mask, saturation in zip(masks, wanted, strict=True):
             check_map(anomaly_map, mask, index)
             if saturation < 1:
                 raise ValueError(f"image {index} has a saturation area of {saturation} pixels; it must be positive")
             anomalous |= mask
-            if mask.any():
-                pieces.append(values_of(anomaly_map, mask))
+            _, marked = split_mask(mask, seen)
+            if marked.any():
+                pieces.append(values_of(anomaly_map, marked))
                 targets.append(min(saturation, pieces[-1].size))
         check_map(anomaly_map, anomalous, index)
-        normals.append(values_of(anomaly_map, ~anomalous))
+        free, _ = split_mask(anomalous, seen)
+        normals.append(values_of(anomaly_map, free))
     weights = [saturating_weights(piece, target) for piece, target in zip(pieces, targets, strict=True)]
     ranking = rank(pooled(normals), pooled(pieces), weights=pooled_weights(weights), regions=len(pieces))
     return _area_of_cover(ranking, limit)
@@ -238,6 +246,7 @@ def pixel_metrics(
     labels: ArrayLike,
     aupro_limits: Sequence[float] = (AUPRO_LIMIT,),
     *,
+    inspected: Sequence[Bools] | None = None,
     seed: int = 0,
 ) -> dict[str, Metric]:
     """Return `p_auroc`, `p_ap`, `p_f1max` and AUPRO, with intervals where fewer than 100 images are anomalous.
@@ -250,6 +259,7 @@ def pixel_metrics(
             normal pixels.
         labels: `(n,)`, 1 = anomalous, 0 = normal; the strata of the bootstrap.
         aupro_limits: largest false positive rates of AUPRO, in (0, 1], each a figure of its own; see `aupro_name`.
+        inspected: `(H, W)` bool each, or None for everything.
         seed: of the bootstrap.
 
     Raises:
@@ -257,7 +267,7 @@ def pixel_metrics(
         ValueError: if sizes differ, a label is neither 0 nor 1, or a normal image has a marked pixel.
     """
     anomalous_images = checked_labels(labels, len(maps))
-    pool = pool_pixels(maps, masks)
+    pool = pool_pixels(maps, masks, inspected)
     for index, values in enumerate(pool.anomalous_of_image):
         if values.size and not anomalous_images[index]:
             raise ValueError(f"image {index} is labelled normal but its mask marks {values.size} pixels")
@@ -270,7 +280,7 @@ def pixel_metrics(
     }
     if not 0 < int(anomalous_images.sum()) < _INTERVAL_BELOW or ranking.anomalous == 0 or ranking.normal == 0:
         return metrics
-    per_image = histograms(pool, maps, masks)
+    per_image = histograms(pool, maps, masks, inspected)
     figures = bootstrap(per_image, anomalous_images, seed=seed, limits=aupro_limits)
     return _with_intervals(metrics, tuple(metrics), figures)
 

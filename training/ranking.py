@@ -89,8 +89,8 @@ class PixelPool:
     Attributes:
         normal: all normal pixels in one array; sorted once `_rank_pool` was called.
         anomalous_of_image: the anomalous pixels of each image.
-        weights_of_image: for each of them 1 / pixels of its region.
-        regions_of_image: number of regions of each image.
+        weights_of_image: for each of them 1 / inspected pixels of its region.
+        regions_of_image: number of regions of each image that are inspected, in whole or in part.
     """
 
     normal: Float32s
@@ -99,8 +99,13 @@ class PixelPool:
     regions_of_image: list[int]
 
 
-def pool_pixels(maps: Sequence[Float32s], masks: Sequence[Bools]) -> PixelPool:
+def pool_pixels(
+    maps: Sequence[Float32s], masks: Sequence[Bools], inspected: Sequence[Bools] | None = None
+) -> PixelPool:
     """Split the pixels of maps `(H, W)` by their masks `(H, W)`, and weigh the anomalous ones by their regions.
+
+    Where not all is inspected, `(H, W)` bool each, pixels outside are left out. A region is one by its whole mask: one
+    that is cut counts once, with the part inside.
 
     Raises:
         ScoreNotFinite: if a map holds NaN or infinity.
@@ -109,14 +114,28 @@ def pool_pixels(maps: Sequence[Float32s], masks: Sequence[Bools]) -> PixelPool:
     normals, anomalous, weights, regions = [], [], [], []
     for index, (anomaly_map, mask) in enumerate(zip(maps, masks, strict=True)):
         check_map(anomaly_map, mask, index)
+        free, marked = split_mask(mask, None if inspected is None else inspected[index])
         labels, count = label_components(mask)
-        owners = labels[mask]
+        owners = labels[marked]
         areas = np.bincount(owners, minlength=count + 1)
-        normals.append(values_of(anomaly_map, ~mask))
-        anomalous.append(values_of(anomaly_map, mask))
+        normals.append(values_of(anomaly_map, free))
+        anomalous.append(values_of(anomaly_map, marked))
         weights.append(1.0 / areas[owners])
-        regions.append(count)
+        regions.append(int(np.count_nonzero(areas)))
     return PixelPool(pooled(normals), anomalous, weights, regions)
+
+
+def split_mask(mask: Bools, inspected: Bools | None) -> tuple[Bools, Bools]:
+    """Return which pixels of a mask `(H, W)` are normal and which are anomalous, among the inspected ones.
+
+    Raises:
+        ValueError: if mask and inspected pixels differ in size.
+    """
+    if inspected is None:
+        return ~mask, mask
+    if inspected.shape != mask.shape:
+        raise ValueError(f"a mask has the shape {mask.shape}, and what is inspected of it {inspected.shape}")
+    return inspected & ~mask, inspected & mask
 
 
 def pooled(pieces: Sequence[Float32s]) -> Float32s:

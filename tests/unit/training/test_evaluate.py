@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from service.contract.frames import decode_mask
-from service.contract.policy import Verdict
+from service.contract.frames import FrameLimits, decode_image, decode_mask, resize_map, resize_mask
+from service.contract.policy import Verdict, inspected_mask
 from service.errors import UnreadableFrame
 from tests.factories import (
     TOP_FRACTION,
@@ -20,8 +20,10 @@ from tests.factories import (
 )
 from tests.tiny_line import DEFECTS, TEST_GOOD, write_line
 from training.data.detect import read_dataset
+from training.data.loader import load_mask
 from training.data.samples import Sample
 from training.evaluate import ask, evaluate, spread, to_records, without_test_frames
+from training.metrics import auroc
 from training.progress import SilentReporter
 
 _RULE = ScoreRule(kind="top_fraction_mean", fraction=TOP_FRACTION)
@@ -113,6 +115,57 @@ def test_evaluate_when_the_input_is_cropped_then_masks_are_cropped_alike(tmp_pat
     found = evaluate(answers, make_policy(), _RULE, spec)
 
     assert found.metrics["p_auroc"].value > 0.95
+
+
+_LEFT = (((0.0, 0.0), (0.6, 0.0), (0.6, 1.0), (0.0, 1.0)),)
+
+
+def _with_defects_at_the_right(line):
+    """Move the squares of two frames to the right edge; those of the others are cut by `_LEFT`."""
+    for path in [*sorted((line / "test/square").iterdir())[:2], *sorted((line / "ground_truth/square").iterdir())[:2]]:
+        path.write_bytes(encode(np.roll(decode_image(path.read_bytes(), FrameLimits()).pixels, 20, axis=1)))
+    return line
+
+
+@pytest.mark.parametrize(("resolution", "margin"), [("original", 0), ("original", 8), ("model", 0)])
+def test_evaluate_when_a_region_is_inspected_then_pixel_figures_are_of_its_pixels(tmp_path, resolution, margin):
+    """Defects outside are no misses, hot pixels outside no false alarms, and the defects outside are counted."""
+    spec = make_input(margin=margin)
+    answers = _ask(read_dataset(_with_defects_at_the_right(write_line(tmp_path))).test, spec)
+    policy = make_policy(region_of_interest=_LEFT)
+    inspected = inspected_mask(policy, *answers.maps.shape[1:], window=spec.window(1, 1))
+    scores, labels, outside = [], [], 0
+    for sample, anomaly_map, size in zip(answers.samples, answers.maps, answers.frame_sizes, strict=True):
+        top, left, height, width = (round(edge) for edge in spec.window(*size))
+        mask = load_mask(sample, *size)[top : top + height, left : left + width]
+        shape = mask.shape if resolution == "original" else anomaly_map.shape
+        rows, columns = (
+            (np.arange(side) + 0.5) * of_map // side for side, of_map in zip(shape, anomaly_map.shape, strict=True)
+        )
+        seen = inspected[np.ix_(rows.astype(int), columns.astype(int))]
+        scores.append(resize_map(anomaly_map, *shape)[seen])
+        labels.append(resize_mask(mask, *shape)[seen])
+        outside += sample.label == 1 and not labels[-1].any()
+
+    found = evaluate(answers, policy, _RULE, spec, resolution)
+
+    expected = [auroc(np.concatenate(scores), np.concatenate(labels)).value, outside]
+    assert [found.metrics["p_auroc"].value, found.defects_outside] == expected
+    assert outside == 2
+    assert evaluate(answers, make_policy(), _RULE, spec, resolution).defects_outside is None
+
+
+def test_evaluate_when_every_defect_lies_outside_of_the_region_then_pixel_figures_have_a_reason(tmp_path):
+    """There is nothing to find in there, which is not the same as finding nothing."""
+    answers = _ask(read_dataset(write_line(tmp_path)).test)
+    corner = (((0.0, 0.0), (0.03, 0.0), (0.03, 0.03)),)
+
+    found = evaluate(answers, make_policy(region_of_interest=corner), _RULE, make_input())
+
+    assert found.metrics["p_auroc"].reason == found.metrics["aupro"].reason
+    assert "region of interest" in found.metrics["aupro"].reason
+    assert found.defects_outside == DEFECTS
+    assert found.metrics["i_auroc"].value is not None
 
 
 def test_evaluate_when_there_are_no_masks_then_pixel_figures_have_a_reason(tmp_path):

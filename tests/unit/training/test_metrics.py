@@ -123,6 +123,35 @@ def test_aupro_with_ties_equals_a_loop_over_all_thresholds(case, limit):
     assert found.value == pytest.approx(expected, abs=1e-9)
 
 
+@settings(max_examples=10)
+@given(_maps_and_masks(), st.lists(st.booleans(), min_size=20, max_size=20), st.sampled_from([0.05, 0.3, 1.0]))
+def test_pixel_figures_inside_a_region_equal_plain_loops_over_its_pixels(case, bits, limit):
+    """What is not inspected is neither a false alarm nor a missed defect, and a cut defect is its part inside."""
+    maps, masks = case
+    region = np.array(bits).reshape(4, 5)
+    region[0, 0] = region[3, 4] = True
+    inspected = [region, *[np.roll(region, i, axis=0) for i in range(1, len(maps))]]
+    scores, labels = (
+        np.concatenate([one[seen] for one, seen in zip(arrays, inspected, strict=True)]) for arrays in (maps, masks)
+    )
+    free = [~mask & seen for mask, seen in zip(masks, inspected, strict=True)]
+    cut = [[part & seen for part in _components(mask)] for mask, seen in zip(masks, inspected, strict=True)]
+    inside = [[part for part in parts if part.any()] for parts in cut]
+
+    found = pixel_metrics(maps, masks, np.ones(len(maps)), [limit], inspected=inspected)
+
+    values = [metric.value for metric in found.values()]
+    assert values[:2] == pytest.approx(
+        [reference.roc_auc_score(labels, scores), reference.average_precision_score(labels, scores)], abs=1e-12
+    )
+    assert values[2] == pytest.approx(f1_max(scores, labels).value, abs=1e-12)
+    assert values[3] == pytest.approx(_reference_overlap(maps, inside, free, limit), abs=1e-9)
+    for name, metric in found.items():
+        low, high = metric.interval
+        # A resample of one image or two may be far off; one of all images alike is the figure itself.
+        assert len(maps) > 1 or low == pytest.approx(metric.value, abs=1e-9) == high, name
+
+
 @given(_maps_and_masks(), st.integers(1, 25), st.integers(1, 25), st.sampled_from([0.05, 0.3, 1.0]))
 def test_spro_with_overlapping_channels_equals_a_loop_over_all_thresholds(case, first, second, limit):
     """Saturation and pixels shared by two channels are counted as the plain loop counts them."""
