@@ -4,6 +4,7 @@ Comes after fitting, before the export; the thresholds are those of `service.con
 same to whoever trains and to whoever serves.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from service.contract.calibration import Calibration, Threshold, needed_good_par
 from service.contract.frames import decode_mask
 from service.contract.policy import Policy, ScoreRule, image_score, inspected_mask, refuse_unfit_region
 from service.contract.regions import Polygon, Window, outline_mask
-from service.errors import CalibrationRefused, UnreadableFrame
+from service.errors import CalibrationRefused, ParameterInvalid, UnreadableFrame
 from training.peaks import Peaks, find_peaks
 
 # Smaller components of a region-of-interest mask are specks of a brush, not places to inspect.
@@ -146,15 +147,48 @@ def read_region_of_interest(path: Path) -> tuple[Polygon, ...]:
     Raises:
         UnreadableFrame: if the file can't be decoded or marks nothing.
     """
-    try:
-        mask = decode_mask(path.read_bytes())
-    except OSError as error:
-        raise UnreadableFrame(f"The region-of-interest mask {path} can't be read.") from error
+    mask = _read_mask(path)
     polygons = tuple(polygon for polygon in outline_mask(mask) if _area_fraction(polygon) >= _SMALLEST_ROI_FRACTION)
     if not polygons:
         raise UnreadableFrame(f"The region-of-interest mask {path} is black; paint white where parts are inspected.")
     # Outlines run along pixel edges, to an eighth of a pixel, and may so leave the frame by a hair.
     return tuple(tuple((min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)) for x, y in polygon) for polygon in polygons)
+
+
+def refuse_other_shape(path: Path, frame_sizes: Sequence[tuple[int, int]]) -> None:
+    """Refuse a mask image that was not drawn on a line's frames: laid over them, it would be squeezed.
+
+    Another size will do, as of a thumbnail. Where the frames' own aspect ratios differ, any between them will.
+
+    Args:
+        path: of the mask.
+        frame_sizes: `(height, width)` of frames, the most common one first.
+
+    Raises:
+        UnreadableFrame: if the file can't be decoded.
+        ParameterInvalid: if its aspect ratio is none of the frames', but for a pixel of each side.
+    """
+    height, width = _read_mask(path).shape
+    lowest, highest = _aspect_ratios(height, width)
+    ratios = [_aspect_ratios(*size) for size in frame_sizes]
+    if highest < min(low for low, _ in ratios) or lowest > max(high for _, high in ratios):
+        frame_height, frame_width = frame_sizes[0]
+        raise ParameterInvalid(
+            f"The region-of-interest mask {path} has {width}x{height} pixels and the frames {frame_width}x"
+            f"{frame_height}, which is another aspect ratio; draw it on a frame."
+        )
+
+
+def _aspect_ratios(height: int, width: int) -> tuple[float, float]:
+    """Return between which width / height lies that was rounded to whole pixels, up or down."""
+    return (width - 1) / (height + 1), (width + 1) / max(1, height - 1)
+
+
+def _read_mask(path: Path) -> NDArray[np.bool_]:
+    try:
+        return decode_mask(path.read_bytes())
+    except OSError as error:
+        raise UnreadableFrame(f"The region-of-interest mask {path} can't be read.") from error
 
 
 def _area_fraction(polygon: Polygon) -> float:

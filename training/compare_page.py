@@ -27,6 +27,7 @@ from training.data.loader import load_mask
 from training.data.samples import ANOMALOUS, NORMAL, UNKNOWN, Sample
 from training.export import GraphRun
 from training.pages import duration, mebibytes, millions, percent, render_page
+from training.report import leave_out
 
 _DEFECTS_SHOWN, _GOOD_SHOWN = 6, 2
 _PICTURE_PX = 320
@@ -230,6 +231,8 @@ class _Artist(NamedTuple):
         inspected = inspected_mask(self.policy, *maps.shape[1:], window=spec.window(1, 1))
         judgement = judge(float(scores[0]), maps[0], self.policy, self.manifest.output.score_rule, window, inspected)
         painted = overlay(small, judgement.anomaly_map, self.policy, judgement.regions, window, size)
+        if inspected is not None:
+            leave_out(painted, small, inspected, spec.window(*small.shape[:2]))
         return ShownOverlay(self.detector, judgement.verdict, judgement.score, _base64_jpeg(painted))
 
 

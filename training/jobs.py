@@ -24,14 +24,13 @@ from service.contract.geometry import InputSpec
 from service.contract.policy import may_judge
 from service.contract.tiling import by_tiles
 from service.errors import ParameterInvalid
-from training.calibrate import read_region_of_interest
 from training.checkpoint import has_checkpoint
 from training.config import ConfigFault, RunConfig, load_config
 from training.data.check import check_dataset
 from training.data.detect import read_dataset
 from training.data.samples import UNKNOWN, DatasetFault, Sample
 from training.demo import DemoFailed, run_demo
-from training.evaluate import ask, evaluate, to_records
+from training.evaluate import ask, evaluate, inspected_share, to_records
 from training.export import GraphRun
 from training.faults import CALLERS, OURS
 from training.fit import FitStopped
@@ -39,7 +38,7 @@ from training.import_checkpoint import keep_released, read_released
 from training.peers import Peers, meet_peers, process_number, refuse_company
 from training.progress import Reporter, choose_reporter
 from training.recalibrate import read_good_folder, recalibrate
-from training.report import LineReport, ReportData, render
+from training.report import Inspected, LineReport, ReportData, render
 from training.run import Beginning, help_to_fit, train
 from training.run_directory import LineRequest, RunRequest, new_directory, read_report, read_request
 from training.stops import termination_interrupts
@@ -356,6 +355,9 @@ def evaluate_bundle(
         reporter.table("Verdicts", ("frames", "PASS", "REVIEW", "FAIL"), rows)
     else:
         reporter.note("The line is not calibrated, so there are no verdicts, only how well frames are ranked.")
+    share = inspected_share(policy, manifest.map_size, spec)
+    if share is not None:
+        reporter.note(str(Inspected(share=share, defects_outside=found.defects_outside)))
     by_kind = {f"i_auroc of {kind}": record for kind, record in to_records(found.by_kind).items()}
     figures = to_records(found.metrics) | by_kind
     reporter.table("Figures", ("figure", "value", "95 % interval"), _figure_rows(figures))
@@ -386,7 +388,7 @@ def recalibrate_bundle(
         reporter,
         review_rate=_rate("review_rate", rates["review_rate"], record.review_rate),
         fail_rate=_rate("fail_rate", rates["fail_rate"], record.fail_rate),
-        region_of_interest=None if region_of_interest is None else read_region_of_interest(region_of_interest),
+        region_of_interest=region_of_interest,
         threads=threads,
     )
     _tell(report, reporter, {"bundle": published, "report": published / REPORT_FILE})
@@ -464,6 +466,8 @@ def _tell_line(line: LineReport, of_line: str, reporter: Reporter) -> None:
     ]
     columns = ("from", "score", "good parts stopped, on average", "with 95 % confidence")
     reporter.table(f"Thresholds{of_line}", columns, promises)
+    if line.inspected is not None:
+        reporter.note(f"{line.line}: {line.inspected}" if of_line else str(line.inspected))
     reporter.table(f"Figures{of_line}", ("figure", "value", "95 % interval"), _figure_rows(line.metrics))
 
 

@@ -20,7 +20,12 @@ from service.contract.frames import FrameLimits
 from service.contract.geometry import InputSpec
 from service.contract.regions import Polygon
 from service.errors import CalibrationRefused, ParameterInvalid
-from training.calibrate import read_region_of_interest, refuse_unsupported_rates, refuse_unusable_region
+from training.calibrate import (
+    read_region_of_interest,
+    refuse_other_shape,
+    refuse_unsupported_rates,
+    refuse_unusable_region,
+)
 from training.config import RunConfig, map_size_of, score_rule_of
 from training.data.check import CheckedDataset, check_dataset
 from training.data.detect import read_dataset
@@ -89,7 +94,8 @@ def gather_lines(request: RunRequest, reporter: Reporter) -> GatheredLines:
     """Read and check the frames of every line, the quick questions of all lines before the first slow one.
 
     Raises:
-        ParameterInvalid: if two lines have one name, or another bundle of the store serves one of them.
+        ParameterInvalid: if two lines have one name, another bundle of the store serves one of them, or a region of
+            interest was not drawn on its line's frames.
         DatasetFault: if two lines have the same frames, a file can't be used, or frames are of too different a shape.
         CalibrationRefused: if a line holds out too few good parts for the wanted rates.
         UnreadableFrame: if a region of interest can't be read.
@@ -194,9 +200,12 @@ def _open(line: LineRequest, config: RunConfig, *, is_one_of_many: bool, is_rele
 
 
 def _check(line: _Opened, bit_depth: int, reporter: Reporter) -> GatheredLine:
+    data = check_dataset(line.dataset, FrameLimits(), reporter, bit_depth=bit_depth)
+    if line.request.region_of_interest is not None:
+        refuse_other_shape(line.request.region_of_interest, data.frame_sizes)
     return GatheredLine(
         name=line.request.name,
-        data=check_dataset(line.dataset, FrameLimits(), reporter, bit_depth=bit_depth),
+        data=data,
         fitted_on=line.fitted_on,
         held_out=line.held_out,
         tested=[sample for sample in line.dataset.test if sample.label != UNKNOWN],

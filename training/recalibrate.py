@@ -15,13 +15,12 @@ import yaml
 from service.contract.bundle import MODEL_FILE, Bundle, LineRecord
 from service.contract.golden import read_golden
 from service.contract.policy import Policy
-from service.contract.regions import Polygon
 from service.contract.tiling import by_tiles
 from training.bundles import bundle_files, verify_bundle
-from training.calibrate import Calibrated, calibrate
+from training.calibrate import Calibrated, calibrate, read_region_of_interest, refuse_other_shape
 from training.data.folders import good_samples
 from training.data.samples import ANOMALOUS, NORMAL, DatasetFault, Sample
-from training.evaluate import Answers, Evaluation, ask, evaluate, to_records
+from training.evaluate import Answers, Evaluation, ask, evaluate, inspected_share, to_records
 from training.export import GraphRun
 from training.golden import GoldenChooser, carry_golden_over, golden_files
 from training.progress import Reporter
@@ -52,7 +51,7 @@ def recalibrate(
     *,
     review_rate: float,
     fail_rate: float,
-    region_of_interest: tuple[Polygon, ...] | None = None,
+    region_of_interest: Path | None = None,
     threads: int = 1,
 ) -> tuple[Path, ReportData]:
     """Publish a bundle again with one line's thresholds from other good parts.
@@ -65,7 +64,8 @@ def recalibrate(
         reporter: shows how far the work is.
         review_rate: wanted share of good parts that are at least `REVIEW`.
         fail_rate: wanted share of good parts that are `FAIL`.
-        region_of_interest: replaces that of the bundle's policy; None keeps it.
+        region_of_interest: a mask image, white where parts are inspected, which replaces that of the bundle's policy;
+            None keeps it.
         threads: of one inference.
 
     Returns:
@@ -75,16 +75,20 @@ def recalibrate(
         StoreRefused, StoreFailed: if the bundle's store can't be written.
         CalibrationRefused: if there are too few good parts for a rate.
         GoldenFailed: if no golden frame is clear of the new thresholds.
-        FlawlineError: if a frame can't be read, or the region of interest leaves too little to inspect.
+        FlawlineError: if a frame or mask can't be read, the mask was not drawn on frames of the line, or it leaves too
+            little to inspect.
     """
     manifest, index = bundle.manifest, bundle.manifest.lines.index(line)
     store = bundle.path.parent.parent
     probe_store(store, manifest.name)
     old, record = bundle.policies[line], manifest.by_line[line]
     spec, rule = manifest.input, manifest.output.score_rule
+    region = old.region_of_interest if region_of_interest is None else read_region_of_interest(region_of_interest)
     graph = GraphRun(bundle.model, threads)
     whole = by_tiles(graph, spec, rule)
     held_out = ask(whole, good, spec, reporter, title="good frames", line_index=index)
+    if region_of_interest is not None:
+        refuse_other_shape(region_of_interest, held_out.frame_sizes)
     calibrated = calibrate(
         held_out.scores,
         held_out.maps,
@@ -92,7 +96,7 @@ def recalibrate(
         review_rate=review_rate,
         fail_rate=fail_rate,
         version=_next_version(old.version),
-        region_of_interest=region_of_interest or old.region_of_interest,
+        region_of_interest=region,
         window=spec.window(1, 1),
     )
     calibrated = _with_filters_of(old, calibrated)
@@ -160,7 +164,9 @@ def _measured_again(
 
 def _carried_section(bundle: Bundle, line: str) -> LineReport:
     manifest = bundle.manifest
-    return carry_over(line, manifest.version, bundle.policies[line], bundle.calibrations[line], manifest.by_line[line])
+    policy = bundle.policies[line]
+    share = inspected_share(policy, manifest.map_size, manifest.input)
+    return carry_over(line, manifest.version, policy, bundle.calibrations[line], manifest.by_line[line], share)
 
 
 def _line_facts(record: LineRecord, held_out: Answers) -> tuple[Fact, ...]:

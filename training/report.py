@@ -20,12 +20,12 @@ from service.contract.frames import FrameLimits, decode_image, encode_jpeg, resi
 from service.contract.geometry import InputSpec
 from service.contract.heatmaps import overlay
 from service.contract.policy import Judgement, Policy, ScoreRule, Verdict, inspected_mask, judge, verdict_of
-from service.contract.regions import draw_outlines, outline_mask
+from service.contract.regions import Window, draw_outlines, outline_mask
 from training.calibrate import Calibrated
 from training.data.loader import load_mask
 from training.data.samples import ANOMALOUS, NORMAL, Sample
 from training.drawings import draw_histogram, draw_loss, draw_precision_recall, draw_roc
-from training.evaluate import Answers, Evaluation, judge_all, to_records, without_test_frames
+from training.evaluate import Answers, Evaluation, inspected_share, judge_all, to_records, without_test_frames
 from training.golden import GoldenFrame
 from training.metrics import Curve
 from training.pages import render_page
@@ -34,6 +34,8 @@ _THUMBNAIL_PX = 480
 _JPEG_QUALITY = 80
 _PICTURES_OF_A_KIND = 6
 _ANNOTATION_RGB = (80, 220, 80)
+_INSPECTED_RGB = (255, 255, 255)
+_DIMMED = 0.4
 _VERDICTS = (Verdict.PASS, Verdict.REVIEW, Verdict.FAIL)
 _HELD_OUT = "good, held out"
 
@@ -51,6 +53,32 @@ class Promise(_Record):
     rate: float
     bound: float
     good_parts: int
+
+
+class Inspected(_Record):
+    """What is inspected, where that is not the whole frame.
+
+    Attributes:
+        share: of the frame.
+        defects_outside: how many defective test frames show their marked defect wholly outside; None where no mask
+            tells it.
+    """
+
+    share: float
+    defects_outside: int | None = None
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        told = (
+            f"Only the region of interest is inspected, {100 * self.share:.3g} % of the frame: defects outside of it "
+            "are not looked for, and pixel figures are measured inside."
+        )
+        if self.defects_outside:
+            told += (
+                f" Defective test frames whose marked defect lies wholly outside: {self.defects_outside}; image "
+                "figures and verdicts count them all the same."
+            )
+        return told
 
 
 class VerdictRow(_Record):
@@ -147,6 +175,7 @@ class LineReport(_Record):
         pictures: best and worst frames.
         peaks: where good parts look oddest, `(x, y)` in fractions of the frame, a place a held-out frame.
         peaks_at_rim: how many of them lie at the rim, where that sets the thresholds; else None.
+        inspected: what is, where that is not the whole frame.
     """
 
     line: str
@@ -166,6 +195,7 @@ class LineReport(_Record):
     pictures: tuple[Picture, ...]
     peaks: tuple[tuple[float, float], ...] = ()
     peaks_at_rim: int | None = None
+    inspected: Inspected | None = None
 
     @property
     def good_tested(self) -> tuple[VerdictRow, ...]:
@@ -215,6 +245,8 @@ def collect(
         spec: the network's input.
     """
     policy, peaks = calibrated.policy, calibrated.peaks
+    share = inspected_share(policy, held_out.maps.shape[1:], spec)
+    outside = None if evaluation is None else evaluation.defects_outside
     judgements = judge_all(held_out, policy, rule, spec)
     held_counts = dict.fromkeys(_VERDICTS, 0)
     for judgement in judgements:
@@ -247,10 +279,13 @@ def collect(
         pictures=tuple(pictures),
         peaks=tuple((float(f"{x:.3f}"), float(f"{y:.3f}")) for x, y in peaks.places),
         peaks_at_rim=peaks.at_rim if peaks.gather_at_rim else None,
+        inspected=None if share is None else Inspected(share=share, defects_outside=outside),
     )
 
 
-def carry_over(line: str, version: str, policy: Policy, calibration: Calibration, record: LineRecord) -> LineReport:
+def carry_over(
+    line: str, version: str, policy: Policy, calibration: Calibration, record: LineRecord, share: float | None
+) -> LineReport:
     """Tell of a line whose thresholds stay as they are, from what its bundle holds.
 
     Args:
@@ -259,6 +294,7 @@ def carry_over(line: str, version: str, policy: Policy, calibration: Calibration
         policy: the line's default rules.
         calibration: its good-part values.
         record: what the manifest says of it.
+        share: of the frame that is inspected, or None for all of it.
 
     Raises:
         ValueError: if the line was not calibrated.
@@ -282,6 +318,7 @@ def carry_over(line: str, version: str, policy: Policy, calibration: Calibration
         roc=(),
         precision_recall=(),
         pictures=(),
+        inspected=None if share is None else Inspected(share=share),
     )
 
 
@@ -458,7 +495,11 @@ def _picture(
     height, width = max(1, round(frame_size[0] * scale)), max(1, round(frame_size[1] * scale))
     decoded = decode_image(sample.path.read_bytes(), FrameLimits(), (height, width), spec.bit_depth)
     pixels = resize_pixels(decoded.pixels, height, width)
-    painted = overlay(pixels, answers.maps[index], policy, judgement.regions, spec.window(*frame_size), frame_size)
+    window, anomaly_map = spec.window(*frame_size), answers.maps[index]
+    painted = overlay(pixels, anomaly_map, policy, judgement.regions, window, frame_size)
+    inspected = inspected_mask(policy, *anomaly_map.shape, window=spec.window(1, 1))
+    if inspected is not None:
+        leave_out(painted, pixels, inspected, spec.window(height, width))
     if sample.mask_paths:
         mask = resize_mask(load_mask(sample, *frame_size), height, width)
         pixels = pixels.copy()
@@ -474,6 +515,30 @@ def _picture(
         frame=_base64_jpeg(pixels),
         overlay=_base64_jpeg(painted),
     )
+
+
+def leave_out(
+    painted: NDArray[np.uint8], pixels: NDArray[np.uint8], inspected: NDArray[np.bool_], window: Window
+) -> None:
+    """Dim what is not inspected of a frame with its heatmap, in place, and draw a line round what is.
+
+    No heat is shown there: no verdict looks at it.
+
+    Args:
+        painted: `(h, w, 3)` uint8, the frame with its heatmap.
+        pixels: `(h, w, 3)` uint8, the frame.
+        inspected: cells of the map, of any resolution.
+        window: where the map lies on the picture, in its pixels.
+    """
+    height, width = pixels.shape[:2]
+    top, left, bottom, right = (
+        round(edge) for edge in (window[0], window[1], window[0] + window[2], window[1] + window[3])
+    )
+    seen = np.zeros((height, width), bool)
+    seen[top:bottom, left:right] = resize_mask(inspected, bottom - top, right - left)
+    painted[~seen] = np.rint(pixels[~seen] * _DIMMED).astype(np.uint8)
+    outlines = [tuple((x * width, y * height) for x, y in outline) for outline in outline_mask(seen)]
+    draw_outlines(painted, outlines, _INSPECTED_RGB)
 
 
 def _base64_jpeg(pixels: NDArray[np.uint8]) -> str:

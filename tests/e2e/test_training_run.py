@@ -169,6 +169,9 @@ def test_train_when_the_rim_of_good_parts_is_oddest_then_says_so_and_the_run_exp
     assert after.calibrations["lid"].scores.max() < before.calibrations["lid"].scores.min()
     assert "The rim sets the thresholds" in (before.path / "report.html").read_text("utf-8")
     assert "The rim sets the thresholds" not in (after.path / "report.html").read_text("utf-8")
+    said = "Only the region of interest is inspected, 56.2 % of the frame"
+    assert said in " ".join(exported.output.split())
+    assert said in (after.path / "report.html").read_text("utf-8")
     assert not inspected_mask(after.policies["lid"], 32, 32)[_rim(32, 32)].any()
 
 

@@ -34,15 +34,20 @@ class CheckedDataset:
         dataset: what was checked.
         digest: SHA-256 in hex over sorted relative paths and the files' own digests, masks included.
         counts: frames by "split/kind".
-        frame_size: `(height, width)` in pixels that most frames have.
+        frame_sizes: `(height, width)` in pixels that frames have, the most common one first.
         warnings: what is allowed but worth knowing, one sentence each.
     """
 
     dataset: Dataset
     digest: str
     counts: dict[str, int]
-    frame_size: tuple[int, int]
+    frame_sizes: tuple[tuple[int, int], ...]
     warnings: tuple[str, ...]
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """`(height, width)` in pixels that most frames have."""
+        return self.frame_sizes[0]
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def check_dataset(
         dataset=dataset,
         digest=_digest(dataset.root, findings),
         counts=dict(sorted(counts.items())),
-        frame_size=Counter(finding.frame_size for finding in findings).most_common(1)[0][0],
+        frame_sizes=tuple(size for size, _ in Counter(finding.frame_size for finding in findings).most_common()),
         warnings=(
             *(finding.warning for finding in findings if finding.warning),
             *_empty_bits(findings, bit_depth),

@@ -5,10 +5,10 @@ import pytest
 from typer.testing import CliRunner
 
 from service.contract.policy import ScoreRule
-from service.errors import BundleRefused, CalibrationRefused, UnreadableFrame
+from service.errors import BundleRefused, CalibrationRefused, ParameterInvalid, UnreadableFrame
 from tests.factories import encode, make_bundle, make_frame
 from training.__main__ import commands
-from training.calibrate import calibrate, read_region_of_interest, refuse_unsupported_rates
+from training.calibrate import calibrate, read_region_of_interest, refuse_other_shape, refuse_unsupported_rates
 
 _TOP = ScoreRule(kind="top_fraction_mean", fraction=0.1)
 _LEFT_HALF = (((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)),)
@@ -120,6 +120,29 @@ def test_read_region_of_interest_when_nothing_is_marked_then_is_refused(tmp_path
 
     with pytest.raises(UnreadableFrame):
         read_region_of_interest(path)
+
+
+@pytest.mark.parametrize(
+    ("mask_size", "frame_sizes"),
+    [((72, 80), [(72, 80)]), ((36, 40), [(72, 80)]), ((307, 384), [(1024, 1280)]), ((64, 64), [(72, 80), (80, 72)])],
+    ids=["the frames' own", "half of it", "rounded down", "between theirs"],
+)
+def test_refuse_other_shape_when_the_mask_has_the_frames_aspect_ratio_then_it_will_do(tmp_path, mask_size, frame_sizes):
+    """A thumbnail is drawn on more easily than a frame of a large sensor."""
+    path = tmp_path / "roi.png"
+    path.write_bytes(encode(np.full(mask_size, 255, np.uint8)))
+
+    refuse_other_shape(path, frame_sizes)
+
+
+@pytest.mark.parametrize("mask_size", [(50, 200), (80, 72), (64, 64)])
+def test_refuse_other_shape_when_the_mask_would_be_squeezed_then_names_both_sizes(tmp_path, mask_size):
+    """A mask of another camera, or of the turned frame, inspects other places than were painted."""
+    path = tmp_path / "roi.png"
+    path.write_bytes(encode(np.full(mask_size, 255, np.uint8)))
+
+    with pytest.raises(ParameterInvalid, match=f"has {mask_size[1]}x{mask_size[0]} pixels and the frames 80x72"):
+        refuse_other_shape(path, [(72, 80)])
 
 
 def test_calibrate_command_when_a_layout_is_given_then_the_line_folder_is_read_by_it(tmp_path):

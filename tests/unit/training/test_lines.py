@@ -186,6 +186,16 @@ def test_gather_when_a_region_is_too_small_for_the_detector_then_refuses_before_
         _gather(tmp_path, bottle, lines=lines, config=config)
 
 
+def test_gather_when_a_mask_was_not_drawn_on_the_frames_then_refuses_before_fitting(tmp_path, bottle):
+    """Laid over frames of another aspect ratio it would be squeezed, and nobody would notice."""
+    mask = tmp_path / "mask.png"
+    mask.write_bytes(encode(np.full((50, 200), 255, np.uint8)))
+    lines = (LineRequest(name="bottle", folder=bottle, region_of_interest=mask),)
+
+    with pytest.raises(ParameterInvalid, match="200x50 pixels and the frames 80x72"):
+        _gather(tmp_path, bottle, lines=lines)
+
+
 def test_gather_when_there_is_one_line_then_its_refusal_names_no_other(tmp_path, bottle):
     """A run of one line speaks of parts, not of lines."""
     with pytest.raises(CalibrationRefused, match=r"^A false-reject rate of 0.01 needs"):

@@ -11,7 +11,19 @@ from service.contract.bundle import MetricRecord, ParityRecord
 from service.contract.calibration import Calibration
 from tests.factories import encode, make_frame, make_line_record, make_policy
 from training.drawings import draw_histogram, draw_loss, draw_roc
-from training.report import Fact, LineReport, Picture, Promise, ReportData, RunFacts, VerdictRow, carry_over, render
+from training.report import (
+    Fact,
+    Inspected,
+    LineReport,
+    Picture,
+    Promise,
+    ReportData,
+    RunFacts,
+    VerdictRow,
+    carry_over,
+    leave_out,
+    render,
+)
 
 _HOSTILE = "<script>alert(1)</script>"
 
@@ -167,7 +179,7 @@ def test_carry_over_when_another_line_was_calibrated_then_tells_thresholds_and_n
     fail, review = (calibration.threshold(rate).value for rate in (0.05, 0.1))
     policy = make_policy(review_threshold=review, fail_threshold=fail)
 
-    section = carry_over("cap", "3", policy, calibration, make_line_record())
+    section = carry_over("cap", "3", policy, calibration, make_line_record(), None)
 
     text = _text(render(_report(_line(), section)))
     assert (section.review.value, section.fail.value) == (review, fail)
@@ -242,6 +254,34 @@ def test_render_when_good_parts_have_peaks_then_each_is_a_circle_on_an_ordinary_
     assert re.findall(r'<i style="left:([\d.]+)%;top:([\d.]+)%">', page) == [("25.0", "50.0"), ("100.0", "3.1")]
     assert "A good frame with 2 circles" in page
     assert "The rim sets the thresholds" not in page
+
+
+def test_render_when_a_region_is_inspected_then_says_so_with_its_share_and_the_defects_outside():
+    """Whoever reads the figures knows which part of the frame they are of."""
+    inspected = Inspected(share=0.5625, defects_outside=3)
+
+    text = _text(render(_report(_line(inspected=inspected))))
+
+    assert "Only the region of interest is inspected, 56.2 % of the frame" in text
+    assert "marked defect lies wholly outside: 3;" in text
+    assert "What is dimmed, outside of the white line, is not inspected." in text
+    assert "inside the region of interest. Intervals" in text
+    assert "region of interest is inspected" not in _text(_page())
+    assert "wholly outside" not in str(Inspected(share=0.5, defects_outside=0))
+
+
+def test_leave_out_when_painted_then_what_is_not_inspected_is_the_dimmed_frame_without_heat():
+    """Heat outside would look like something that was found; a line shows the edge on black and on white frames."""
+    pixels, painted = np.full((40, 60, 3), 100, np.uint8), np.full((40, 60, 3), 200, np.uint8)
+    inspected = np.zeros((8, 8), bool)
+    inspected[:, :4] = True
+
+    leave_out(painted, pixels, inspected, (0.0, 10.0, 40.0, 40.0))
+
+    assert (painted[2:-2, 12:28] == 200).all()
+    assert (painted[:, :8] == 40).all()
+    assert (painted[:, 33:] == 40).all()
+    assert (painted[20, 29:31] > 200).any()
 
 
 def test_render_when_the_rim_sets_the_thresholds_then_says_so_and_what_to_do():
