@@ -5,15 +5,21 @@ of it, and carries its own digest. One that does not hold is never guessed at: a
 must not come back because a disk forgot. What can't be written counts all the same while the process lives, is told as
 forgotten, and is written with the next change.
 
-Several processes may share the directory: each change is made to what the file holds by then. They read it when they
-start, and hear of each other's changes no sooner.
+Several processes may share the directory: each change is made to what the file holds by then, under a lock (`flock`)
+that bars the others meanwhile. They read the file when they start, and hear of each other's changes no sooner. Where
+the volume has no locks, a change is written all the same and told as one that another process may undo.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -22,11 +28,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from service.contract.bundle import LineName
 
 CHOICES_FILE = "choices.json"
+# Beside the file, because that one is replaced, and a lock on what was replaced bars nobody. Empty, and never removed:
+# whoever waits for it would have another one than whoever comes then.
+LOCK_FILE = ".choices.lock"
 
 _Version = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
 
 _MAX_BYTES = 64 * 2**20
+# A change takes milliseconds; nobody waits longer for those of all other processes, and a stopped one bars nobody's.
+_LONGEST_WAIT_S = 5.0
+_LOOKS_AGAIN_S = 0.01
 _NO_DIRECTORY = "No directory is named for it (FLAWLINE_STATE_DIRECTORY), so it is forgotten when the service ends."
+
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_NO_LOCKS = (
+    "It was written, but the volume has no file locks (flock), so that a process which changes something in the same "
+    "moment may undo it: have the volume mounted with them."
+)
 
 _log = logging.getLogger("flawline")
 
@@ -37,6 +55,10 @@ class _Unreadable(Exception):
     def __init__(self, sentence: str) -> None:
         super().__init__(sentence)
         self.sentence = sentence
+
+
+class _Held(Exception):
+    """Another process changes something, and does not end."""
 
 
 class ChosenVersion(BaseModel):
@@ -77,6 +99,7 @@ class Choices:
 
     Args:
         directory: of the file; None forgets everything with the process.
+        longest_wait_s: for other processes, at each change.
 
     Attributes:
         chosen: what counts.
@@ -84,11 +107,12 @@ class Choices:
         why_unknown: why nobody knows what was chosen before this start, in a sentence; None where it is known.
     """
 
-    def __init__(self, directory: Path | None) -> None:
+    def __init__(self, directory: Path | None, *, longest_wait_s: float = _LONGEST_WAIT_S) -> None:
         self.chosen = Chosen()
         self.why_forgotten = _NO_DIRECTORY if directory is None else None
         self.why_unknown: str | None = None
         self._file = None if directory is None else directory / CHOICES_FILE
+        self._longest_wait_s = longest_wait_s
         self._unwritten: list[Change] = []
 
     def recall(self) -> None:
@@ -139,19 +163,26 @@ class Choices:
             return
         self._unwritten.append(change)
         try:
-            kept = _read(self._file)
-            for unwritten in self._unwritten:
-                kept = unwritten(kept)
-            _write(self._file, kept)
+            with _only_one(self._file.with_name(LOCK_FILE), self._longest_wait_s) as has_locks:
+                kept = _read(self._file)
+                for unwritten in self._unwritten:
+                    kept = unwritten(kept)
+                _write(self._file, kept)
         except _Unreadable as error:
-            self._tell(error.sentence)
+            self._tell_forgotten(error.sentence)
+        except _Held:
+            self._tell_forgotten(
+                f"Another process has held {LOCK_FILE} in the state directory for more than {self._longest_wait_s:g} s."
+            )
         except OSError as error:
-            self._tell(f"The state directory can't be written: {error.strerror or error}.")
+            self._tell_forgotten(f"The state directory can't be written: {error.strerror or error}.")
         else:
             self._unwritten.clear()
-            self.why_forgotten = None
+            self.why_forgotten = None if has_locks else _NO_LOCKS
+            if not has_locks:
+                _log.warning("a choice is kept without a lock", extra={"reason": _NO_LOCKS})
 
-    def _tell(self, sentence: str) -> None:
+    def _tell_forgotten(self, sentence: str) -> None:
         self.why_forgotten = f"It counts until the service ends, and is forgotten then. {sentence}"
         _log.error("a choice can't be kept", extra={"reason": sentence})
 
@@ -190,11 +221,50 @@ def _read(file: Path) -> Chosen:
     return chosen
 
 
+@contextmanager
+def _only_one(lock: Path, longest_wait_s: float) -> Iterator[bool]:
+    """Keep every other process and thread from changing anything; yields whether the volume has locks at all.
+
+    Raises:
+        _Held: if others did not let go of it in time.
+        OSError: if the directory can't be written.
+    """
+    gives_up_at = time.monotonic() + longest_wait_s
+    opened = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        yield _lock(opened, gives_up_at)
+    finally:
+        os.close(opened)  # and with it the lock
+
+
+def _lock(opened: int, gives_up_at: float) -> bool:
+    """Lock an open file, and say whether its volume has locks.
+
+    Raises:
+        _Held: if others held it until then.
+        OSError: if it can't be locked for a reason of its own.
+    """
+    while True:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= gives_up_at:
+                raise _Held from None
+            time.sleep(_LOOKS_AGAIN_S)
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                raise
+            return False
+        else:
+            return True
+
+
 def _write(file: Path, chosen: Chosen) -> None:
     document = {"sha256": _digest(chosen), "choices": chosen.model_dump(mode="json")}
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    # Random, because processes in containers all have the same number.
+    aside = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     try:
-        with aside.open("wb") as opened:
+        with aside.open("xb") as opened:
             opened.write(json.dumps(document, indent=2).encode() + b"\n")
             opened.flush()
             os.fsync(opened.fileno())

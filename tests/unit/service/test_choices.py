@@ -1,12 +1,17 @@
 """Promises of administrators' choices: they count again after a restart, or the service says that they don't."""
 
+import errno
+import fcntl
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 
-from service.choices import CHOICES_FILE, Choices, why_unusable
+from service.choices import CHOICES_FILE, LOCK_FILE, Choices, why_unusable
 from service.errors import BundleRefused, LineNotReady
 from service.loading import BatcherOptions
 from service.registry import Registry
@@ -227,8 +232,8 @@ def test_file_when_it_can_not_be_written_then_the_choice_counts_is_told_and_is_w
     assert kept["unloaded"] == ["demo_line"]
 
 
-def test_choices_when_two_processes_share_the_file_then_neither_loses_the_others(tmp_path):
-    """A change is made to what the file holds by then, and nothing lies beside it afterwards."""
+def test_choices_when_others_changed_the_file_then_a_change_is_made_to_what_it_holds_by_then(tmp_path):
+    """Nobody's choice is written over by what another one knew, and nothing but the lock lies beside the file."""
     one, two = Choices(tmp_path), Choices(tmp_path)
 
     one.choose_version("cap", "1", {"10", "9"})
@@ -242,7 +247,77 @@ def test_choices_when_two_processes_share_the_file_then_neither_loses_the_others
     assert third.chosen.versions["cap"].held_back == ("9", "10")
     assert third.chosen.unloaded == ()
     assert third.policy_of("cap", "cap", "1") == "strict"
-    assert [file.name for file in tmp_path.iterdir()] == [CHOICES_FILE]
+    assert {file.name for file in tmp_path.iterdir()} == {CHOICES_FILE, LOCK_FILE}
+
+
+# What the second process does. Its number is made that of the first, as those of containers are.
+ANOTHER_PROCESS = """
+import os, sys
+from pathlib import Path
+os.getpid = lambda: int(sys.argv[2])
+from service.choices import Choices
+choices = Choices(Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(20):
+    choices.unload(f"theirs_{number}")
+    if choices.why_forgotten is not None:
+        sys.exit(choices.why_forgotten)
+"""
+
+
+def test_choices_when_two_processes_change_them_at_once_then_every_change_is_kept(tmp_path):
+    """What was told as remembered is, however many pods of the same process number share the directory."""
+    choices, told = Choices(tmp_path), []
+    arguments = [sys.executable, "-c", ANOTHER_PROCESS, str(tmp_path), str(os.getpid())]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        other.stdin.write("go\n")
+        other.stdin.flush()
+        for number in range(20):
+            choices.unload(f"ours_{number}")
+            told.append(choices.why_forgotten)
+    kept = Choices(tmp_path)
+    kept.recall()
+
+    assert other.returncode == 0
+    assert told == [None] * 20
+    assert set(kept.chosen.unloaded) == {f"{whose}_{number}" for whose in ("ours", "theirs") for number in range(20)}
+
+
+def test_choices_when_another_process_does_not_let_go_then_that_is_told_and_the_next_change_brings_both(tmp_path):
+    """A process that was stopped in a change bars nobody for ever, and nothing is written over its head."""
+    choices, kept = Choices(tmp_path, longest_wait_s=0.02), Choices(tmp_path)
+
+    with (tmp_path / LOCK_FILE).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        choices.unload("cap")
+        told = choices.why_forgotten
+        written = (tmp_path / CHOICES_FILE).exists()
+    choices.unload("bottle")
+    kept.recall()
+
+    assert LOCK_FILE in told
+    assert not written
+    assert choices.why_forgotten is None
+    assert kept.chosen.unloaded == ("bottle", "cap")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_choices_when_the_volume_has_no_locks_then_they_are_written_and_told_as_at_risk(tmp_path, monkeypatch, number):
+    """A service alone on such a volume keeps its choices; nobody is told that they are safe from another one's."""
+
+    def refuse(*_):
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    choices, kept = Choices(tmp_path), Choices(tmp_path)
+
+    choices.unload("cap")
+    kept.recall()
+
+    assert kept.chosen.unloaded == ("cap",)
+    assert "no file locks" in choices.why_forgotten
 
 
 def test_choices_when_no_directory_is_named_then_they_count_and_are_told_as_forgotten():
