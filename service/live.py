@@ -97,6 +97,10 @@ class LiveLine:
         """Name and version of its bundle."""
         return VersionKey(self.bundle.manifest.name, self.bundle.manifest.version)
 
+    def may_be_judged_by(self, policy: LivePolicy) -> bool:
+        """Tell whether a policy may give a verdict here: most need a calibration."""
+        return may_judge(policy.policy, is_calibrated=self.calibration is not None)
+
 
 @dataclass(frozen=True, eq=False)
 class LoadedVersion:
@@ -174,7 +178,6 @@ def status_of(live: LiveLine) -> LineStatus:
     """Return how a line stands that was loaded."""
     name = live.bundle.manifest.name
     if live.bundle.batcher.is_healthy:
-        default = live.policies[live.default_policy].policy
-        judges = may_judge(default, is_calibrated=live.calibration is not None)
+        judges = live.may_be_judged_by(live.policies[live.default_policy])
         return LineStatus(live.name, name, "ready", None if judges else NOT_CALIBRATED, live)
     return LineStatus(live.name, name, "unhealthy", live.bundle.batcher.why_unhealthy, live)

@@ -25,7 +25,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from service.contract.policy import may_judge
 from service.errors import (
     BundleRefused,
     LineNotCalibrated,
@@ -228,6 +227,7 @@ class Registry(LoadedVersions):
             UnknownVersion: if the store has no such version, or it is the live one.
             BundleRefused: if it does not hold.
             EngineFailed: if the device does not take it.
+            LineNotCalibrated: if it could give no verdict on any of its lines.
         """
         with self._changing:
             self._refuse_to_guess()
@@ -235,6 +235,9 @@ class Registry(LoadedVersions):
             if self._history(name).live[-1:] == [version]:
                 raise UnknownVersion("This version is live; a shadow is another one.")
             shadow = self._loaded_or_load(key)
+            if not any(line.may_be_judged_by(line.policies[line.default_policy]) for line in shadow.lines.values()):
+                self._keep_only_what_is_needed(name)
+                raise LineNotCalibrated(NOT_CALIBRATED)
             self._state = replace(self._state, shadows={**self._state.shadows, name: shadow})
             self._keep_only_what_is_needed(name)
             _log.info("shadow on", extra={"bundle": name, "version": version})
@@ -260,7 +263,7 @@ class Registry(LoadedVersions):
             policy = serving.policies.get(version)
             if policy is None:
                 raise UnknownPolicy("The line has no policy of this version, or its file was refused; see the log.")
-            if not may_judge(policy.policy, is_calibrated=serving.calibration is not None):
+            if not serving.may_be_judged_by(policy):
                 raise LineNotCalibrated(NOT_CALIBRATED)
             self._replace_line(replace(serving, default_policy=version))
             self._choices.choose_policy(line, *serving.key, version)
@@ -270,19 +273,22 @@ class Registry(LoadedVersions):
 
         Raises:
             UnknownLine: if the store has no such line.
-            BundleRefused: if its bundle does not hold.
-            EngineFailed: if the device does not take it.
+            BundleRefused: if its bundle does not hold; nothing has changed then.
+            EngineFailed: if the device does not take it; nothing has changed then.
         """
         with self._changing:
             self._refuse_to_guess()
             self._ask_store()
             name = self._bundle_of(line)
-            self._taken_out.discard(line)
             live = self._history(name).live
             key = self._newer(name, asks_again=True) or (VersionKey(name, live[-1]) if live else None)
             if key is None:
                 raise UnknownLine("There is no bundle of this line in the store.")
-            self._go_live(self._loaded_or_load(key))
+            version = self._loaded_or_load(key)
+            if line not in version.lines:
+                raise UnknownLine(f"Version {key.version} of {name} does not serve this line; activate one that does.")
+            self._taken_out.discard(line)
+            self._go_live(version)
             self._choices.load(line)
 
     def unload_line(self, line: str) -> None:

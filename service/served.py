@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from service.contract.policy import may_judge
 from service.errors import (
     FlawlineError,
     LineLoading,
@@ -72,7 +71,7 @@ class ServedLines(ABC):
         policy = live.policies.get(policy_version or live.default_policy)
         if policy is None:
             raise UnknownPolicy("The line has no policy of this version; leave it out to take the default one.")
-        if not may_judge(policy.policy, is_calibrated=live.calibration is not None):
+        if not live.may_be_judged_by(policy):
             raise LineNotCalibrated(NOT_CALIBRATED)
         return Found(live, policy)
 

@@ -138,7 +138,10 @@ class Shadows:
             priority=Priority.SHADOW,
         )
         try:
-            judged = _judged(await self._pipeline.inspect_by(found, request))
+            if shadow.may_be_judged_by(found.policy):
+                judged = _judged(await self._pipeline.inspect_by(found, request))
+            else:  # what it would be told as the live one: its thresholds are nobody's
+                judged = _no_verdict(found)
         except MomentError:
             self._telemetry.shadow_shed(inspection.line)
             return

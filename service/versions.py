@@ -15,7 +15,6 @@ from service.batcher import Batcher
 from service.catalogue import Catalogue
 from service.choices import Choices
 from service.contract.bundle import MODEL_FILE
-from service.contract.policy import may_judge
 from service.contract.signature import Trust
 from service.errors import (
     BundleRefused,
@@ -35,6 +34,7 @@ from service.stores.store import Store
 from service.telemetry import Telemetry
 
 _SHORTEST_RETRY_S = 1.0
+_FEWER_LINES = "does not serve the line; activate a version that does, or take the line out of FLAWLINE_LINES."
 
 _log = logging.getLogger("flawline")
 
@@ -112,7 +112,7 @@ class LoadedVersions(ServedLines):
         self._histories: dict[str, History] = {}
         self._loading_now: VersionKey | None = None
         self._asked_again: set[str] = set()
-        self._late: set[str] = set()  # lines that came while others were served, and were refused
+        self._late: set[str] = set()  # lines that came while others were served, and were refused since
         self._retired: list[LoadedVersion] = []
 
     # What belongs where the event loop runs.
@@ -235,12 +235,19 @@ class LoadedVersions(ServedLines):
             for line, status in state.not_live.items()
             if line not in served and (status.bundle != key.name or line in self._taken_out)
         }
-        self._state = replace(state, live={**others, **served}, not_live={**absent, **refused})
+        left = {line for line, status in state.not_live.items() if status.bundle == key.name}
+        left |= state.live.keys() - others.keys()
+        left -= {*served, *refused, *absent}
+        missing = {
+            line: LineStatus(line, key.name, "refused", f"Version {key.version} of {key.name} {_FEWER_LINES}", None)
+            for line in left & (self._wanted or frozenset())
+        }
+        self._state = replace(state, live={**others, **served}, not_live={**absent, **refused, **missing})
+        self._late &= self._state.not_live.keys()  # what was served once is missed when it is gone
         for live in served.values():
             self._tell_of(live)
-        dropped = state.live.keys() - self._state.live.keys()
-        if dropped:
-            _log.warning("the new version serves fewer lines", extra={**_named(key), "lines": sorted(dropped)})
+        if left:
+            _log.warning("the new version serves fewer lines", extra={**_named(key), "lines": sorted(left)})
         history = self._history(key.name)
         history.live = [known for known in history.live if known != key.version] + [key.version]
         history.held_back.discard(key.version)
@@ -278,7 +285,7 @@ class LoadedVersions(ServedLines):
             return live
         richer = live if wanted in live.policies else self._loader.with_new_policies(live)
         policy = richer.policies.get(wanted or "")
-        if policy is None or not may_judge(policy.policy, is_calibrated=live.calibration is not None):
+        if policy is None or not live.may_be_judged_by(policy):
             return live
         return replace(richer, default_policy=policy.policy.version)
 
@@ -295,6 +302,7 @@ class LoadedVersions(ServedLines):
             not_live=not_live,
             loaded={**state.loaded, key: changed},
         )
+        self._late.discard(line.name)
         self._tell_of(line)
 
     def _offer_new_policies(self) -> tuple[tuple[str, str], ...]:

@@ -99,10 +99,14 @@ async def roll_back(request: Request, bundle: str) -> ChangedBundleAnswer:
     return await asyncio.to_thread(_describe_changed, registry, bundle)
 
 
-@router.put("/v1/bundles/{bundle}/shadow", responses=responses(*_CHANGE, "unknown_bundle", "unknown_version"))
+@router.put(
+    "/v1/bundles/{bundle}/shadow",
+    responses=responses(*_CHANGE, "unknown_bundle", "unknown_version", "line_not_calibrated"),
+)
 async def start_shadow(request: Request, bundle: str, version: Annotated[Version, Query()]) -> BundleAnswer:
     """Let a version look at the frames that the live one answers; it is shed first, and answers nobody.
 
+    A line for which it is not calibrated is compared as one that gets no verdict, as it would be if it were live.
     It ends with the process at the latest.
     """
     registry = _registry_for(request, bundle)

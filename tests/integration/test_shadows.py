@@ -3,6 +3,7 @@
 import asyncio
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -156,6 +157,22 @@ async def test_shadow_when_its_engine_fails_then_it_is_told_and_the_process_goes
         assert (kept.kind, kept.shadow.verdict, kept.shadow.score) == ("no_verdict", Verdict.NO_VERDICT, None)
         assert (stage.registry.is_ready, stage.registry.is_lost) == (True, False)
         assert stage.registry.versions("demo_line")[1].reason == "The engine is lost; start the service again."
+
+
+@in_loop
+async def test_shadow_when_it_is_not_calibrated_for_the_line_then_it_says_what_it_would_live_no_verdict(tmp_path):
+    """Thresholds that nobody calibrated make no verdict, in the shadow as in the light."""
+    async with on_stage(tmp_path) as stage:
+        state = stage.registry._state
+        lines = {name: replace(line, calibration=None) for name, line in state.shadows["demo_line"].lines.items()}
+        tried = replace(state.shadows["demo_line"], lines=lines)
+        stage.registry._state = replace(state, shadows={"demo_line": tried})
+
+        await stage.show()
+        await stage.looked()
+
+        (kept,) = stage.shadows.disagreements("demo_line")
+        assert (kept.kind, kept.shadow.verdict, kept.shadow.score) == ("no_verdict", Verdict.NO_VERDICT, None)
 
 
 @in_loop

@@ -366,6 +366,20 @@ def test_shadow_when_off_then_its_engine_is_closed(shelf):
     assert [engine.is_closed for engine in shelf.engines] == [False, True]
 
 
+def test_shadow_when_it_is_not_calibrated_then_refused_and_not_kept(shelf):
+    """A candidate that could give no verdict on any frame says so at once, and takes no memory."""
+    registry = shelf.load(activates_newest=False)
+    shelf.add("2", calibrated=False)
+
+    with pytest.raises(LineNotCalibrated, match="flawline calibrate"):
+        registry.start_shadow("demo_line", "2")
+    registry.tend()
+
+    assert registry.shadow_of("demo_line", "1", "1") is None
+    assert shelf.states() == {"1": "live", "2": "stored"}
+    assert [engine.is_closed for engine in shelf.engines] == [False, True]
+
+
 def test_memory_when_the_budget_is_full_then_the_line_not_asked_for_makes_room_and_comes_back(tmp_path):
     """Lines beyond the budget are unloaded, and loaded again by the first frame, which is told to come back."""
     shelf = Shelf(tmp_path)
@@ -445,6 +459,77 @@ def test_unload_when_asked_then_the_line_answers_nobody_until_it_is_loaded_again
     assert (shelf.serving("left"), registry.status("right").state) == ("1", "unloaded")
     with pytest.raises(UnknownLine):
         registry.load_line("nobody")
+    registry.close()
+
+
+def test_load_line_when_the_newest_version_is_spoilt_then_it_stays_unloaded(shelf):
+    """What is refused changes nothing: no frame brings a line back that an administrator took out of service."""
+    registry = shelf.load()
+    registry.unload_line("demo_line")
+    shelf.add_broken("2")
+
+    with pytest.raises(BundleRefused):
+        registry.load_line("demo_line")
+
+    with pytest.raises(LineNotReady, match="unloaded by an administrator"):
+        registry.serving("demo_line", None)
+    registry.rescan()
+    assert registry.status("demo_line").state == "unloaded"
+
+
+def test_load_line_when_the_newest_version_does_not_serve_it_then_says_so_and_it_stays_unloaded(tmp_path):
+    """A line that its bundle has left is not told as loaded."""
+    shelf = Shelf(tmp_path)
+    shelf.add("1", "pair", lines=("left", "right"))
+    registry = shelf.load()
+    registry.unload_line("right")
+    shelf.add("2", "pair", lines=("left",))
+
+    with pytest.raises(UnknownLine, match="Version 2 of pair does not serve"):
+        registry.load_line("right")
+
+    assert registry.status("right").state == "unloaded"
+    registry.close()
+
+
+def test_ready_when_a_wanted_line_is_left_out_by_a_new_version_then_not_until_one_serves_it(tmp_path):
+    """What is named to be served is missed from the moment it is not, as it would be after a restart."""
+    shelf = Shelf(tmp_path)
+    shelf.add("1", "pair", lines=("left", "right"))
+    registry = shelf.load(wanted=frozenset({"left", "right"}))
+    shelf.add("2", "pair", lines=("left",))
+
+    registry.rescan()
+
+    assert (shelf.serving("left"), registry.is_ready) == ("2", False)
+    with pytest.raises(LineNotReady, match="Version 2 of pair does not serve the line"):
+        registry.serving("right", None)
+    registry.roll_back("pair")
+    assert (shelf.serving("right"), registry.is_ready) == ("1", True)
+    registry.close()
+
+
+def test_ready_when_a_line_that_came_late_was_served_and_is_refused_then_not(tmp_path):
+    """Once a late line has been served, it is missed like any other."""
+    shelf = Shelf(tmp_path)
+    shelf.sizes = {"old": 100, "late": 100}
+    shelf.add("1", "old")
+    registry = shelf.load(budget_bytes=150)
+    shelf.add_broken("1", "late")
+    registry.rescan()
+    refused_late = (registry.status("late").state, registry.is_ready)
+    shelf.add("2", "late")
+    registry.rescan()
+    (shelf.path / "late" / "2" / "model.onnx").write_bytes(b"")
+
+    for line in ("old", "late"):  # the first takes the room of the second
+        with pytest.raises(LineLoading):
+            registry.serving(line, None)
+        wait_until(lambda line=line: registry.status(line).state in ("ready", "refused"), "the line")
+
+    assert refused_late == ("refused", True)
+    assert (registry.status("late").state, registry.status("old").state) == ("refused", "ready")
+    assert not registry.is_ready
     registry.close()
 
 
