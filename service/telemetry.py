@@ -51,6 +51,9 @@ UNKNOWN_LINE = "unknown"
 OTHER_REASON = "other"
 CALLER_LEFT = "caller_left"
 _REASONS = known_codes() | {CALLER_LEFT}
+# What alerts and promises ask for by name. A series that is born with its first losses shows no rise, so nobody would
+# be told of them: those of every line are there at 0 before. The other reasons would be some twenty series a line more.
+_WATCHED_REASONS = ("deadline_passed", "engine_failed", "internal", "line_loading", "line_not_ready", "overloaded")
 # Of one line; what served before these is forgotten, or every rollout would leave series behind for ever.
 _VERSIONS_KEPT = 8
 
@@ -254,7 +257,7 @@ class Telemetry:
         self._disagreements = self._counter(
             "shadow_disagreements", "Frames on which the shadow would have said something else.", "line", "kind"
         )
-        self._lines: set[str] = {UNKNOWN_LINE}
+        self._lines: set[str] = set()
         self._model_labels: dict[str, tuple[str, ...]] = {}
         self._tallies: dict[tuple[str, str], Tally] = {}
         self._drifts: dict[str, LineDrift] = {}
@@ -262,6 +265,7 @@ class Telemetry:
         self._depths: dict[str, Depth] = {}
         self._no_verdicts = _Children(self._no_verdict)
         self._served: dict[str, list[str]] = {}  # versions of each line, the last one last
+        self._declare_reasons(UNKNOWN_LINE)
 
     def watch_readiness(self, is_ready: Callable[[], bool]) -> None:
         """Have readiness asked for at every scrape."""
@@ -287,7 +291,7 @@ class Telemetry:
 
     def declare_line(self, line: str) -> None:
         """Let a line of the registry be a label; what alerts watch for is there before it first happens."""
-        self._lines.add(line)
+        self._declare_reasons(line)
         for outcome in ("compared", "shed"):
             self._shadow_frames.labels(line, outcome)
         for kind in get_args(DisagreementKind):
@@ -480,6 +484,11 @@ class Telemetry:
         drift.seen(measure_quality(inspection.frame.pixels[top : top + _MEASURED_SIDE, left : left + _MEASURED_SIDE]))
         for name, mean in drift.quality.items():
             self._image_quality.labels(line, name).set(mean.mean())
+
+    def _declare_reasons(self, line: str) -> None:
+        self._lines.add(line)
+        for reason in _WATCHED_REASONS:
+            self._no_verdicts[line, reason].inc(0)
 
     def _forget_old_versions(self, line: str, version: str) -> None:
         served = [one for one in self._served.get(line, []) if one != version] + [version]

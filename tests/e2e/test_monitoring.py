@@ -17,6 +17,7 @@ import httpx
 import pytest
 import yaml
 
+from service.telemetry import Telemetry
 from tests.factories import encode, make_bundle, make_frame
 from tests.programs import prometheus as run_prometheus
 from tests.servers import ServerProcess, wait_until
@@ -192,6 +193,19 @@ def test_rules_when_tested_then_no_alert_is_forgotten():
         place = rule["annotations"]["runbook"]
         assert place == f"k8s/README.md#{rule['alert'].lower()}"
         assert f"### {rule['alert']}\n" in runbook
+
+
+@pytest.mark.parametrize("file", [BUILD.RULES, K8S / "overlays/keda/scaling.yaml"], ids=lambda file: file.name)
+def test_reasons_when_a_rule_names_them_then_every_line_has_them_before_they_first_happen(file):
+    """A counter that is born with three hundred lost frames shows no rise: the alert would not see the first outage."""
+    named = re.findall(r'flawline_no_verdict_total{[^}]*reason=~"([^"]+)"', file.read_text("utf-8"))
+    telemetry = Telemetry()
+    telemetry.declare_line("cap")
+    told = telemetry.exposition()[0].decode()
+
+    assert named
+    for reason in set("|".join(named).split("|")):
+        assert f'flawline_no_verdict_total{{line="cap",reason="{reason}"}} 0.0' in told
 
 
 @pytest.mark.parametrize("path", BUILD.outputs(), ids=lambda path: path.name)

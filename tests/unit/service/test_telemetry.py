@@ -133,6 +133,17 @@ def test_not_inspected_when_line_is_anything_then_label_is_bounded(telemetry, ca
     assert logged["seconds"] == {"total": 0.1}
 
 
+@pytest.mark.parametrize("line", ["demo_line", UNKNOWN_LINE])
+def test_no_verdict_when_nothing_was_lost_yet_then_a_handful_of_reasons_stands_at_0(telemetry, line):
+    """The first losses are a rise then, which alerts see; a thousand lines cost a few thousand series."""
+    samples = metrics(telemetry)
+    watched = {name: value for name, value in samples.items() if name.startswith("flawline_no_verdict_total{")}
+
+    of_line = [value for name, value in watched.items() if f'line="{line}"' in name]
+    assert of_line == [0] * 6
+    assert len(watched) == 12
+
+
 @pytest.fixture
 def busy():
     """Return the metrics of telemetry to which everything has happened, strange names and reasons included."""
@@ -174,7 +185,7 @@ def test_labels_when_anything_was_asked_for_then_every_value_is_from_a_closed_se
     }
 
     assert strange == set()
-    reasons = {sample.labels["reason"] for sample in busy["no_verdict"].samples}
+    reasons = {sample.labels["reason"] for sample in busy["no_verdict"].samples if sample.value}
     assert reasons == {"overloaded", CALLER_LEFT, OTHER_REASON}
 
 
