@@ -213,11 +213,6 @@ class Batcher:
         return self._why_unhealthy
 
     @property
-    def is_draining(self) -> bool:
-        """Whether no frame is admitted any more."""
-        return self._is_draining
-
-    @property
     def is_idle(self) -> bool:
         """Whether no frame has a place here and nothing runs."""
         return not self._places and self._queue.is_empty

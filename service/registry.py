@@ -3,8 +3,8 @@
 The store is `<store>/<name>/<version>/`; the newest version of each name is the live one. A line's own policies are
 `<store>/<line>/policies/<version>.json`, beside the default policy that is in the bundle.
 
-A change is prepared beside what is live, by `service/loading.py`, and becomes true in one assignment: whoever asked
-before is answered by what was live before, whoever asks after by the new version. What is replaced is kept for rolling
+A change is prepared beside what is live, by `service/loading.py`, and becomes true in one assignment: a frame that was
+there before is answered by what was live before, one that comes after by the new version. What is replaced is kept for rolling
 back, and closed once it is too many and the last of its frames is answered.
 
 What administrators choose is noted by `service/choices.py` and counts again after a restart, where it could be kept; a

@@ -91,7 +91,7 @@ async def inspect(request: Request, line: str) -> Response:
         is_next = comes_at_once(request)
         upload = await receive_frame(request, context.settings.frame_limits, _receive_timeout_s(context, options))
         asked = _ask(request, line, options, upload)
-        if found.line.bundle.batcher.is_draining:  # another version became live while the body came
+        if not is_next:  # another version may have become live meanwhile, and what was found been closed
             found = context.registry.find(line, options.bundle_version, options.policy)
         # Where receiving it let nobody else come first, what was found of the queue still holds.
         inspection = await unless_left(request, context.pipeline.inspect_by(found, asked, is_hopeful=is_next))

@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,30 @@ def test_body_when_it_does_not_arrive_in_time_then_504(store):
         sent.set()
 
         assert answer.answer().status_code == 504
+
+
+def test_body_when_another_version_becomes_live_while_it_comes_then_that_one_answers(store):
+    """A camera that sends slowly is not told of a version that was closed meanwhile; its frame is judged by the new."""
+    app = create_app(Settings(store_directory=store, keep_previous=False))
+    registry = app.state.context.registry
+    registry.load()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield GOOD[:100]
+        make_bundle(store, version="2")
+        await asyncio.to_thread(registry.rescan)
+        registry.tend()
+        yield GOOD[100:]
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+            return await http.post(INSPECT, content=body(), headers=PNG)
+
+    answer = asyncio.run(ask())
+    registry.close()
+
+    assert (answer.status_code, answer.json()["verdict"]) == (200, "PASS")
+    assert answer.json()["bundle"]["version"] == "2"
 
 
 def test_caller_when_it_hangs_up_then_its_frame_is_dropped_and_counted(store):
