@@ -4,8 +4,8 @@ The store is `<store>/<name>/<version>/`; the newest version of each name is the
 `<store>/<line>/policies/<version>.json`, beside the default policy that is in the bundle.
 
 A change is prepared beside what is live, by `service/loading.py`, and becomes true in one assignment: a frame that was
-there before is answered by what was live before, one that comes after by the new version. What is replaced is kept for rolling
-back, and closed once it is too many and the last of its frames is answered.
+there before is answered by what was live before, one that comes after by the new version. What is replaced is kept for
+rolling back, and closed once it is too many and the last of its frames is answered.
 
 What administrators choose is noted by `service/choices.py` and counts again after a restart, where it could be kept; a
 file of choices that does not hold refuses every line.

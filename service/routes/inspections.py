@@ -153,7 +153,7 @@ async def inspect_batch(request: Request, line: str) -> Response:
     the first, and the following ones count on.
     """
     context = context_of(request)
-    with Counting(request, line):
+    with Counting(request, line) as counted:
         caller = caller_of(request)
         caller.demand("inspect", line)
         options = _read_options(request)
@@ -165,8 +165,11 @@ async def inspect_batch(request: Request, line: str) -> Response:
             context.settings.frame_limits,
             _receive_timeout_s(context, options),
         )
+        counted.frames = len(uploads)
         frames = (_item(request, caller, line, options, upload, index) for index, upload in enumerate(uploads))
-        items = await unless_left(request, _side_by_side(frames))
+        outcomes = await unless_left(request, _side_by_side(frames))
+        # Written and counted together, as they are answered: whoever left has got none of them.
+        items = [_write_item(request, line, outcome) for outcome in outcomes]
     head = b'{"request_id":' + to_json(request_id_of(request)) + b',"items":['
     return Response(head + b",".join(items) + b"]}", media_type="application/json")
 
@@ -278,20 +281,24 @@ async def _picture(context: Context, inspection: Inspection) -> Response:
 
 async def _item(
     request: Request, caller: Caller, line: str, options: InspectionOptions, upload: Upload | FlawlineError, index: int
-) -> bytes:
-    """Answer one frame of several; what goes wrong with it stays with it."""
-    context = context_of(request)
+) -> Inspection | FlawlineError:
+    """Inspect one frame of several; what goes wrong with it stays with it."""
     try:
         frame = usable(upload)
         caller.spend_frame()
-        inspection = await context.pipeline.inspect(_ask(request, line, options, frame, index))
-        return _encode(context, inspection)[0]
+        return await context_of(request).pipeline.inspect(_ask(request, line, options, frame, index))
     except FlawlineError as error:
-        fault = error
+        return error
     except Exception as error:  # noqa: BLE001 - the outermost handler of this frame, so that no neighbour fails with it
-        fault = unexpected(request, error)
-    count_later(request, line, fault.code)
-    return to_json(problem_document(fault.code, fault.sentence, request_id_of(request), line))
+        return unexpected(request, error)
+
+
+def _write_item(request: Request, line: str, outcome: Inspection | FlawlineError) -> bytes:
+    """Write what became of one frame of several, and have it counted once the answer is on its way."""
+    if isinstance(outcome, Inspection):
+        return _encode(context_of(request), outcome)[0]
+    count_later(request, line, outcome.code)
+    return to_json(problem_document(outcome.code, outcome.sentence, request_id_of(request), line))
 
 
 def _encode(context: Context, inspection: Inspection) -> tuple[bytes, bytes]:
@@ -306,7 +313,9 @@ def _encode(context: Context, inspection: Inspection) -> tuple[bytes, bytes]:
     return answers.with_timings(described, timings), timings
 
 
-async def _side_by_side(items: Iterable[Coroutine[Any, Any, bytes]]) -> list[bytes]:
+async def _side_by_side(
+    items: Iterable[Coroutine[Any, Any, Inspection | FlawlineError]],
+) -> list[Inspection | FlawlineError]:
     return await asyncio.gather(*items)
 
 

@@ -246,6 +246,29 @@ def test_caller_when_it_hangs_up_then_its_frame_is_dropped_and_counted(store):
         assert len(engine.batches) == runs
 
 
+def test_caller_of_several_frames_when_it_hangs_up_then_each_of_them_is_counted_as_left(store):
+    """Nobody got an answer, not of the frame that was finished either: every frame of the request has no verdict."""
+    with _serving(store) as (http, engine):
+        network, runs = engine.on_run, len(engine.batches)
+
+        def hold_the_next(frames):
+            engine.hold()
+            return network(frames)
+
+        engine.on_run = hold_the_next
+        asked = http.build_request("POST", f"{INSPECT}-batch", files=[("frames", GOOD)] * 3)
+        head = "".join(f"{name}: {value}\r\n" for name, value in asked.headers.items())
+        with socket.create_connection((http.base_url.host, http.base_url.port), timeout=PATIENCE_S) as connection:
+            connection.sendall(f"POST {INSPECT}-batch HTTP/1.1\r\n{head}\r\n".encode() + asked.read())
+            wait_until(lambda: len(engine.batches) == runs + 2, "the second run")
+        left = 'flawline_no_verdict_total{line="demo_line",reason="caller_left"}'
+        wait_until(lambda: left in http.get("/metrics").text, "the count")
+        told = http.get("/metrics").text
+
+    assert f"{left} 3.0" in told
+    assert "flawline_inspections_total{" not in told
+
+
 def test_service_when_work_behind_an_answer_never_ends_then_draining_still_does(store):
     """What is recorded after an answer can't keep the service from ending."""
     app = create_app(Settings(store_directory=store, default_deadline_s=0.2, max_deadline_s=0.2, drain_timeout_s=0.2))
