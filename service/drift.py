@@ -58,7 +58,7 @@ class ScoreDrift:
     gives `(bins - 1) / n`.
 
     Args:
-        calibration: of the line.
+        calibration: of the line, under the policy that scores.
     """
 
     def __init__(self, calibration: Calibration) -> None:
@@ -131,7 +131,7 @@ class LineDrift:
     """The three signals of one line.
 
     Attributes:
-        scores: against the calibration; None where the line has none.
+        scores: against the calibration; None where none speaks of them.
         review: share of frames that were not `PASS`.
         quality: means by statistic.
     """

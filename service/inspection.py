@@ -92,8 +92,8 @@ class Inspection:
         device: where the engine ran.
         precision: that it computed in.
         judgement: verdict, score and regions.
-        p_value: share of calibration good parts at least this anomalous, in (0, 1]; None where the frame was measured
-            by itself.
+        p_value: share of calibration good parts at least this anomalous, in (0, 1]; None where the policy does not
+            score as these were scored.
         review_threshold: of the policy.
         fail_threshold: of the policy.
         frame: its size, and pixels that may be smaller; without a heatmap to draw, just what the network took.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from service.batcher import Batcher
 from service.contract.bundle import Manifest
 from service.contract.calibration import Calibration
-from service.contract.policy import Policy, may_judge
+from service.contract.policy import Policy, may_judge, scores_alike
 from service.contract.tiling import Run
 from service.engines.engine import Engine
 
@@ -82,6 +82,7 @@ class LiveLine:
         line_index: of the line among the bundle's.
         calibration: good-part values of the line, or None where it was not calibrated.
         policies: by version, the bundle's own one included.
+        own_policy: version of that one, which the line was calibrated under.
         default_policy: version of the one that judges where the caller names none.
     """
 
@@ -90,7 +91,12 @@ class LiveLine:
     line_index: int
     calibration: Calibration | None
     policies: Mapping[str, LivePolicy]
+    own_policy: str
     default_policy: str
+
+    def calibration_for(self, policy: Policy) -> Calibration | None:
+        """Return the calibration where it speaks of a policy's scores; None where nothing is promised of them."""
+        return self.calibration if scores_alike(policy, self.policies[self.own_policy].policy) else None
 
     @property
     def key(self) -> "VersionKey":

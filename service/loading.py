@@ -131,6 +131,7 @@ class Loader:
                     line_index=index_of[line],
                     calibration=bundle.calibrations.get(line),
                     policies=policies[line],
+                    own_policy=bundle.policies[line].version,
                     default_policy=bundle.policies[line].version,
                 )
                 for line in lines

@@ -9,7 +9,7 @@ tensors, whose first side is the number of frames:
     out  score           FP32   [B]
          anomaly_map     FP32   [B, h, w]
          verdict         BYTES  [B]
-         p_value         FP32   [B]                 NaN (null in JSON) where the frame was measured by itself
+         p_value         FP32   [B]                 NaN (null in JSON) where nothing speaks of such scores
 
 Whatever does not fit is refused with `ParameterInvalid`, by arithmetic on plain integers and before anything is
 allocated that the request merely promises. Sentences name places in the request and never repeat its bytes.

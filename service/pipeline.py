@@ -280,10 +280,9 @@ class _Work:
 
 
 def _p_value(judgement: Judgement, found: Found) -> float | None:
-    """Return the score's p-value, where it is one of the raw scores that the line was calibrated on."""
-    if found.line.calibration is None or found.policy.policy.calibration == "self":
-        return None
-    return found.line.calibration.p_value(judgement.score)
+    """Return the score's p-value, where the line was calibrated on such scores."""
+    calibration = found.line.calibration_for(found.policy.policy)
+    return None if calibration is None else calibration.p_value(judgement.score)
 
 
 def _deadline_passed() -> DeadlinePassed:

@@ -137,7 +137,8 @@ class InspectionAnswer(_Wire):
     """One frame's complete answer.
 
     With `calibration` `good_parts` the thresholds rest on good parts, and `p_value` is the share of these that are at
-    least this anomalous. With `self` the frame was measured by itself, because its line's policy says so: score and
+    least this anomalous; it is null where the policy inspects another region of interest than the bundle's own, because
+    these were not scored so. With `self` the frame was measured by itself, because its line's policy says so: score and
     thresholds are in units of the spread of the frame's own map, nothing is promised, and `p_value` is null.
 
     The verdict rests on the score, and a region on single map values that lie above the peaks of good parts. So a frame
@@ -214,8 +215,9 @@ class ThresholdAnswer(_Wire):
         value: `score >= value` is anomalous.
         false_reject_rate: on good parts, on average over calibration sets; null where calibration can't tell.
         false_reject_bound: with 95 % confidence the rate is at most this; null where calibration can't tell.
-        good_parts: calibration frames behind both; 0 where the default policy measures frames by themselves, and where
-            the line is not calibrated.
+        good_parts: calibration frames behind both; 0 where the line is not calibrated, and where the default policy
+            does not score as they were scored: it measures frames by themselves, or inspects another region of interest
+            than the bundle's own.
     """
 
     value: float

@@ -221,7 +221,9 @@ class Telemetry:
         self._queue_depth = self._gauge("queue_depth", "Frames accepted and not answered yet.", "engine")
         self._discarded = self._counter("discarded", "Frames that nobody waited for any more.", "engine", "reason")
         self._score_psi = self._gauge(
-            "score_psi", "Stability index of the last scores against calibration; above 0.25 is another line.", "line"
+            "score_psi",
+            "Stability index of the last scores against calibration; above 0.25 is another line, NaN: can't compare.",
+            "line",
         )
         self._review_ratio = self._gauge("review_ratio", "Share of the last frames that were not PASS.", "line")
         self._image_quality = self._gauge(
@@ -336,7 +338,7 @@ class Telemetry:
             digest: of the bundle.
             policy: version of the default one.
             device: of the engine.
-            calibration: what drift is measured against; None where the line has none.
+            calibration: what drift is measured against; None where nothing speaks of the default policy's scores.
         """
         before = self._model_labels.get(line)
         if before is not None:

@@ -321,9 +321,14 @@ class LoadedVersions(ServedLines):
             _log.info("shadow off", extra={"bundle": name})
 
     def _tell_of(self, live: LiveLine) -> None:
-        bundle = live.bundle
+        bundle, default = live.bundle, live.policies[live.default_policy].policy
         self._telemetry.line_serves(
-            live.name, bundle.manifest.version, bundle.digest, live.default_policy, bundle.device, live.calibration
+            live.name,
+            bundle.manifest.version,
+            bundle.digest,
+            live.default_policy,
+            bundle.device,
+            live.calibration_for(default),
         )
 
     def _note(self, bundle: str, lines: tuple[str, ...], state: LineState, reason: str) -> None:

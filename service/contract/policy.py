@@ -190,6 +190,16 @@ def may_judge(policy: Policy, *, is_calibrated: bool) -> bool:
     return is_calibrated or policy.calibration == "self"
 
 
+def scores_alike(policy: Policy, other: Policy) -> bool:
+    """Tell whether two policies score frames alike: by raw scores, of the same region of interest.
+
+    What good parts say of scores, p-values and rates among it, holds for a policy that scores as the one did that they
+    were calibrated under, and for no other.
+    """
+    by_raw_scores = policy.calibration == other.calibration == "good_parts"
+    return by_raw_scores and policy.region_of_interest == other.region_of_interest
+
+
 def inspected_mask(
     policy: Policy, height: int, width: int, *, window: Window = (0.0, 0.0, 1.0, 1.0)
 ) -> NDArray[np.bool_] | None:

@@ -6,6 +6,7 @@ from functools import lru_cache
 from fastapi import APIRouter, Request
 
 from service.contract.calibration import Calibration
+from service.contract.policy import may_judge
 from service.errors import CalibrationRefused
 from service.live import LineStatus, LiveLine
 from service.routes.context import caller_of, context_of
@@ -105,7 +106,7 @@ def summary_of(status: LineStatus) -> LineSummary:
 def _describe(live: LiveLine) -> LiveAnswer:
     bundle, manifest = live.bundle, live.bundle.manifest
     policy = live.policies[live.default_policy].policy
-    calibration = live.calibration if policy.calibration == "good_parts" else None
+    calibration = live.calibration_for(policy)
     top, left, height, width = manifest.input.window(1, 1)
     map_height, map_width = manifest.map_size
     return LiveAnswer(
@@ -120,7 +121,7 @@ def _describe(live: LiveLine) -> LiveAnswer:
         anomaly_map=FrameSize(height=map_height, width=map_width),
         inspected=InspectedWindow(top=top, left=left, height=height, width=width),
         default_policy=live.default_policy,
-        calibration="none" if calibration is None and policy.calibration == "good_parts" else policy.calibration,
+        calibration=policy.calibration if may_judge(policy, is_calibrated=live.calibration is not None) else "none",
         policies=sorted(live.policies),
         thresholds=LineThresholds(
             review=_threshold(calibration, policy.review_threshold),

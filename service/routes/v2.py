@@ -332,7 +332,7 @@ def _print(asked: InferRequest, inspections: list[Inspection], coding: Coding | 
         "score": np.array([judgement.score for judgement in judgements], np.float32),
         "anomaly_map": np.array(maps, np.float32),
         "verdict": [judgement.verdict.value for judgement in judgements],
-        # NaN, null in JSON, where a frame was measured by itself.
+        # NaN, null in JSON, where good parts were not scored as the policy scores.
         "p_value": np.array([inspection.p_value for inspection in inspections], np.float32),
     }
     parameters = {

@@ -17,6 +17,7 @@ from service.contract.policy import (
     judge,
     may_judge,
     refuse_unfit_region,
+    scores_alike,
     spread_of,
     verdict_of,
 )
@@ -342,3 +343,19 @@ def test_verdicts_when_a_line_is_not_calibrated_then_only_a_policy_that_says_sel
 ):
     """Thresholds that nobody measured decide nothing, unless somebody said so in the policy file."""
     assert may_judge(policy, is_calibrated=is_calibrated) is may
+
+
+@pytest.mark.parametrize(
+    ("policy", "alike"),
+    [
+        (make_policy(version="strict", fail_threshold=0.15), True),
+        (make_policy(region_of_interest=LEFT_HALF), False),
+        (make_self_policy(), False),
+    ],
+    ids=["other thresholds", "another region", "measured by itself"],
+)
+def test_scores_when_policies_differ_then_are_alike_only_for_raw_ones_of_the_same_region(policy, alike):
+    """What good parts say of one policy's scores counts for another that looks at the same in the same units."""
+    assert scores_alike(policy, make_policy()) is alike
+    assert scores_alike(make_policy(), policy) is alike
+    assert scores_alike(policy, policy) is (policy.calibration == "good_parts")
