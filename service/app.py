@@ -224,8 +224,8 @@ def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[
     traces = _trace_to(settings, telemetry)
     context = Context(settings, keyring, registry, pipeline, records, shadows, telemetry, clock, traces)
     telemetry.watch_readiness(lambda: not context.reasons_not_ready())
-    if settings.keys_file is not None and isinstance(keyring, MountedKeyring):
-        telemetry.watch_keys(settings.keys_file, keyring.is_in_force)
+    if isinstance(keyring, MountedKeyring):
+        telemetry.watch_keys(keyring.oldest_made_at, keyring.is_in_force)
     return context
 
 

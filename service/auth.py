@@ -1,8 +1,8 @@
 """Keys: who may do what on which line, and how often.
 
-A keys file is a JSON list of `{"name", "sha256", "lines", "actions", "quota_per_minute"}`; it holds digests, so that
-who reads the file can't use it. Keys are long random strings, for which one round of SHA-256 is enough. Without a keys
-file the service is open, and says so in the log. The clock is an argument: seconds, monotonic.
+A keys file is a JSON list of `{"name", "sha256", "lines", "actions", "quota_per_minute", "created_at"}`; it holds
+digests, so that who reads the file can't use it. Keys are long random strings, for which one round of SHA-256 is
+enough. Without a keys file the service is open, and says so in the log. The clock is an argument: seconds, monotonic.
 
 The file is read again when it changes, as Kubernetes changes a mounted secret by swapping a link. One that does not fit
 is refused aloud, and the keys that were in force stay: a slip of the pen must not stop the plant, and whoever revokes a
@@ -12,11 +12,12 @@ key sees in log and metric that it was not.
 import hashlib
 import hmac
 import logging
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Literal, NamedTuple, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from service.contract.bundle import Digest, LineName
 from service.errors import NotAuthenticated, NotAuthorised, QuotaExceeded
@@ -39,6 +40,7 @@ class KeyEntry(BaseModel):
         lines: that it covers; `*` covers every line.
         actions: that it allows there.
         quota_per_minute: frames; None does not count.
+        created_at: when the key was made; None in files of an earlier day, or written by hand.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +50,7 @@ class KeyEntry(BaseModel):
     lines: tuple[Literal["*"] | LineName, ...] = Field(min_length=1)
     actions: frozenset[Action] = Field(min_length=1)
     quota_per_minute: int | None = Field(default=None, gt=0)
+    created_at: AwareDatetime | None = None
 
     def covers(self, line: str) -> bool:
         """Say whether the key counts on a line."""
@@ -178,6 +181,15 @@ class Keyring:
         """Say whether any key allows an action."""
         return self._entries is None or any(action in entry.actions for entry in self._entries)
 
+    def oldest_made_at(self, otherwise: float) -> float:
+        """Return when the oldest key was made, in seconds since 1970; not a number where there is no key.
+
+        Args:
+            otherwise: what counts for a key whose entry does not say.
+        """
+        made = (otherwise if one.created_at is None else one.created_at.timestamp() for one in self._entries or ())
+        return min(made, default=math.nan)
+
     def identify(self, authorization: str | None, api_key: str | None) -> Caller:
         """Find out who is calling.
 
@@ -219,6 +231,7 @@ class MountedKeyring:
         self._path = path
         self._clock = clock
         self._looks = self._look()
+        self._changed_at = _changed_at(self._looks)
         self._buckets: dict[str, _Bucket] = {}
         self._keyring = Keyring.from_file(path, clock, self._buckets)
         self._looked_at = clock()
@@ -238,6 +251,11 @@ class MountedKeyring:
         """Tell whether the keys that count are those of the file as it is now."""
         self._renew()
         return self._is_in_force
+
+    def oldest_made_at(self) -> float:
+        """Tell when the oldest key in force was made; of entries that don't say, when their file was last changed."""
+        self._renew()
+        return self._keyring.oldest_made_at(self._changed_at)
 
     def identify(self, authorization: str | None, api_key: str | None) -> Caller:
         """Find out who is calling; see `Keyring.identify`."""
@@ -262,15 +280,29 @@ class MountedKeyring:
             )
         else:
             self._is_in_force = True
+            self._changed_at = _changed_at(looks)
             _log.info("the changed keys file is in force")
 
-    def _look(self) -> tuple[int, ...] | None:
+    def _look(self) -> "_Looks | None":
         """Tell one content from another, from outside; a swapped link shows another inode."""
         try:
             found = self._path.stat()
         except OSError:
             return None
-        return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+        return _Looks(found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+class _Looks(NamedTuple):
+    """What tells one content of a file from another, from outside."""
+
+    device: int
+    inode: int
+    changed_at_ns: int
+    size: int
+
+
+def _changed_at(looks: _Looks | None) -> float:
+    return math.nan if looks is None else looks.changed_at_ns / 1e9
 
 
 class _Bucket:

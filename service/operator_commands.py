@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,6 +67,7 @@ def new(
                     "lines": _split(lines),
                     "actions": _split(actions),
                     "quota_per_minute": quota_per_minute,
+                    "created_at": datetime.now(UTC).replace(microsecond=0),
                 }
             )
         except ValidationError as error:

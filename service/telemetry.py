@@ -15,7 +15,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from prometheus_client import (
@@ -273,10 +272,10 @@ class Telemetry:
         """Have readiness asked for at every scrape."""
         self._ready.set_function(lambda: float(is_ready()))
 
-    def watch_keys(self, file: Path, is_in_force: Callable[[], bool]) -> None:
+    def watch_keys(self, oldest_made_at: Callable[[], float], is_in_force: Callable[[], bool]) -> None:
         """Have the age of the callers' keys told at every scrape; a service without keys has no such series."""
-        modified = self._gauge("keys_modified_timestamp_seconds", "When the keys file was last changed.")
-        modified.set_function(lambda: _modified_at(file))
+        oldest = self._gauge("keys_oldest_timestamp_seconds", "When the oldest key in force was made.")
+        oldest.set_function(oldest_made_at)
         in_force = self._gauge("keys_in_force", "1 while the keys file counts, 0 while a changed one is refused.")
         in_force.set_function(lambda: float(is_in_force()))
 
@@ -353,6 +352,10 @@ class Telemetry:
             self._score_psi.labels(line).set(math.nan)
         else:
             self._score_psi.labels(line).set_function(drift.scores.index)
+
+    def declare_engine(self, engine: str) -> None:
+        """Let refusals of a bundle's versions be told of before the first."""
+        self._refused_versions.labels(engine).inc(0)
 
     def version_refused(self, engine: str) -> None:
         """Count a version of a bundle that was not taken into use."""
@@ -519,13 +522,6 @@ class Telemetry:
 
     def _gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
         return Gauge(name, meaning, labels, namespace="flawline", registry=self._collectors)
-
-
-def _modified_at(file: Path) -> float:
-    try:
-        return file.stat().st_mtime
-    except OSError:  # taken away; a scrape must not fail for it
-        return math.nan
 
 
 def in_units(score: float, policy: Policy) -> float:

@@ -181,6 +181,7 @@ class LoadedVersions(ServedLines):
         """Load a version, beside whatever is live."""
         started_at = self._clock()
         self._loading_now = key
+        self._telemetry.declare_engine(key.name)
         try:
             self._make_room_for(key)
             loaded = self._loader.load(key.name, key.version, lambda lines: self._claim(key.name, lines))

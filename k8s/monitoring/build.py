@@ -98,6 +98,21 @@ def _quantiles(metric: str, labels: str, by: str) -> list[Query]:
     ]
 
 
+_WHY_NO_VERDICT = Panel(
+    "Why frames had no verdict",
+    "By the code that the caller was told.",
+    "reqps",
+    [
+        Query(
+            # Some reasons of every line stand at 0 from the first, and would fill the legend.
+            f"sum by (line, reason) (rate(flawline_no_verdict_total{{{_LINE}}}{_RATE}) "
+            f"and flawline_no_verdict_total{{{_LINE}}} > 0)",
+            "{{line}} {{reason}}",
+            "no frame was without a verdict",
+        )
+    ],
+)
+
 _LINES_PANELS = (
     Panel(
         "Frames a second",
@@ -120,8 +135,8 @@ _LINES_PANELS = (
     ),
     Panel(
         "Scores against the threshold",
-        "Median and highest, in units of the fail threshold: at 1 a part fails. A point is one part: click it for its "
-        "heatmap, as long as the service keeps it.",
+        "Median and 99th percentile, in units of the fail threshold: at 1 a part fails. A point is one part: click it "
+        "for its heatmap, as long as the pod that judged it keeps it.",
         "none",
         _quantiles("flawline_score", _LINE, "line"),
         critical=1,
@@ -168,18 +183,7 @@ _LINES_PANELS = (
         [Query(f"line:flawline_shadow_disagreements:ratio1h{{{_LINE}}}", "{{line}} {{kind}}")],
         warning=0.02,
     ),
-    Panel(
-        "Why frames had no verdict",
-        "By the code that the caller was told.",
-        "reqps",
-        [
-            Query(
-                f"sum by (line, reason) (rate(flawline_no_verdict_total{{{_LINE}}}{_RATE}))",
-                "{{line}} {{reason}}",
-                "no frame was without a verdict",
-            )
-        ],
-    ),
+    _WHY_NO_VERDICT,
 )
 
 _LATENCY_PANELS = (
@@ -304,6 +308,39 @@ _FLEET_PANELS = (
         warning=1,
     ),
     Panel(
+        "Refused versions",
+        "Versions of bundles that a pod did not take into use, since it started. What was live goes on.",
+        "none",
+        [Query(f"sum(flawline_versions_refused_total{{{_FLEET}}})", "refused")],
+        kind="stat",
+        width=8,
+        warning=1,
+    ),
+    Panel(
+        "Pods whose keys file is refused",
+        "The keys before it stay in force there, those included that were revoked.",
+        "none",
+        [Query(f"sum(flawline_keys_in_force{{{_FLEET}}} == bool 0)", "refused", "everybody may call")],
+        kind="stat",
+        width=8,
+        critical=1,
+    ),
+    Panel(
+        "Age of the oldest key",
+        "By pod; half a year is too old.",
+        "s",
+        [
+            Query(
+                f"max(time() - flawline_keys_oldest_timestamp_seconds{{{_FLEET}}})",
+                "oldest",
+                "everybody may call",
+            )
+        ],
+        kind="stat",
+        width=8,
+        warning=180 * 86400,
+    ),
+    Panel(
         "Memory",
         "Resident, by pod.",
         "bytes",
@@ -365,7 +402,7 @@ _DETAIL_PANELS = (
         width=24,
     ),
     Panel(
-        "Median and highest scores",
+        "Median and 99th percentile of scores",
         "In units of the fail threshold.",
         "none",
         _quantiles("flawline_score", _LINE, "line"),
@@ -400,6 +437,7 @@ _DETAIL_PANELS = (
             )
         ],
     ),
+    _WHY_NO_VERDICT,
 )
 
 DASHBOARD_PANELS = {
@@ -413,7 +451,9 @@ DASHBOARD_PANELS = {
 def build_dashboard(name: str) -> str:
     """Return one dashboard as the JSON that Grafana reads."""
     title, panels = DASHBOARD_PANELS[name]
-    lines = 'label_values(flawline_model_info{namespace=~"$namespace"}, line)'
+    # Every line of the store has this metric from the first, also one that was refused and has never had a verdict; so
+    # has `unknown`, for the frames of lines that nobody knows.
+    lines = 'label_values(flawline_no_verdict_total{namespace=~"$namespace"}, line)'
     built = (
         dashboard.Dashboard(title)
         .uid(f"flawline-{name}")
@@ -471,7 +511,7 @@ def outputs() -> dict[Path, str]:
 
 
 def _variable(name: str, query: str, *, many: bool = True) -> dashboard.QueryVariable:
-    return (
+    variable = (
         dashboard.QueryVariable(name)
         .query(query)
         .datasource(_SOURCE)
@@ -479,6 +519,8 @@ def _variable(name: str, query: str, *, many: bool = True) -> dashboard.QueryVar
         .multi(many)
         .include_all(many)
     )
+    # Otherwise "All" is a list of what there was when the dashboard was opened.
+    return variable.all_value(".+") if many else variable
 
 
 def _draw(panel: Panel) -> Any:

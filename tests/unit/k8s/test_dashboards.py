@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from service.telemetry import Telemetry
+
 ROOT = Path(__file__).resolve().parents[3]
 FILES = sorted((ROOT / "k8s/monitoring/dashboards").glob("*.json"))
 DASHBOARDS = {path.stem: json.loads(path.read_text("utf-8")) for path in FILES}
@@ -57,6 +59,20 @@ def test_dashboard_when_a_query_uses_a_variable_then_there_is_one_that_is_chosen
     for number, variable in enumerate(dashboard["templating"]["list"]):
         # They are filled in this order.
         assert not set(re.findall(r"\$(\w+)", str(variable.get("query")))) & set(declared[number:])
+
+
+@every_dashboard
+def test_dashboard_when_a_line_was_never_judged_then_it_can_be_chosen_all_the_same(name):
+    """A line that was refused, and `unknown`, are what somebody without verdicts looks for; "All" has no gaps."""
+    telemetry = Telemetry()
+    telemetry.declare_line("refused")
+    told = telemetry.exposition()[0].decode()
+
+    for variable in DASHBOARDS[name]["templating"]["list"]:
+        assert not variable.get("includeAll") or variable["allValue"] == ".+"
+        if variable["name"] == "line":
+            [metric] = re.findall(r"label_values\((\w+)", variable["query"])
+            assert {"refused", "unknown"} <= set(re.findall(rf'^{metric}{{.*?line="(\w+)"', told, re.MULTILINE))
 
 
 def _with_sources(dashboard):

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import math
+import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +252,28 @@ def test_keys_file_when_changed_into_a_broken_one_then_the_keys_before_stay_and_
     _write_keys(file, _entry())
     clock.now += 1
     assert keyring.is_in_force()
+
+
+def test_oldest_key_when_one_is_added_then_is_as_old_as_before(tmp_path):
+    """A new key makes nobody's old one young; where an entry has no date, its file's counts."""
+    file, clock = tmp_path / "keys.json", _Clock()
+    dated = _entry(created_at="2026-01-01T00:00:00Z")
+    _write_keys(file, dated, _entry("new-key", created_at="2026-06-01T00:00:00Z"))
+    keyring = MountedKeyring(file, clock)
+    january = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
+
+    assert keyring.oldest_made_at() == january
+    os.utime(file, (1_000_000_000, 1_000_000_000))
+    clock.now += 1
+    assert keyring.oldest_made_at() == january
+
+    _write_keys(file, dated, _entry("undated-key"))
+    os.utime(file, (1_000_000_000, 1_000_000_000))
+    clock.now += 1
+    assert keyring.oldest_made_at() == 1_000_000_000
+    file.write_text("[]")
+    clock.now += 1
+    assert math.isnan(keyring.oldest_made_at())
 
 
 def test_quota_when_the_keys_file_changes_then_what_was_used_stays_used(tmp_path: Path):

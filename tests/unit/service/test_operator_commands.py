@@ -1,6 +1,8 @@
 """Promises of the operator's commands: keys that are shown once, bundles that are signed, verified and published."""
 
 import json
+import time
+from datetime import datetime
 
 import pytest
 from typer.testing import CliRunner
@@ -26,6 +28,8 @@ def test_keys_new_when_run_then_the_printed_key_opens_its_lines_and_the_file_doe
     caller = Keyring.from_file(file, lambda: 0.0).identify(None, key)
     assert (caller.name, caller.may("inspect", "cap"), caller.may("inspect", "nut")) == ("press", True, False)
     assert key not in file.read_text()
+    [entry] = json.loads(file.read_text())
+    assert abs(datetime.fromisoformat(entry["created_at"]).timestamp() - time.time()) < 60
 
 
 def test_keys_new_when_the_file_has_keys_then_they_stay(tmp_path):

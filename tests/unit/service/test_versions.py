@@ -133,6 +133,7 @@ def test_rescan_when_the_new_version_is_refused_then_nothing_changes_and_it_is_t
     """A candidate that does not hold harms nobody: the line answers as before, and reason and metric say so."""
     registry = shelf.load()
     before = registry.serving("demo_line", None)
+    assert 'flawline_versions_refused_total{engine="demo_line"} 0.0' in shelf.metrics()
     shelf.add_broken("2")
 
     found = registry.rescan()
