@@ -47,7 +47,7 @@ from models.blocks.draws import generator_of_step
 from models.blocks.initial_values import draw_defaults
 from models.blocks.maps import map_deviation, require_image_size, resize_map
 from models.blocks.smoothing import gaussian_matrix
-from models.blocks.synthetic_defects import plant_foreign_pictures
+from models.blocks.synthetic_defects import draw_perlin_mask, plant_foreign_pictures
 from models.detector import AnomalyOutput, GradientStage, PassStage, Recipe, Stage
 
 _SHARPNESS = 10.0  # of attention before training
@@ -250,6 +250,7 @@ class RbAe(nn.Module):
     reference: Tensor
     thumbnail: Tensor
     has_reference: Tensor
+    reference_index: Tensor
     blur_rows: Tensor
     blur_columns: Tensor
 
@@ -271,6 +272,7 @@ class RbAe(nn.Module):
         self.register_buffer("reference", torch.zeros((3, *config.image_size), dtype=torch.uint8))
         self.register_buffer("thumbnail", torch.zeros(3, _THUMBNAIL, _THUMBNAIL))
         self.register_buffer("has_reference", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("reference_index", torch.full((), -1, dtype=torch.int64))
         height, width = config.image_size
         for name, side in (("blur_rows", height), ("blur_columns", width)):
             matrix = gaussian_matrix(side, config.blur_sigma).to(torch.float32)
@@ -340,6 +342,7 @@ class RbAe(nn.Module):
             if self._count == wanted or (wanted is None and distance < self._nearest):
                 self._nearest = distance
                 self.reference.copy_((image * 255).round())
+                self.reference_index.fill_(self._count)
             self._count += 1
 
     def finish_reference(self) -> None:
@@ -562,12 +565,23 @@ def _refuse_misfits(config: RbAeConfig) -> None:
         raise ValueError(
             f"image size {config.image_size} must be multiples of {_COARSEST_STRIDE} and at least {_SMALLEST_SIDE}"
         )
-    if any(width % 2 for width in config.channels):
-        raise ValueError(f"channels must be even, not {config.channels}")
+    if any(width % 2 or width < 2 for width in config.channels):
+        raise ValueError(f"channels must be even and at least 2, not {config.channels}")
     if config.reference_frame is not None and config.reference_frame < 0:
         raise ValueError(f"reference_frame counts from 0, it is {config.reference_frame}")
-    if any((side // 4) % config.pooled_reference for side in config.image_size):
-        raise ValueError(f"squares of {config.pooled_reference} do not fill the finest grid of the reference")
+    pool = config.pooled_reference
+    if pool < 1 or any((side // 4) % pool for side in config.image_size):
+        raise ValueError(f"squares of {pool} (pooled_reference) do not fill the finest grid of the reference")
+    smallest, largest = config.defect_area
+    if not 0 <= smallest < largest <= 1:
+        raise ValueError(f"defect_area must be two rising shares from 0 to 1, not {config.defect_area}")
+    faintest, strongest = config.defect_opacity
+    if not (0 <= faintest <= strongest <= 1 and strongest > 0):
+        raise ValueError(f"defect_opacity must be two shares up to 1, the last above 0, not {config.defect_opacity}")
+    try:
+        draw_perlin_mask(config.image_size, torch.Generator().manual_seed(0), area=config.defect_area)
+    except ValueError as error:
+        raise ValueError(f"no artificial defect has a defect_area of {smallest:g} to {largest:g}; widen it") from error
 
 
 def _thumbnails(images: Tensor) -> Tensor:

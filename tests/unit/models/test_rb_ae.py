@@ -540,9 +540,27 @@ def test_fitted_detector_when_the_reference_is_swapped_then_good_frames_stay_goo
         ({"image_size": (32, 64)}, "at least 48"),
         ({"channels": (8, 15, 16, 16)}, "even"),
         ({"pooled_reference": 3}, "squares of 3"),
+        ({"pooled_reference": 0}, "squares of 0"),
+        ({"channels": (0, 8, 8, 8)}, "at least 2"),
         ({"reference_frame": -1}, "counts from 0"),
+        ({"defect_area": (0.4, 0.001)}, "defect_area must be two rising shares"),
+        ({"defect_area": (0.95, 1.0)}, "no artificial defect has a defect_area of 0.95 to 1"),
+        ({"defect_opacity": (0.0, 0.0)}, "defect_opacity must be"),
+        ({"defect_opacity": (2.0, 3.0)}, "defect_opacity must be"),
     ],
-    ids=["size", "small", "channels", "pool", "reference"],
+    ids=[
+        "size",
+        "small",
+        "channels",
+        "pool",
+        "no pool",
+        "no channels",
+        "reference",
+        "falling",
+        "rare",
+        "clear",
+        "dense",
+    ],
 )
 def test_detector_when_the_configuration_contradicts_itself_then_says_where(changes, message):
     """Impossible combinations are refused before any frame is read."""
