@@ -109,7 +109,7 @@ class ImageQuality:
 
 
 def measure_quality(pixels: NDArray[np.uint8]) -> ImageQuality:
-    """Measure a frame `(H, W, 3)` uint8 RGB of at least 3 by 3 pixels."""
+    """Measure a picture `(H, W, 3)` uint8 RGB of at least 3 by 3 pixels."""
     green = np.ascontiguousarray(pixels[:, :, 1])
     grey = green.astype(np.float32) / 255
     brightness = float(grey.mean())

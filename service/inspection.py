@@ -97,6 +97,7 @@ class Inspection:
         review_threshold: of the policy.
         fail_threshold: of the policy.
         frame: its size, and pixels that may be smaller; without a heatmap to draw, just what the network took.
+        canvas: `(H, W, 3)` uint8 RGB, what the network took, or was cut from; the same whatever is asked for.
         anomaly_map: `(h, w)` float32, in the units of the thresholds.
         window: where the map lies on the original frame, `(top, left, height, width)` in its pixels.
         policy: that judged.
@@ -121,6 +122,7 @@ class Inspection:
     review_threshold: float
     fail_threshold: float
     frame: Frame
+    canvas: NDArray[np.uint8]
     anomaly_map: NDArray[np.float32]
     window: Window
     policy: Policy

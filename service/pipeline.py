@@ -130,7 +130,7 @@ class Pipeline:
             judged_at = self._clock()
         if judged_at > deadline:  # the process was stopped for a while, and its timers with it
             raise _deadline_passed()
-        frame, result, judgement, window = seen
+        frame, canvas, result, judgement, window = seen
         return Inspection(
             inspection_id=os.urandom(16).hex(),
             request=request,
@@ -147,6 +147,7 @@ class Pipeline:
             review_threshold=found.policy.policy.review_threshold,
             fail_threshold=found.policy.policy.fail_threshold,
             frame=frame,
+            canvas=canvas,
             anomaly_map=judgement.anomaly_map,
             window=window,
             policy=found.policy.policy,
@@ -203,9 +204,24 @@ class _Seen(NamedTuple):
     """A frame that was looked at."""
 
     frame: Frame
+    canvas: NDArray[np.uint8]
     result: RunResult
     judgement: Judgement
     window: Window
+
+
+class _Prepared(NamedTuple):
+    """A frame that can be run.
+
+    Attributes:
+        frame: its size, and pixels to draw on.
+        canvas: `(H, W, 3)` uint8 RGB, of the input's size.
+        inputs: `(T, h, w, 3)` uint8 RGB, the canvas or tiles of it.
+    """
+
+    frame: Frame
+    canvas: NDArray[np.uint8]
+    inputs: NDArray[np.uint8]
 
 
 class _Work:
@@ -229,7 +245,7 @@ class _Work:
         self._found = found
         self._limits = limits
         self._clock = clock
-        self._prepared: tuple[Frame, NDArray[np.uint8]] | None = None
+        self._prepared: _Prepared | None = None
 
     @property
     def _spec(self) -> InputSpec:
@@ -248,7 +264,7 @@ class _Work:
             else:
                 self._prepared = _decode_and_fit(self.request, self._spec, self._limits)
             self.prepare_s = self._clock() - began_at
-        return self._prepared[1]
+        return self._prepared.inputs
 
     def is_judged_quickly(self, result: RunResult) -> bool:
         """Tell whether finishing takes microseconds."""
@@ -266,11 +282,11 @@ class _Work:
         """
         if self._prepared is None:
             raise RuntimeError("a frame is prepared before it is run")
-        frame, policy, rule = self._prepared[0], self._found.policy, self._found.line.bundle.manifest.output.score_rule
+        policy, rule = self._found.policy, self._found.line.bundle.manifest.output.score_rule
         answer = answer_of(result.scores, result.anomaly_maps, self._spec, rule)
-        window = self._window_of(frame)
+        window = self._window_of(self._prepared.frame)
         judgement = judge(float(answer.score), answer.anomaly_map, policy.policy, rule, window, policy.inspected)
-        return _Seen(frame, result, judgement, window)
+        return _Seen(self._prepared.frame, self._prepared.canvas, result, judgement, window)
 
     def _window_of(self, frame: Frame) -> Window:
         """Return where the map lies on the original frame, in its pixels."""
@@ -289,17 +305,15 @@ def _deadline_passed() -> DeadlinePassed:
     return DeadlinePassed("The deadline passed before the answer was there; the part has no verdict.")
 
 
-def _take_as_input(data: bytes, spec: InputSpec) -> tuple[Frame, NDArray[np.uint8]]:
+def _take_as_input(data: bytes, spec: InputSpec) -> _Prepared:
     height, width = spec.canvas_height, spec.canvas_width
     if len(data) != height * width * 3:
         raise UnreadableFrame(f"The network takes {height} x {width} RGB pixels; send as many bytes.")
     canvas = np.frombuffer(data, np.uint8).reshape(height, width, 3)
-    return Frame(canvas, height, width), cut_tiles(canvas, spec)
+    return _Prepared(Frame(canvas, height, width), canvas, cut_tiles(canvas, spec))
 
 
-def _decode_and_fit(
-    request: InspectionRequest, spec: InputSpec, limits: FrameLimits
-) -> tuple[Frame, NDArray[np.uint8]]:
+def _decode_and_fit(request: InspectionRequest, spec: InputSpec, limits: FrameLimits) -> _Prepared:
     raw = request.raw
     if raw is None:
         frame = read_frame(request.data, limits, spec)
@@ -308,4 +322,4 @@ def _decode_and_fit(
     canvas = fit_to_input(frame.pixels, spec)
     if request.heatmap == "none":  # then nobody looks at the pixels again, and frames that wait stay small
         frame = Frame(canvas, frame.height, frame.width)
-    return frame, cut_tiles(canvas, spec)
+    return _Prepared(frame, canvas, cut_tiles(canvas, spec))

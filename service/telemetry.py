@@ -226,7 +226,7 @@ class Telemetry:
         )
         self._review_ratio = self._gauge("review_ratio", "Share of the last frames that were not PASS.", "line")
         self._image_quality = self._gauge(
-            "image_quality", "Mean of the last measured pictures, by statistic.", "line", "stat"
+            "image_quality", "Mean over the last measured pictures, as the network takes them.", "line", "stat"
         )
         self._engine_load = self._gauge(
             "engine_load_seconds", "From reading the bundle to its golden frames passed.", "engine"
@@ -482,11 +482,11 @@ class Telemetry:
         if now - self._measured_at.get(line, -math.inf) < pause_s:
             return
         self._measured_at[line] = now
-        height, width = inspection.frame.pixels.shape[:2]
+        height, width = inspection.canvas.shape[:2]
         if min(height, width) < _SMALLEST_SIDE:
             return
         top, left = max(0, height - _MEASURED_SIDE) // 2, max(0, width - _MEASURED_SIDE) // 2
-        drift.seen(measure_quality(inspection.frame.pixels[top : top + _MEASURED_SIDE, left : left + _MEASURED_SIDE]))
+        drift.seen(measure_quality(inspection.canvas[top : top + _MEASURED_SIDE, left : left + _MEASURED_SIDE]))
         for name, mean in drift.quality.items():
             self._image_quality.labels(line, name).set(mean.mean())
 

@@ -51,6 +51,7 @@ def make_inspection(**overrides: Any) -> Inspection:
         "review_threshold": policy.review_threshold,
         "fail_threshold": policy.fail_threshold,
         "frame": Frame(np.zeros((4, 5, 3), np.uint8), 40, 50),
+        "canvas": np.zeros((4, 5, 3), np.uint8),
         "anomaly_map": np.zeros((2, 2), np.float32),
         "window": (0.0, 0.0, 40.0, 50.0),
         "policy": policy,

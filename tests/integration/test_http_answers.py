@@ -293,3 +293,21 @@ def test_metrics_when_frames_were_answered_then_verdicts_and_stages_are_counted(
     assert 'flawline_inspections_total{line="demo_line",verdict="FAIL",version="1"}' in text
     for stage in ("receive", "decode", "queue", "infer", "postprocess", "encode", "total"):
         assert f'flawline_stage_duration_seconds_count{{line="demo_line",stage="{stage}"}}' in text
+
+
+def test_image_quality_when_a_heatmap_is_asked_for_then_it_is_measured_on_the_same_picture(store):
+    """Lamp and lens are told of by what the network takes, whatever else a caller wants of a frame."""
+    frame = encode(make_frame(240, 320, seed=7))
+
+    def measured(heatmap: str) -> set[str]:
+        with serve_in_thread(Settings(store_directory=store)) as http:
+            wait_until_ready(http)
+            answer = http.post(INSPECT, content=frame, headers=PNG, params={"heatmap": heatmap})
+            assert answer.json()["verdict"] == "PASS"
+            lines = http.get("/metrics").text.splitlines()
+        return {line for line in lines if line.startswith("flawline_image_quality{")}
+
+    without, with_one = measured("none"), measured("overlay")
+
+    assert len(without) == 4
+    assert with_one == without

@@ -10,7 +10,6 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.contract.calibration import Calibration
-from service.contract.frames import Frame
 from service.contract.policy import Verdict
 from service.errors import known_codes
 from service.log import JsonLines
@@ -245,8 +244,8 @@ def test_image_quality_when_frames_come_fast_then_one_a_second_is_measured():
     telemetry.line_serves("demo_line", "4", "d", "1", "cpu", None)
     seen = []
     for grey in (40, 80, 120, 160):
-        frame = Frame(np.full((300, 400, 3), grey, np.uint8), 300, 400)
-        telemetry.inspected(make_inspection(frame=frame), encode_s=0.0, total_s=0.1, answered_at=ANSWERED_AT)
+        canvas = np.full((300, 400, 3), grey, np.uint8)
+        telemetry.inspected(make_inspection(canvas=canvas), encode_s=0.0, total_s=0.1, answered_at=ANSWERED_AT)
         seen.append(metrics(telemetry)['flawline_image_quality{line="demo_line",stat="brightness"}'])
         clock.advance(0.6)
 
