@@ -311,39 +311,72 @@ def test_training_when_a_node_has_several_gpus_then_torchrun_starts_a_process_fo
 )
 def test_training_when_a_pod_begins_then_trains_its_own_line_or_goes_on_where_it_stood(tmp_path, overlay, index, line):
     """The script itself, run by a real shell: its line by index, and the last unfinished run where there is one."""
+    (tmp_path / "frames" / line / "train" / "good").mkdir(parents=True)
     begin, resume, anew = (
         _shell(tmp_path, overlay, index, line, state) for state in ("none", "unfinished", "finished")
     )
 
-    places = f"--store {tmp_path} --runs {tmp_path}/.runs/{line}"
-    assert begin == f"flawline train /frames/{line} --detector inp_former --config small {places}"
-    assert resume == f"flawline train --resume {tmp_path}/.runs/{line}/{line}/20260101-000000"
+    runs = begin.rpartition(" ")[2]
+    assert Path(runs).parent == tmp_path / ".runs" / line
+    assert begin == (
+        f"flawline train {tmp_path}/frames/{line} --detector inp_former --config small --store {tmp_path} --runs {runs}"
+    )
+    assert resume == f"flawline train --resume {runs}/{line}/20260101-000000"
     assert anew == begin
+
+
+@pytest.mark.parametrize("changed", ["DETECTOR", "CONFIG", "FLAWLINE_WEIGHTS", "what CONFIG holds", "frames"])
+def test_training_when_it_is_given_something_else_then_does_not_go_on_with_the_run_that_did_not_end(tmp_path, changed):
+    """Otherwise what was refused or killed would be tried again with the old settings, for ever and in silence."""
+    good, settings = tmp_path / "frames/cap/train/good", tmp_path / "own.yaml"
+    good.mkdir(parents=True)
+    settings.write_text("detector: inp_former\n")
+    given = {"CONFIG": str(settings)}
+    _shell(tmp_path, "training", None, "cap", "none", given)
+    resumed = _shell(tmp_path, "training", None, "cap", "unfinished", given)
+
+    if changed == "frames":
+        (good / "1.png").touch()
+    elif changed == "what CONFIG holds":
+        settings.write_text("detector: dadf\n")
+    else:
+        given |= {changed: "another"}
+    begun = _shell(tmp_path, "training", None, "cap", "as it is", given)
+
+    assert "--resume" in resumed
+    assert "--resume" not in begun
 
 
 def test_training_when_a_node_has_several_gpus_then_a_run_begins_and_goes_on_under_torchrun(tmp_path):
     """The same script, with torchrun before the command in both cases."""
+    (tmp_path / "frames/cap").mkdir(parents=True)
     begin, resume = (_shell(tmp_path, "training-gpus", None, "cap", state) for state in ("none", "unfinished"))
 
-    assert begin.startswith("torchrun --standalone --nproc-per-node=gpu --no-python flawline train /frames/cap ")
+    launcher = "torchrun --standalone --nproc-per-node=gpu --no-python"
+    assert begin.startswith(f"{launcher} flawline train {tmp_path}/frames/cap ")
     assert resume.startswith("torchrun --standalone --nproc-per-node=gpu --no-python flawline train --resume ")
 
 
-def _shell(folder, overlay, index, line, state):
+def _shell(folder, overlay, index, line, state, given=()):
+    """Run a job's script after the last run of what it is given came to a state, and return the command it ends in."""
     [(_, container)] = containers(overlay)
-    script = container["args"][0].replace("/store", str(folder))
-    run = folder / ".runs" / line / line / "20260101-000000"
-    if state != "none":
+    script = container["args"][0].replace("/store", str(folder)).replace("/frames", f"{folder}/frames")
+    made = folder / "runs-of-the-last-shell"
+    if state in ("unfinished", "finished"):
+        run = Path(made.read_text()) / line / "20260101-000000"
         run.mkdir(parents=True, exist_ok=True)
-    if state == "finished":
-        (run / "report.html").touch()
+        if state == "finished":
+            (run / "report.html").touch()
     for program in ("flawline", "torchrun"):
         (folder / program).write_text('#!/bin/sh\necho "${0##*/} $@"\n')
         (folder / program).chmod(0o755)
     environment = {"PATH": f"{folder}:/usr/bin:/bin", **only(overlay, "ConfigMap")["data"]}
     environment |= {variable["name"]: variable["value"] for variable in container.get("env", ())}
     environment |= {} if index is None else {"JOB_COMPLETION_INDEX": index}
+    environment |= dict(given)
     told = subprocess.run(["sh", "-euc", script], env=environment, capture_output=True, text=True, check=True)
+    if state == "none":
+        made.write_text(told.stdout.strip().rpartition(" ")[2])
     return told.stdout.strip()
 
 
