@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from models import DETECTORS, build_detector
-from models.detector import Detector
+from models.detector import Detector, GradientStage
 from service.contract.bundle import BackboneRecord
 from service.contract.policy import ScoreRule
 from training.config import ConfigFault, RunConfig, score_rule_of
 from training.data.labelled_defects import LabelledDefects
+from training.fit import planned_iterations
 from training.weights import ResolvedWeights, resolve_weights
 
 
@@ -84,16 +85,47 @@ def prepare_detector(
 
 
 def refuse_labelled_defects(config: RunConfig) -> None:
-    """Refuse marked defects for a detector that learns from good frames alone, before anything is read.
+    """Refuse marked defects that the detector would not learn from, before anything is read.
 
     Raises:
-        ConfigFault: if the detector takes none.
+        ConfigFault: if the detector takes none, or no share of a batch gets them.
     """
     if not hasattr(DETECTORS[config.detector].detector, "keep_labelled_defects"):
         takers = [name for name, entry in DETECTORS.items() if hasattr(entry.detector, "keep_labelled_defects")]
         raise ConfigFault(
             f"The detector {config.detector} learns from good frames alone; leave --labelled-defects out, or take "
             f"{' or '.join(takers)}."
+        )
+    share = config.detector_config().labelled_share
+    if not 0 < share <= 1:
+        raise ConfigFault(
+            f"hyperparameters.labelled_share is {share:g}; it is the share of a batch that gets a real defect, above 0 "
+            "and at most 1. Give one, for example 0.5, or leave --labelled-defects out."
+        )
+
+
+def refuse_unseen_defects(prepared: PreparedDetector, frames: int, processes: int) -> None:
+    """Refuse marked defects where a process' share of a batch is so small that none of its frames would get one.
+
+    Args:
+        prepared: a detector that was given marked defects.
+        frames: that it is fitted on.
+        processes: that each batch is split over.
+
+    Raises:
+        ConfigFault: if they would all be left out, however long the fitting.
+    """
+    module: Any = prepared.module
+    share = module.config.labelled_share
+    # The last descent teaches the head, alone or together with everything else.
+    stage = next(stage for stage in reversed(prepared.detector.stages()) if isinstance(stage, GradientStage))
+    _, batch = planned_iterations(stage.recipe, frames)
+    own = batch // processes
+    if own and not round(share * own):
+        where = f"a batch of {batch} frames" if processes == 1 else f"a process' {own} of {batch} frames"
+        raise ConfigFault(
+            f"No labelled defect would be learnt from: hyperparameters.labelled_share is {share:g}, and of {where} in "
+            f"'{stage.name}' that is none. Raise the share or that descent's batch_size, or start fewer processes."
         )
 
 

@@ -46,6 +46,7 @@ from training.detectors import (
     give_labelled_defects,
     prepare_detector,
     refuse_labelled_defects,
+    refuse_unseen_defects,
 )
 from training.evaluate import ask, evaluate, spread
 from training.export import DetectorRun, GraphRun, check_parity, export_graph
@@ -265,9 +266,12 @@ def _fit(
     plan = CheckpointPlan(directory, identity, resume=beginning != "new")
     frames = FileFrames(gathered.fitted_on, config.frame_input, FrameLimits(), gathered.fitted_on_lines)
     try:
+        seen = views_of(frames, config.frame_input, makes_views=config.makes_views)
+        if defects is not None and beginning != "export":
+            refuse_unseen_defects(prepared, len(seen), request.processes)
         return fit(
             prepared.module,
-            views_of(frames, config.frame_input, makes_views=config.makes_views),
+            seen,
             FitSettings(seed=config.seed, shares=request.processes),
             reporter,
             plan,

@@ -33,6 +33,8 @@ from tests.tiny_line import (
 )
 from training.__main__ import commands
 from training.checkpoint import has_checkpoint
+from training.config import ConfigFault
+from training.detectors import prepare_detector, refuse_unseen_defects
 from training.progress import SilentReporter
 from training.run import train
 from training.run_directory import keep_request, read_request
@@ -232,6 +234,38 @@ def test_train_command_when_labelled_defects_cannot_be_used_then_refuses_before_
 
     assert result.exit_code == 2
     assert words in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(0, "is 0;"), (2, "is 2;"), (0.05, "of a batch of 8 frames in 'segmentation head' that is none")],
+    ids=["nothing", "more than all", "less than a frame"],
+)
+def test_train_command_when_no_frame_would_get_a_labelled_defect_then_refuses_before_fitting(tmp_path, share, words):
+    """A manifest never tells of defects that no batch has seen."""
+    line, marked, _ = _learning_from_defects(tmp_path)
+    arguments = ("--config", tmp_path / "run.yaml", "--weights", "untrained", "--threads", "1")
+    wanted = ("--labelled-defects", marked, "--set", f"hyperparameters.labelled_share={share}")
+
+    result = _invoke("train", line, *arguments, *wanted, "--runs", tmp_path / "runs", "--store", tmp_path / "store")
+
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.split())
+    assert not (tmp_path / "store").exists()
+
+
+def test_labelled_defects_when_each_process_has_one_frame_then_are_refused():
+    """Half of one frame is none; half of two is one."""
+    config = make_config(
+        detector="inp_former_pp",
+        hyperparameters={key: value for key, value in TINY_RUN["hyperparameters"].items() if key != "map_size"},
+    )
+    prepared = prepare_detector(config, "untrained", (), torch.device("cpu"))
+    frames = batch = prepared.detector.stages()[-1].recipe.batch_size
+
+    refuse_unseen_defects(prepared, frames, batch // 2)
+    with pytest.raises(ConfigFault, match=f"a process' 1 of {batch} frames"):
+        refuse_unseen_defects(prepared, frames, batch)
 
 
 def test_export_when_another_precision_is_asked_for_then_the_bundle_is_calibrated_with_that_graph(finished, tmp_path):
