@@ -37,6 +37,7 @@ from training.fit import FitStopped
 from training.import_checkpoint import keep_released, read_released
 from training.peers import Peers, meet_peers, process_number, refuse_company
 from training.progress import Reporter, choose_reporter
+from training.published import KindOfSetting, read_published
 from training.recalibrate import read_good_folder, recalibrate
 from training.report import Inspected, LineReport, ReportData, render
 from training.run import Beginning, help_to_fit, train
@@ -156,9 +157,30 @@ def train_lines(line_folder: Path | None, wishes: Wishes, threads: int | None) -
         device=wishes.device,
         processes=peers.count,
     )
+    if peers.number == 0:
+        _tell_paper(request, wishes)
     # The first process makes it, and the others hear which.
     own = new_directory(wishes.runs, request.name, datetime.now(UTC)) if peers.number == 0 else Path()
     _run(request, Path(peers.hear_first(bytes(own)).decode()), "new", threads, peers)
+
+
+def _tell_paper(request: RunRequest, wishes: Wishes) -> None:
+    """Say where the paper's own setting for so few frames, or so many products, is not what its configuration says."""
+    config = request.config
+    told = read_published().get(config.detector)
+    if told is None or wishes.config != "paper":
+        return
+    kind: KindOfSetting = (
+        "few-shot" if config.shots is not None else "multi-class" if len(request.lines) > 1 else "single-class"
+    )
+    missing = [
+        change
+        for change in told.changes.get(kind, ())
+        if load_config("paper", config.detector, [*wishes.settings, change]) != config
+    ]
+    if missing:
+        options = " ".join(f"--set {change}" for change in missing)
+        _reporter().note(f"the paper's {kind} setting has {', '.join(missing)}; to follow it, add {options}")
 
 
 def import_released(

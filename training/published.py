@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 Setting = Literal["single-class", "multi-class", "1-shot", "2-shot", "4-shot"]
+KindOfSetting = Literal["single-class", "multi-class", "few-shot"]
 SHOTS: Mapping[Setting, int] = {"1-shot": 1, "2-shot": 2, "4-shot": 4}
 
 
@@ -25,7 +26,8 @@ class PublishedFigures(_Record):
 
     Attributes:
         data: key of `training.data.benchmarks.BENCHMARKS`.
-        setting: one model for each category, one for all, or so many good frames of each category.
+        setting: one model for each category, one for all, or so many good frames of each category. Zero-shot, a model
+            that was fitted on another data set, is told only: `flawline reproduce` has one data set.
         categories: that the values are the mean over; empty for all of the data set's. With one name, its own values.
         values: percent, by the names of our figures.
         source: where it stands: paper with arXiv id and table, or the page that tells it.
@@ -33,7 +35,7 @@ class PublishedFigures(_Record):
     """
 
     data: str
-    setting: Setting
+    setting: Setting | Literal["zero-shot"]
     categories: tuple[str, ...] = ()
     values: dict[str, Annotated[float, Field(ge=0, le=100)]] = Field(min_length=1)
     source: str = Field(min_length=1)
@@ -47,6 +49,7 @@ class PublishedDetector(_Record):
         title: as its authors call it.
         setting: that its paper is about first of all.
         shots_share_a_model: whether its few-shot setting fits one model for all categories.
+        changes: what a kind of setting sets otherwise than the detector's paper configuration, `key=value`.
         paper: arXiv id.
         remark: what a reader must know of the figures, or why there are none.
         figures: rows.
@@ -55,9 +58,18 @@ class PublishedDetector(_Record):
     title: str
     setting: Setting
     shots_share_a_model: bool = False
+    changes: dict[KindOfSetting, tuple[str, ...]] = Field(default_factory=dict)
     paper: str
     remark: str = ""
     figures: tuple[PublishedFigures, ...] = ()
+
+    def changes_in(self, setting: Setting) -> tuple[str, ...]:
+        """Return what a setting sets otherwise than the paper configuration, `key=value`."""
+        match setting:
+            case "single-class" | "multi-class":
+                return self.changes.get(setting, ())
+            case "1-shot" | "2-shot" | "4-shot":
+                return self.changes.get("few-shot", ())
 
 
 @cache

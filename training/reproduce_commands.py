@@ -14,8 +14,11 @@ def reproduce(  # noqa: PLR0917 - typer reads options from a signature; nobody c
     categories: Annotated[str | None, typer.Option(help="names with commas between; default: all")] = None,
     config: Annotated[str, typer.Option(help="paper, small (for a CPU), or a YAML file")] = "paper",
     setting: Annotated[
-        Literal["paper", "single-class", "multi-class", "1-shot", "2-shot", "4-shot"],
-        typer.Option(help="the paper's own, a model for each category, one model for all, or few good frames"),
+        Literal["paper", "single-class", "multi-class", "1-shot", "2-shot", "4-shot", "zero-shot"],
+        typer.Option(
+            help="the paper's own, a model for each category, one model for all, or few good frames; zero-shot only "
+            "tells what was published and how to come by it"
+        ),
     ] = "paper",
     seeds: Annotated[str, typer.Option(help="whole numbers with commas between")] = "1",
     output: Annotated[Path, typer.Option(help="receives results, tables and checkpoints")] = Path("reproduction"),

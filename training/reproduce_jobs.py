@@ -39,7 +39,7 @@ class ReproductionWishes:
     Attributes:
         categories: names, or none for all.
         config: `paper`, `small` or a file.
-        setting: of the models, or `paper` for the detector's own.
+        setting: of the models, or `paper` for the detector's own. Zero-shot is refused with what is known of it.
         seeds: at least one.
         output: folder of results.
         layout: of the data set, or None to find out.
@@ -50,7 +50,7 @@ class ReproductionWishes:
 
     categories: Sequence[str]
     config: str
-    setting: Literal["paper"] | Setting
+    setting: Literal["paper", "zero-shot"] | Setting
     seeds: tuple[int, ...]
     output: Path
     layout: str | None
@@ -80,14 +80,19 @@ def reproduce_paper(detector: str, dataset: Path, wishes: ReproductionWishes, th
     """Run a paper's setting on a data set; write and print our figures beside the published ones.
 
     Raises:
+        ParameterInvalid: if the setting is zero-shot.
         typer.Exit: with 1 if a model could not be measured, and 130 after a stop.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     reporter = choose_reporter(Console())
-    config = load_config(wishes.config, detector, wishes.settings)
+    setting = _setting(detector, wishes)
+    changes = _changes_of(detector, setting, wishes)
+    config = load_config(wishes.config, detector, [*changes, *wishes.settings])
     lines, data, is_whole = plan_lines(dataset, wishes.layout, wishes.categories)
-    plan = Plan(lines, data, is_whole, _setting(detector, wishes), config, wishes.seeds)
+    if changes:
+        reporter.note(f"as the paper's {setting} setting has it: {', '.join(changes)}")
+    plan = Plan(lines, data, is_whole, setting, config, wishes.seeds)
     equipment = Equipment(_weights(wishes.weights), _weight_folders(wishes.weights), wishes.device)
     try:
         results = reproduce(plan, equipment, wishes.output, reporter)
@@ -104,10 +109,34 @@ def reproduce_paper(detector: str, dataset: Path, wishes: ReproductionWishes, th
 
 
 def _setting(detector: str, wishes: ReproductionWishes) -> Setting:
+    if wishes.setting == "zero-shot":
+        raise ParameterInvalid(_tell_zero_shot(detector))
     if wishes.setting != "paper":
         return wishes.setting
     told = read_published().get(detector)
     return "single-class" if told is None else told.setting
+
+
+def _changes_of(detector: str, setting: Setting, wishes: ReproductionWishes) -> tuple[str, ...]:
+    """Return what the setting changes in the paper configuration; other configurations are meant as they are."""
+    told = read_published().get(detector)
+    return told.changes_in(setting) if told is not None and wishes.config == "paper" else ()
+
+
+def _tell_zero_shot(detector: str) -> str:
+    """Say how a zero-shot figure comes about, and what is published of it."""
+    told = read_published().get(detector)
+    rows = [] if told is None else [row for row in told.figures if row.setting == "zero-shot"]
+    published = "".join(
+        f" Published on {row.data}: {', '.join(f'{name} {value:g}' for name, value in row.values.items())} "
+        f"({row.source})."
+        for row in rows
+    )
+    return (
+        "A zero-shot model is fitted on another data set than the one it is measured on, and reproduce has one data "
+        "set. Fit it there with flawline train, or import the authors' with flawline import-checkpoint; then flawline "
+        f"export RUN --zero-shot --name NAME, and flawline evaluate on each category.{published}"
+    )
 
 
 def _weights(given: str | None) -> Path | Literal["untrained"] | None:

@@ -65,3 +65,18 @@ def test_train_command_when_shots_leave_too_few_frames_then_refuses(tmp_path):
 
     assert answer.exit_code == 2
     assert "needs at least 19 good parts that fitting never saw, and 6 are held out" in answer.output
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_told"), [((), True), (("--set", "hyperparameters.recipe.batch_size=1"), False)]
+)
+def test_train_command_when_the_paper_takes_few_frames_otherwise_then_says_so(tmp_path, settings, is_told):
+    """AMI-Net's paper has another batch for few frames; nobody is told who sets it."""
+    line = write_line(tmp_path / "bottle", good=10)
+    options = ["--detector", "ami_net", "--config", "paper", "--shots", 4, *settings]
+
+    answer = CliRunner().invoke(commands, ["train", *map(str, [line, *options, "--runs", tmp_path / "runs"])])
+
+    said = "the paper's few-shot setting has hyperparameters.recipe.batch_size=1; to follow it, add --set"
+    assert (said in " ".join(answer.output.split())) == is_told
+    assert "needs at least 19 good parts" in answer.output

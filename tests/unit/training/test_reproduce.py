@@ -26,7 +26,7 @@ from training.measure import Equipment
 from training.progress import SilentReporter
 from training.published import read_published
 from training.reproduce import Cell, CellFailed, Plan, cell_path, plan_lines, read_cell, reproduce
-from training.reproduce_jobs import split_seeds
+from training.reproduce_jobs import ReproductionWishes, reproduce_paper, split_seeds
 from training.reproduction_pages import differences_of_configuration, summarise, to_html, to_markdown
 
 _GOOD = 8
@@ -164,9 +164,9 @@ def test_reproduce_in_the_multi_class_setting_fits_one_model_for_all(dataset, tm
     assert any(name.startswith("all, seed 1, test frames of grid") for name in watcher.figures)
 
 
-@pytest.mark.parametrize(("detector", "models"), [("inp_former", 1), ("dadf", 2)])
+@pytest.mark.parametrize(("detector", "models"), [("inp_former", 1), ("inp_former_pp", 1), ("dadf", 2)])
 def test_plan_of_few_shots_has_as_many_models_as_the_paper(dataset, detector, models):
-    """INP-Former's few-shot setting fits one model for all categories; other papers fit one for each."""
+    """The few-shot setting of INP-Former and INP-Former++ fits one model for all categories; others one for each."""
     config = _brief().model_copy(update={"detector": detector})
 
     plan = _plan(dataset, "2-shot", config=config)
@@ -342,6 +342,29 @@ def test_split_seeds_of_nonsense_says_what_is_wanted(text):
         split_seeds(text)
 
 
+@pytest.mark.parametrize(
+    ("setting", "settings", "batch"),
+    [
+        ("single-class", (), 8),
+        ("multi-class", (), 16),
+        ("2-shot", (), 1),
+        ("2-shot", ("hyperparameters.recipe.batch_size=4",), 4),
+    ],
+    ids=["single-class", "multi-class", "2-shot", "changed by hand"],
+)
+def test_reproduce_paper_takes_the_batch_of_the_papers_setting(
+    dataset, tmp_path, monkeypatch, setting, settings, batch
+):
+    """AMI-Net's batch is another one in each setting, and what somebody sets by hand comes last."""
+    asked = []
+    monkeypatch.setattr("training.reproduce_jobs.reproduce", lambda plan, *_: asked.append(plan) or [])
+    wishes = ReproductionWishes((), "paper", setting, (1,), tmp_path, None, None, "cpu", settings)
+
+    reproduce_paper("ami_net", dataset, wishes, None)
+
+    assert asked[0].config_of(1).hyperparameters["recipe"]["batch_size"] == batch
+
+
 def _invoke(*arguments):
     return CliRunner().invoke(commands, ["reproduce", *map(str, arguments)])
 
@@ -376,6 +399,16 @@ def test_reproduce_command_writes_tables_and_goes_on(dataset, finished, tmp_path
     assert {row["published"] for row in written["means"] if row["metric"] == "i_auroc"} == {99.7}
     assert "| bottle |" in (output / "reproduction.md").read_text()
     assert (output / "reproduction.html").read_text().startswith("<!doctype html>")
+
+
+def test_reproduce_command_when_zero_shot_is_asked_for_then_tells_the_published_figure_and_the_way(dataset):
+    """One data set can't give a zero-shot figure; the sentence says what was published and which commands do it."""
+    answer = _invoke("inp_former", dataset, "--setting", "zero-shot")
+
+    said = " ".join(answer.output.split())
+    assert answer.exit_code == 2
+    assert "flawline export RUN --zero-shot" in said
+    assert "Published on mvtec_ad: i_auroc 80.8" in said
 
 
 def test_reproduce_command_with_a_failed_category_ends_with_one(dataset, tmp_path):
