@@ -5,17 +5,21 @@
         if outcome.verdict is Verdict.PASS: ...
 
 The rule of this file: `PASS` needs a complete answer with status 200 that fits the schema, for the very line and part
-that were asked for. No exception leaves `inspect`, because a caller who forgets to catch one must not pass the part.
+that were asked for. No exception leaves `inspect`, because a caller who forgets to catch one must not pass the part;
+what nobody foresaw is logged and becomes a problem like any other.
 
 What only the moment refused (429, 503, no connection) is tried again, never before `Retry-After` and never where the
 answer would come after the deadline; each try tells the server how much time is left. A frame that was sent and not
-answered in time is not sent again: its time is over.
+answered in time is not sent again: its time is over. Nor is one that HTTP can't carry.
 
 The one importer of httpx and tenacity in the service.
 """
 
+import asyncio
 import json
+import logging
 import math
+import os
 import ssl
 import time
 from collections.abc import Callable, Mapping
@@ -30,8 +34,9 @@ import tenacity
 from numpy.typing import NDArray
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from service.bounded_sockets import bounded_pool, waits_end_at
 from service.contract.policy import Verdict
-from service.contract.raw_frames import PixelFormat
+from service.contract.raw_frames import PIXEL_FORMATS, PixelFormat
 from service.inspection import HeatmapKind
 from service.schemas import InspectionAnswer, InspectionOptions, LinesAnswer, LineSummary, Name
 
@@ -48,6 +53,7 @@ MEDIA_TYPES = {
 DEFAULT_DEADLINE_MS = 2000.0
 # The server answers 504 at the deadline itself; so much longer is listened, to hear its reason.
 _GRACE_S = 0.25
+_SHORTEST_WAIT_S = 0.001
 _FIRST_PAUSE_S = 0.02
 _LONGEST_PAUSE_S = 1.0
 _RETRIED_STATUS = (429, 503)
@@ -56,6 +62,8 @@ _LINE = TypeAdapter(Name)
 _Answer = TypeVar("_Answer", bound=BaseModel)
 # Of our own answers: nobody sends megabytes as a verdict.
 _LARGEST_ANSWER_BYTES = 16 * 2**20
+
+_log = logging.getLogger("flawline")
 
 
 class ClientFault(Exception):
@@ -96,7 +104,7 @@ class RawFrame:
     pixel_format: PixelFormat | None = None
 
 
-Frame = Path | EncodedFrame | RawFrame
+Frame = str | os.PathLike[str] | EncodedFrame | RawFrame  # the first two are the path of an image file
 
 
 @dataclass(frozen=True)
@@ -104,8 +112,8 @@ class Problem:
     """Why there is no verdict.
 
     Attributes:
-        code: the server's stable code, or the client's own: `frame_unreadable`, `not_reachable`, `deadline_passed`,
-            `answer_unusable`.
+        code: the server's stable code, or the client's own: `parameter_invalid`, `frame_unreadable`, `not_reachable`,
+            `deadline_passed`, `answer_unusable`, `client_closed`, and `client_failed` for what nobody foresaw.
         sentence: what happened and what to do.
         status: of the answer, or None where none came.
         request_id: under which the server logged it, or None.
@@ -160,7 +168,7 @@ class Client:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._http = httpx.Client(**_options(url, key, connections, tls))
+        self._http = httpx.Client(transport=_Transport(connections, tls), **_options(url, key, connections))
         self._deadline_ms = deadline_ms
         self._clock = clock
         self._sleep = sleep
@@ -193,34 +201,49 @@ class Client:
 
         Args:
             line: of the part.
-            frame: an image file, its bytes, or raw pixels.
-            part_id: echoed and recorded.
-            view: echoed and recorded.
+            frame: the path of an image file, its bytes, or raw pixels.
+            part_id: echoed and recorded, without blanks before and after it: `"0815    "`, as a PLC fills its strings,
+                is `"0815"`.
+            view: echoed and recorded, without blanks before and after it.
             sequence: echoed and recorded.
-            deadline_ms: from this call to its end, all tries together.
+            deadline_ms: from this call to its end, all tries together; the answer of a server that is late itself is
+                waited for a quarter of a second longer.
             heatmap: which one `heatmap` may fetch afterwards.
             policy: version of the line's policy.
         """
-        asked = _Asked(
-            line, part_id, view, sequence, heatmap, policy, self._deadline_ms if deadline_ms is None else deadline_ms
-        )
-        patience = _Patience(asked.deadline_ms, self._clock)
-        sending = _prepare(frame, asked)
-        if isinstance(sending, Problem):
-            return patience.close(_without_verdict(sending))
+        patience = _Patience(self._clock)
+        try:
+            asked = _ask(
+                line,
+                part_id=part_id,
+                view=view,
+                sequence=sequence,
+                heatmap=heatmap,
+                policy=policy,
+                deadline_ms=self._deadline_ms if deadline_ms is None else deadline_ms,
+            )
+            patience.deadline_s = asked.deadline_s
+            sending = _prepare(frame, asked)
+            retrying = tenacity.Retrying(sleep=self._sleep, **patience.rules())
+            return patience.close(retrying(self._send, sending, patience).outcome)
+        except Exception as error:  # noqa: BLE001 - the rule of this file
+            return patience.close(_without_verdict(_failed(error)))
 
-        def once() -> _Heard:
-            left_s = patience.begin_try()
-            try:
-                with self._http.stream("POST", **sending.with_deadline(left_s)) as response:
-                    content = b""
-                    for piece in response.iter_bytes():
-                        content = patience.collect(content, piece)
-                return _hear(response, content, asked)
-            except (httpx.HTTPError, _TooLate, _TooMuch) as error:
-                return _unheard(error)
-
-        return patience.close(tenacity.Retrying(sleep=self._sleep, **patience.rules())(once).outcome)
+    def _send(self, sending: "_Sending", patience: "_Patience") -> "_Heard":
+        """Try once."""
+        _refuse_closed(self._http)
+        left_s = patience.begin_try()
+        try:
+            with (
+                waits_end_at(time.monotonic() + left_s + _GRACE_S),
+                self._http.stream("POST", **sending.with_deadline(left_s)) as response,
+            ):
+                content = b""
+                for piece in response.iter_bytes():
+                    content = patience.collect(content, piece)
+            return _hear(response, content, sending.asked)
+        except (httpx.HTTPError, _TooLate, _TooMuch) as error:
+            return _unheard(error)
 
     def lines(self) -> list[LineSummary]:
         """Return every line that the key may know of.
@@ -250,6 +273,7 @@ class Client:
         Raises:
             ClientFault: if the server can't be asked, does not answer in time, or refuses.
         """
+        _refuse_closed(self._http)
         try:
             return _read_bytes(self._http.request(method, path, params=parameters, timeout=timeout_s))
         except httpx.HTTPError as error:
@@ -269,7 +293,7 @@ class AsyncClient:
         tls: ssl.SSLContext | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._http = httpx.AsyncClient(**_options(url, key, connections, tls))
+        self._http = httpx.AsyncClient(verify=True if tls is None else tls, **_options(url, key, connections))
         self._deadline_ms = deadline_ms
         self._clock = clock
 
@@ -298,29 +322,43 @@ class AsyncClient:
         policy: str | None = None,
     ) -> Outcome:
         """Inspect one frame; see `Client.inspect`. Raises nothing but the cancellation of its task."""
-        asked = _Asked(
-            line, part_id, view, sequence, heatmap, policy, self._deadline_ms if deadline_ms is None else deadline_ms
-        )
-        patience = _Patience(asked.deadline_ms, self._clock)
-        sending = _prepare(frame, asked)
-        if isinstance(sending, Problem):
-            return patience.close(_without_verdict(sending))
+        patience = _Patience(self._clock)
+        try:
+            asked = _ask(
+                line,
+                part_id=part_id,
+                view=view,
+                sequence=sequence,
+                heatmap=heatmap,
+                policy=policy,
+                deadline_ms=self._deadline_ms if deadline_ms is None else deadline_ms,
+            )
+            patience.deadline_s = asked.deadline_s
+            sending = _prepare(frame, asked)
+            retrying = tenacity.AsyncRetrying(**patience.rules())
+            return patience.close((await retrying(self._send, sending, patience)).outcome)
+        except Exception as error:  # noqa: BLE001 - the rule of this file
+            return patience.close(_without_verdict(_failed(error)))
 
-        async def once() -> _Heard:
-            left_s = patience.begin_try()
-            try:
-                async with self._http.stream("POST", **sending.with_deadline(left_s)) as response:
-                    content = b""
-                    async for piece in response.aiter_bytes():
-                        content = patience.collect(content, piece)
-                return _hear(response, content, asked)
-            except (httpx.HTTPError, _TooLate, _TooMuch) as error:
-                return _unheard(error)
-
-        return patience.close((await tenacity.AsyncRetrying(**patience.rules())(once)).outcome)
+    async def _send(self, sending: "_Sending", patience: "_Patience") -> "_Heard":
+        """Try once."""
+        _refuse_closed(self._http)
+        left_s = patience.begin_try()
+        try:
+            async with (
+                asyncio.timeout(left_s + _GRACE_S),
+                self._http.stream("POST", **sending.with_deadline(left_s)) as response,
+            ):
+                content = b""
+                async for piece in response.aiter_bytes():
+                    content = patience.collect(content, piece)
+            return _hear(response, content, sending.asked)
+        except (httpx.HTTPError, TimeoutError, _TooLate, _TooMuch) as error:
+            return _unheard(error)
 
     async def lines(self) -> list[LineSummary]:
         """Return every line that the key may know of; raises as `Client.lines` does."""
+        _refuse_closed(self._http)
         try:
             return _read_lines(_read_bytes(await self._http.get("/v1/lines")))
         except httpx.HTTPError as error:
@@ -328,6 +366,7 @@ class AsyncClient:
 
     async def heatmap(self, inspection_id: str, kind: Literal["png", "overlay", "f16"] = "overlay") -> bytes:
         """Return the heatmap of an inspection that asked for one; raises as `Client.heatmap` does."""
+        _refuse_closed(self._http)
         try:
             return _read_bytes(await self._http.get(f"/v1/inspections/{inspection_id}/heatmap", params={"kind": kind}))
         except httpx.HTTPError as error:
@@ -347,16 +386,13 @@ class _Asked:
     """What was asked for, and what an answer must therefore be about."""
 
     line: str
-    part_id: str | None
-    view: str | None
-    sequence: int | None
-    heatmap: HeatmapKind
-    policy: str | None
-    deadline_ms: float
+    options: InspectionOptions
+    deadline_s: float
 
 
 @dataclass(frozen=True)
 class _Sending:
+    asked: _Asked
     url: str
     content: bytes
     headers: Mapping[str, str]
@@ -364,7 +400,10 @@ class _Sending:
     def with_deadline(self, left_s: float) -> dict[str, Any]:
         """Return the arguments of one try, which tells the server how much time is left."""
         headers = {**self.headers, "X-Deadline-Ms": f"{max(1.0, left_s * 1e3):.3f}"}
-        return {"url": self.url, "content": self.content, "headers": headers, "timeout": left_s + _GRACE_S}
+        # Whoever has no connection by the deadline has nobody whose reason could be heard.
+        connect_s = max(_SHORTEST_WAIT_S, left_s)
+        timeout = httpx.Timeout(left_s + _GRACE_S, connect=connect_s, pool=connect_s)
+        return {"url": self.url, "content": self.content, "headers": headers, "timeout": timeout}
 
 
 @dataclass(frozen=True)
@@ -383,27 +422,31 @@ class _Heard:
 
 
 class _Patience:
-    """How long one frame may take, over all its tries."""
+    """How long one frame may take, over all its tries.
 
-    def __init__(self, deadline_ms: float, clock: Callable[[], float]) -> None:
+    Attributes:
+        deadline_s: from the beginning to the end of them.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.deadline_s = 0.0
         self._clock = clock
         self._started_at = clock()
-        self._deadline_s = deadline_ms / 1e3
         self._tries = 0
 
     def begin_try(self) -> float:
         """Count a try and return the seconds that are left for it."""
         self._tries += 1
-        return max(0.0, self._deadline_s - (self._clock() - self._started_at))
+        return max(0.0, self.deadline_s - (self._clock() - self._started_at))
 
     def collect(self, content: bytes, piece: bytes) -> bytes:
         """Add a piece to an answer, unless it comes too late or there is too much of it.
 
         Raises:
-            _TooLate: if the time is over: each single wait is bounded, and here their sum is.
+            _TooLate: if the time is over.
             _TooMuch: if the answer is none of ours.
         """
-        if self._clock() - self._started_at > self._deadline_s + _GRACE_S:
+        if self._clock() - self._started_at > self.deadline_s + _GRACE_S:
             raise _TooLate
         if len(content) + len(piece) > _LARGEST_ANSWER_BYTES:
             raise _TooMuch
@@ -417,7 +460,7 @@ class _Patience:
             return max(backoff(state), _heard_in(state).not_before_s)
 
         def no_time_left(state: tenacity.RetryCallState) -> bool:
-            return self._clock() - self._started_at + state.upcoming_sleep >= self._deadline_s
+            return self._clock() - self._started_at + state.upcoming_sleep >= self.deadline_s
 
         return {
             "retry": tenacity.retry_if_result(lambda heard: heard.again),
@@ -438,64 +481,115 @@ def _heard_in(state: tenacity.RetryCallState) -> _Heard:
     return heard
 
 
-def _options(url: str, key: str | None, connections: int, tls: ssl.SSLContext | None) -> dict[str, Any]:
+class _Transport(httpx.HTTPTransport):
+    """Answers come in many pieces, and their waits end together."""
+
+    def __init__(self, connections: int, tls: ssl.SSLContext | None) -> None:
+        context = httpx.create_ssl_context(trust_env=False) if tls is None else tls
+        super().__init__(verify=context, trust_env=False)
+        # httpx has no other way to name the pool; a test would see if it were not taken any more.
+        self._pool = bounded_pool(context, connections)
+
+
+def _options(url: str, key: str | None, connections: int) -> dict[str, Any]:
     return {
         "base_url": url,
         "headers": {} if key is None else {"Authorization": f"Bearer {key}"},
         "limits": httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
         "timeout": DEFAULT_DEADLINE_MS / 1e3,
         "trust_env": False,  # a proxy of the environment must not stand between a camera and its station
-        "verify": True if tls is None else tls,
     }
 
 
-def _prepare(frame: Frame, asked: _Asked) -> _Sending | Problem:
-    """Write the request, or say why the frame can't be sent."""
+def _ask(line: str, *, deadline_ms: float, **options: object) -> _Asked:
+    """Say what is wanted, as the server will read it.
+
+    Raises:
+        ClientFault: if something does not fit.
+    """
     try:
-        _LINE.validate_python(asked.line)
-        InspectionOptions.model_validate(
-            {name: getattr(asked, name) for name in InspectionOptions.model_fields if hasattr(asked, name)}
-        )
-        content, kind = _encode(frame)
+        said = InspectionOptions.model_validate({"deadline_ms": deadline_ms, **options})
+        return _Asked(_LINE.validate_python(line), said, (said.deadline_ms or 0.0) / 1e3)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "line"
-        return Problem("parameter_invalid", f"{place}: {first['msg']}.")
+        raise ClientFault(Problem("parameter_invalid", f"{place}: {first['msg']}.")) from error
+
+
+def _prepare(frame: Frame, asked: _Asked) -> _Sending:
+    """Write the request.
+
+    Raises:
+        ClientFault: if the frame can't be sent.
+    """
+    try:
+        content, kind = _encode(frame)
     except OSError as error:
-        return Problem("frame_unreadable", f"{error.filename or 'The frame'} can't be read: {error.strerror}.")
-    except ValueError as error:
-        return Problem("frame_unreadable", str(error))
+        sentence = f"{error.filename or 'The frame'} can't be read: {error.strerror}."
+        raise ClientFault(Problem("frame_unreadable", sentence)) from error
+    except (TypeError, ValueError) as error:
+        raise ClientFault(Problem("frame_unreadable", str(error))) from error
+    options = asked.options
     said = {
-        "X-Part-Id": asked.part_id,
-        "X-View": asked.view,
-        "X-Sequence": None if asked.sequence is None else str(asked.sequence),
-        "X-Heatmap": asked.heatmap,
-        "X-Policy": asked.policy,
+        "X-Part-Id": options.part_id,
+        "X-View": options.view,
+        "X-Sequence": None if options.sequence is None else str(options.sequence),
+        "X-Heatmap": options.heatmap,
+        "X-Policy": options.policy,
     }
-    return _Sending(
-        f"/v1/lines/{asked.line}/inspect", content, kind | {name: value for name, value in said.items() if value}
-    )
+    headers = kind | {name: value for name, value in said.items() if value}
+    return _Sending(asked, f"/v1/lines/{asked.line}/inspect", content, headers)
 
 
-def _encode(frame: Frame) -> tuple[bytes, dict[str, str]]:
+def _encode(frame: object) -> tuple[bytes, dict[str, str]]:
     """Return a frame's bytes and the headers that say what they are.
 
     Raises:
         OSError: if the file can't be read.
+        TypeError: if it is no frame at all.
         ValueError: if it is no kind of frame that the service takes.
     """
-    if isinstance(frame, Path):
-        media_type = MEDIA_TYPES.get(frame.suffix.lower())
+    if isinstance(frame, str | os.PathLike):
+        file = Path(frame)
+        media_type = MEDIA_TYPES.get(file.suffix.lower())
         if media_type is None:
-            raise ValueError(f"{frame.name} is no image file that the service takes: {', '.join(MEDIA_TYPES)}.")
-        return frame.read_bytes(), {"Content-Type": media_type}
+            raise ValueError(f"{file.name} is no image file that the service takes: {', '.join(MEDIA_TYPES)}.")
+        return file.read_bytes(), {"Content-Type": media_type}
     if isinstance(frame, EncodedFrame):
-        return frame.data, {"Content-Type": frame.media_type}
+        if not isinstance(frame.data, bytes | bytearray | memoryview):
+            raise TypeError(f"The data of an EncodedFrame are bytes, and not {type(frame.data).__name__}.")
+        return bytes(frame.data), {"Content-Type": _header_of(frame.media_type)}
+    if not isinstance(frame, RawFrame):
+        kinds = "a path, EncodedFrame(data, 'image/jpeg') or RawFrame(pixels)"
+        raise TypeError(f"A frame is {kinds}, and not {type(frame).__name__}.")
+    return _encode_raw(frame)
+
+
+def _header_of(media_type: object) -> str:
+    """Return a media type as a header has it.
+
+    Raises:
+        ValueError: if it can't be one.
+    """
+    name = media_type.strip() if isinstance(media_type, str) else ""
+    if not name or not name.isascii() or not name.isprintable():
+        raise ValueError("A media type is printable ASCII, for example image/jpeg.")
+    return name
+
+
+def _encode_raw(frame: RawFrame) -> tuple[bytes, dict[str, str]]:
+    """Return pixels as they lie in memory, and the headers that say how.
+
+    Raises:
+        ValueError: if they are no kind that the service takes.
+    """
     pixels = np.ascontiguousarray(frame.pixels)
     kinds: dict[tuple[int, str], PixelFormat] = {(2, "uint8"): "Mono8", (2, "uint16"): "Mono16", (3, "uint8"): "RGB8"}
     pixel_format = frame.pixel_format or kinds.get((pixels.ndim, pixels.dtype.name))
-    if pixel_format is None or not (pixels.ndim == 2 or pixels.shape[2:] == (3,)):
+    if (pixels.ndim, pixels.dtype.name) not in kinds or (pixels.ndim == 3 and pixels.shape[2] != 3):
         raise ValueError("Raw pixels are (H, W) uint8 or uint16, or (H, W, 3) uint8.")
+    if pixel_format not in PIXEL_FORMATS:
+        raise ValueError(f"A pixel format is one of {', '.join(PIXEL_FORMATS)}.")
     return pixels.astype(pixels.dtype.newbyteorder("<"), copy=False).tobytes(), {
         "Content-Type": "application/x-raw-frame",
         "X-Pixel-Format": pixel_format,
@@ -512,8 +606,8 @@ def _hear(response: httpx.Response, content: bytes, asked: _Asked) -> _Heard:
         answer = InspectionAnswer.model_validate_json(content, extra="ignore")  # a newer server may say more
     except ValidationError:
         return _Heard(_without_verdict(_unusable("The server's answer does not fit this client; update it.")))
-    said = (answer.line, answer.part_id, answer.view, answer.sequence)
-    if said != (asked.line, asked.part_id, asked.view, asked.sequence):
+    options, said = asked.options, (answer.line, answer.part_id, answer.view, answer.sequence)
+    if said != (asked.line, options.part_id, options.view, options.sequence):
         return _Heard(_without_verdict(_unusable("The answer is about another part; look at what stands in between.")))
     return _Heard(Outcome(answer.verdict, answer, None))
 
@@ -528,7 +622,7 @@ def _problem_of(response: httpx.Response, content: bytes) -> Problem:
     try:
         document = json.loads(content)
         code, sentence, request_id = str(document["code"]), str(document["detail"]), document.get("request_id")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # whatever stands in between, a proxy for example, has its own way to refuse
     return Problem(code, sentence, response.status_code, request_id if isinstance(request_id, str) else None)
 
@@ -543,9 +637,11 @@ def _retry_after_s(response: httpx.Response) -> float:
 
 def _unheard(error: Exception) -> _Heard:
     """Tell what a try without an answer means."""
+    if isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+        return _Heard(_without_verdict(_not_sendable(error)))  # and never will be
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         return _Heard(_without_verdict(_not_reachable(error)), again=True)
-    if isinstance(error, httpx.TimeoutException | _TooLate):
+    if isinstance(error, httpx.TimeoutException | TimeoutError | _TooLate):
         sentence = "The deadline passed before the answer was complete; the part has no verdict."
         return _Heard(_without_verdict(Problem("deadline_passed", sentence)))
     if isinstance(error, _TooMuch):
@@ -559,7 +655,34 @@ def _unheard(error: Exception) -> _Heard:
 def _no_answer(error: Exception) -> Problem:
     if isinstance(error, httpx.ReadTimeout):
         return Problem("no_answer", "The server did not answer in time; whether it did what was asked is not known.")
+    if isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+        return _not_sendable(error)
     return _not_reachable(error)
+
+
+def _not_sendable(error: Exception) -> Problem:
+    if isinstance(error, httpx.UnsupportedProtocol):
+        return Problem("parameter_invalid", "The server's address must begin with http:// or https://.")
+    # Its own text may show the key.
+    return Problem("parameter_invalid", "HTTP can't carry the request; look for blanks and line ends in key and names.")
+
+
+def _failed(error: Exception) -> Problem:
+    """Tell what kept a frame from being sent, or from being answered, as nobody foresaw."""
+    if isinstance(error, ClientFault):
+        return error.problem
+    _log.error("the client failed", exc_info=error)
+    return Problem("client_failed", f"The client failed ({type(error).__name__}); the log says how.")
+
+
+def _refuse_closed(http: httpx.Client | httpx.AsyncClient) -> None:
+    """Refuse to ask through a client that was closed.
+
+    Raises:
+        ClientFault: if it was.
+    """
+    if http.is_closed:
+        raise ClientFault(Problem("client_closed", "The client was closed; make a new one."))
 
 
 def _not_reachable(error: Exception) -> Problem:

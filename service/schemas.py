@@ -6,7 +6,7 @@ answer against its model.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from service.contract.policy import CalibrationKind, Policy, Verdict
 from service.contract.raw_frames import PixelFormat
@@ -19,7 +19,8 @@ _VERSION = r"^[1-9][0-9]{0,8}$"
 _IDENTIFIER = r"^[ !#-\[\]-~]{1,128}$"
 Name = Annotated[str, Field(pattern=_NAME)]
 Version = Annotated[str, Field(pattern=_VERSION)]
-Identifier = Annotated[str, Field(pattern=_IDENTIFIER)]
+# Blanks before and after it do not count: HTTP takes them from a header, and a PLC fills its strings with them.
+Identifier = Annotated[str, StringConstraints(strip_whitespace=True, pattern=_IDENTIFIER)]
 
 # What each pattern means, for callers who should not have to read one.
 WORDS_OF_PATTERN = {
@@ -37,8 +38,8 @@ class InspectionOptions(_Wire):
     """What a request may say beside the frame; each as a query parameter or as a header, and the query wins.
 
     Attributes:
-        part_id: of the part in front of the camera; echoed and recorded.
-        view: which view of the part the frame shows; echoed and recorded.
+        part_id: of the part in front of the camera; echoed and recorded, without blanks before and after it.
+        view: which view of the part the frame shows; echoed and recorded, without blanks before and after it.
         sequence: running number of the camera; echoed and recorded.
         deadline_ms: time from the arrival of the request to its answer; the server's own limit where absent.
         priority: `low` lets every frame of normal priority go first, and is refused sooner where the queue fills.

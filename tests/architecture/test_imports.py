@@ -33,6 +33,7 @@ DOORS = {
     "starlette": ("service/app.py", ROUTES),
     "uvicorn": ("service/__main__.py", "service/protocol.py"),
     "httptools": ("service/protocol.py",),
+    "httpcore": ("service/bounded_sockets.py",),
     "httpx": ("service/client.py", "training/camera.py"),
     "tenacity": ("service/client.py",),
     "model_signing": ("service/contract/signature.py",),
@@ -51,6 +52,7 @@ ASYNC = (
     "service/golden_watch.py",
     "service/shadows.py",
     "service/camera.py",
+    "service/client.py",  # bounds a whole answer, where httpx bounds each wait for a piece of it
     "service/client_commands.py",
     "service/__main__.py",
     ROUTES,
@@ -61,7 +63,7 @@ ENVIRONMENT = ("service/settings.py", "service/__main__.py", "training/__main__.
 
 # Layers of the service, lowest first: a file imports from lower layers, or from its own package.
 LAYERS = (
-    ("service.errors", "service.heap"),
+    ("service.errors", "service.heap", "service.bounded_sockets"),
     ("service.contract", "service.schedule"),
     (
         "service.drift",

@@ -1,6 +1,7 @@
 """What the client promises: real servers give real answers, and everything else in the world is `NO_VERDICT`."""
 
 import asyncio
+import os
 import socket
 import threading
 import time
@@ -11,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from service.client import AsyncClient, Client, ClientFault, EncodedFrame, RawFrame
+from service.client import AsyncClient, Client, ClientFault, EncodedFrame, Outcome, RawFrame
 from service.contract.policy import Verdict
 from service.settings import Settings
 from tests.factories import encode, make_bundle, make_frame
@@ -20,6 +21,14 @@ from tests.servers import held_engine, serve_in_thread, wait_until_ready
 GOOD = EncodedFrame(encode(make_frame()), "image/png")
 DEFECT = EncodedFrame(encode(make_frame(defect=True)), "image/png")
 PASSING = b'{"verdict":"PASS"'
+
+
+class Unforeseen(os.PathLike[str]):
+    """A path that fails as no path should."""
+
+    def __fspath__(self) -> str:
+        """Fail."""
+        raise LookupError
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +111,7 @@ def test_client_when_the_frame_is_a_file_or_pixels_then_the_score_is_the_same(ur
     file.write_bytes(encode(pixels))
 
     with Client(url) as client:
-        outcomes = [client.inspect("demo_line", frame) for frame in (file, DEFECT, RawFrame(pixels))]
+        outcomes = [client.inspect("demo_line", frame) for frame in (file, str(file), DEFECT, RawFrame(pixels))]
 
     assert len({outcome.answer.score for outcome in outcomes if outcome.answer}) == 1
     assert all(outcome.answer for outcome in outcomes)
@@ -156,18 +165,88 @@ def test_client_when_it_asks_for_lines_then_they_are_typed(url):
         ("demo_line", GOOD, {"deadline_ms": float("nan")}, "parameter_invalid"),
         ("demo_line", RawFrame(np.zeros((4, 4, 4), np.uint8)), {}, "frame_unreadable"),
         ("demo_line", RawFrame(np.zeros(4, np.uint8), "Mono8"), {}, "frame_unreadable"),
+        ("demo_line", RawFrame(np.zeros((4, 4)), "Mono8"), {}, "frame_unreadable"),
+        ("demo_line", RawFrame(np.zeros((4, 4), np.uint8), "Farbe ä"), {}, "frame_unreadable"),
+        ("demo_line", "frame\0.png", {}, "frame_unreadable"),
+        ("demo_line", GOOD.data, {}, "frame_unreadable"),
+        ("demo_line", None, {}, "frame_unreadable"),
+        ("demo_line", EncodedFrame("no bytes", "image/png"), {}, "frame_unreadable"),
+        ("demo_line", EncodedFrame(GOOD.data, "image/jpäg"), {}, "frame_unreadable"),
+        ("demo_line", EncodedFrame(GOOD.data, "image/png\r\nX-Policy: lenient"), {}, "frame_unreadable"),
+        ("demo_line", EncodedFrame(GOOD.data, None), {}, "frame_unreadable"),
+        (None, GOOD, {}, "parameter_invalid"),
+        ("demo_line", GOOD, {"part_id": 815}, "parameter_invalid"),
+        ("demo_line", GOOD, {"part_id": "    "}, "parameter_invalid"),
+        ("demo_line", GOOD, {"deadline_ms": "soon"}, "parameter_invalid"),
+        ("demo_line", Unforeseen(), {}, "client_failed"),
     ],
 )
 def test_client_when_something_is_wrong_then_it_says_what_and_never_raises(url, line, frame, options, code):
     """Every fault, ours or the server's, is an outcome without a verdict and with a stable code."""
-    with Client(url) as client:
-        outcome = client.inspect(line, frame, **options)
 
-    assert outcome.verdict is Verdict.NO_VERDICT
-    assert outcome.answer is None
+    async def ask() -> Outcome:
+        async with AsyncClient(url) as client:
+            return await client.inspect(line, frame, **options)
+
+    with Client(url) as client:
+        outcomes = [client.inspect(line, frame, **options), asyncio.run(ask())]
+
+    for outcome in outcomes:
+        assert outcome.verdict is Verdict.NO_VERDICT
+        assert outcome.answer is None
+        assert outcome.problem is not None
+        assert outcome.problem.code == code
+        assert len(outcome.problem.sentence) > 10
+
+
+def test_client_when_it_was_closed_then_it_says_so():
+    """A verdict that is asked for too late is none, and nothing is raised."""
+
+    async def ask() -> Outcome:
+        client = AsyncClient("http://127.0.0.1:9")
+        await client.close()
+        return await client.inspect("demo_line", GOOD)
+
+    client = Client("http://127.0.0.1:9")
+    client.close()
+    outcomes = [client.inspect("demo_line", GOOD), asyncio.run(ask())]
+
+    assert [outcome.verdict for outcome in outcomes] == [Verdict.NO_VERDICT] * 2
+    assert [outcome.problem.code for outcome in outcomes if outcome.problem] == ["client_closed"] * 2
+    with pytest.raises(ClientFault, match="closed"):
+        client.lines()
+
+
+@pytest.mark.parametrize(
+    ("address", "key"), [("ftp://127.0.0.1:9", None), ("http://127.0.0.1:{port}", "key\r\n")], ids=["scheme", "key"]
+)
+def test_client_when_http_can_not_carry_the_request_then_it_is_tried_once_and_shows_no_key(address, key):
+    """What no try can mend costs no time, and the key stays out of the sentence."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        Client(address.format(port=listening.getsockname()[1]), key) as client,
+    ):
+        outcome = client.inspect("demo_line", GOOD)
+
+    assert (outcome.verdict, outcome.tries) == (Verdict.NO_VERDICT, 1)
     assert outcome.problem is not None
-    assert outcome.problem.code == code
-    assert len(outcome.problem.sentence) > 10
+    assert outcome.problem.code == "parameter_invalid"
+    assert "key\\r" not in outcome.problem.sentence
+
+
+def test_client_when_a_plc_fills_the_part_id_with_blanks_then_it_is_the_id_without_them(url):
+    """Blanks round an id do not count, whichever way they come: HTTP takes them from headers anyway."""
+    with Client(url) as client, httpx.Client(base_url=url) as http:
+        outcome = client.inspect("demo_line", GOOD, part_id="0815    ", view=" top")
+        answer = http.post(
+            "/v1/lines/demo_line/inspect",
+            params={"part_id": "0815    "},
+            content=GOOD.data,
+            headers={"Content-Type": "image/png"},
+        ).json()
+
+    assert outcome.answer is not None
+    assert (outcome.answer.part_id, outcome.answer.view, answer["part_id"]) == ("0815", "top", "0815")
 
 
 @pytest.mark.parametrize("name", ["missing.png", "notes.txt"])
@@ -330,6 +409,49 @@ def test_client_when_the_answer_drips_then_it_stops_listening(url):
     assert outcome.verdict is Verdict.NO_VERDICT
     assert outcome.problem is not None
     assert outcome.problem.code in ("deadline_passed", "answer_unusable")
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("way", ["the head drips", "the frame is taken slowly"])
+def test_client_when_every_wait_is_short_then_all_of_them_together_end_soon_after_the_deadline(way, kind):
+    """A byte now and then begins a new wait each time; the sum of them is bounded, whatever else is."""
+    frame = GOOD if way == "the head drips" else EncodedFrame(bytes(64 * 2**20), "image/png")
+
+    async def ask(url: str) -> Outcome:
+        async with AsyncClient(url) as client:
+            return await client.inspect("demo_line", frame, deadline_ms=50)
+
+    with _dripping(takes_slowly=frame is not GOOD) as url, Client(url) as client:
+        outcome = client.inspect("demo_line", frame, deadline_ms=50) if kind == "sync" else asyncio.run(ask(url))
+
+    assert outcome.verdict is Verdict.NO_VERDICT
+    assert outcome.problem is not None
+    assert outcome.problem.code == "deadline_passed"
+    assert outcome.elapsed_ms < 2000
+
+
+@contextmanager
+def _dripping(*, takes_slowly: bool) -> Iterator[str]:
+    """Serve one connection that gets on all the time and never far, for at most ten seconds."""
+    ended = threading.Event()
+
+    def drip() -> None:
+        connection, _ = listening.accept()
+        with connection, suppress(OSError):  # of a client that has gone
+            for turn in range(500):
+                if takes_slowly:
+                    connection.recv(2**18)
+                else:
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nX-Wait: " if turn == 0 else b"x")
+                if ended.wait(0.02):
+                    return
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=drip)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        ended.set()
+        thread.join()
 
 
 def _header(head: bytes, name: bytes) -> bytes:
