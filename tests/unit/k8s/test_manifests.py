@@ -76,7 +76,7 @@ def test_overlay_when_rendered_then_is_valid_for_kubernetes(overlay, version):
     for resource in known:
         kubernetes_validate.validate(resource, version, strict=True)
 
-    assert known or overlay == "kserve"
+    assert known
 
 
 def foreign(overlay):
@@ -163,9 +163,9 @@ def test_service_when_it_starts_loads_or_hangs_then_the_right_probe_sees_it(over
         assert paths["startup"].endswith("/live")
         assert paths["liveness"].endswith("/live")
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        ports |= {value: value for value in _port_numbers(container)}
         for kind in ("startup", "readiness", "liveness"):
-            port = container[f"{kind}Probe"]["httpGet"]["port"]
-            assert port in ports or port in ports.values()
+            assert container[f"{kind}Probe"]["httpGet"]["port"] in ports
 
 
 @pytest.mark.parametrize("overlay", SERVING)
@@ -233,6 +233,63 @@ def test_probes_when_callers_must_show_keys_or_certificates_then_are_answered_al
     asked = {container[f"{kind}Probe"]["httpGet"]["port"] for kind in ("startup", "readiness", "liveness")}
     assert asked == {"health"}
     assert rule == {"ports": [{"protocol": "TCP", "port": "health"}]}
+
+
+def test_kserve_when_applied_alone_then_has_all_that_its_pods_ask_for():
+    """Its namespace and store are there, whoever calls needs a key, and exactly its two ports are open."""
+    predictor = only("kserve", "InferenceService")
+    [(pod, container)] = containers("kserve")
+    settings = {variable["name"]: variable["value"] for variable in container["env"]}
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    policies = {r["metadata"]["name"]: r["spec"] for r in render("kserve") if r["kind"] == "NetworkPolicy"}
+    opened = {name: policy for name, policy in policies.items() if name != "default-deny"}
+
+    assert only("kserve", "Namespace")["metadata"]["name"] == predictor["metadata"]["namespace"]
+    claim, account = only("kserve", "PersistentVolumeClaim"), only("kserve", "ServiceAccount")
+    assert predictor["spec"]["predictor"]["model"]["storageUri"] == f"pvc://{claim['metadata']['name']}"
+    assert predictor["spec"]["predictor"]["serviceAccountName"] == account["metadata"]["name"]
+    assert predictor["spec"]["predictor"]["automountServiceAccountToken"] is False
+    assert predictor["spec"]["predictor"]["enableServiceLinks"] is False
+    assert {name.removeprefix("FLAWLINE_").lower() for name in settings} <= set(Settings.model_fields)
+    keys = mounts[str(Path(settings["FLAWLINE_KEYS_FILE"]).parent)]
+    [secret] = [volume["secret"] for volume in pod["volumes"] if volume["name"] == keys["name"]]
+    assert secret["secretName"] == "flawline-keys"
+    assert keys["readOnly"] is True
+    of_pods = {"matchLabels": {"serving.kserve.io/inferenceservice": predictor["metadata"]["name"]}}
+    assert all(policy["podSelector"] == of_pods and not policy.get("egress") for policy in opened.values())
+    ports = {
+        name: [port["port"] for rule in policy["ingress"] for port in rule["ports"]] for name, policy in opened.items()
+    }
+    assert ports == {
+        "flawline-predictor-inspections": [int(settings["FLAWLINE_PORT"])],
+        "flawline-predictor-probes": [int(settings["FLAWLINE_HEALTH_PORT"])],
+    }
+    assert {container[f"{kind}Probe"]["httpGet"]["port"] for kind in ("startup", "readiness", "liveness")} == {8081}
+
+
+def test_kserve_when_applied_beside_the_base_then_neither_changes_the_other():
+    """What both bring is the same, callers come from the same places, and no selector takes the other's pods."""
+    of_base, of_kserve = (
+        {(resource["kind"], resource["metadata"]["name"]): resource for resource in render(overlay)}
+        for overlay in ("cpu", "kserve")
+    )
+    shared = of_base.keys() & of_kserve.keys()
+
+    assert {kind for kind, _ in shared} == {"Namespace", "NetworkPolicy", "PersistentVolumeClaim", "ServiceAccount"}
+    assert all(of_base[key] == of_kserve[key] for key in shared)
+    callers = [
+        resources["NetworkPolicy", name]["spec"]["ingress"][0]["from"]
+        for resources, name in (
+            (of_base, "flawline-inspections"),
+            (of_kserve, "flawline-predictor-inspections"),
+        )
+    ]
+    assert callers[0] == callers[1]
+
+
+def _port_numbers(container):
+    """Return the ports that a container's own variables open, beside those that it declares."""
+    return [int(one["value"]) for one in container.get("env", ()) if one["name"].endswith("_PORT")]
 
 
 def test_monitor_when_it_scrapes_then_finds_the_service_and_its_port():
