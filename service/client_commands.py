@@ -5,13 +5,14 @@ Both speak through `service.client`, so their rule is its rule: whatever goes wr
 
 import asyncio
 import json
+import os
 import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -29,6 +30,7 @@ from service.client import (
     ClientFault,
     EncodedFrame,
     Outcome,
+    Problem,
     RawFrame,
 )
 from service.client import Frame as ClientFrame
@@ -51,6 +53,9 @@ Deadline = Annotated[float, typer.Option(help="Milliseconds from sending a frame
 _INSPECT_HELP = """Inspect image files, or every image in a folder, and tell the verdicts.
 
 The exit code is 0 if every part is PASS, 3 if one is REVIEW or FAIL, 1 if one has no verdict.
+
+--overlays draws incoming/left/0001.jpg to overlays/left/FAIL_0001.jpg.png. A picture that is missing changes no
+verdict, and its line says why.
 
 [bold]Examples[/bold]
 
@@ -92,7 +97,11 @@ def inspect(
     if not files:
         leave(f"There is no image in {', '.join(map(str, sources))}; known are files with {', '.join(MEDIA_TYPES)}.")
     if overlays is not None:
-        overlays.mkdir(parents=True, exist_ok=True)
+        try:
+            overlays.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            leave(f"{overlays} can't be the folder of overlays: {error.strerror}.")
+    root = _root_of(sources)
     console = Console()
     verdicts: Counter[Verdict] = Counter()
     with (
@@ -106,21 +115,19 @@ def inspect(
         ThreadPoolExecutor(connections) as cameras,
     ):
 
-        def judge(file: Path) -> Outcome:
+        def judge(file: Path) -> _Seen:
             outcome = client.inspect(
                 line, file, part_id=_part_id(file), heatmap="none" if overlays is None else "overlay", policy=policy
             )
-            if overlays is not None and outcome.answer is not None:
-                picture = client.heatmap(outcome.answer.inspection_id, "overlay")
-                (overlays / f"{outcome.verdict.value}_{file.stem}.png").write_bytes(picture)
-            return outcome
+            if overlays is None or outcome.answer is None:
+                return _Seen(outcome, None)
+            beside = overlays / os.path.relpath(_place_of(file.parent), root)
+            picture = beside / f"{outcome.verdict.value}_{file.name}.png"
+            return _Seen(outcome, _draw(client, outcome.answer.inspection_id, picture))
 
-        try:
-            for file, outcome in zip(files, cameras.map(judge, files), strict=True):
-                verdicts[outcome.verdict] += 1
-                _tell(file, outcome, console, as_json=as_json)
-        except ClientFault as fault:
-            leave(str(fault))
+        for file, seen in zip(files, cameras.map(judge, files), strict=True):
+            verdicts[seen.outcome.verdict] += 1
+            _tell(file, seen, console, as_json=as_json)
     if not as_json:
         console.print(", ".join(f"{count} {verdict.value}" for verdict, count in verdicts.items()), highlight=False)
     raise typer.Exit(_exit_code(verdicts))
@@ -300,7 +307,38 @@ def _images(sources: Sequence[Path]) -> Iterator[Path]:
             yield source
 
 
-def _tell(file: Path, outcome: Outcome, console: Console, *, as_json: bool) -> None:
+def _root_of(sources: Sequence[Path]) -> str:
+    """Return the folder under which every file has a path of its own: that of the one folder, or of all sources."""
+    return os.path.commonpath([_place_of(source if source.is_dir() else source.parent) for source in sources])
+
+
+def _place_of(folder: Path) -> str:
+    """Return a folder's absolute path without `..`, by its names alone: a link leads out of the root."""
+    return os.path.normpath(folder.absolute())
+
+
+class _Seen(NamedTuple):
+    """What became of a frame, and why its picture is missing where it is."""
+
+    outcome: Outcome
+    unpainted: Problem | None
+
+
+def _draw(client: Client, inspection_id: str, picture: Path) -> Problem | None:
+    """Write the overlay of an inspection; return why it could not be."""
+    try:
+        data = client.heatmap(inspection_id, "overlay")
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_bytes(data)
+    except ClientFault as fault:
+        return fault.problem
+    except OSError as error:
+        return Problem("overlay_unwritable", f"{picture} can't be written: {error.strerror}.")
+    return None
+
+
+def _tell(file: Path, seen: _Seen, console: Console, *, as_json: bool) -> None:
+    outcome, unpainted = seen
     if as_json:
         document: dict[str, object] = {
             "file": str(file),
@@ -311,6 +349,8 @@ def _tell(file: Path, outcome: Outcome, console: Console, *, as_json: bool) -> N
             document["answer"] = outcome.answer.model_dump(mode="json")
         if outcome.problem is not None:
             document["problem"] = {"code": outcome.problem.code, "sentence": outcome.problem.sentence}
+        if unpainted is not None:
+            document["overlay_problem"] = {"code": unpainted.code, "sentence": unpainted.sentence}
         typer.echo(json.dumps(document))
         return
     verdict = f"[{_COLOURS[outcome.verdict.value]}]{outcome.verdict.value:<10}[/]"
@@ -319,6 +359,8 @@ def _tell(file: Path, outcome: Outcome, console: Console, *, as_json: bool) -> N
     else:
         found = outcome.answer.regions_total
         said = f"score {outcome.answer.score:.4g}, {found} region{'' if found == 1 else 's'}"
+    if unpainted is not None:
+        said += f"; no overlay: {unpainted.sentence}"
     console.print(f"{verdict} {outcome.elapsed_ms:7.1f} ms  ", end="", highlight=False)
     console.print(f"{file}  {said}", markup=False, highlight=False, soft_wrap=True)
 

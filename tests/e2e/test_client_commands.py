@@ -55,7 +55,58 @@ def test_inspect_when_given_a_folder_then_tells_each_part_and_draws_it(url, fram
     assert told[1].startswith("FAIL")
     assert "1 region" in told[1]
     assert told[2] == "1 PASS, 1 FAIL"
-    assert sorted(file.name for file in (tmp_path / "overlays").iterdir()) == ["FAIL_b_bad.png", "PASS_a_good.png"]
+    assert sorted(file.name for file in (tmp_path / "overlays").iterdir()) == [
+        "FAIL_b_bad.png.png",
+        "PASS_a_good.png.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    "sources", [("frames",), ("frames/left", "frames/right/0001.png")], ids=["one folder", "several sources"]
+)
+def test_inspect_when_files_of_several_folders_have_one_name_then_each_has_its_picture(url, tmp_path, sources):
+    """No camera's picture is written over that of another one."""
+    for side in ("left", "right"):
+        (tmp_path / "frames" / side).mkdir(parents=True)
+        (tmp_path / "frames" / side / "0001.png").write_bytes(encode(make_frame()))
+
+    overlays = tmp_path / "overlays"
+    result = _flawline(
+        *("inspect", *(tmp_path / source for source in sources), "--line", "demo_line"),
+        *("--url", url, "--overlays", overlays),
+    )
+
+    assert result.exit_code == 0
+    drawn = {str(file.relative_to(overlays)) for file in overlays.rglob("*.png")}
+    assert drawn == {"left/PASS_0001.png.png", "right/PASS_0001.png.png"}
+
+
+def test_inspect_when_an_overlay_is_missing_then_every_verdict_is_told_all_the_same(url, frames, tmp_path):
+    """A picture that can't be kept is told beside its verdict, and the run goes on."""
+    overlays = tmp_path / "overlays"
+    (overlays / "PASS_a_good.png.png").mkdir(parents=True)  # where the picture should be
+    arguments = ("inspect", frames, "--line", "demo_line", "--url", url, "--overlays", overlays)
+
+    told = _flawline(*arguments)
+    documents = [json.loads(line) for line in _flawline(*arguments, "--json").stdout.splitlines()]
+
+    assert told.exit_code == 3
+    assert "no overlay" in told.stdout.splitlines()[0]
+    assert told.stdout.splitlines()[2] == "1 PASS, 1 FAIL"
+    assert [document.get("overlay_problem", {}).get("code") for document in documents] == ["overlay_unwritable", None]
+
+
+def test_inspect_when_the_server_keeps_no_heatmap_any_more_then_every_verdict_is_told_all_the_same(store, frames):
+    """A server that forgets heatmaps sooner than they are fetched costs pictures and no verdicts."""
+    with serve_in_thread(Settings(store_directory=store, max_heatmaps_kept=0)) as http:
+        wait_until_ready(http)
+        result = _flawline(
+            *("inspect", frames, "--line", "demo_line", "--url", http.base_url),
+            *("--overlays", frames.parent / "overlays"),
+        )
+
+    assert result.exit_code == 3
+    assert result.stdout.count("no overlay") == 2
 
 
 def test_inspect_when_asked_for_json_then_every_line_is_a_document(url, frames):
@@ -128,6 +179,7 @@ def test_camera_when_nobody_watches_then_prints_its_table_once(url, frames):
     [
         (("inspect", "{frames}/notes.txt", "--line", "demo_line"), "no image file"),
         (("inspect", "{empty}", "--line", "demo_line"), "no image in"),
+        (("inspect", "{frames}", "--line", "demo_line", "--overlays", "{frames}/notes.txt"), "can't be the folder"),
         (("camera", "--line", "demo_line"), "Give frames"),
         (("camera", "--line", "demo_line", "--frames", "{empty}"), "no image in"),
         (("camera", "--line", "unheard_of", "--store", "{store}"), "no bundle"),
