@@ -94,18 +94,23 @@ class LiveLine:
     own_policy: str
     default_policy: str
 
-    def calibration_for(self, policy: Policy) -> Calibration | None:
-        """Return the calibration where it speaks of a policy's scores; None where nothing is promised of them."""
-        return self.calibration if scores_alike(policy, self.policies[self.own_policy].policy) else None
-
     @property
     def key(self) -> "VersionKey":
         """Name and version of its bundle."""
         return VersionKey(self.bundle.manifest.name, self.bundle.manifest.version)
 
+    @property
+    def gives_verdicts(self) -> bool:
+        """Whether frames that name no policy may get a verdict."""
+        return self.may_be_judged_by(self.policies[self.default_policy])
+
     def may_be_judged_by(self, policy: LivePolicy) -> bool:
         """Tell whether a policy may give a verdict here: most need a calibration."""
         return may_judge(policy.policy, is_calibrated=self.calibration is not None)
+
+    def calibration_for(self, policy: Policy) -> Calibration | None:
+        """Return the calibration where it speaks of a policy's scores; None where nothing is promised of them."""
+        return self.calibration if scores_alike(policy, self.policies[self.own_policy].policy) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +189,5 @@ def status_of(live: LiveLine) -> LineStatus:
     """Return how a line stands that was loaded."""
     name = live.bundle.manifest.name
     if live.bundle.batcher.is_healthy:
-        judges = live.may_be_judged_by(live.policies[live.default_policy])
-        return LineStatus(live.name, name, "ready", None if judges else NOT_CALIBRATED, live)
+        return LineStatus(live.name, name, "ready", None if live.gives_verdicts else NOT_CALIBRATED, live)
     return LineStatus(live.name, name, "unhealthy", live.bundle.batcher.why_unhealthy, live)

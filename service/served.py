@@ -76,7 +76,7 @@ class ServedLines(ABC):
         return Found(live, policy)
 
     def serving(self, line: str, bundle_version: str | None) -> LiveLine:
-        """Return what serves a line, whatever policy it is asked by; a line that was unloaded is loaded for it.
+        """Return what serves a frame of a line, by whatever policy; a line that made room for others is loaded for it.
 
         Args:
             line: name of the line.
@@ -87,10 +87,27 @@ class ServedLines(ABC):
             UnknownVersion: if a version is asked for that is not loaded.
             LineNotReady: if the line is loading, refused, unloaded or unhealthy.
         """
+        serving = self._serving(line, bundle_version, is_wanted=True)
+        self._used_at[serving.key] = self._clock()
+        return serving
+
+    def look_at(self, line: str, bundle_version: str | None) -> LiveLine:
+        """Return what serves a line to somebody who only looks: no use of it, and nothing is loaded for that.
+
+        Args:
+            line: name of the line.
+            bundle_version: None takes the live one.
+
+        Raises:
+            FlawlineError: whatever `serving` raises.
+        """
+        return self._serving(line, bundle_version, is_wanted=False)
+
+    def _serving(self, line: str, bundle_version: str | None, *, is_wanted: bool) -> LiveLine:
         state = self._state
         serving = state.live.get(line)
         if serving is None:
-            raise self._why_not(line)
+            raise self._why_not(line, is_wanted=is_wanted)
         live_key = serving.key
         key = live_key if bundle_version is None else VersionKey(live_key.name, bundle_version)
         if key != live_key:
@@ -101,7 +118,6 @@ class ServedLines(ABC):
             serving = version.lines[line]
         if not serving.bundle.batcher.is_healthy:
             raise LineNotReady("The line is unhealthy and waits for a restart; the part has no verdict.")
-        self._used_at[key] = self._clock()
         return serving
 
     def shadow_of(self, line: str, bundle_version: str, policy_version: str) -> tuple[LiveLine, LiveLine] | None:
@@ -160,13 +176,15 @@ class ServedLines(ABC):
         """Whether an engine is lost for good, so that only a new process can open it again."""
         return any(live.bundle.batcher.is_lost for live in self._state.live.values())
 
-    def _why_not(self, line: str) -> FlawlineError:
+    def _why_not(self, line: str, *, is_wanted: bool) -> FlawlineError:
         status = self._state.not_live.get(line)
         if status is None:
             return self._unknown()
         if status.state == "loading":
             return LineLoading("The line is loading; try again in a moment.", retry_after_s=WHILE_LOADING_S)
         if status.state == "unloaded" and line not in self._taken_out:
+            if not is_wanted:
+                return LineNotReady(f"The line is not in memory. {status.reason}")
             # Not waited for: nobody knows how long it takes, and a body would be held in memory all the while.
             wait_s = self._ask_again(status.bundle)
             return LineLoading("The line is loaded again; try again in a moment.", retry_after_s=wait_s)

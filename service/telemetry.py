@@ -237,7 +237,9 @@ class Telemetry:
         self._model_info = self._gauge(
             "model_info", "What serves a line; always 1.", "line", "version", "digest", "policy", "device"
         )
-        self._ready = self._gauge("ready", "1 while frames are answered here, else 0; what /healthz/ready says.")
+        self._ready = self._gauge(
+            "ready", "1 while the store's lines are served here, else 0; what /healthz/ready says."
+        )
         self._refused_versions = self._counter(
             "versions_refused", "Versions of bundles that were not taken into use; a live one goes on.", "engine"
         )

@@ -26,7 +26,7 @@ async def live() -> dict[str, str]:
 
 @router.get("/healthz/ready", response_class=Response, responses={503: {"description": "Not ready, with the reasons."}})
 async def ready(request: Request) -> Response:
-    """Say whether frames are answered here, and if not, why."""
+    """Say whether the lines of the store are served here, and if not, why."""
     context = context_of(request)
     reasons = context.reasons_not_ready()
     body = {"status": "not ready", "reasons": reasons} if reasons else {"status": "ready"}

@@ -6,7 +6,6 @@ from functools import lru_cache
 from fastapi import APIRouter, Request
 
 from service.contract.calibration import Calibration
-from service.contract.policy import may_judge
 from service.errors import CalibrationRefused
 from service.live import LineStatus, LiveLine
 from service.routes.context import caller_of, context_of
@@ -121,7 +120,7 @@ def _describe(live: LiveLine) -> LiveAnswer:
         anomaly_map=FrameSize(height=map_height, width=map_width),
         inspected=InspectedWindow(top=top, left=left, height=height, width=width),
         default_policy=live.default_policy,
-        calibration=policy.calibration if may_judge(policy, is_calibrated=live.calibration is not None) else "none",
+        calibration=policy.calibration if live.gives_verdicts else "none",
         policies=sorted(live.policies),
         thresholds=LineThresholds(
             review=_threshold(calibration, policy.review_threshold),

@@ -20,9 +20,9 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from service import open_inference
-from service.errors import LineNotReady, NotAuthorised, UnknownLine
+from service.errors import LineNotCalibrated, LineNotReady, NotAuthorised, UnknownLine
 from service.inspection import Inspection, InspectionRequest
-from service.live import LineStatus, LiveLine
+from service.live import NOT_CALIBRATED, LineStatus, LiveLine
 from service.open_inference import JSON_LENGTH_HEADER, Coding, InferAnswer, InferRequest, ModelSpec, Values
 from service.registry import Registry
 from service.routes.accounting import TRACE_PARENT_HEADER, Counting, in_time, record_later, unless_left
@@ -38,7 +38,6 @@ PLATFORM = "onnxruntime_onnx"
 
 _NOT_A_MODEL = "stats"  # the protocol gives this address to the statistics of all models
 SMALL_BODY_BYTES = 64 * 2**10
-_INDEX_STATES = {"ready": "READY", "loading": "LOADING"}  # else UNAVAILABLE
 
 
 @router.get("/health/live")
@@ -49,7 +48,7 @@ async def live() -> dict[str, bool]:
 
 @router.get("/health/ready")
 async def ready(request: Request) -> dict[str, bool]:
-    """Say whether frames are answered here."""
+    """Say whether the lines of the store are served here."""
     _demand_ready(context_of(request))
     return {"ready": True}
 
@@ -80,8 +79,10 @@ async def statistics(request: Request, model: str) -> dict[str, Any]:
 @router.get("/models/{model}/ready")
 @router.get("/models/{model}/versions/{version}/ready")
 async def model_ready(request: Request, model: str) -> dict[str, Any]:
-    """Say whether a model answers."""
+    """Say whether a model answers frames that name no policy."""
     line = _readable(request, model)
+    if not line.gives_verdicts:
+        raise LineNotCalibrated(NOT_CALIBRATED)
     if context_of(request).lifecycle.is_draining:
         _demand_ready(context_of(request))
     return {"name": line.name, "ready": True}
@@ -215,7 +216,7 @@ def _readable(request: Request, model: str) -> LiveLine:
         FlawlineError: if the caller may not know of it, or it is not there, or not ready.
     """
     caller_of(request).demand("read", model)
-    return context_of(request).registry.serving(model, _version(request, model))
+    return context_of(request).registry.look_at(model, _version(request, model))
 
 
 def _spec(line: LiveLine, settings: Settings) -> ModelSpec:
@@ -234,18 +235,26 @@ def _statistics(context: Context, line: LiveLine) -> dict[str, Any]:
 
 def _index(registry: Registry, status: LineStatus) -> list[dict[str, str]]:
     known = registry.versions(status.line)
+    state = _index_state(status)
     if not known:
-        return [_entry(status.line, "", _INDEX_STATES.get(status.state, "UNAVAILABLE"), status.reason or "")]
+        return [_entry(status.line, "", state, status.reason or "")]
     newest = known[-1].version
     serving = newest if status.live is None else status.live.bundle.manifest.version
     return [
-        _entry(status.line, one.version, _INDEX_STATES.get(status.state, "UNAVAILABLE"), status.reason or "")
+        _entry(status.line, one.version, state, status.reason or "")
         if one.version == serving
         else _entry(status.line, one.version, "READY", "It is kept, and answers who names it.")
         if one.state == "kept" and status.line in one.lines
         else _entry(status.line, one.version, "UNAVAILABLE", one.reason or "Another version serves the line.")
         for one in known
     ]
+
+
+def _index_state(status: LineStatus) -> str:
+    if status.state == "loading":
+        return "LOADING"
+    answers = status.state == "ready" and status.reason is None
+    return "READY" if answers else "UNAVAILABLE"
 
 
 def _entry(name: str, version: str, state: str, reason: str) -> dict[str, str]:
