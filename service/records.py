@@ -130,8 +130,8 @@ class Records:
             record = self._kept.get(inspection_id)
             if record is None:
                 raise UnknownInspection(
-                    "The inspection is unknown or its heatmap is no longer kept; ask for one with the frame, and fetch "
-                    "it soon after the answer."
+                    "The inspection is unknown here or its heatmap is no longer kept; ask for one with the frame, and "
+                    "fetch it soon after the answer, from the process that gave it."
                 )
             self._kept.move_to_end(inspection_id)
         return record

@@ -76,7 +76,9 @@ PROBLEMS: dict[str, Problem] = {
         404, "Unknown policy version", "The line has no such policy; GET /v1/lines/{line}/policies lists them."
     ),
     "unknown_inspection": Problem(
-        404, "Unknown inspection", "The inspection is unknown or no longer kept; fetch heatmaps soon after the answer."
+        404,
+        "Unknown inspection",
+        "The inspection is unknown or no longer kept; fetch heatmaps soon after the answer, from the process that gave it.",
     ),
     "method_not_allowed": Problem(405, "Method not allowed", "This address does not take that method; see /docs."),
     "version_refused": Problem(
