@@ -78,7 +78,7 @@ PROBLEMS: dict[str, Problem] = {
     "unknown_inspection": Problem(
         404,
         "Unknown inspection",
-        "The inspection is unknown or no longer kept; fetch heatmaps soon after the answer, from the process that gave it.",
+        "The inspection is unknown or no longer kept; fetch heatmaps soon, from the process that answered.",
     ),
     "method_not_allowed": Problem(405, "Method not allowed", "This address does not take that method; see /docs."),
     "version_refused": Problem(
