@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from models.ami_net import AmiNet, AmiNetConfig
 from models.dadf import Dadf, DadfConfig
@@ -18,24 +18,32 @@ from models.st_mae import StMae, StMaeConfig
 
 
 class DetectorEntry(NamedTuple):
-    """A detector's frozen configuration class, and the class that is built from it."""
+    """What is known of a detector by its name.
+
+    Attributes:
+        config: its frozen configuration class.
+        detector: the class that is built from it.
+        several_lines: whether one network serves several lines: `made` for it or indifferent to it, `unproven` where
+            the method is published for one line, `refused` where the network holds a picture of one product.
+    """
 
     config: type[Any]
     detector: type[Any]
+    several_lines: Literal["made", "unproven", "refused"] = "made"
 
 
 DETECTORS: Mapping[str, DetectorEntry] = MappingProxyType(
     {
         "ami_net": DetectorEntry(AmiNetConfig, AmiNet),
-        "dadf": DetectorEntry(DadfConfig, Dadf),
-        "glcf": DetectorEntry(GlcfConfig, Glcf),
+        "dadf": DetectorEntry(DadfConfig, Dadf, "unproven"),
+        "glcf": DetectorEntry(GlcfConfig, Glcf, "unproven"),
         "grnr": DetectorEntry(GrnrConfig, Grnr),
         "inp_former": DetectorEntry(InpFormerConfig, InpFormer),
         "inp_former_pp": DetectorEntry(InpFormerPpConfig, InpFormerPp),
-        "jigsaw_svdd": DetectorEntry(JigsawSvddConfig, JigsawSvdd),
+        "jigsaw_svdd": DetectorEntry(JigsawSvddConfig, JigsawSvdd, "refused"),
         "pnpt": DetectorEntry(PnptConfig, Pnpt),
-        "rb_ae": DetectorEntry(RbAeConfig, RbAe),
-        "st_mae": DetectorEntry(StMaeConfig, StMae),
+        "rb_ae": DetectorEntry(RbAeConfig, RbAe, "refused"),
+        "st_mae": DetectorEntry(StMaeConfig, StMae, "unproven"),
     }
 )
 

@@ -25,6 +25,7 @@ from service.contract.bundle import GoldenRule
 from service.contract.geometry import InputSpec, NetworkInput, Tiling
 from service.contract.policy import ScoreRule
 from training.data.split import HoldOut
+from training.ranges import find_idle_recipe, find_misfit
 from training.weight_lock import backbone_name
 
 # Fields of a detector's configuration that the run says once for everybody.
@@ -179,6 +180,8 @@ class RunConfig(BaseModel):
             own = TypeAdapter(schema).validate_python(values)
         except ValidationError as error:
             raise ConfigFault(_first_fault(error, "hyperparameters")) from error
+        if (misfit := find_misfit(self.detector, own)) is not None:
+            raise ConfigFault(f"hyperparameters.{misfit}.")
         _refuse_other_products(self.detector, self.product, getattr(schema, "products", None))
         return own
 
@@ -205,7 +208,9 @@ def load_config(source: str, detector: str = "inp_former", overrides: Iterable[s
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigFault(_first_fault(error)) from error
-    config.detector_config()
+    # A control of a comparison learns nothing on purpose; a run of somebody's own does so by a slip.
+    if (idle := find_idle_recipe(config.detector_config())) is not None:
+        raise ConfigFault(f"hyperparameters.{idle}.")
     _ = config.frame_input  # tiles that can't be cut are refused now
     return config
 

@@ -1,7 +1,7 @@
 """From a run's description to a detector ready to be fitted: built, given its backbone's weights, on its device.
 
-Comes after the data check and before fitting. The one place where a fault of the configuration that only the detector
-can see becomes a sentence for the person who wrote it.
+Comes before the data check, which takes longer, and before fitting. The one place where a fault of the configuration
+that only the detector can see becomes a sentence for the person who wrote it.
 """
 
 from dataclasses import dataclass
@@ -70,10 +70,7 @@ def prepare_detector(
         WeightsUnavailable: if no weights could be had.
     """
     own = config.detector_config(lines)
-    try:
-        built: Any = build_detector(config.detector, own)
-    except ValueError as error:
-        raise ConfigFault(f"The detector {config.detector} can't be built: {error}.") from error
+    built: Any = _build(config, own)
     backbone = None
     name = getattr(own, "backbone", None)
     if name is not None:
@@ -157,6 +154,22 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _build(config: RunConfig, own: Any) -> Any:
+    try:
+        return build_detector(config.detector, own)
+    except ValueError as error:
+        raise ConfigFault(f"The detector {config.detector} can't be built: {error}.") from error
+    except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
+        # What a detector does not refuse in words of its own, such as a size that torch can't make a layer of.
+        given = ", ".join(
+            f"{key}={value}" for key, value in config.hyperparameters.items() if not isinstance(value, dict)
+        )
+        raise ConfigFault(
+            f"The detector {config.detector} can't be built with these settings, {type(error).__name__}: {error}. They "
+            f"are: {given or 'the defaults'}; compare them with those of --config small."
+        ) from error
 
 
 def _load(detector: _WithBackbone, name: str, resolved: ResolvedWeights) -> None:

@@ -135,7 +135,7 @@ def fit(
         ValueError: if there are no frames, their lines are not those that the detector is conditioned on, or the
             processes can't compute equally many shares.
         FitStopped: after Ctrl-C or a termination signal, once the state is kept.
-        FitFailed: if the loss is not finite, a pass refuses the frames that it saw, or a batch has fewer frames than
+        FitFailed: if the loss is not finite, a stage refuses the frames that it saw, or a batch has fewer frames than
             shares.
         PeerLost: if another process has ended.
         CheckpointRefused: if the run shall be resumed from a checkpoint that does not fit.
@@ -323,7 +323,10 @@ class _Run:
             # For layers that draw from torch's own generator, such as dropout.
             torch.manual_seed(_seed_of(self._settings.seed, index, step, *([share] if share else [])))
             weight = len(inputs) / batch
-            losses = stage.terms(inputs, line_index, Step(step, share))
+            try:
+                losses = stage.terms(inputs, line_index, Step(step, share))
+            except ValueError as error:
+                raise FitFailed(f"'{stage.name}' can't go on at step {step}: {error}.") from error
             loss: Tensor = torch.stack(list(losses.values())).sum() * weight
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
             for name, value in losses.items():

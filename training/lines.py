@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
+from models import DETECTORS
 from models.detector import Recipe
 from service.contract.bundle import newest_bundles, promised_lines
 from service.contract.frames import FrameLimits
@@ -26,7 +27,7 @@ from training.calibrate import (
     refuse_unsupported_rates,
     refuse_unusable_region,
 )
-from training.config import RunConfig, map_size_of, score_rule_of
+from training.config import ConfigFault, RunConfig, map_size_of, score_rule_of
 from training.data.check import CheckedDataset, check_dataset
 from training.data.detect import read_dataset
 from training.data.samples import ANOMALOUS, UNKNOWN, Dataset, DatasetFault, Sample
@@ -36,6 +37,7 @@ from training.progress import Reporter
 from training.run_directory import LineRequest, RunRequest
 
 _LARGEST_RATIO_OF_ASPECTS = 2.0
+_FOR_SEVERAL_LINES = "inp_former"
 # Their papers have a few-shot setting.
 _MADE_FOR_FEW_FRAMES = ("ami_net", "inp_former", "inp_former_pp")
 
@@ -94,6 +96,7 @@ def gather_lines(request: RunRequest, reporter: Reporter) -> GatheredLines:
     """Read and check the frames of every line, the quick questions of all lines before the first slow one.
 
     Raises:
+        ConfigFault: if there are several lines, and the detector holds a picture of one product.
         ParameterInvalid: if two lines have one name, another bundle of the store serves one of them, or a region of
             interest was not drawn on its line's frames.
         DatasetFault: if two lines have the same frames, a file can't be used, or frames are of too different a shape.
@@ -102,6 +105,7 @@ def gather_lines(request: RunRequest, reporter: Reporter) -> GatheredLines:
         BundleRefused: if one leaves nothing to inspect, or too little for this detector.
     """
     _refuse_repetitions(request.lines)
+    _refuse_lines_together(request)
     served = [line.name for line in request.lines]
     refuse_taken_lines(request.store, request.name, served)
     many, released = len(request.lines) > 1, request.released is not None
@@ -111,6 +115,7 @@ def gather_lines(request: RunRequest, reporter: Reporter) -> GatheredLines:
     warnings = (
         *_told_of_release(request),
         *lines_given_up(request.store, request.name, served),
+        *_told_of_lines_together(request),
         *_told_of_few_frames(lines, request.config),
         *_told_of_missing_masks(lines),
         *compare_frame_sizes(lines, request.config.frame_input),
@@ -232,6 +237,27 @@ def _refuse_copies(lines: Sequence[GatheredLine]) -> None:
                 f"{names[line.data.digest]} and {line.name} hold the very same frames; name one of them."
             )
         names[line.data.digest] = line.name
+
+
+def _refuse_lines_together(request: RunRequest) -> None:
+    detector = request.config.detector
+    if len(request.lines) > 1 and DETECTORS[detector].several_lines == "refused":
+        raise ConfigFault(
+            f"The detector {detector} compares every frame with a picture of one product, so frames of another line "
+            "would be judged by it; give each line a run of its own, or take a detector for several lines: "
+            f"--detector {_FOR_SEVERAL_LINES}."
+        )
+
+
+def _told_of_lines_together(request: RunRequest) -> tuple[str, ...]:
+    detector = request.config.detector
+    if len(request.lines) == 1 or DETECTORS[detector].several_lines != "unproven":
+        return ()
+    sentence = (
+        f"{detector} is published for one line, and one network learns {len(request.lines)} here; if it finds less "
+        f"than in runs of their own, take a detector for several lines: --detector {_FOR_SEVERAL_LINES}."
+    )
+    return (sentence,)
 
 
 def _told_of_release(request: RunRequest) -> tuple[str, ...]:

@@ -223,8 +223,8 @@ def _prepare(request: RunRequest, reporter: Reporter) -> tuple[GatheredLines, La
     make_deterministic(config.seed)
     if request.labelled_defects is not None:
         refuse_labelled_defects(config)
+    prepared = prepare_detector(config, request.weights, request.weight_folders, device, len(request.lines))
     gathered = gather_lines(request, reporter)
-    prepared = prepare_detector(config, request.weights, request.weight_folders, device, len(gathered.lines))
     defects = _read_defects(request.labelled_defects, gathered, config.frame_input)
     if defects is not None:
         give_labelled_defects(prepared, defects)

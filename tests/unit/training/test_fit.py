@@ -373,6 +373,19 @@ def test_fit_when_a_pass_refuses_the_frames_then_names_it_and_its_reason():
         _fit(Choosy())
 
 
+def test_fit_when_a_loss_refuses_what_it_is_given_then_names_the_stage_its_step_and_the_reason():
+    """What a detector says in words ends the run in a sentence, as in a pass."""
+
+    class Choosy(_TinyDetector):
+        def _loss(self, inputs, step):
+            if step == 2:
+                raise ValueError("no defect has this area")
+            return super()._loss(inputs, step)
+
+    with pytest.raises(FitFailed, match=r"'student' can't go on at step 2: no defect has this area\."):
+        _fit(Choosy())
+
+
 def test_fit_whose_last_step_breaks_the_parameters_fails():
     """The last update has no loss after it and is looked at by itself."""
     recipe = Recipe("sgd", 1e38, 1e38, 0.0, batch_size=4, betas=(0.0, 0.0), iterations=1)

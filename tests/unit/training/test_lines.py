@@ -8,6 +8,7 @@ import pytest
 from service.errors import BundleRefused, CalibrationRefused, ParameterInvalid
 from tests.factories import encode, make_bundle, make_frame
 from tests.tiny_line import make_config, make_request, write_line
+from training.config import ConfigFault, load_config
 from training.data.samples import DatasetFault
 from training.lines import gather_lines
 from training.progress import SilentReporter
@@ -73,6 +74,26 @@ def test_gather_when_two_lines_have_the_same_frames_then_refuses(tmp_path, bottl
 
     with pytest.raises(DatasetFault, match=r"bottle and flask (are the same folder|hold the very same frames)"):
         _gather(tmp_path, bottle, lines=lines)
+
+
+@pytest.mark.parametrize("detector", ["rb_ae", "jigsaw_svdd"])
+def test_gather_when_the_detector_holds_one_products_picture_then_refuses_several_lines(
+    tmp_path, bottle, cap, detector
+):
+    """Its reference would repaint frames of the other product."""
+    with pytest.raises(ConfigFault, match=f"The detector {detector} compares every frame with a picture of one"):
+        _gather(tmp_path, bottle, cap, config=load_config("small", detector))
+
+
+@pytest.mark.parametrize(("detector", "warned"), [("dadf", True), ("inp_former", False)])
+def test_gather_when_the_method_is_for_one_line_then_says_so_of_several(tmp_path, bottle, cap, detector, warned):
+    """They can be trained together, and nobody promised that it goes well."""
+    config = load_config("small", detector, ["hold_out.fraction=0.5"])
+
+    together, alone = (_gather(tmp_path, *folders, config=config) for folders in ((bottle, cap), (bottle,)))
+
+    assert any("dadf is published for one line" in warning for warning in together.warnings) is warned
+    assert not any("published for one line" in warning for warning in alone.warnings)
 
 
 def test_gather_when_one_line_holds_out_too_few_then_names_it(tmp_path, bottle):
