@@ -404,6 +404,17 @@ def test_answer_when_read_back_then_every_number_is_the_same_in_either_form(form
     assert read["verdict"] == values["verdict"]
 
 
+def test_answer_when_a_map_is_large_then_every_number_of_it_is_there():
+    """A map is printed in pieces, and no seam shows."""
+    values = _values(2) | {"anomaly_map": np.random.default_rng(1).random((2, 130, 90), np.float32)}
+    asked = parse({"inputs": [encoded(2)], "outputs": [{"name": "anomaly_map"}]})
+
+    answer = print_answer(asked, "demo_line", "3", values, {})
+
+    _, read = _read_answer(answer.body, answer.json_bytes)
+    assert np.array_equal(np.array(read["anomaly_map"], np.float32), values["anomaly_map"].ravel())
+
+
 def test_answer_when_no_id_was_sent_then_none_is_made_up():
     """The id is the caller's own; without one the member is left out."""
     answer = print_answer(parse({"inputs": [encoded()]}), "demo_line", "3", _values(1), {})
