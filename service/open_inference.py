@@ -482,8 +482,8 @@ def _to_bytes(value: Values) -> bytes:
 def _to_numbers(value: Values) -> bytes:
     if not isinstance(value, np.ndarray):
         return to_json(list(value))
-    # Piece by piece, because no other thread of the process runs while one is printed, nor fires a deadline: a large map
-    # takes tens of milliseconds.
+    # Piece by piece, because no other thread of the process runs while one is printed, and no deadline fires: a large
+    # map takes tens of milliseconds.
     numbers = value.ravel()
     pieces = (numbers[at : at + _PRINTED_AT_ONCE].tolist() for at in range(0, numbers.size, _PRINTED_AT_ONCE))
     # NaN is no JSON: a p-value that does not exist is null.
