@@ -33,7 +33,8 @@ _LUMA = (0.299, 0.587, 0.114)
 def choose_shots(dataset: Dataset, shots: int, seed: int) -> tuple[list[Sample], list[Sample]]:
     """Return the good frames to fit on, sorted by path, and those that may calibrate.
 
-    A data set that brings validation frames is calibrated on those; any other on its other good frames.
+    A data set that brings validation frames is calibrated on those; any other on its other good frames, but for
+    further views of a piece that is fitted on.
 
     Raises:
         DatasetFault: if there are fewer good frames than are wanted.
@@ -44,8 +45,10 @@ def choose_shots(dataset: Dataset, shots: int, seed: int) -> tuple[list[Sample],
             f"{dataset.root} has {len(good)} good frames to train on and {shots} are wanted; add frames."
         )
     drawn = random.Random(seed).sample(range(len(good)), shots)  # noqa: S311 -- no secret is drawn
-    others = [sample for index, sample in enumerate(good) if index not in drawn]
-    return [good[index] for index in sorted(drawn)], list(dataset.validation_good) or others
+    chosen = [good[index] for index in sorted(drawn)]
+    pieces = {sample.group for sample in chosen} - {None}
+    others = [sample for index, sample in enumerate(good) if index not in drawn and sample.group not in pieces]
+    return chosen, list(dataset.validation_good) or others
 
 
 class ShotViews:

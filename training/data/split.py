@@ -13,12 +13,15 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from training.data.samples import Dataset, DatasetFault, Sample
 
 # An edge moves by at most a quarter of a block, so that no block can vanish, and by at most so many frames.
 _LARGEST_SHIFT = 8
+# So many good parts support the default review rate. Moved edges never take a split that wants them below that.
+_ENOUGH_HELD = 19
 
 
 @dataclass(frozen=True)
@@ -72,23 +75,47 @@ def split_good(dataset: Dataset, rule: HoldOut) -> tuple[list[Sample], list[Samp
 def hold_out(samples: Sequence[Sample], rule: HoldOut) -> tuple[list[Sample], list[Sample]]:
     """Split samples into kept and held-out ones, each in recording order; both get at least one.
 
+    Samples of one group (views of one piece) are on one side by every rule: they count as one frame of it. By blocks,
+    about the wanted number is held, because edges move into gaps.
+
     Raises:
         DatasetFault: if there are fewer than two frames or groups, or a name does not match the group pattern.
     """
     ordered = sorted(samples, key=_recording_order)
     if len(ordered) < 2:
         raise DatasetFault("A split needs at least two good frames; add frames, or a validation/good folder.")
-    wanted = min(max(1, round(len(ordered) * rule.fraction)), len(ordered) - 1)
+    if rule.rule == "groups":
+        held = _groups([_group(s, rule.group_by) for s in ordered], _wanted(len(ordered), rule), rule.seed)
+        return _sides([[sample] for sample in ordered], held)
+    pieces = _pieces(ordered)
+    if len(pieces) < 2:
+        raise DatasetFault(f"All good frames show one piece, {ordered[0].group!r}; add frames of other pieces.")
+    wanted = _wanted(len(pieces), rule)
     if rule.rule == "blocks":
-        held = _blocks([_number(s) for s in ordered], wanted, rule)
-    elif rule.rule == "groups":
-        held = _groups([_group(s, rule.group_by) for s in ordered], wanted, rule.seed)
+        held = _blocks([_number(piece[0]) for piece in pieces], wanted, rule)
     else:
-        held = set(random.Random(rule.seed).sample(range(len(ordered)), wanted))  # noqa: S311 -- no secret is drawn
-    return (
-        [s for i, s in enumerate(ordered) if i not in held],
-        [s for i, s in enumerate(ordered) if i in held],
-    )
+        held = set(random.Random(rule.seed).sample(range(len(pieces)), wanted))  # noqa: S311 -- no secret is drawn
+    return _sides(pieces, held)
+
+
+def _wanted(count: int, rule: HoldOut) -> int:
+    return min(max(1, round(count * rule.fraction)), count - 1)
+
+
+def _pieces(ordered: Sequence[Sample]) -> list[list[Sample]]:
+    """Put the views of one piece together, at the place of the first; a frame without a group is a piece."""
+    pieces: dict[str | Path, list[Sample]] = {}
+    for sample in ordered:
+        pieces.setdefault(sample.path if sample.group is None else sample.group, []).append(sample)
+    return list(pieces.values())
+
+
+def _sides(pieces: Sequence[Sequence[Sample]], held: set[int]) -> tuple[list[Sample], list[Sample]]:
+    sides: tuple[list[Sample], list[Sample]] = ([], [])
+    for index, piece in enumerate(pieces):
+        sides[index in held].extend(piece)
+    kept, out = (sorted(side, key=_recording_order) for side in sides)
+    return kept, out
 
 
 def _number(sample: Sample) -> int | None:
@@ -112,6 +139,10 @@ def _blocks(numbers: Sequence[int | None], wanted: int, rule: HoldOut) -> set[in
         begin = round(block * period + phase)
         end = min(max(begin + 1, round(block * period + phase + length)), count)
         held.update(range(_widest_gap(numbers, begin, reach), _widest_gap(numbers, end, reach)))
+    if len(held) == count:  # rounded edges have left no gap between the blocks
+        return set(range(wanted))
+    while len(held) < min(wanted, _ENOUGH_HELD):
+        held.add(next(at for at in range(count) if at not in held and not held.isdisjoint((at - 1, at + 1))))
     return held
 
 

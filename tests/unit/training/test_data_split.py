@@ -1,10 +1,11 @@
 """Promises of the split that keeps calibration frames away from fitting."""
 
 import itertools
+import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from training.data.samples import Dataset, DatasetFault, Sample
@@ -26,6 +27,8 @@ def _numbers(samples):
     st.integers(0, 5),
     st.sampled_from(["blocks", "random"]),
 )
+@example(8, 0.75, 4, 0, "blocks")
+@example(40, 0.95, 4, 0, "blocks")
 def test_hold_out_puts_every_frame_on_exactly_one_side(count, fraction, blocks, seed, rule):
     """No frame is lost or on both sides, neither side is empty, and the size is near the wanted one."""
     samples = _samples(range(count))
@@ -66,6 +69,29 @@ def test_hold_out_of_near_copies_moves_the_edges_into_the_gaps():
 
     tile_of = {name: index for index, tile in enumerate(tiles) for name in tile}
     assert not {tile_of[s.path.stem] for s in kept} & {tile_of[s.path.stem] for s in held}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_hold_out_of_uneven_numbers_still_holds_enough_for_the_default_rate(seed):
+    """Edges that move into gaps do not take a wanted 19 below what the default review rate needs."""
+    numbers = itertools.accumulate(random.Random(seed).choices([1, 1, 1, 40], k=76))
+
+    kept, held = hold_out(_samples(numbers), HoldOut(seed=seed))
+
+    assert len(held) >= 19
+    assert len(kept) + len(held) == 76
+
+
+@pytest.mark.parametrize("rule", ["blocks", "random"])
+def test_hold_out_keeps_the_views_of_a_piece_together_by_every_rule(rule):
+    """Five views of each piece are never on both sides, whatever their names are."""
+    views = [s for piece in range(20) for s in _samples((f"{v}_{piece}" for v in range(5)), group=f"piece{piece}")]
+
+    kept, held = hold_out(views, HoldOut(rule=rule, seed=3))
+
+    assert not {s.group for s in kept} & {s.group for s in held}
+    assert len(held) % 5 == 0
+    assert 0 < len(held) < 100
 
 
 def test_hold_out_sorts_by_the_last_number_and_not_by_the_alphabet():
@@ -114,8 +140,9 @@ def test_hold_out_by_the_samples_own_groups_keeps_them_together():
         (_samples(["a1", "a2"]), HoldOut(rule="groups", group_by="a"), "belong to the group 'a'"),
         (_samples(["a1", "b2"]), HoldOut(rule="groups", group_by=r"a(\d)"), "b2.png does not match"),
         (_samples(["1", "2"]), HoldOut(rule="groups"), "belongs to no group"),
+        (_samples(["1", "2"], group="S1"), HoldOut(), "show one piece, 'S1'"),
     ],
-    ids=["one frame", "one group", "no match", "no group"],
+    ids=["one frame", "one group", "no match", "no group", "one piece"],
 )
 def test_hold_out_that_can_not_split_says_why(samples, rule, sentence):
     """Too few frames or groups end with what to do."""
