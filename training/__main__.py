@@ -21,7 +21,7 @@ commands = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 _CALLERS_FAULT = 2
 
 Bundle = Annotated[Path, typer.Argument(help="one version: store/<name>/<version>")]
-Detector = Annotated[str, typer.Option(help="method")]
+Detector = Annotated[str | None, typer.Option(help="method; default: inp_former, or that of the YAML file")]
 Config = Annotated[str, typer.Option(help="small (for a CPU), paper, or a YAML file")]
 Weights = Annotated[
     str | None,
@@ -84,7 +84,7 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
     ] = None,
     store: Annotated[Path, typer.Option(help="folder of all bundles")] = Path("store"),
     runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
-    detector: Detector = "inp_former",
+    detector: Detector = None,
     config: Config = "small",
     backbone: Annotated[str | None, typer.Option(help="another pretrained network, by timm's name")] = None,
     weights: Weights = None,
@@ -289,7 +289,7 @@ def report(
 def demo(
     line: Annotated[Path | None, typer.Option(help="your own frames; default: solar cells")] = None,
     folder: Annotated[Path, typer.Option(help="receives frames, store, run and overlays")] = Path("demo"),
-    detector: Detector = "inp_former",
+    detector: Detector = None,
     config: Config = "small",
     weights: Weights = None,
     threads: Threads = None,

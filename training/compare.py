@@ -381,7 +381,7 @@ def _digest(plan: CellPlan, means: Means) -> str:
         # Without defaults, so that a key which the run learns later does not make old cells untrue.
         "configuration": plan.config.model_dump(mode="json", exclude_defaults=True),
         "kind": plan.kind,
-        "data": _data_digest(plan.folder, plan.layout),
+        "data": data_digest(plan.folder, plan.layout),
         "sources": sources_digest(plan.config.detector),
         "weights": None if backbone is None else _weights_digest(backbone, weights, means.weight_folders),
     }
@@ -391,7 +391,12 @@ def _digest(plan: CellPlan, means: Means) -> str:
 
 
 @cache
-def _data_digest(folder: Path, layout: str | None) -> str:
+def data_digest(folder: Path, layout: str | None) -> str:
+    """Return the digest of a line's files, each of them looked at once.
+
+    Raises:
+        DatasetFault: if one of them can't be used.
+    """
     return check_dataset(read_dataset(folder, layout), FrameLimits(), SilentReporter()).digest
 
 

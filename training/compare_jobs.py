@@ -14,13 +14,13 @@ from models import DETECTORS
 from service.contract.bundle import LineName
 from service.errors import ParameterInvalid
 from training.calibrate import read_region_of_interest
-from training.compare import Cell, CellPlan, Means, complete, control_of
+from training.compare import Cell, CellPlan, Means, complete, control_of, data_digest
 from training.compare_page import TABLE_COLUMNS, pair_controls, render_comparison, table_rows
 from training.config import ConfigFault, load_config
 from training.data.detect import read_dataset
 from training.data.samples import ANOMALOUS, NORMAL, DatasetFault
 from training.fit import FitStopped
-from training.jobs import layouts_of, masks_of
+from training.jobs import layouts_of, masks_of, name_and_path
 from training.progress import Reporter, choose_reporter
 from training.weights import read_weights_option
 
@@ -114,13 +114,12 @@ def _plans(wishes: Wishes, reporter: Reporter) -> Iterator[CellPlan]:
 
 
 def _name_and_folder(given: str) -> tuple[str, Path]:
-    name, equals, path = given.rpartition("=")
-    folder = Path(path).resolve()
+    name, folder = name_and_path(given)
     try:
-        return TypeAdapter(LineName).validate_python(name if equals else folder.name), folder
+        return TypeAdapter(LineName).validate_python(name or folder.name), folder
     except ValidationError as error:
         raise ParameterInvalid(
-            f"{name if equals else folder.name!r} can't name a line; give --line NAME=FOLDER with a name of letters, "
+            f"{name or folder.name!r} can't name a line; give --line NAME=FOLDER with a name of letters, "
             "digits, dots, dashes and underscores."
         ) from error
 
@@ -133,3 +132,4 @@ def _refuse_unmeasurable(folder: Path, layout: str | None) -> None:
             f"{folder} has no good or no defective test frames, so detectors can't be compared; put some into "
             "test/good and test/<kind>."
         )
+    data_digest(folder, layout)  # opens every file, once for all detectors

@@ -30,6 +30,7 @@ from training.weight_lock import backbone_name
 
 # Fields of a detector's configuration that the run says once for everybody.
 _DERIVED = {"backbone": "backbone", "image_size": "input", "lines": "the lines of the run", "seed": "seed"}
+_USUAL_DETECTOR = "inp_former"
 _CONFIG_OF_SIZE = {"paper": "{detector}.yaml", "small": "{detector}_small.yaml"}
 
 
@@ -190,18 +191,25 @@ class RunConfig(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_config(source: str, detector: str = "inp_former", overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(source: str, detector: str | None = None, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a configuration, change single values and check all of it.
 
     Args:
         source: `small` or `paper` for those that come with the detector, else a path.
-        detector: whose configuration `small` and `paper` mean.
+        detector: whose configuration `small` and `paper` mean, and which a file must be of; None for `inp_former` of
+            those, and for whichever the file names.
         overrides: `key=value`, the key with dots between its levels, the value as in YAML.
 
     Raises:
-        ConfigFault: if the file can't be read, or a key or value does not fit.
+        ConfigFault: if the file can't be read or is of another detector, or a key or value does not fit.
     """
-    values = _read_yaml(source, detector)
+    values = _read_yaml(source, detector or _USUAL_DETECTOR)
+    named = values.get("detector", detector)
+    if detector is not None and named != detector:
+        raise ConfigFault(
+            f"The configuration {source} is of the detector {named}, and {detector} is asked for; name one of them in "
+            "both places."
+        )
     for override in overrides:
         _apply(values, override)
     try:

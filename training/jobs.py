@@ -44,7 +44,7 @@ from training.run import Beginning, help_to_fit, train
 from training.run_directory import LineRequest, RunRequest, new_directory, read_report, read_request
 from training.stops import termination_interrupts
 from training.store import is_machines_fault
-from training.weights import UNTRAINED
+from training.weights import read_weights_option
 from training.zero_shot import Calibration, ZeroShotRequest, make_zero_shot, zero_shot_config
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -52,8 +52,6 @@ Device = Literal["auto", "cpu", "cuda"]
 _OURS, _CALLERS, _STOPPED = 1, 2, 130
 # The demo's own, beside those of every run.
 _FAULTS_OF_OURS: tuple[type[Exception], ...] = (ClientFault, DemoFailed, *OURS)
-# Looked at by default for `<backbone>.safetensors`.
-_WEIGHTS_FOLDER = Path("weights")
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Wishes:
     Attributes:
         store: where the bundle goes.
         runs: where the run's directory is made.
-        detector: method.
+        detector: method, or None for the usual one, or that of the file.
         config: `small`, `paper` or a file.
         weights: a file, a folder, "untrained", or None.
         name: of the bundle, or None for the folder's or the only line's.
@@ -77,7 +75,7 @@ class Wishes:
 
     store: Path
     runs: Path
-    detector: str
+    detector: str | None
     config: str
     weights: str | None
     name: str | None
@@ -145,14 +143,15 @@ def train_lines(line_folder: Path | None, wishes: Wishes, threads: int | None) -
     if wishes.name is None and len(lines) > 1:
         raise ParameterInvalid("Several lines make one bundle; give its name with --name.")
     config = load_config(wishes.config, wishes.detector, wishes.settings)
+    weights, weight_folders = read_weights_option(wishes.weights)
     peers = meet_peers(wishes.device)
     request = RunRequest(
         name=_line_name(wishes.name or lines[0].name),
         lines=lines,
         store=wishes.store.resolve(),
         config=config,
-        weights=_weights_file(wishes.weights),
-        weight_folders=_weight_folders(wishes.weights),
+        weights=weights,
+        weight_folders=weight_folders,
         labelled_defects=None if wishes.labelled_defects is None else wishes.labelled_defects.resolve(),
         device=wishes.device,
         processes=peers.count,
@@ -204,14 +203,15 @@ def import_released(
     name = _line_name(wishes.name or lines[0].name)
     released = read_released(detector, checkpoint, side)
     config = load_config("paper", detector, [*released.settings, *wishes.settings])
+    weights, weight_folders = read_weights_option(wishes.weights)
     directory = new_directory(wishes.runs, name, datetime.now(UTC)).resolve()
     request = RunRequest(
         name=name,
         lines=lines,
         store=wishes.store.resolve(),
         config=config,
-        weights=keep_released(released, directory) or _weights_file(wishes.weights),
-        weight_folders=_weight_folders(wishes.weights),
+        weights=keep_released(released, directory) or weights,
+        weight_folders=weight_folders,
         released=released.told,
         device=wishes.device,
     )
@@ -219,9 +219,8 @@ def import_released(
 
 
 def _named_or_not(given: str) -> LineRequest:
-    name, equals, folder = given.rpartition("=")
-    path = Path(folder).resolve()
-    return LineRequest(name=_line_name(name if equals else path.name), folder=path)
+    name, path = name_and_path(given)
+    return LineRequest(name=_line_name(name or path.name), folder=path)
 
 
 def resume_run(directory: Path, threads: int | None) -> None:
@@ -324,6 +323,7 @@ def export_zero_shot(source: str, wishes: ZeroShotWishes, threads: int | None) -
         directory = Path(source)
         fitted_for = read_request(directory)
         config = zero_shot_config(fitted_for.config)
+    weights, weight_folders = read_weights_option(wishes.weights)
     reporter = _reporter()
     bundle = make_zero_shot(
         ZeroShotRequest(
@@ -331,8 +331,8 @@ def export_zero_shot(source: str, wishes: ZeroShotWishes, threads: int | None) -
             store=(wishes.store or (Path("store") if fitted_for is None else fitted_for.store)).resolve(),
             config=config,
             calibration=wishes.calibration,
-            weights=_weights_of(wishes.weights, fitted_for),
-            weight_folders=_weight_folders(wishes.weights) + (() if fitted_for is None else fitted_for.weight_folders),
+            weights=fitted_for.weights if wishes.weights is None and fitted_for is not None else weights,
+            weight_folders=weight_folders + (() if fitted_for is None else fitted_for.weight_folders),
             fitted_in=directory,
             fitted_for=fitted_for,
         ),
@@ -405,7 +405,7 @@ def recalibrate_bundle(
     published, report = recalibrate(
         bundle,
         name,
-        read_good_folder(good_folder),
+        read_good_folder(good_folder, bundle.manifest.input.bit_depth, reporter),
         [] if line_folder is None else _test_samples(line_folder, layout, bundle.manifest.input, reporter),
         reporter,
         review_rate=_rate("review_rate", rates["review_rate"], record.review_rate),
@@ -430,7 +430,7 @@ def demonstrate(
     line: Path | None,
     folder: Path,
     config: str,
-    detector: str,
+    detector: str | None,
     weights: str | None,
     settings: Sequence[str],
     threads: int | None,
@@ -438,7 +438,7 @@ def demonstrate(
     """Fit, export, serve and inspect one line over HTTP."""
     _use_threads(threads)
     description = load_config(config, detector, settings)
-    run_demo(line, folder, description, _weights_file(weights), _weight_folders(weights), _reporter())
+    run_demo(line, folder, description, *read_weights_option(weights), _reporter())
 
 
 def _run(
@@ -505,10 +505,9 @@ def _figure_rows(figures: Mapping[str, MetricRecord]) -> list[tuple[str, str, st
 
 
 def _test_samples(line_folder: Path, layout: str | None, spec: InputSpec, reporter: Reporter) -> list[Sample]:
-    dataset = check_dataset(
-        read_dataset(line_folder, layout), FrameLimits(), reporter, bit_depth=spec.bit_depth
-    ).dataset
-    samples = [sample for sample in dataset.test if sample.label != UNKNOWN]
+    checked = check_dataset(read_dataset(line_folder, layout), FrameLimits(), reporter, bit_depth=spec.bit_depth)
+    checked.tell(line_folder.resolve().name, reporter)
+    samples = [sample for sample in checked.dataset.test if sample.label != UNKNOWN]
     if not samples:
         raise DatasetFault(f"{line_folder} has no test frames; put some into test/good and test/<kind>.")
     return samples
@@ -518,21 +517,6 @@ def _rate(name: str, given: float | None, old: float | None) -> float:
     """Return the rate that is asked for, or the line's own, or that of a run where nobody chose one."""
     chosen = old if given is None else given
     return float(RunConfig.model_fields[name].default) if chosen is None else chosen
-
-
-def _weights_file(given: str | None) -> Path | Literal["untrained"] | None:
-    if given is None or given == UNTRAINED or Path(given).is_dir():
-        return UNTRAINED if given == UNTRAINED else None
-    return Path(given).resolve()
-
-
-def _weights_of(given: str | None, fitted_for: RunRequest | None) -> Path | Literal["untrained"] | None:
-    return fitted_for.weights if given is None and fitted_for is not None else _weights_file(given)
-
-
-def _weight_folders(given: str | None) -> tuple[Path, ...]:
-    named = (Path(given).resolve(),) if given is not None and Path(given).is_dir() else ()
-    return (*named, _WEIGHTS_FOLDER.resolve())
 
 
 def _only_line(folder: Path, wishes: Wishes) -> LineRequest:
@@ -604,9 +588,17 @@ def layouts_of(lines: Sequence[str], given: Sequence[str]) -> dict[str, str]:
 
 
 def _name_and_path(option: str, given: str, example: str) -> tuple[str, Path]:
-    name, _, path = given.partition("=")
-    if not (name and path):
+    name, path = name_and_path(given)
+    if not name:
         raise ParameterInvalid(f"{option} {given!r} names no line; write NAME=PATH, for example bottle={example}.")
+    return name, path
+
+
+def name_and_path(given: str) -> tuple[str, Path]:
+    """Read `NAME=PATH`, or `PATH` alone, which may hold equals signs where it exists; then the name is empty."""
+    name, equals, path = given.partition("=")
+    if not equals or not name or not path or Path(given).exists():
+        return "", Path(given).resolve()
     return name, Path(path).resolve()
 
 

@@ -112,6 +112,8 @@ def gather_lines(request: RunRequest, reporter: Reporter) -> GatheredLines:
     opened = [_open(line, request.config, is_one_of_many=many, is_released=released) for line in request.lines]
     lines = tuple(_check(line, request.config.input.bit_depth, reporter) for line in opened)
     _refuse_copies(lines)
+    for line in lines:
+        line.data.tell(line.name, reporter)
     warnings = (
         *_told_of_release(request),
         *lines_given_up(request.store, request.name, served),

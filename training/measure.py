@@ -101,6 +101,8 @@ def measure(
         )
         for line in lines
     ]
+    for line, data in zip(lines, checked, strict=True):
+        data.tell(line.name, reporter)
     _refuse_untested(lines, checked)
     prepared = prepare_detector(config, equipment.weights, equipment.weight_folders, device, len(lines))
     chosen = [_to_fit_on(data, config) for data in checked]

@@ -13,13 +13,15 @@ from pathlib import Path
 import yaml
 
 from service.contract.bundle import MODEL_FILE, Bundle, LineRecord
+from service.contract.frames import FrameLimits
 from service.contract.golden import read_golden
 from service.contract.policy import Policy
 from service.contract.tiling import by_tiles
 from training.bundles import bundle_files, verify_bundle
 from training.calibrate import Calibrated, calibrate, read_region_of_interest, refuse_other_shape
+from training.data.check import check_dataset
 from training.data.folders import good_samples
-from training.data.samples import ANOMALOUS, NORMAL, DatasetFault, Sample
+from training.data.samples import ANOMALOUS, NORMAL, Dataset, DatasetFault, Sample
 from training.evaluate import Answers, Evaluation, ask, evaluate, inspected_share, to_records
 from training.export import GraphRun
 from training.golden import GoldenChooser, carry_golden_over, golden_files
@@ -28,18 +30,31 @@ from training.report import Fact, LineReport, ReportData, RunFacts, carry_over, 
 from training.store import probe_store, publish
 
 
-def read_good_folder(folder: Path) -> list[Sample]:
-    """Return every image under a folder as a good frame.
+def read_good_folder(folder: Path, bit_depth: int, reporter: Reporter) -> list[Sample]:
+    """Return every image under a folder as a good frame, each looked at; of the same content, the first.
+
+    A stated bound rests on parts that are independent of each other, so copies of one frame count once.
+
+    Args:
+        folder: of good frames alone.
+        bit_depth: how many bits the values of 16-bit frames have.
+        reporter: shows how far the check is, and says what it found.
 
     Raises:
-        DatasetFault: if there is none, or the folder is a whole line with defects in it.
+        DatasetFault: if there is none, one can't be used, or the folder is a whole line with defects in it.
     """
     if (folder / "test").is_dir() or (folder / "train").is_dir():
         raise DatasetFault(f"{folder} is a whole line; give the folder with its new good frames alone.")
     samples = good_samples(folder, "validation")
     if not samples:
         raise DatasetFault(f"{folder} holds no image; give the folder with good frames that fitting never saw.")
-    return samples
+    checked = check_dataset(
+        Dataset(folder.resolve().name, folder, "plain", tuple(samples)), FrameLimits(), reporter, bit_depth=bit_depth
+    )
+    checked.tell(folder.resolve().name, reporter)
+    if checked.copies:
+        reporter.note(f"{len(checked.copies)} frames are copies of others; they say nothing new and are left out.")
+    return [sample for sample in samples if sample.path not in checked.copies]
 
 
 def recalibrate(

@@ -25,11 +25,10 @@ from training.reproduction_pages import (
     to_html,
     to_markdown,
 )
-from training.weights import UNTRAINED
+from training.weights import UNTRAINED, read_weights_option
 
 _STOPPED, _SOME_FAILED = 130, 1
 _FILE = "reproduction"
-_WEIGHTS_FOLDER = Path("weights")
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def reproduce_paper(detector: str, dataset: Path, wishes: ReproductionWishes, th
     if changes:
         reporter.note(f"as the paper's {setting} setting has it: {', '.join(changes)}")
     plan = Plan(lines, data, is_whole, setting, config, wishes.seeds)
-    equipment = Equipment(_weights(wishes.weights), _weight_folders(wishes.weights), wishes.device)
+    equipment = Equipment(*read_weights_option(wishes.weights), wishes.device)
     try:
         results = reproduce(plan, equipment, wishes.output, reporter)
     except (FitStopped, KeyboardInterrupt) as stop:
@@ -137,17 +136,6 @@ def _tell_zero_shot(detector: str) -> str:
         "set. Fit it there with flawline train, or import the authors' with flawline import-checkpoint; then flawline "
         f"export RUN --zero-shot --name NAME, and flawline evaluate on each category.{published}"
     )
-
-
-def _weights(given: str | None) -> Path | Literal["untrained"] | None:
-    if given == UNTRAINED:
-        return UNTRAINED
-    return None if given is None or Path(given).is_dir() else Path(given).resolve()
-
-
-def _weight_folders(given: str | None) -> tuple[Path, ...]:
-    named = (Path(given).resolve(),) if given is not None and Path(given).is_dir() else ()
-    return (*named, _WEIGHTS_FOLDER.resolve())
 
 
 def _write(folder: Path, found: Reproduction) -> None:

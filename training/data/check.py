@@ -24,6 +24,8 @@ from training.progress import Reporter
 _SMALLEST = (1, 1)
 # A quarter of the range, or less, is all that such frames use.
 _MANY_EMPTY_BITS = 2
+# One damaged recording can bring hundreds of the same; a report names them all.
+_TOLD_WARNINGS = 5
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class CheckedDataset:
         counts: frames by "split/kind".
         frame_sizes: `(height, width)` in pixels that frames have, the most common one first.
         warnings: what is allowed but worth knowing, one sentence each.
+        copies: frames whose content an earlier one has, too.
     """
 
     dataset: Dataset
@@ -43,6 +46,14 @@ class CheckedDataset:
     counts: dict[str, int]
     frame_sizes: tuple[tuple[int, int], ...]
     warnings: tuple[str, ...]
+    copies: frozenset[Path] = frozenset()
+
+    def tell(self, name: str, reporter: Reporter) -> None:
+        """Say the first few warnings, each with the line's name, and how many more there are."""
+        for warning in self.warnings[:_TOLD_WARNINGS]:
+            reporter.note(f"{name}: {warning}")
+        if (left := len(self.warnings) - _TOLD_WARNINGS) > 0:
+            reporter.note(f"{name}: and {left} more like these.")
 
     @property
     def frame_size(self) -> tuple[int, int]:
@@ -110,6 +121,7 @@ def check_dataset(
             *_empty_bits(findings, bit_depth),
             *(contradictions or _repetitions(findings)),
         ),
+        copies=frozenset(other.path for _, *others in _same_content(findings) for other in others),
     )
 
 

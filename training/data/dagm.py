@@ -26,7 +26,7 @@ def read_dagm(root: Path) -> Dataset:
     """Read one class.
 
     Raises:
-        DatasetFault: if there is no good frame or no test frame, or a label has no image.
+        DatasetFault: if there is no good frame or no test frame, a label has no image, or two files have one name.
     """
     samples = [sample for sample in _read(root / "Train", "train") if sample.label == NORMAL]
     tested = _read(root / "Test", "test")
@@ -38,8 +38,8 @@ def read_dagm(root: Path) -> Dataset:
 def _read(folder: Path, split: Split) -> list[Sample]:
     labels = by_name(folder / _LABEL, find_images(folder / _LABEL, nested=False), "_label")
     samples = []
-    for path in find_images(folder, nested=False):
-        mask = labels.pop(path.stem, None)
+    for name, path in by_name(folder, find_images(folder, nested=False), "").items():
+        mask = labels.pop(name, None)
         label, kind = (NORMAL, GOOD) if mask is None else (ANOMALOUS, "defect")
         samples.append(Sample(path, split, label, kind, mask))
     if labels:

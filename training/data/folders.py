@@ -8,7 +8,7 @@
 Images are paired with masks by their name, never by sorted order.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from training.data.samples import ANOMALOUS, NORMAL, DatasetFault, Sample, Split
@@ -20,17 +20,41 @@ _MASK_ENDING = "_mask"
 
 
 def find_images(folder: Path, *, nested: bool = True) -> list[Path]:
-    """Return the image files of a folder by their suffix, sorted; hidden files and folders are passed over."""
+    """Return the image files of a folder by their suffix, sorted; hidden files and folders are passed over.
+
+    Linked files and folders count like others.
+
+    Raises:
+        DatasetFault: if a link leads nowhere, or a linked folder is one that is read anyway.
+    """
     if not folder.is_dir():
         return []
-    found = folder.rglob("*") if nested else folder.iterdir()
     return sorted(
         path
-        for path in found
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        for path in (_files_below(folder, set()) if nested else _visible(folder))
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
     )
+
+
+def _files_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Yield files at any depth; `seen` holds the real places of folders, so that no link leads round in a circle."""
+    real = folder.resolve()
+    if real in seen:
+        raise DatasetFault(f"{folder} is the folder {real}, whose frames are read already; take the link away.")
+    seen.add(real)
+    for path in _visible(folder):
+        if path.is_dir():
+            yield from _files_below(path, seen)
+        else:
+            yield path
+
+
+def _visible(folder: Path) -> list[Path]:
+    found = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    lost = sorted(path for path in found if path.is_symlink() and not path.exists())
+    if lost:
+        raise DatasetFault(*(f"{path} is a link that leads nowhere; mend it or take it away." for path in lost))
+    return found
 
 
 def good_samples(folder: Path, split: Split) -> list[Sample]:
@@ -110,4 +134,4 @@ def subfolders(folder: Path) -> list[Path]:
     """Return the folders in a folder, sorted, hidden ones passed over; none where the folder does not exist."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path for path in _visible(folder) if path.is_dir())

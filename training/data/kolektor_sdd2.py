@@ -11,7 +11,7 @@ from pathlib import Path
 
 from service.contract.frames import decode_mask
 from service.errors import UnreadableFrame
-from training.data.folders import GOOD, find_images
+from training.data.folders import GOOD, by_name, find_images
 from training.data.samples import ANOMALOUS, NORMAL, Dataset, DatasetFault, Sample, Split, make_dataset
 
 _ENDING = "_GT"
@@ -26,7 +26,8 @@ def read_kolektor_sdd2(root: Path) -> Dataset:
     """Read the set.
 
     Raises:
-        DatasetFault: if there is no good frame, a mask can't be read, or a frame and its mask are not both there.
+        DatasetFault: if there is no good frame, a mask can't be read, a frame and its mask are not both there, or two
+            files have one name.
     """
     samples = [sample for sample in _read(root / "train", "train") if sample.label == NORMAL]
     return make_dataset(root, "kolektor_sdd2", samples + _read(root / "test", "test"), "train")
@@ -34,8 +35,8 @@ def read_kolektor_sdd2(root: Path) -> Dataset:
 
 def _read(folder: Path, split: Split) -> list[Sample]:
     files = find_images(folder, nested=False)
-    masks = {path.stem.removesuffix(_ENDING): path for path in files if path.stem.endswith(_ENDING)}
-    frames = {path.stem: path for path in files if not path.stem.endswith(_ENDING)}
+    masks = by_name(folder, (path for path in files if path.stem.endswith(_ENDING)), _ENDING)
+    frames = by_name(folder, (path for path in files if not path.stem.endswith(_ENDING)), "")
     alone = sorted(masks.keys() ^ frames.keys())
     if alone:
         raise DatasetFault(

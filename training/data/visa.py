@@ -61,5 +61,11 @@ def _sample(parent: Path, table: Path, row: Mapping[str, str]) -> Sample:
             f"{table} says split {row['split']!r} and label {row['label']!r} of {row['image']}; expected train or "
             "test, and normal or anomaly."
         )
+    for name in (row["image"], row["mask"] or ""):
+        place = Path(name).parts
+        if name and (place[0] != row["object"] or ".." in place):
+            raise DatasetFault(
+                f"{table} has a row of {row['object']} whose file {name} lies outside that folder; copy it again."
+            )
     mask = parent / row["mask"] if row["mask"] and label == ANOMALOUS else None
     return Sample(parent / row["image"], split, label, GOOD if label == NORMAL else "anomaly", mask)

@@ -323,3 +323,20 @@ def test_compare_when_a_line_has_no_defects_to_find_then_refuses(tmp_path):
 
     with pytest.raises(DatasetFault, match="compared"):
         compare_detectors(Wishes([str(folder)], "inp_former", "small", tmp_path, None, False, "cpu", ()), 1)
+
+
+def test_compare_when_a_frame_is_damaged_then_says_so_before_any_work(tmp_path):
+    """A bad file of the last line is told before hours go into the first; a folder may hold an equals sign."""
+    line = write_line(tmp_path / "data=1/tex", masks=False)
+    (line / "train/good/000.png").write_bytes(b"no image")
+    given = [str(line), f"b={line}"]
+
+    for one in given:
+        with pytest.raises(DatasetFault, match=r"tex/train/good/000\.png"):
+            compare_detectors(
+                Wishes(
+                    [one], "glcf", "small", tmp_path / "cells", "untrained", control=False, device="cpu", settings=[]
+                ),
+                None,
+            )
+    assert not (tmp_path / "cells").exists()

@@ -168,3 +168,13 @@ def test_score_rule_when_a_detector_is_configured_then_says_how_its_score_follow
     rule = score_rule_of(load_config(source, detector, product).detector_config())
 
     assert rule.kind == rules.get(detector, "maximum")
+
+
+def test_load_config_when_a_file_is_of_another_detector_then_names_both(tmp_path):
+    """What was asked for is never ignored in silence, and who asks for nothing gets the file's."""
+    path = tmp_path / "my.yaml"
+    path.write_text(load_config("small").to_yaml())
+
+    with pytest.raises(ConfigFault, match="of the detector inp_former, and glcf is asked for"):
+        load_config(str(path), "glcf")
+    assert load_config(str(path)).detector == load_config(str(path), "inp_former").detector == "inp_former"

@@ -1,5 +1,6 @@
 """Promises of the check that opens every file before training starts."""
 
+import re
 import shutil
 
 import numpy as np
@@ -7,10 +8,13 @@ import pytest
 
 from service.contract.frames import FrameLimits, encode_jpeg, encode_png
 from tests.factories import encode
+from tests.tiny_line import make_request, write_line
 from training.data.check import check_dataset
 from training.data.detect import read_dataset
 from training.data.samples import DatasetFault
+from training.lines import gather_lines
 from training.progress import SilentReporter
+from training.recalibrate import read_good_folder
 
 
 def _write(path, data):
@@ -174,3 +178,34 @@ def test_check_when_a_frame_is_deeper_than_was_said_then_names_it(tmp_path):
 
     with pytest.raises(DatasetFault, match=r"train/good/0\.png: A pixel has more than 12 bits"):
         check_dataset(dataset, FrameLimits(), SilentReporter(), bit_depth=12)
+
+
+def test_gather_lines_when_the_check_warns_then_it_is_said_with_the_lines_name(tmp_path):
+    """What is worth knowing of frames is told before they are fitted on, and not in the report alone."""
+    line = write_line(tmp_path / "tex", masks=False)
+    shutil.copyfile(line / "test/good/000.png", line / "test/good/copy.png")
+    reporter = _Notes()
+
+    gather_lines(make_request(line, tmp_path / "store"), reporter)
+
+    assert any(re.match(r"tex: .*has the same content as", note) for note in reporter.notes)
+
+
+def test_read_good_folder_with_copies_of_one_frame_counts_it_once(tmp_path):
+    """A stated bound rests on independent parts; twenty copies of one part are one part."""
+    for index in range(20):
+        _write(tmp_path / f"{index:02d}.png", encode_png(_picture(40)))
+    reporter = _Notes()
+
+    good = read_good_folder(tmp_path, 16, reporter)
+
+    assert [sample.path.name for sample in good] == ["00.png"]
+    assert "19 frames are copies" in reporter.notes[-1]
+
+
+class _Notes(SilentReporter):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)

@@ -198,3 +198,50 @@ def test_read_dataset_of_a_real_line_finds_every_frame(line, masks, good, test):
     dataset = read_dataset(root)
 
     assert (dataset.has_masks, len(dataset.train_good), len(dataset.test)) == (masks, good, test)
+
+
+def test_read_dataset_with_a_linked_folder_reads_its_frames(tmp_path):
+    """A second day of frames that lies elsewhere counts like the first."""
+    _put(tmp_path, "line/train/good/day1/0.png", "line/test/good/0.png", "elsewhere/1.png")
+    (tmp_path / "line/train/good/day2").symlink_to(tmp_path / "elsewhere")
+
+    good = read_dataset(tmp_path / "line").train_good
+
+    assert _names(tmp_path / "line", good) == ["train/good/day1/0.png", "train/good/day2/1.png"]
+
+
+@pytest.mark.parametrize(("target", "sentence"), [("nowhere", "a link that leads nowhere"), (".", "read already")])
+def test_read_dataset_with_a_link_that_leads_nowhere_or_in_a_circle_names_it(tmp_path, target, sentence):
+    """No frame is lost in silence, and no link is followed for ever."""
+    _put(tmp_path, "train/good/0.png", "test/good/0.png")
+    (tmp_path / "train/good/more").symlink_to(target)
+
+    with pytest.raises(DatasetFault, match=f"more is .*{sentence}"):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["Train/1.PNG", "Test/2.PNG", "Test/2.bmp", "Test/Label/2_label.PNG"],
+        ["train/3.png", "train/3.jpg", "train/3_GT.png", "test/4.png", "test/4_GT.png"],
+    ],
+    ids=["dagm", "kolektor_sdd2"],
+)
+def test_read_dataset_with_two_frames_of_one_name_names_both(tmp_path, files):
+    """Neither becomes normal for want of the other's mask, and neither vanishes."""
+    _put(tmp_path, *files)
+
+    with pytest.raises(DatasetFault, match="have the same name"):
+        read_dataset(tmp_path)
+
+
+def test_read_dataset_of_visa_with_a_file_of_another_folder_names_the_row(tmp_path):
+    """A row that leads out of its category is a fault of the table."""
+    _put(tmp_path, "candle/Data/Images/Normal/0.JPG", "extra/a.JPG")
+    table = tmp_path / "split_csv/1cls.csv"
+    table.parent.mkdir()
+    table.write_text("object,split,label,image,mask\ncandle,train,normal,extra/a.JPG,\n")
+
+    with pytest.raises(DatasetFault, match=r"row of candle whose file extra/a.JPG lies outside"):
+        read_dataset(tmp_path / "candle")

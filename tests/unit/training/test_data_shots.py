@@ -7,7 +7,7 @@ from service.errors import CalibrationRefused
 from tests.tiny_line import make_config, make_request, write_line
 from training.data.detect import read_dataset
 from training.data.loader import MemoryFrames
-from training.data.samples import DatasetFault
+from training.data.samples import NORMAL, Dataset, DatasetFault, Sample
 from training.data.shots import ShotViews, choose_shots
 from training.lines import gather_lines
 from training.progress import SilentReporter
@@ -104,3 +104,17 @@ def test_shot_views_that_shift_move_by_a_tenth_of_the_frame_and_reflect():
 
     np.testing.assert_array_equal(view[:36, :36], frame[4:, 4:])
     np.testing.assert_array_equal(view[:36, 36:], frame[4:, ::-1][:, :4])
+
+
+def test_choose_shots_leaves_out_further_views_of_a_piece_that_is_fitted_on(tmp_path):
+    """No piece is both fitted on and calibrated on."""
+    views = [
+        Sample(tmp_path / f"{piece}_{view}.png", "train", NORMAL, "good", group=f"S{piece}")
+        for piece in range(6)
+        for view in range(5)
+    ]
+
+    shots, others = choose_shots(Dataset("line", tmp_path, "real_iad", tuple(views)), 2, seed=1)
+
+    assert len(shots) == 2
+    assert {s.group for s in others} == {f"S{piece}" for piece in range(6)} - {s.group for s in shots}

@@ -74,7 +74,7 @@ def test_hold_out_of_near_copies_moves_the_edges_into_the_gaps():
 @pytest.mark.parametrize("seed", range(6))
 def test_hold_out_of_uneven_numbers_still_holds_enough_for_the_default_rate(seed):
     """Edges that move into gaps do not take a wanted 19 below what the default review rate needs."""
-    numbers = itertools.accumulate(random.Random(seed).choices([1, 1, 1, 40], k=76))
+    numbers = itertools.accumulate(random.Random(seed).choices([1, 1, 1, 40], k=76))  # noqa: S311
 
     kept, held = hold_out(_samples(numbers), HoldOut(seed=seed))
 
