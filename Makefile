@@ -44,5 +44,5 @@ format: $(STAMP) ## format the sources and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## remove what the demo and the tools wrote, and the environment
-	rm -rf $(VENV) demo runs store .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## remove what the demo and the tools wrote, and the environment; your bundles and runs stay
+	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

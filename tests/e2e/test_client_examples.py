@@ -1,0 +1,146 @@
+"""The examples of service/clients.md, as they stand there, against a real server: what is copied must work."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.settings import Settings
+from tests.factories import encode, make_bundle, make_frame
+from tests.servers import serve_in_thread, wait_until_ready
+
+_ROOT = Path(__file__).resolve().parents[2]
+_NOBODY = "http://127.0.0.1:9"
+_PARTS = {"good": ("PASS", False), "bad": ("FAIL", True)}
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of a ready server with the line that the examples ask."""
+    store = tmp_path_factory.mktemp("store")
+    make_bundle(store, "line")
+    with serve_in_thread(Settings(store_directory=store)) as http:
+        wait_until_ready(http)
+        yield str(http.base_url).rstrip("/")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good part and a defective one, each as `frame.jpg` in a folder of its own."""
+    place = tmp_path_factory.mktemp("parts")
+    for name, (_, defect) in _PARTS.items():
+        (place / name).mkdir()
+        (place / name / "frame.jpg").write_bytes(encode(make_frame(defect=defect), "JPEG"))
+    return place
+
+
+@pytest.fixture(scope="module")
+def inspector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program of the C# example."""
+    for program in ("mcs", "mono"):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs the program {program}")
+    place = tmp_path_factory.mktemp("csharp")
+    (place / "Inspector.cs").write_text(_example("csharp"), encoding="utf-8")
+    libraries = ("-r:System.Net.Http", "-r:System.Runtime.Serialization")
+    built = subprocess.run(
+        ["mcs", "-warnaserror", *libraries, "-out:inspector.exe", "Inspector.cs"],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    return place / "inspector.exe"
+
+
+def _example(language: str) -> str:
+    text = (_ROOT / "service/clients.md").read_text(encoding="utf-8")
+    [example] = re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return str(example).replace("2000", "8000").replace("--max-time 2", "--max-time 9")  # a test's machine is busy
+
+
+def _run(command: list[str], folder: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment, timeout=60)
+    return done.stdout
+
+
+@pytest.mark.parametrize("part", _PARTS)
+def test_curl_example_when_run_then_answers_with_the_verdict_and_the_part(url: str, folder: Path, part: str) -> None:
+    """The deadline and the part's name are understood; a deadline that the server can't read would be refused."""
+    if shutil.which("curl") is None:
+        pytest.skip("needs the program curl")
+    words = shlex.split(_example("sh").replace("\\\n", " ").replace("http://localhost:8000", url))
+
+    answer = json.loads(_run(words, folder / part))
+
+    assert (answer["verdict"], answer["part_id"]) == (_PARTS[part][0], "0815")
+
+
+@pytest.mark.parametrize("part", _PARTS)
+def test_python_example_when_run_then_prints_the_verdict(url: str, folder: Path, part: str) -> None:
+    """Nothing but the server's address is changed."""
+    program = _example("python").replace("http://localhost:8000", url)
+
+    assert _run([sys.executable, "-c", program], folder / part).split() == [_PARTS[part][0]]
+
+
+def test_python_example_when_there_is_no_server_then_prints_no_verdict_and_why(folder: Path) -> None:
+    """A pulled cable is no good part."""
+    program = _example("python").replace("http://localhost:8000", _NOBODY).replace("8000", "200")
+
+    told = _run([sys.executable, "-c", program], folder / "good")
+
+    assert told.startswith("NO_VERDICT\n")
+    assert "can't be reached" in told
+
+
+@pytest.mark.parametrize("part", _PARTS)
+def test_csharp_example_when_run_then_prints_the_verdict(url: str, folder: Path, inspector: Path, part: str) -> None:
+    """It compiles without a warning and gets the server's verdict."""
+    command = ["mono", str(inspector), url, "line", "frame.jpg", "0815"]
+
+    assert _run(command, folder / part) == f"{_PARTS[part][0]}\n"
+
+
+@pytest.mark.parametrize("fault", ["nobody listens", "unknown line", "no image"])
+def test_csharp_example_when_anything_is_wrong_then_prints_no_verdict(
+    url: str, folder: Path, inspector: Path, fault: str
+) -> None:
+    """Whatever is no answer of 200 ends as NO_VERDICT, with an exit code that is not that of PASS."""
+    server, line, frame = url, "line", "frame.jpg"
+    if fault == "nobody listens":
+        server = _NOBODY
+    elif fault == "unknown line":
+        line = "unheard_of"
+    else:
+        frame = str(inspector)
+    done = subprocess.run(
+        ["mono", str(inspector), server, line, frame, "0815"],
+        cwd=folder / "good",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert (done.returncode, done.stdout) == (1, "NO_VERDICT\n")
+
+
+def test_header_table_when_it_names_an_option_then_the_server_knows_it(url: str) -> None:
+    """Every `X-` header of the page is one that the server's own description lists."""
+    text = (_ROOT / "service/clients.md").read_text(encoding="utf-8")
+    described = httpx.get(f"{url}/openapi.json").text
+
+    named = set(re.findall(r"X-[A-Za-z-]+", text))
+    assert named >= {"X-Part-Id", "X-Deadline-Ms"}
+    assert {header for header in named if f'"{header}"' not in described} == set()
