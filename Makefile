@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LINE ?=
+OPTIONS ?=
 WORKERS ?= 2
 
 # Without a GPU the CUDA build of torch would be several GB for nothing: ask the CPU index for the same version, unless
@@ -27,8 +28,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH_SOURCE) -c constraints.txt -e '.[service,client,openvino,training,demo,dev]'
 	@touch $@
 
-demo: $(STAMP) ## the main job on real frames: fit, evaluate, export, serve, inspect (LINE=folder for your own)
-	$(BIN)/flawline demo $(if $(LINE),--line "$(LINE)")
+demo: $(STAMP) ## the main job on real frames: fit, evaluate, export, serve, inspect (LINE=folder for your own, OPTIONS=… more)
+	$(BIN)/flawline demo $(if $(LINE),--line "$(LINE)") $(OPTIONS)
 
 # Compiled sources are kept here even where the environment says not to: the tests start a hundred processes.
 test: $(STAMP) ## every test

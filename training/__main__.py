@@ -292,13 +292,17 @@ def demo(
     detector: Detector = None,
     config: Config = "small",
     weights: Weights = None,
+    review_rate: ReviewRate = None,
+    fail_rate: FailRate = None,
     threads: Threads = None,
     settings: Settings = None,
 ) -> None:
     """Do the main job on real frames: fit, evaluate, calibrate, export, serve, inspect over HTTP."""
     jobs = _jobs()
+    named = {"review_rate": review_rate, "fail_rate": fail_rate}
+    chosen = [*(settings or []), *(f"{key}={value}" for key, value in named.items() if value is not None)]
     with jobs.faults_as_sentences():
-        jobs.demonstrate(line, folder, config, detector, weights, settings or [], threads)
+        jobs.demonstrate(line, folder, config, detector, weights, chosen, threads)
 
 
 commands.add_typer(weights, name="weights")

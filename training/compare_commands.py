@@ -39,6 +39,10 @@ def compare(  # noqa: PLR0917 - typer reads options from a signature; nobody cal
         typer.Option(metavar="[NAME=]LAYOUT", help="how a folder is read, where that is not clear: mvtec, visa …"),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of everything that is drawn")] = None,
+    review_rate: Annotated[
+        float | None, typer.Option(help="wanted share of good parts that are REVIEW or FAIL")
+    ] = None,
+    fail_rate: Annotated[float | None, typer.Option(help="wanted share of good parts that are FAIL")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where to fit")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="threads of one computation")] = None,
     settings: Annotated[
@@ -55,7 +59,7 @@ def compare(  # noqa: PLR0917 - typer reads options from a signature; nobody cal
         from training import compare_jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
         from training.jobs import faults_as_sentences  # noqa: PLC0415 - likewise
 
-    named = {"product": product, "seed": seed}
+    named = {"product": product, "seed": seed, "review_rate": review_rate, "fail_rate": fail_rate}
     with faults_as_sentences():
         compare_jobs.compare_detectors(
             compare_jobs.Wishes(
