@@ -18,7 +18,7 @@ from models.blocks.augmentations import augment_strongly, draw_uniform
 
 _OCTAVES = 4
 _TILES = 8
-_TRIES = 64  # a thresholded draw of noise is empty about one time in four
+_TRIES = 64  # a thresholded draw of noise is empty about one time in twenty
 
 
 def perlin_noise(size: tuple[int, int], cells: tuple[int, int], generator: torch.Generator, turn: float = 0) -> Tensor:
@@ -72,7 +72,7 @@ def draw_perlin_mask(
         largest_exponent: of the finest noise.
         threshold: of the noise; higher values give smaller areas.
         area: smallest and largest share of the image; a draw outside of them is repeated.
-        may_be_empty: keep a draw without any area, which is no defect, as it comes: about one in four.
+        may_be_empty: keep a draw without any area, which is no defect, as it comes: about one in twenty.
 
     Raises:
         ValueError: if the noise never passes the threshold, or never gives such an area.
@@ -173,7 +173,7 @@ def plant_foreign_pictures(
         opacity: range from which the share of the picture is drawn; 1 covers what was there.
 
     Returns:
-        Images of the same shape, and the areas `(B, H, W)` of 0 and 1. About one in four is empty: that image stays.
+        Images of the same shape, and the areas `(B, H, W)` of 0 and 1. About one in twenty is empty: that image stays.
     """
     size = (images.shape[2], images.shape[3])
     planted, masks = [], []

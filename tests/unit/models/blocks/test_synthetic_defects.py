@@ -70,7 +70,7 @@ def test_mask_when_an_area_is_asked_for_then_all_others_are_drawn_again():
 
     shares = [float(mask.mean()) for mask in masks]
     assert all(share == 0 or 0.05 <= share <= 0.2 for share in shares)
-    assert 2 <= shares.count(0) <= 40
+    assert 3 <= shares.count(0) <= 10
 
 
 def test_mask_when_no_draw_has_the_area_then_refuses():
@@ -90,7 +90,7 @@ def test_foreign_pictures_when_opaque_replace_their_area_and_nothing_else():
     assert set(masks.unique().tolist()) == {0.0, 1.0}
     assert not changed[masks == 0].any()
     assert changed[masks == 1].float().mean() > 0.9
-    assert 1 <= empty.sum() <= 16
+    assert 1 <= empty.sum() <= 4
     assert torch.equal(planted[empty], images[empty])
     assert planted.min() >= 0
     assert planted.max() <= 1
