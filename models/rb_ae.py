@@ -14,8 +14,10 @@ reference frame, a loss of pixels on artificial defects, the comparison at sever
 stages of training. Layers, loss formulas and schedule are a reconstruction after the same authors' other codes.
 
 Chosen where the abstracts are silent, or changed, each with its reason:
-* the reference is the good frame nearest to the mean 8 x 8 thumbnail, unless one is named: the choice needs no other
-  network, and a plant can repeat it;
+* the reference is the good frame nearest to the mean 8 x 8 thumbnail, unless one is named by its number: the choice
+  needs no other network, and a plant can repeat it; a run's report says which file it is, the graph has the pixels;
+* nobody warns where held-out good frames are painted badly, as where the reference shows less than a period of its
+  texture: what that means for verdicts stands in the thresholds, which rest on these very frames;
 * the reference frame itself is part of the exported graph; runtimes compute its keys and values once, when they load;
 * sources of artificial defects are drawn textures and good frames, changed and shuffled: ImageNet can't be shipped;
 * queries and keys have length one and a learnt sharpness, which starts at 10: products of plain convolutions start
@@ -96,7 +98,7 @@ class RbAeConfig:
         image_size: `(height, width)`, multiples of 16 from 48 on.
         channels: C of the stem and of the three scales, whose strides are 2, 4, 8 and 16.
         reference_frame: which of the frames that are fitted on is the reference, counted from 0 in recording order;
-            None for the one that is most like all others.
+            the report of a run names the file; None for the one that is most like all others.
         pooled_reference: side of the squares of reference positions that the finest scale averages into one key; 2
             makes a quarter of the work, 1 for none.
         structure_weight: lambda_1, weight of 1 - SSIM next to a squared error of weight 1.

@@ -42,6 +42,7 @@ from training.fit import FitReport
 from training.lines import GatheredLine
 from training.report import Fact, RunFacts
 from training.reproducibility import Provenance
+from training.weight_lock import digest_of
 
 _FIRST_VERSION = "1"  # replaced by the store, which alone knows which is free
 
@@ -86,6 +87,7 @@ class RunRecord:
         warnings: what is worth knowing of the lines together.
         backbone: its weights, or None.
         labelled_defects: what the detector learnt from beside good frames, or None.
+        reference: the good frame that it compares others with, or None.
         output: of the graph.
         fitting: what happened.
         model: bytes of the graph.
@@ -101,6 +103,7 @@ class RunRecord:
     warnings: tuple[str, ...]
     backbone: BackboneRecord | None
     labelled_defects: LabelledDefects | None
+    reference: Path | None
     output: OutputSpec
     fitting: FitReport
     model: bytes
@@ -153,6 +156,13 @@ def _tell_labelled(defects: LabelledDefects | None) -> dict[str, str]:
     return {} if defects is None else {"Labelled defects": f"{defects.marked} frames, {defects.digest}"}
 
 
+def _tell_reference(run: RunRecord) -> dict[str, str]:
+    if run.reference is None:
+        return {}
+    root = run.lines[0].gathered.data.dataset.root  # whoever holds a reference is fitted on one line
+    return {"Reference frame": f"{run.reference.relative_to(root).as_posix()}, SHA-256 {digest_of(run.reference)}"}
+
+
 def tell_facts(run: RunRecord) -> RunFacts:
     """Return what the report says of a run."""
     seconds = ", ".join(f"{name} {duration:.0f} s" for name, duration in run.fitting.seconds.items())
@@ -162,6 +172,7 @@ def tell_facts(run: RunRecord) -> RunFacts:
         "Input": tell_input(run.config.frame_input),
         "Backbone weights": "none" if run.backbone is None else f"{run.backbone.source}, {run.backbone.digest}",
         **_tell_labelled(run.labelled_defects),
+        **_tell_reference(run),
         "Network digest": hashlib.sha256(run.model).hexdigest(),
         "Fitting": f"on {run.device}{together}{': ' + seconds if seconds else ''}",
         "Seed": str(run.provenance.seed),

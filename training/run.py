@@ -39,7 +39,7 @@ from training.config import RunConfig
 from training.data.labelled_defects import LabelledDefects, read_labelled_defects
 from training.data.loader import FileFrames, load_frame
 from training.data.samples import Sample
-from training.data.views import views_of
+from training.data.views import inputs_of_frame, views_of
 from training.detectors import (
     PreparedDetector,
     choose_device,
@@ -137,6 +137,7 @@ def train(
     if beginning != "export":  # what an export is asked for holds for that export alone
         keep_request(directory, request)
     fitting = _fit(prepared, gathered, defects, request, directory, reporter, beginning, peers)
+    reference = _reference_of(prepared, gathered, config)
     peers.part()
 
     run = by_tiles(DetectorRun(prepared.module, device), spec, rule)
@@ -167,6 +168,7 @@ def train(
         warnings=gathered.warnings,
         backbone=prepared.backbone,
         labelled_defects=defects,
+        reference=reference,
         output=output_of(graph, shown[0], line_index[0], spec, rule),
         fitting=fitting,
         model=model,
@@ -279,6 +281,14 @@ def _fit(
         )
     finally:
         frames.close()
+
+
+def _reference_of(prepared: PreparedDetector, gathered: GatheredLines, config: RunConfig) -> Path | None:
+    """Return the good frame that a detector compares others with, if it holds one."""
+    index = getattr(prepared.module, "reference_index", None)
+    if index is None or int(index) < 0:
+        return None
+    return gathered.fitted_on[int(index) // inputs_of_frame(config.frame_input, makes_views=config.makes_views)]
 
 
 def _deciding(config: RunConfig) -> dict[str, Any]:

@@ -62,6 +62,11 @@ class ShotViews:
         self._frames = frames
         self._views = _views()
 
+    @staticmethod
+    def count() -> int:
+        """Return how many views each frame has."""
+        return len(_views())
+
     @property
     def line_index(self) -> LineIndex:
         """Return the line of each view, `(22 n,)`."""

@@ -41,6 +41,11 @@ class TileFrames:
         return np.stack([cut[index // count][index % count] for index in indices])
 
 
+def inputs_of_frame(spec: InputSpec, *, makes_views: bool) -> int:
+    """Return how many neighbouring inputs `views_of` makes of each frame; arguments as there."""
+    return spec.tile_count * (ShotViews.count() if makes_views else 1)
+
+
 def views_of(frames: FrameSource, spec: InputSpec, *, makes_views: bool) -> FrameSource:
     """Return what a detector is fitted on.
 

@@ -201,6 +201,7 @@ def test_reference_is_the_frame_that_is_nearest_to_the_mean_thumbnail():
     torch.testing.assert_close(detector.thumbnail, torch.from_numpy(thumbnails.mean(axis=0)))
     assert np.square(thumbnails - thumbnails.mean(axis=0)).sum(axis=(1, 2, 3)).argmin() == 7
     assert torch.equal(detector.reference.float() / 255, frames[7])
+    assert int(detector.reference_index) == 7
 
 
 def test_reference_when_one_is_named_then_it_is_that_frame():
@@ -211,6 +212,7 @@ def test_reference_when_one_is_named_then_it_is_that_frame():
     _show(detector, frames)
 
     assert torch.equal(detector.reference.float() / 255, frames[6])
+    assert int(detector.reference_index) == 6
 
 
 def test_reference_when_the_named_frame_does_not_exist_then_refuses_before_any_descent():

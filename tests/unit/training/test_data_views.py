@@ -7,7 +7,7 @@ from service.contract.geometry import Tiling
 from service.contract.tiling import cut_tiles
 from tests.factories import make_input
 from training.data.loader import MemoryFrames
-from training.data.views import TileFrames, views_of
+from training.data.views import TileFrames, inputs_of_frame, views_of
 
 SPEC = make_input(8, 6, tiles=Tiling(rows=2, columns=2, overlap_height=2, overlap_width=2))
 
@@ -24,7 +24,7 @@ def test_tiles_when_taken_then_are_those_that_the_network_will_be_shown(frames):
     cut = np.concatenate([cut_tiles(canvas, SPEC) for canvas in frames.take([0, 1, 2])])
     tiles = TileFrames(frames, SPEC)
 
-    assert len(tiles) == 12
+    assert len(tiles) == 12 == len(frames) * inputs_of_frame(SPEC, makes_views=False)
     np.testing.assert_array_equal(tiles.take([11, 0, 5, 0]), cut[[11, 0, 5, 0]])
 
 
@@ -37,7 +37,7 @@ def test_views_when_frames_are_few_then_are_made_of_what_the_network_takes(frame
     """Each tile is turned and shifted as published for the network's input."""
     views = views_of(frames, SPEC, makes_views=True)
 
-    assert len(views) == 22 * 12
+    assert len(views) == 22 * 12 == len(frames) * inputs_of_frame(SPEC, makes_views=True)
     np.testing.assert_array_equal(views.take([22]), TileFrames(frames, SPEC).take([1]))
 
 
