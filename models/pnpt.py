@@ -23,7 +23,9 @@ Chosen where the paper could not be read, or changed, each with its reason:
 * hiding a token's own place from the sample stream's attention is left out: the skip around it shows that place again;
 * all sizes are free, so that one CPU core can train and serve a small network.
 
-The line of a frame is told by whoever asks; `retrieve_line` guesses it, and knows when it can't.
+The line of a frame is told by whoever asks. `retrieve_line` guesses it, and refuses what is like no line. Left out:
+that guess in the service. Every request names its line in its address, and where a service guessed it, a part might be
+judged by another line's thresholds and pass; so retrieval is for Python alone.
 
 Symbols: F_i = `features`, one map `(B, C, h, w)` a scale · P_i^c = `pool`, a row a line · X = `tokens`, T^c = `prompts`
 (B, N, D) · Z_X, Z_P = the encoded streams · A^P, A^S = the maps of the prior and the sample stream · omega =
@@ -425,7 +427,8 @@ class Pnpt(OnBackbone):
         """Guess which lines images `(B, 3, H, W)` show, by the direction of their mean coarsest features.
 
         A frame is of no known line if it resembles the nearest line's prompt less than each good frame of that line
-        did. So a new good frame of a line that was fitted on n frames is refused about once in n + 1 times.
+        did. That bound is optimistic: those frames made the prompt and lie nearer to it than new ones. After one frame
+        most new good frames are refused, after some dozens few; how many is a matter of the line.
 
         Raises:
             ValueError: if the images have another size than `image_size`.

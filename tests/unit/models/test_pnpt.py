@@ -408,6 +408,18 @@ def test_retrieve_line_when_frames_are_good_then_finds_each_line_and_else_none()
         detector(foreign, unknown.line_index)
 
 
+def test_retrieve_line_when_frames_are_new_then_one_fitted_frame_refuses_most_and_many_refuse_few():
+    """The bound is optimistic: it stands on the frames that made the prompt. No frame is taken for another line's."""
+    fresh, line_index = _draw_lines(20, seed=77)
+
+    found = [_observe(_build(lines=2), *_draw_lines(fitted)).retrieve_line(fresh).line_index for fitted in (1, 30)]
+
+    after_one, after_many = ((lines == UNKNOWN_LINE).double().mean().item() for lines in found)
+    assert after_one > 0.5
+    assert after_many < 0.1
+    assert all(((lines == line_index) | (lines == UNKNOWN_LINE)).all() for lines in found)
+
+
 def test_retrieve_line_when_a_pass_has_not_run_then_refuses():
     """Without calibrated similarities nothing is retrieved."""
     with pytest.raises(RuntimeError, match="pass"):
