@@ -53,12 +53,17 @@ _AMI_NET_BACKBONE_PREFIXES = {
     "block3.": "layer2.",
     "block4.": "layer3.",
 }
+_AMI_NET_FEATURES = 256 + 512 + 1024  # channels of WideResNet-50-2's layers
 _AMI_NET_POSITIONS = "Roncon_model.pos_embed"
 
 # What was released, and at which side of the image it was trained.
 RELEASED_SIDES: Mapping[str, int] = {"inp_former": 392, "ami_net": 256}
 _RELEASED_FILE = "released.safetensors"
 _BACKBONE_FILE = "backbone.safetensors"
+
+
+class NotImportable(ValueError):
+    """The file may well be the authors' own, but it can't be taken over like this; the message ends with what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +106,8 @@ def read_released(detector: str, path: Path, side: int | None = None) -> Release
         if detector == "inp_former":
             return _read_inp_former(_read(path), side, told)
         return _read_ami_net(_read(path, "state_dict"), side, told)
+    except NotImportable as error:
+        raise CheckpointRefused(f"{path.name} can't become a detector {detector}: {error}.") from error
     except ValueError as error:
         raise CheckpointRefused(
             f"{path.name} can't become a detector {detector}: {error}; give the authors' own file, as they released it."
@@ -144,7 +151,11 @@ def import_inp_former(checkpoint: Mapping[str, Tensor] | Path, image_size: tuple
         _translate(key, _INP_FORMER_PREFIXES): value for key, value in state.items() if not key.startswith("encoder.")
     }
 
-    detector = InpFormer(_read_config(head, image_size))
+    config = _read_config(head, image_size)
+    try:
+        detector = InpFormer(config)
+    except ValueError as error:  # all but the size of the image is the authors'
+        raise NotImportable(f"{error}; {_other_side('inp_former')}") from error
     _load(detector, head, _INP_FORMER_PREFIXES)
     if encoder:
         detector.load_backbone_weights(dinov2_to_timm(encoder))
@@ -176,12 +187,20 @@ def import_ami_net(checkpoint: Mapping[str, Tensor] | Path, image_size: tuple[in
         if not key.startswith(_AMI_NET_BACKBONE)
     }
 
-    detector = AmiNet(_read_ami_net_config(head, image_size))
+    config = _read_ami_net_config(head, image_size)
+    try:
+        detector = AmiNet(config)
+    except ValueError as error:  # all but the size of the image is the authors'
+        raise NotImportable(f"{error}; {_other_side('ami_net')}") from error
     _load(detector, head, _AMI_NET_PREFIXES)
-    # The table follows from the grid; a checkpoint that holds another one was trained on another grid.
+    # The table follows from the grid; a checkpoint that holds another one was trained on another grid, and the authors'
+    # code loads it there alone.
     own = detector.positions[None]
-    if positions is not None and (positions.shape != own.shape or not torch.allclose(positions, own, atol=1e-5)):
-        raise ValueError(f"{_AMI_NET_POSITIONS} does not belong to images of {image_size[0]} x {image_size[1]}")
+    where = f"{_AMI_NET_POSITIONS} does not belong to images of {image_size[0]} x {image_size[1]}"
+    if positions is not None and positions.shape != own.shape:
+        raise NotImportable(f"{where}; {_other_side('ami_net')}")
+    if positions is not None and not torch.allclose(positions, own, atol=1e-5):
+        raise ValueError(where)
     if backbone:
         detector.load_backbone_weights(backbone)
     return detector
@@ -246,6 +265,11 @@ def _ami_net_backbone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def _other_side(detector: str) -> str:
+    """Say which side of the image to take instead."""
+    return f"leave --size out for the {RELEASED_SIDES[detector]} that the authors trained at, or give one that fits"
+
+
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors, because safetensors refuses those that share memory."""
     return {name: value.detach().clone().contiguous() for name, value in tensors.items()}
@@ -290,7 +314,13 @@ def _read_config(head: Mapping[str, Tensor], image_size: tuple[int, int]) -> Inp
 def _read_ami_net_config(head: Mapping[str, Tensor], image_size: tuple[int, int]) -> AmiNetConfig:
     """Read the sizes off the shapes and names; the backbone is the released one."""
     _require_dimensions(head, {"centre_queries": 3, "patch_embedding.weight": 4}, _AMI_NET_PREFIXES)
-    channels, _, patch, _ = head["patch_embedding.weight"].shape
+    channels, features, patch, _ = head["patch_embedding.weight"].shape
+    if features != _AMI_NET_FEATURES:
+        raise NotImportable(
+            f"{_untranslate('patch_embedding.weight', _AMI_NET_PREFIXES)} takes features of {features} channels; only "
+            f"AMI-Nets over WideResNet-50-2, which has {_AMI_NET_FEATURES}, are imported: give one of those, or fit "
+            "another backbone anew with flawline train --detector ami_net"
+        )
     return AmiNetConfig(
         image_size=image_size,
         patch_size=patch,

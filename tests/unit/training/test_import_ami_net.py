@@ -9,7 +9,8 @@ from torch import Tensor
 
 from models.ami_net import AmiNet, AmiNetConfig
 from models.backbones import untrained_weights
-from training.import_checkpoint import import_ami_net
+from training.checkpoint import CheckpointRefused
+from training.import_checkpoint import import_ami_net, read_released
 
 _SIZE = (32, 32)
 _OFFICIAL = {
@@ -96,9 +97,24 @@ def test_import_when_given_a_file_then_reads_it_without_running_anything(tmp_pat
         (lambda state: state.update({"Roncon_model.cls_token": torch.ones(3)}), "cls_token has shape"),
         (lambda state: state.update({"Roncon_model.pos_embed": torch.ones(1, 4, 64)}), "images of 32 x 32"),
         (lambda state: state.update({"Roncon_model.pos_embed": torch.ones(1, 9, 64)}), "images of 32 x 32"),
+        (
+            lambda state: state.update({"Roncon_model.patch_embed.proj.weight": torch.ones(64, 448, 4, 4)}),
+            "448 channels; only AMI-Nets over WideResNet-50-2, which has 1792",
+        ),
         (lambda state: state.update({"Feature_extractor.block5.0.bias": torch.ones(1)}), "unknown key block5"),
     ],
-    ids=["missing", "missing inside", "stranger", "unknown", "shape", "no queries", "table", "grid", "extractor"],
+    ids=[
+        "missing",
+        "missing inside",
+        "stranger",
+        "unknown",
+        "shape",
+        "no queries",
+        "table",
+        "grid",
+        "backbone",
+        "extractor",
+    ],
 )
 def test_import_when_a_key_does_not_fit_then_names_it_officially(
     checkpoint, spoil: Callable[[dict[str, Tensor]], object], message
@@ -108,3 +124,18 @@ def test_import_when_a_key_does_not_fit_then_names_it_officially(
 
     with pytest.raises(ValueError, match=message):
         import_ami_net(checkpoint, _SIZE)
+
+
+@pytest.mark.parametrize(("side", "words"), [(64, "images of 64 x 64"), (40, "multiple")], ids=["table", "grid"])
+def test_read_when_the_side_does_not_fit_then_says_to_change_the_side_and_not_the_file(
+    tmp_path, checkpoint, side, words
+):
+    """The positions are a fixed table; whoever asks for another side is not sent to fetch the file again."""
+    path = tmp_path / "AMAE.safetensors"
+    save_file(checkpoint, path)
+
+    with pytest.raises(CheckpointRefused, match=words) as refused:
+        read_released("ami_net", path, side)
+
+    assert "leave --size out" in str(refused.value)
+    assert "the authors' own file" not in str(refused.value)

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.inp_former import InpFormer, InpFormerConfig
-from training.import_checkpoint import dinov2_to_timm, import_inp_former
+from training.checkpoint import CheckpointRefused
+from training.import_checkpoint import dinov2_to_timm, import_inp_former, read_released
 
 _SIZE = (28, 28)
 _OFFICIAL = {"prototype_tokens": "prototype_token", "extractor.": "aggregation.0.", "bottleneck.": "bottleneck.0."}
@@ -114,6 +115,17 @@ def test_import_when_a_key_does_not_fit_then_names_it_officially(
 
     with pytest.raises(ValueError, match=message):
         import_inp_former(checkpoint, _SIZE)
+
+
+def test_read_when_the_side_does_not_fit_then_says_to_change_the_side_and_not_the_file(tmp_path, checkpoint):
+    """Whoever asks for a side that is no multiple of the patch is not sent to fetch the file again."""
+    path = tmp_path / "model.safetensors"
+    save_file(checkpoint, path)
+
+    with pytest.raises(CheckpointRefused, match=r"14.*leave --size out for the 392") as refused:
+        read_released("inp_former", path, 400)
+
+    assert "the authors' own file" not in str(refused.value)
 
 
 def test_dinov2_to_timm_when_renamed_then_the_class_token_carries_its_position():
