@@ -60,6 +60,14 @@ def _misfit_of_setting(detector: str, name: str, value: Any) -> str | None:
         return "must not be negative"
     if name not in _FROM_ZERO and any(isinstance(number, int) and number == 0 for number in numbers):
         return "must be at least 1"
+    return _misfit_of_name(name, numbers)
+
+
+def _misfit_of_name(name: str, numbers: list[int | float]) -> str | None:
+    if name == "top_fraction" and not all(0 < number <= 1 for number in numbers):
+        return "must be above 0 and at most 1; a share of less than one value of the map scores by its maximum"
+    if name == "ridge" and 0 in numbers:
+        return "must be above 0, or equal neighbours have no solution"
     if name.endswith("_weights") and numbers and not any(numbers):
         return "must not all be 0"
     return None

@@ -50,6 +50,8 @@ def test_load_config_when_a_descent_leads_nowhere_then_names_the_key(detector, r
         ("jigsaw_svdd", "brightness_noise=.nan", "brightness_noise: must be finite; it is nan."),
         ("jigsaw_svdd", "hidden_channels=0", "hidden_channels: must be at least 1"),
         ("rb_ae", "margin=.inf", "margin: must be finite"),
+        ("inp_former", "top_fraction=0", "top_fraction: must be above 0 and at most 1"),
+        ("inp_former_pp", "top_fraction=1.5", "top_fraction: must be above 0 and at most 1"),
     ],
 )
 def test_load_config_when_a_size_or_weight_is_impossible_then_names_the_key(detector, setting, words):
@@ -83,3 +85,12 @@ def test_control_when_it_learns_nothing_then_is_a_configuration_all_the_same(tmp
 
     assert control.config.detector_config().recipe.iterations == 0
     assert dataclasses.asdict(control)["kind"] == "control"
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"), [("ridge=0", "ridge: must be above 0"), ("regularisation=-1", "must not be negative")]
+)
+def test_load_config_when_grnr_would_solve_nothing_then_names_the_key(setting, words):
+    """A texture's equal neighbours have no solution without a ridge, and a pull pulls."""
+    with pytest.raises(ConfigFault, match=words):
+        load_config("small", "grnr", ["product=texture", f"hyperparameters.{setting}"])
