@@ -19,6 +19,7 @@ from models.ami_net import AmiNet, AmiNetConfig
 from models.detector import Detector
 from models.inp_former import InpFormer, InpFormerConfig
 from training.checkpoint import CheckpointRefused, TrainingState, detector_tensors, save_checkpoint
+from training.config import RunConfig
 
 _VIT_BY_CHANNELS = {
     384: "vit_small_patch14_reg4_dinov2",
@@ -112,6 +113,18 @@ def read_released(detector: str, path: Path, side: int | None = None) -> Release
         raise CheckpointRefused(
             f"{path.name} can't become a detector {detector}: {error}; give the authors' own file, as they released it."
         ) from error
+
+
+def tell_softened(config: RunConfig) -> str | None:
+    """Say where a configuration makes a released detector judge otherwise than its authors' code; else None."""
+    own = config.detector_config()
+    if not isinstance(own, AmiNetConfig) or own.mask_softness == 0:
+        return None
+    return (
+        f"the mask is softened (hyperparameters.mask_softness={own.mask_softness:g}), so that every runtime masks "
+        "alike; maps differ from the authors' by some hundredths of their range. Their own hard step, if the exported "
+        "graph then still agrees: --set hyperparameters.mask_softness=0"
+    )
 
 
 def keep_released(released: Released, directory: Path) -> Path | None:

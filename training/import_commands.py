@@ -39,7 +39,11 @@ def import_checkpoint(  # noqa: PLR0917 - typer reads options from a signature; 
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change one value; may be repeated")
     ] = None,
 ) -> None:
-    """Turn a checkpoint that a method's authors released into a bundle for a line: calibrate, evaluate, export."""
+    """Turn a checkpoint that a method's authors released into a bundle for a line: calibrate, evaluate, export.
+
+    Zero-shot, for a line without frames: import INP-Former's for any line that has some, then flawline export RUN
+    --zero-shot --name NAME, where RUN is the run that the import names.
+    """
     with imports_stay():
         from training import jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
 

@@ -34,7 +34,7 @@ from training.evaluate import ask, evaluate, inspected_share, to_records
 from training.export import GraphRun
 from training.faults import CALLERS, OURS
 from training.fit import FitStopped
-from training.import_checkpoint import keep_released, read_released
+from training.import_checkpoint import keep_released, read_released, tell_softened
 from training.peers import Peers, meet_peers, process_number, refuse_company
 from training.progress import Reporter, choose_reporter
 from training.published import KindOfSetting, read_published
@@ -203,6 +203,8 @@ def import_released(
     name = _line_name(wishes.name or lines[0].name)
     released = read_released(detector, checkpoint, side)
     config = load_config("paper", detector, [*released.settings, *wishes.settings])
+    if (softened := tell_softened(config)) is not None:
+        _reporter().note(softened)
     weights, weight_folders = read_weights_option(wishes.weights)
     directory = new_directory(wishes.runs, name, datetime.now(UTC)).resolve()
     request = RunRequest(

@@ -10,7 +10,8 @@ from torch import Tensor
 from models.ami_net import AmiNet, AmiNetConfig
 from models.backbones import untrained_weights
 from training.checkpoint import CheckpointRefused
-from training.import_checkpoint import import_ami_net, read_released
+from training.config import load_config
+from training.import_checkpoint import import_ami_net, read_released, tell_softened
 
 _SIZE = (32, 32)
 _OFFICIAL = {
@@ -139,3 +140,13 @@ def test_read_when_the_side_does_not_fit_then_says_to_change_the_side_and_not_th
 
     assert "leave --size out" in str(refused.value)
     assert "the authors' own file" not in str(refused.value)
+
+
+def test_tell_softened_when_the_mask_has_a_slope_then_says_so_and_how_to_take_the_authors_step():
+    """The paper configuration's mask is not the released one; with the hard step nothing is told."""
+    as_shipped = load_config("paper", "ami_net")
+    as_released = load_config("paper", "ami_net", ["hyperparameters.mask_softness=0"])
+
+    assert "--set hyperparameters.mask_softness=0" in str(tell_softened(as_shipped))
+    assert tell_softened(as_released) is None
+    assert tell_softened(load_config("paper", "inp_former")) is None
