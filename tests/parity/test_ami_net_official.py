@@ -3,10 +3,12 @@
 The expected arrays were made with the official modules (luow23/AMI-Net at 3350be0), every tensor filled by a rule that
 starts from its official name. Tolerances: float32 against float32, other orders of summation; the mask is exact,
 because every score lies farther from its threshold than the two differ.
+
+Other recordings of the same form are compared as they are: `FLAWLINE_SHARED=/elsewhere pytest tests/parity` takes
+batch, side and steps from their arrays and the seed from their README (`recordings.py`).
 """
 
 import json
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -22,29 +24,35 @@ from models.ami_net import AmiNet, _embed, find_outliers
 from models.blocks.patches import patchify
 from models.blocks.smoothing import bilinear_matrix
 from models.detector import GradientStage
+from tests.parity.recordings import (
+    Arrays,
+    arrays_of,
+    draw,
+    draw_images,
+    each_array,
+    each_inference,
+    recorded_after,
+    recorded_inferences,
+    seed_of,
+)
 from tests.shared_material import require_shared
 from training.import_checkpoint import import_ami_net
 from training.optimisers import build_optimiser
 
-SEED = 1
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 EXACT = {"rtol": 0.0, "atol": 0.0}
 _POSITIONS = "Roncon_model.pos_embed"
-_STEPS = 3
+_STRIDE = 4
+_METHOD = "ami_net"
+_TRACE = "trace__total_dis_dir_compact_diversity"
 
 
-def _draw(key: str, shape: list[int] | tuple[int, ...]) -> np.ndarray:
-    """Draw float32 normals from the name alone."""
-    generator = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode("utf-8")) + SEED))
-    return generator.standard_normal(shape).astype(np.float32)
-
-
-def _fill(key: str, shape: list[int]) -> Tensor:
+def _fill(key: str, shape: list[int], seed: int) -> Tensor:
     """Give the official tensor of that name its documented value."""
     last = key.rsplit(".", maxsplit=1)[-1]
     if last == "num_batches_tracked":
         return torch.tensor(0)
-    x = _draw(key, shape)
+    x = draw(key, shape, seed)
     match last, len(shape):
         case "running_mean", _:
             value = np.float32(0.1) * x
@@ -62,28 +70,34 @@ def _fill(key: str, shape: list[int]) -> Tensor:
 
 
 @cache
-def _detector(folder: Path) -> AmiNet:
+def _detector(folder: Path, side: int) -> AmiNet:
     """Build the one detector: half a gigabyte, drawn number by number. Only `trace` changes it, after `_answers`."""
-    entries = json.loads((folder / "state_dict_keys.json").read_text())
-    state = {entry["key"]: _fill(entry["key"], entry["shape"]) for entry in entries if entry["key"] != _POSITIONS}
-    return import_ami_net(state).eval()
+    entries, seed = json.loads((folder / "state_dict_keys.json").read_text()), seed_of(folder)
+    state = {entry["key"]: _fill(entry["key"], entry["shape"], seed) for entry in entries if entry["key"] != _POSITIONS}
+    return import_ami_net(state, (side, side)).eval()
 
 
-def _images(detector: AmiNet, expected: np.lib.npyio.NpzFile) -> Tensor:
-    """Return images whose normalised values are the documented draw."""
-    normalised = _draw("input_256", (2, 3, 256, 256))
-    flat = normalised.astype(np.float64).ravel()
-    np.testing.assert_allclose([flat.sum(), np.abs(flat).sum(), *flat[:8]], expected["input_checksum"], rtol=1e-9)
+def _shape_of(expected: Arrays) -> tuple[int, int, int, int]:
+    """Return the shape of the images that a recorded inference has seen: a map of features tells it."""
+    batch, grid, _ = expected["feat_l2"].shape
+    return batch, 3, grid * _STRIDE, grid * _STRIDE
+
+
+def _images(detector: AmiNet, folder: Path, expected: Arrays, batch: int | None = None) -> Tensor:
+    """Return images whose normalised values are the documented draw; of another batch than was recorded, if wanted."""
+    recorded = _shape_of(expected)
+    shape = recorded if batch is None else (batch, *recorded[1:])
+    normalised = draw_images(shape, seed_of(folder), expected["input_checksum"] if shape == recorded else None)
     return torch.from_numpy(normalised) * detector.backbone.std + detector.backbone.mean
 
 
 @cache
-def _answers():
-    """Run the detector once and name everything the official code was asked for."""
-    folder = require_shared("parity/ami_net")
-    expected = np.load(folder / "expected_256.npz")
-    detector = _detector(folder)
-    images = _images(detector, expected)
+def _answers(recording: str):
+    """Run the detector once as a recording did and name everything the official code was asked for."""
+    folder = require_shared(f"parity/{_METHOD}")
+    expected = np.load(folder / f"expected_{recording}.npz")
+    detector = _detector(folder, _shape_of(expected)[-1])
+    images = _images(detector, folder, expected)
     seen: dict[str, Tensor] = {}
     for name, module in (
         ("aux_block_centres", detector.centre_blocks),
@@ -99,7 +113,7 @@ def _answers():
         output = detector(images)
         for step in steps:
             delattr(detector, step)
-        ours = _arrange(detector, seen["_unpack"], seen["_rebuild"], seen)
+        ours = _arrange(detector, seen["_unpack"], seen["_rebuild"], seen, expected["centres"].shape[1])
     ours |= {
         "token_score": seen["_measure_tokens"].amin(dim=2),
         "cluster_index": seen["_measure_tokens"].argmin(dim=2),
@@ -121,14 +135,16 @@ def _recorded(method: Callable[..., Tensor], into: dict[str, Tensor], name: str)
     return record
 
 
-def _arrange(detector: AmiNet, features: Tensor, rebuilt: Tensor, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+def _arrange(
+    detector: AmiNet, features: Tensor, rebuilt: Tensor, seen: dict[str, Tensor], centres: int
+) -> dict[str, Tensor]:
     """Bring our tensors to the layouts of the expected arrays."""
-    resize = bilinear_matrix(64, 256).float()
+    resize = bilinear_matrix(features.shape[2], detector.config.map_size[0]).float()
     patches = patchify(features, detector.config.patch_size)
     ours = {
         "patch_embed_s": _embed(detector.patch_embedding, patches)[..., ::16],
         "auxi_embed_s": _embed(detector.centre_embedding, patches)[..., ::16],
-        "aux_block_centres": seen["aux_block_centres"][:, :8],
+        "aux_block_centres": seen["aux_block_centres"][:, :centres],
         "centres": seen["centres"],
         "block0_s": seen["block0"][..., ::16],
         "final_norm_s": seen["final_norm"][..., ::16],
@@ -141,57 +157,70 @@ def _arrange(detector: AmiNet, features: Tensor, rebuilt: Tensor, seen: dict[str
         "dir": 1 - functional.cosine_similarity(features, rebuilt, dim=1),
     }
     for name, value in coarse.items():
-        ours[f"{name}64"] = value
+        ours[f"{name}{value.shape[1]}"] = value
         ours[f"{name}_map_s"] = (resize @ value @ resize.T)[:, ::2, ::2]
         ours[f"{name}_smooth_s"] = detector.upsampling(value)[:, ::2, ::2]
     return ours
 
 
-@pytest.mark.parametrize(
-    ("name", "tolerance"),
-    [
-        *((name, CLOSE) for name in ("feat_s", "feat_l2", "patch_embed_s", "auxi_embed_s", "aux_block_centres")),
-        *((name, CLOSE) for name in ("centres", "token_score", "block0_s", "final_norm_s", "rec_s", "rec_l2")),
-        *((f"{kind}{part}", CLOSE) for kind in ("dis", "dir") for part in ("64", "_map_s", "_smooth_s")),
-        *((name, EXACT) for name in ("cluster_index", "mask")),
-        ("amap", CLOSE),
-        ("image_score", {"rtol": 1e-4, "atol": 0.0}),
-        ("pos_embed_rows", {"rtol": 0.0, "atol": 1e-6}),
-    ],
-)
-def test_inference_equals_the_official_code(name, tolerance):
+_TOLERANCES = {
+    **dict.fromkeys(("feat_s", "feat_l2", "patch_embed_s", "auxi_embed_s", "aux_block_centres"), CLOSE),
+    **dict.fromkeys(("centres", "token_score", "block0_s", "final_norm_s", "rec_s", "rec_l2"), CLOSE),
+    **{f"{kind}{part}": CLOSE for kind in ("dis", "dir") for part in ("64", "_map_s", "_smooth_s")},
+    **dict.fromkeys(("cluster_index", "mask"), EXACT),
+    "amap": CLOSE,
+    "image_score": {"rtol": 1e-4, "atol": 0.0},
+    "pos_embed_rows": {"rtol": 0.0, "atol": 1e-6},
+}
+_COMPARED_ELSEWHERE = {
+    *("input_checksum", "cluster_margin", "threshold_margin"),
+    *("mask_case_score", "mask_case_cluster", "mask_case_mask"),
+}
+
+
+@pytest.mark.parametrize("recording", each_inference(_METHOD))
+def test_recording_has_the_arrays_that_are_compared(recording):
+    """No array goes without a comparison, and none is missing."""
+    assert set(arrays_of(_METHOD, recording)) - _COMPARED_ELSEWHERE == _TOLERANCES.keys()
+
+
+@pytest.mark.parametrize(("recording", "name"), each_array(_METHOD, _COMPARED_ELSEWHERE))
+def test_inference_equals_the_official_code(recording, name):
     """Every intermediate value, the mask, the map and the score are those of the official modules."""
-    expected, ours = _answers()
+    expected, ours = _answers(recording)
 
-    np.testing.assert_allclose(ours[name].reshape(expected[name].shape), expected[name], **tolerance)
+    np.testing.assert_allclose(ours[name].reshape(expected[name].shape), expected[name], **_TOLERANCES[name])
 
 
-def test_mask_when_all_clusters_are_in_use_then_equals_the_official_code():
-    """With eight clusters, one of them of a single token, the same tokens are masked."""
-    expected = np.load(require_shared("parity/ami_net") / "expected_256.npz")
+@pytest.mark.parametrize("recording", each_inference(_METHOD))
+def test_mask_when_all_clusters_are_in_use_then_equals_the_official_code(recording):
+    """With all clusters, one of them of a single token, the same tokens are masked."""
+    expected = np.load(require_shared(f"parity/{_METHOD}") / f"expected_{recording}.npz")
     scores, nearest = (torch.from_numpy(expected[f"mask_case_{name}"]) for name in ("score", "cluster"))
 
-    masked = find_outliers(scores, functional.one_hot(nearest, 8).float(), deviations=0.5)
+    masked = find_outliers(scores, functional.one_hot(nearest).float(), deviations=0.5)
 
     np.testing.assert_array_equal(1 - masked.numpy(), expected["mask_case_mask"])
 
 
 @pytest.fixture(scope="module")
 def trace():
-    """Run the three recorded training steps: no jitter, one given mask."""
-    folder = require_shared("parity/ami_net")
+    """Run the recorded training steps: no jitter, one given mask."""
+    folder = require_shared(f"parity/{_METHOD}")
     expected = np.load(folder / "expected_train.npz")
-    _answers()  # of the detector before it is trained
-    detector = _detector(folder)
+    recording = recorded_inferences(_METHOD)[0]
+    seen, _ = _answers(recording)  # of the detector before it is trained
+    detector = _detector(folder, _shape_of(seen)[-1])
     detector.config = replace(detector.config, jitter=0.0)
     (stage,) = detector.stages()
     assert isinstance(stage, GradientStage)
-    features = detector._unpack(stage.encode(_images(detector, np.load(folder / "expected_256.npz"))))
-    visible = torch.from_numpy(_draw("train_mask", (2, 256)) > 0)
+    shape = expected["train_mask"].shape
+    features = detector._unpack(stage.encode(_images(detector, folder, seen, batch=shape[0])))
+    visible = torch.from_numpy(draw("train_mask", shape, seed_of(folder)) > 0)
     np.testing.assert_array_equal(visible.float().numpy(), expected["train_mask"])
     optimiser = build_optimiser(stage.recipe, stage.parameters)
     rows, first_gradients = [], {}
-    for step in range(_STEPS):
+    for step in range(len(expected[_TRACE])):
         terms = detector._weigh_terms(features, 1 - visible.float(), torch.Generator().manual_seed(step))
         total = sum(terms.values())
         optimiser.zero_grad()
@@ -226,10 +255,10 @@ def _name_here(official: str) -> str:
     ("column", "name"), list(enumerate(["total", "distance", "direction", "compactness", "diversity"]))
 )
 def test_training_trace_equals_the_official_code(trace, column, name):
-    """The loss and its terms in three AdamW steps are the official ones."""
+    """The loss and its terms in each AdamW step are the official ones."""
     expected, rows, _, _ = trace
 
-    official = expected["trace__total_dis_dir_compact_diversity"]
+    official = expected[_TRACE]
 
     np.testing.assert_allclose(rows[:, column], official[:, column], rtol=1e-4, err_msg=name)
 
@@ -248,13 +277,15 @@ def test_first_gradients_equal_the_official_code(trace):
         )
 
 
-def test_parameters_after_three_steps_equal_the_official_code(trace):
+def test_parameters_after_the_last_step_equal_the_official_code(trace):
     """AdamW with its decay moves the parameters as the official loop does."""
-    expected, _, _, detector = trace
-    recorded = [key for key in expected if key.startswith("after3__")]
+    expected, rows, _, detector = trace
     parameters = dict(detector.named_parameters())
 
+    steps, recorded = recorded_after(expected)
+
     assert recorded
-    for key in recorded:
-        start = parameters[_name_here(key)].detach().flatten()[: len(expected[key])]
-        np.testing.assert_allclose(start, expected[key], rtol=1e-4, atol=1e-5, err_msg=key)
+    assert steps == len(rows)
+    for key, value in recorded.items():
+        start = parameters[_name_here(key)].detach().flatten()[: len(value)]
+        np.testing.assert_allclose(start, value, rtol=1e-4, atol=1e-5, err_msg=key)

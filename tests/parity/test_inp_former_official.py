@@ -2,10 +2,13 @@
 
 The expected arrays were made with the official modules (luow23/INP-Former at 17d2653), every tensor filled by a rule
 that starts from its official name. Tolerances: float32 against float32, other orders of summation.
+
+Other recordings of the same form are compared as they are: `FLAWLINE_SHARED=/elsewhere pytest tests/parity` takes
+batch, side and steps from their arrays and the seed from their README (`recordings.py`).
 """
 
 import json
-import zlib
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,25 +20,30 @@ from torch import Tensor
 
 from models.detector import GradientStage
 from models.inp_former import InpFormer
+from tests.parity.recordings import (
+    Arrays,
+    arrays_of,
+    draw,
+    draw_images,
+    each_array,
+    each_inference,
+    recorded_after,
+    recorded_inferences,
+    seed_of,
+)
 from tests.shared_material import require_shared
 from training.import_checkpoint import import_inp_former
 from training.optimisers import StableAdamW, warmup_cosine
 
-SEED = 1
 FEATURES = {"rtol": 1e-4, "atol": 1e-4}
 MAPS = {"rtol": 0.0, "atol": 1e-5}
-_EXTRA_TOKENS = 5
+_EXTRA_TOKENS, _PATCH = 5, 14
+_METHOD = "inp_former"
 
 
-def _draw(key: str, shape: list[int] | tuple[int, ...]) -> np.ndarray:
-    """Draw float32 normals from the name alone."""
-    generator = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode("utf-8")) + SEED))
-    return generator.standard_normal(shape).astype(np.float32)
-
-
-def _fill(key: str, shape: list[int]) -> Tensor:
+def _fill(key: str, shape: list[int], seed: int) -> Tensor:
     """Give the official tensor of that name its documented value."""
-    x = _draw(key, shape)
+    x = draw(key, shape, seed)
     match key.rsplit(".", maxsplit=1)[-1], len(shape):
         case "gamma", _:
             value = np.float32(0.3) + np.float32(0.05) * x
@@ -57,16 +65,20 @@ def _fill(key: str, shape: list[int]) -> Tensor:
 
 
 def _detector(folder: Path, side: int) -> InpFormer:
-    entries = json.loads((folder / "state_dict_keys.json").read_text())
-    state = {entry["key"]: _fill(entry["key"], entry["shape"]) for entry in entries}
+    entries, seed = json.loads((folder / "state_dict_keys.json").read_text()), seed_of(folder)
+    state = {entry["key"]: _fill(entry["key"], entry["shape"], seed) for entry in entries}
     return import_inp_former(state, (side, side)).eval()
 
 
-def _images(detector: InpFormer, batch: int, side: int, expected: np.lib.npyio.NpzFile) -> Tensor:
+def _shape_of(expected: Arrays) -> tuple[int, int, int, int]:
+    """Return the shape of the images that a recorded inference has seen: a map of tokens tells it."""
+    batch, tokens, _ = expected["en0_l2"].shape
+    return batch, 3, tokens * _PATCH, tokens * _PATCH
+
+
+def _images(detector: InpFormer, folder: Path, expected: Arrays) -> Tensor:
     """Return images whose normalised values are the documented draw."""
-    normalised = _draw(f"input_{side}", (batch, 3, side, side))
-    flat = normalised.astype(np.float64).ravel()
-    np.testing.assert_allclose([flat.sum(), np.abs(flat).sum(), *flat[:8]], expected["input_checksum"], rtol=1e-9)
+    normalised = draw_images(_shape_of(expected), seed_of(folder), expected["input_checksum"])
     return torch.from_numpy(normalised) * detector.backbone.std + detector.backbone.mean
 
 
@@ -75,13 +87,12 @@ def _record(module: torch.nn.Module, into: dict[str, Tensor], name: str) -> None
 
 
 @cache
-def _answers(side: int):
-    """Run the detector once at an image size and name everything the official code was asked for."""
-    batch = {224: 2, 392: 1}[side]
-    folder = require_shared("parity/inp_former")
-    expected = np.load(folder / f"expected_{side}.npz")
-    detector = _detector(folder, side)
-    images = _images(detector, batch, side, expected)
+def _answers(name: str):
+    """Run the detector once as a recording did and name everything the official code was asked for."""
+    folder = require_shared(f"parity/{_METHOD}")
+    expected = np.load(folder / f"expected_{name}.npz")
+    detector = _detector(folder, _shape_of(expected)[-1])
+    images = _images(detector, folder, expected)
     seen: dict[str, Tensor] = {}
     _record(detector.backbone.network.norm_pre, seen, "embedded")
     _record(detector.backbone.network.blocks[0], seen, "block0")
@@ -133,39 +144,42 @@ def _arrange(detector, tokens, rebuilt, seen, output) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in arranged.items()}
 
 
-# The arrays of both image sizes; the smaller one has more.
-_BOTH = {
+# What every recording has; some have more.
+_ALWAYS = {
     **{f"{kind}{group}_l2": FEATURES for kind in ("en", "de") for group in (0, 1)},
     **dict.fromkeys(("distance", "loss_coherence", "grid0", "grid1", "amap256", "smooth", "score"), MAPS),
     "inp_tokens": FEATURES,
     "cluster_index": {"rtol": 0.0, "atol": 0.0},
 }
-_ONLY_224 = {
+_SOMETIMES = {
     **dict.fromkeys(("tokens_cls_reg", "tokens_patch_s", "block0_s", "fused_s"), FEATURES),
     **dict.fromkeys(("bottleneck_s", "decoder0_s", "decoder7_s"), FEATURES),
     **{f"{kind}{group}_s": FEATURES for kind in ("en", "de") for group in (0, 1)},
     "amap": MAPS,
 }
+_COMPARED_ELSEWHERE = {"input_checksum", "zs_smooth", "zs_score"}
 
 
-@pytest.mark.parametrize(
-    ("side", "name", "tolerance"),
-    [
-        *(pytest.param(224, name, tolerance, id=f"224-{name}") for name, tolerance in (_BOTH | _ONLY_224).items()),
-        *(pytest.param(392, name, tolerance, id=f"392-{name}") for name, tolerance in _BOTH.items()),
-    ],
-)
-def test_inference_equals_the_official_code(side, name, tolerance):
+@pytest.mark.parametrize("recording", each_inference(_METHOD))
+def test_recording_has_the_arrays_that_are_compared(recording):
+    """No array goes without a comparison, and none that every recording has is missing."""
+    arrays = set(arrays_of(_METHOD, recording)) - _COMPARED_ELSEWHERE
+
+    assert _ALWAYS.keys() <= arrays <= (_ALWAYS | _SOMETIMES).keys()
+
+
+@pytest.mark.parametrize(("recording", "name"), each_array(_METHOD, _COMPARED_ELSEWHERE))
+def test_inference_equals_the_official_code(recording, name):
     """Every intermediate value, the map and the score are those of the official modules."""
-    expected, ours, _, _ = _answers(side)
+    expected, ours, _, _ = _answers(recording)
 
-    np.testing.assert_allclose(ours[name], expected[name], **tolerance)
+    np.testing.assert_allclose(ours[name], expected[name], **(_ALWAYS | _SOMETIMES)[name])
 
 
-@pytest.mark.parametrize("side", [224, 392])
-def test_zero_shot_map_equals_the_official_code(side):
+@pytest.mark.parametrize("recording", each_inference(_METHOD))
+def test_zero_shot_map_equals_the_official_code(recording):
     """The distance to the nearest prototype goes through the same chain to map and score."""
-    expected, _, detector, tokens = _answers(side)
+    expected, _, detector, tokens = _answers(recording)
     prototypes_only = InpFormer(replace(detector.config, map_source="prototypes"))
     prototypes_only.load_state_dict(detector.state_dict())
 
@@ -179,11 +193,13 @@ def test_zero_shot_map_equals_the_official_code(side):
 
 @pytest.fixture(scope="module")
 def trace():
-    """Run the four recorded training iterations."""
-    folder = require_shared("parity/inp_former")
+    """Run the recorded training iterations, on the images of the smallest recorded inference."""
+    folder = require_shared(f"parity/{_METHOD}")
     expected = np.load(folder / "expected_train.npz")
-    detector = _detector(folder, 224)
-    images = _images(detector, 2, 224, np.load(folder / "expected_224.npz"))
+    inferences = [np.load(folder / f"expected_{name}.npz") for name in recorded_inferences(_METHOD)]
+    smallest = min(inferences, key=lambda recorded: _shape_of(recorded)[-1])
+    detector = _detector(folder, _shape_of(smallest)[-1])
+    images = _images(detector, folder, smallest)
     (stage,) = detector.stages()
     assert isinstance(stage, GradientStage)
     official = {
@@ -195,8 +211,11 @@ def trace():
     )
     tokens = stage.encode(images)
     rows, first_gradients = [], {}
-    for step in range(4):
-        rate = warmup_cosine(step, total=12, warmup=4, peak=recipe.learning_rate, final=recipe.final_learning_rate)
+    (schedule,) = (expected[key] for key in expected if re.fullmatch(r"schedule\d+", key))
+    total, warmup = len(schedule), int(schedule.argmax()) + 1  # the line ends at the peak
+    peak, final = recipe.learning_rate, recipe.final_learning_rate
+    for step in range(len(expected["trace__loss"])):
+        rate = warmup_cosine(step, total=total, warmup=warmup, peak=peak, final=final)
         optimiser.param_groups[0]["lr"] = rate
         terms = stage.loss(tokens, step)
         loss = sum(terms.values())
@@ -224,7 +243,7 @@ def _official(name: str) -> str:
 
 @pytest.mark.parametrize(("column", "name"), list(enumerate(["loss_sm", "loss_coh", "loss", "gnorm", "lr"])))
 def test_training_trace_equals_the_official_code(trace, column, name):
-    """Losses, gradient norm and learning rate of four iterations are the official ones."""
+    """Losses, gradient norm and learning rate of each iteration are the official ones."""
     expected, rows, _, _ = trace
 
     np.testing.assert_allclose(rows[:, column], expected[f"trace__{name}"], rtol=1e-4, atol=1e-9)
@@ -244,10 +263,13 @@ def test_first_gradients_equal_the_official_code(trace):
         np.testing.assert_allclose(ours, start, rtol=1e-4, atol=1e-4 * np.abs(start).max(), err_msg=key)
 
 
-def test_parameters_after_four_steps_equal_the_official_code(trace):
+def test_parameters_after_the_last_step_equal_the_official_code(trace):
     """Clipping, StableAdamW and the schedule move the parameters as the official loop does."""
-    expected, _, _, after = trace
-    recorded = {key.removeprefix("after4__"): expected[key] for key in expected if key.startswith("after4__")}
+    expected, rows, _, after = trace
 
+    steps, recorded = recorded_after(expected)
+
+    assert recorded
+    assert steps == len(rows)
     for key, value in recorded.items():
         np.testing.assert_allclose(after[key].flatten()[: len(value)], value, rtol=1e-4, atol=1e-6, err_msg=key)
