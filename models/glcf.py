@@ -87,7 +87,7 @@ class GlcfConfig:
             5 to 1 and 8 to 1).
         level_weights: w, of each target's normalised map, the finest first.
         blur_sigma: standard deviation of the Gaussian in pixels of the image.
-        score: standard deviation of the map, or its largest value.
+        score_reduction: standard deviation of the map, or its largest value.
         seed: seeds the initial values.
         recipe: the descent.
     """
@@ -112,7 +112,7 @@ class GlcfConfig:
     branch_weights: tuple[float, float] = (1.0, 1.0)
     level_weights: tuple[float, ...] = (1.0, 3.0, 6.0)
     blur_sigma: float = 4.0
-    score: Literal["deviation", "maximum"] = "deviation"
+    score_reduction: Literal["deviation", "maximum"] = "deviation"
     seed: int = 1
     recipe: Recipe = _PAPER_RECIPE
 
@@ -371,7 +371,7 @@ class Glcf(OnBackbone):
             raise RuntimeError("the maps were not calibrated yet; run the pass stage over the good frames first")
         normalised = (self._distance_maps(encoded) - self.means[..., None, None]) / self.deviations[..., None, None]
         anomaly_map = (self.weights[..., None, None] * normalised).sum(dim=(1, 2))
-        return AnomalyOutput(anomaly_map, reduce_map(anomaly_map, self.config.score))
+        return AnomalyOutput(anomaly_map, reduce_map(anomaly_map, self.config.score_reduction))
 
     def _distance_maps(self, encoded: Tensor) -> Tensor:
         """Return 1 - cosine of each pair that the fusion uses, resized and blurred: `(B, branches, levels, H, W)`."""

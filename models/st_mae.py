@@ -83,7 +83,7 @@ class StMaeConfig:
         deals: K, over how many kept deals inference averages; more cost as much again.
         deal_seed: draws them; apart from `seed`, because another deal changes all scores.
         blur_sigma: standard deviation of the Gaussian in pixels of the image.
-        score: standard deviation of the map, or its largest value.
+        score_reduction: standard deviation of the map, or its largest value.
         seed: seeds the initial values and, with the step, the deals of training.
         recipe: the descent.
     """
@@ -105,7 +105,7 @@ class StMaeConfig:
     deals: int = 2
     deal_seed: int = 0
     blur_sigma: float = 4.0
-    score: Literal["deviation", "maximum"] = "deviation"
+    score_reduction: Literal["deviation", "maximum"] = "deviation"
     seed: int = 1
     recipe: Recipe = _PAPER_RECIPE
 
@@ -221,7 +221,7 @@ class StMae(OnBackbone):
             for order, raster in zip(self.orders.unbind(), self.rasters.unbind(), strict=True)
         ]
         anomaly_map = self.upsampling(torch.stack(residuals).mean(dim=0))
-        return AnomalyOutput(anomaly_map, reduce_map(anomaly_map, self.config.score))
+        return AnomalyOutput(anomaly_map, reduce_map(anomaly_map, self.config.score_reduction))
 
     def _rebuild(self, patches: Tensor, order: Tensor, raster: Tensor) -> Tensor:
         """Return F^ `(B, N, k k C)` of patches, for an order `(N,)` of all images or `(B, N)` of each.

@@ -226,13 +226,12 @@ def load_config(source: str, detector: str | None = None, overrides: Iterable[st
 def score_rule_of(own: Any) -> ScoreRule:
     """Return how a detector with this configuration of its own reduces scores from maps.
 
-    It says so by `score_reduction`, `score` or `top_fraction`, as a setting or once for all.
+    It says so by `score_reduction` or `top_fraction`, as a setting or once for all.
     """
-    for name in ("score_reduction", "score"):
-        reduction = getattr(own, name, None)
-        if reduction is not None:
-            return ScoreRule(kind=reduction)
-    return ScoreRule(kind="top_fraction_mean", fraction=own.top_fraction)
+    reduction = getattr(own, "score_reduction", None)
+    if reduction is None:
+        return ScoreRule(kind="top_fraction_mean", fraction=own.top_fraction)
+    return ScoreRule(kind=reduction)
 
 
 def map_size_of(own: Any) -> tuple[int, int]:

@@ -308,7 +308,7 @@ def test_forward_when_one_branch_is_chosen_then_the_others_decoders_are_not_aske
 
 def test_forward_when_the_score_is_the_maximum_then_is_the_maps_largest_value():
     """The alternative to the published deviation."""
-    detector = _calibrated(_images(3), score="maximum")
+    detector = _calibrated(_images(3), score_reduction="maximum")
 
     with torch.no_grad():
         output = detector(_images(2))

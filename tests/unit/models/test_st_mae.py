@@ -252,7 +252,7 @@ def test_forward_averages_over_the_kept_deals():
 
 def test_forward_when_the_score_is_the_maximum_then_is_the_maps_largest_value():
     """The other score that was published for this family."""
-    detector = StMae(replace(TINY["st_mae"], score="maximum")).eval()
+    detector = StMae(replace(TINY["st_mae"], score_reduction="maximum")).eval()
     detector.load_backbone_weights(make_detector("st_mae").backbone.network.state_dict())
 
     with torch.no_grad():
