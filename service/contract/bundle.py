@@ -41,6 +41,7 @@ ENGINES_DIRECTORY = "engines"
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
+_EXPORT_AGAIN = "export the bundle again with this release"
 _LINES_DIRECTORY = "lines"
 _REQUIRED_FILES = (MODEL_FILE, GOLDEN_FILE, GOLDEN_MAPS_FILE, REPORT_FILE)
 
@@ -289,7 +290,7 @@ def load_bundle(path: Path, trust: Trust | None = None) -> Bundle:
     if trust is not None:
         refuse_unsigned(manifest_bytes, _read_signature(path), trust)
     _refuse_other_schema(manifest_bytes)
-    manifest = _parse(Manifest, manifest_bytes, MANIFEST_FILE)
+    manifest = _parse(Manifest, manifest_bytes, MANIFEST_FILE, _EXPORT_AGAIN)
     for required in _required_files(manifest):
         if required not in manifest.files:
             raise BundleRefused(f"{MANIFEST_FILE} names no {required}; export the bundle again.")
@@ -303,7 +304,7 @@ def load_bundle(path: Path, trust: Trust | None = None) -> Bundle:
     policies = {}
     for line in manifest.lines:
         name = line_file(line, manifest.lines, POLICY_FILE)
-        policies[line] = _parse(Policy, files[name], name)
+        policies[line] = _parse(Policy, files[name], name, _EXPORT_AGAIN)
     calibrations = {
         line: Calibration.from_bytes(files[line_file(line, manifest.lines, CALIBRATION_FILE)])
         for line in manifest.lines
@@ -320,7 +321,7 @@ def load_policy(path: Path) -> Policy:
     Raises:
         BundleRefused: if it can't be read or does not fit the schema.
     """
-    return _parse(Policy, _read(path.parent, path.name), path.name)
+    return _parse(Policy, _read(path.parent, path.name), path.name, "mend the policy")
 
 
 def seal(manifest: Manifest, files: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -423,10 +424,10 @@ def _read(path: Path, relative: str) -> bytes:
         raise BundleRefused(f"{relative!r} can't be read in the bundle {path.parent.name}/{path.name}.") from error
 
 
-def _parse(schema: type[_Model], data: bytes, name: str) -> _Model:
+def _parse(schema: type[_Model], data: bytes, name: str, remedy: str) -> _Model:
     try:
         return schema.model_validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise BundleRefused(f"{name}: {place}: {first['msg']}.") from error
+        raise BundleRefused(f"{name}: {place}: {first['msg']}; {remedy}.") from error
