@@ -7,7 +7,8 @@
 
 Heckler-Kram et al., "The MVTec AD 2 Dataset", arXiv:2503.21622. Some archives unpack to `<category>/<category>/`; the
 outer folder can be given. Frames of the private splits have an unknown label, so no figure is measured on them. The
-makers integrate AUPRO up to 5 % of the good pixels.
+makers integrate AUPRO up to 5 % of the good pixels. Their SegF1, at one threshold an object, chosen on good pixels
+of the validation split, is not measured: their rule for it couldn't be read, and any other would not be comparable.
 """
 
 import re
