@@ -30,7 +30,14 @@ _LONGEST_FIRST = ("parity", "e2e", "unit", "integration", "architecture")
 # Where tests look for material, a second interpreter and a program that lives by itself; all other variables of ours
 # would change the service.
 _KEPT_VARIABLES = frozenset(
-    {"FLAWLINE_CHECKOV", "FLAWLINE_GPU_WHEELS", "FLAWLINE_GRAFANA_TYPES", "FLAWLINE_SHARED", "FLAWLINE_SERVICE_PYTHON"}
+    {
+        "FLAWLINE_CHECKOV",
+        "FLAWLINE_GPU_WHEELS",
+        "FLAWLINE_GRAFANA_TYPES",
+        "FLAWLINE_PARITY_SEED",
+        "FLAWLINE_SHARED",
+        "FLAWLINE_SERVICE_PYTHON",
+    }
 )
 _CONNECTING = frozenset({"socket.connect", "socket.sendto"})
 
