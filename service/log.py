@@ -110,8 +110,10 @@ class LineWriter(logging.Handler):
                 self._waiting.append(line)
                 self._waiting_bytes += len(line)
                 self._changed.notify_all()
+            else:  # counted before the lines that it is missing behind can be taken
+                self._lost += 1
         if not has_room:
-            self._lose(1)
+            self.tell_of_loss(1)
         elif record.levelno >= logging.WARNING:
             self._hurry.set()
 
