@@ -1,13 +1,13 @@
 """Fits a detector as publications do and measures it: on all good training frames, without thresholds or a bundle.
 
 A run for a plant (`run.py`) holds good frames back to calibrate on, and publishes what it fitted. A published figure
-rests on neither, so this way is shorter: lines → check → fit on every good training frame, or a few → figures of each
+rests on neither, so this way is shorter: checked lines → fit on every good training frame, or a few → figures of each
 line's test frames. Frames that a data set keeps for validation are not fitted on. Frames are decoded, resized and
 measured by the same functions as in a run.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -73,13 +73,32 @@ class Measured:
     warnings: tuple[str, ...]
 
 
+def check_line(line: Category, config: RunConfig, reporter: Reporter) -> CheckedDataset:
+    """Open every file of a line once, and say what is allowed but worth knowing.
+
+    Raises:
+        DatasetFault: if a file can't be used, or no test frame has a known label.
+    """
+    dataset = read_dataset(line.folder, line.layout)
+    if all(sample.label == UNKNOWN for sample in dataset.test):
+        raise DatasetFault(f"{line.folder} has no test frame whose label is known; there is nothing to measure on.")
+    checked = check_dataset(dataset, FrameLimits(), reporter, as_published=True, bit_depth=config.input.bit_depth)
+    checked.tell(line.name, reporter)
+    return checked
+
+
 def measure(
-    lines: Sequence[Category], config: RunConfig, equipment: Equipment, directory: Path, digest: str, reporter: Reporter
+    lines: Mapping[str, CheckedDataset],
+    config: RunConfig,
+    equipment: Equipment,
+    directory: Path,
+    digest: str,
+    reporter: Reporter,
 ) -> Measured:
     """Fit one detector on all lines together and measure it on each.
 
     Args:
-        lines: one, or several in a multi-class run.
+        lines: by name, one, or several in a multi-class run.
         config: of the run; rates, hold-out and golden set are not used, its shots are.
         equipment: weights and device.
         directory: keeps the checkpoint while fitting; what lies there under the same digest is gone on with.
@@ -91,21 +110,8 @@ def measure(
     """
     device = choose_device(equipment.device)
     make_deterministic(config.seed)
-    checked = [
-        check_dataset(
-            read_dataset(line.folder, line.layout),
-            FrameLimits(),
-            reporter,
-            as_published=True,
-            bit_depth=config.input.bit_depth,
-        )
-        for line in lines
-    ]
-    for line, data in zip(lines, checked, strict=True):
-        data.tell(line.name, reporter)
-    _refuse_untested(lines, checked)
     prepared = prepare_detector(config, equipment.weights, equipment.weight_folders, device, len(lines))
-    chosen = [_to_fit_on(data, config) for data in checked]
+    chosen = [_to_fit_on(data, config) for data in lines.values()]
     begun = time.monotonic()
     _fit(prepared, chosen, config, CheckpointPlan(directory, {"cell": digest}, has_checkpoint(directory)), reporter)
     fit_s = time.monotonic() - begun
@@ -113,27 +119,17 @@ def measure(
     spec, rule = config.frame_input, prepared.score_rule
     run = by_tiles(DetectorRun(prepared.module, device), spec, rule)
     figures, frames = {}, {}
-    for index, (line, data) in enumerate(zip(lines, checked, strict=True)):
+    for index, (name, data) in enumerate(lines.items()):
         tested = [sample for sample in data.dataset.test if sample.label != UNKNOWN]
-        title = f"test frames of {line.name}"
+        title = f"test frames of {name}"
         answers = ask(run, tested, spec, reporter, title=title, line_index=index, batch_size=config.batch_size)
         found = evaluate(answers, _NO_VERDICTS, rule, spec, config.evaluation_resolution, seed=config.seed)
-        figures[line.name] = to_records(found.metrics)
+        figures[name] = to_records(found.metrics)
         good = sum(sample.label == NORMAL for sample in tested)
-        frames[line.name] = (len(chosen[index]), good, len(tested) - good)
-    warnings = tuple(warning for data in checked for warning in data.warnings)
-    shots = {} if config.shots is None else dict(zip(figures, map(_names, checked, chosen), strict=True))
+        frames[name] = (len(chosen[index]), good, len(tested) - good)
+    warnings = tuple(warning for data in lines.values() for warning in data.warnings)
+    shots = {} if config.shots is None else dict(zip(lines, map(_names, lines.values(), chosen), strict=True))
     return Measured(figures, frames, shots, prepared.backbone, str(device), fit_s, warnings)
-
-
-def _refuse_untested(lines: Sequence[Category], checked: Sequence[CheckedDataset]) -> None:
-    faults = [
-        f"{line.folder} has no test frame whose label is known; there is nothing to measure on."
-        for line, data in zip(lines, checked, strict=True)
-        if all(sample.label == UNKNOWN for sample in data.dataset.test)
-    ]
-    if faults:
-        raise DatasetFault(*faults)
 
 
 def _to_fit_on(data: CheckedDataset, config: RunConfig) -> list[Sample]:

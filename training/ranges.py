@@ -66,6 +66,8 @@ def _misfit_of_setting(detector: str, name: str, value: Any) -> str | None:
 def _misfit_of_name(name: str, numbers: list[int | float]) -> str | None:
     if name == "top_fraction" and not all(0 < number <= 1 for number in numbers):
         return "must be above 0 and at most 1; a share of less than one value of the map scores by its maximum"
+    if name == "mining_exponent" and any(number % 1 for number in numbers):
+        return "must be whole; rounding makes distances a trifle negative, which no other power takes"
     if name == "ridge" and 0 in numbers:
         return "must be above 0, or equal neighbours have no solution"
     if name.endswith("_weights") and numbers and not any(numbers):

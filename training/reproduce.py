@@ -2,14 +2,15 @@
 
 One cell is one fitted model: one category in the single-class setting, all of them in the multi-class one; each with
 one seed. A cell is one JSON file with a digest of everything it depends on; where the digest still holds, the cell is
-read instead of measured. A model that was stopped while fitting goes on from its checkpoint. What is made of the cells
-is told in `reproduction_pages.py`.
+read instead of measured. A model that was stopped while fitting goes on from its checkpoint. Files of all categories
+are looked at before the first model is fitted; one that can't be used costs its own category alone. What is made of the
+cells is told in `reproduction_pages.py`.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,10 +22,11 @@ from service.contract.bundle import MetricRecord
 from training.compare import sources_digest
 from training.config import RunConfig
 from training.data.benchmarks import identify
+from training.data.check import CheckedDataset
 from training.data.detect import Category, categories, read_dataset
 from training.data.samples import DatasetFault
 from training.faults import CALLERS, OURS
-from training.measure import Equipment, measure
+from training.measure import Equipment, check_line, measure
 from training.progress import PartReporter, Reporter
 from training.published import SHOTS, Setting, read_published
 from training.weights import resolve_weights
@@ -154,6 +156,8 @@ def plan_lines(root: Path, layout: str | None, wanted: Sequence[str]) -> tuple[t
 def reproduce(plan: Plan, equipment: Equipment, folder: Path, reporter: Reporter) -> list[Cell | CellFailed]:
     """Read each cell that is still true, measure each other one, and go on where one fails.
 
+    What can't be used of the files is told at once; so it can be mended before its category's turn comes.
+
     Args:
         plan: what shall be reproduced.
         equipment: weights and device.
@@ -167,6 +171,7 @@ def reproduce(plan: Plan, equipment: Equipment, folder: Path, reporter: Reporter
         FitStopped: after Ctrl-C or a termination signal; the same call goes on with the model that was at work.
     """
     groups = [plan.lines] if plan.is_one_model else [(line,) for line in plan.lines]
+    checked = _look_at_files(groups, plan, equipment, folder, reporter)
     results: list[Cell | CellFailed] = []
     with reporter.bar("categories", len(plan.lines) * len(plan.seeds)) as bar:
         for seed in plan.seeds:
@@ -175,8 +180,8 @@ def reproduce(plan: Plan, equipment: Equipment, folder: Path, reporter: Reporter
                 names = tuple(line.name for line in lines)
                 name = f"{_ALL if plan.is_one_model else names[0]}, seed {seed}"
                 try:
-                    result = _complete(lines, plan, config, equipment, folder, PartReporter(reporter, bar, name))
-                    results.append(result)
+                    part = PartReporter(reporter, bar, name)
+                    results.append(_complete(lines, checked, plan, config, equipment, folder, part))
                 except _EXPECTED as error:
                     reporter.note(f"{name}: failed. {error}")
                     results.append(CellFailed(categories=names, seed=seed, sentence=str(error)))
@@ -198,18 +203,48 @@ def read_cell(path: Path) -> Cell | None:
         return None
 
 
-def _complete(
-    lines: Sequence[Category], plan: Plan, config: RunConfig, equipment: Equipment, folder: Path, reporter: PartReporter
-) -> Cell:
+def _look_at_files(
+    groups: Sequence[Sequence[Category]], plan: Plan, equipment: Equipment, folder: Path, reporter: Reporter
+) -> dict[str, CheckedDataset]:
+    """Open every file of the categories that some model still needs; return those whose files can all be used."""
+    checked: dict[str, CheckedDataset] = {}
+    for lines in groups:
+        for line in lines:
+            try:
+                if all(_kept(lines, plan, plan.config_of(seed), equipment, folder)[1] for seed in plan.seeds):
+                    continue
+                checked[line.name] = check_line(line, plan.config, reporter)
+            except _EXPECTED as error:
+                reporter.note(f"{line.name} can't be measured as it is, and is tried again at its turn. {error}")
+    return checked
+
+
+def _kept(
+    lines: Sequence[Category], plan: Plan, config: RunConfig, equipment: Equipment, folder: Path
+) -> tuple[str, Cell | None]:
+    """Return the digest of a model's cell, and the cell if one with this digest is kept."""
     digest = _digest(lines, plan.setting, config, equipment)
-    path = cell_path(folder, plan, lines, config.seed)
-    kept = read_cell(path)
-    if kept is not None and kept.digest == digest:
+    kept = read_cell(cell_path(folder, plan, lines, config.seed))
+    return digest, kept if kept is not None and kept.digest == digest else None
+
+
+def _complete(
+    lines: Sequence[Category],
+    checked: Mapping[str, CheckedDataset],
+    plan: Plan,
+    config: RunConfig,
+    equipment: Equipment,
+    folder: Path,
+    reporter: PartReporter,
+) -> Cell:
+    digest, kept = _kept(lines, plan, config, equipment, folder)
+    if kept is not None:
         reporter.note("is already measured")
         return kept
+    usable = {line.name: checked.get(line.name) or check_line(line, config, reporter) for line in lines}
     # Named by the digest, so that a checkpoint of another configuration is never met.
     directory = folder / _UNFINISHED / digest[:16]
-    measured = measure(lines, config, equipment, directory, digest, reporter)
+    measured = measure(usable, config, equipment, directory, digest, reporter)
     cell = Cell(
         digest=digest,
         setting=plan.setting,
@@ -223,7 +258,7 @@ def _complete(
         warnings=measured.warnings,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    _keep(path, cell)
+    _keep(cell_path(folder, plan, lines, config.seed), cell)
     shutil.rmtree(directory, ignore_errors=True)
     return cell
 

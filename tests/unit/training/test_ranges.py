@@ -51,6 +51,7 @@ def test_load_config_when_a_descent_leads_nowhere_then_names_the_key(detector, r
         ("jigsaw_svdd", "hidden_channels=0", "hidden_channels: must be at least 1"),
         ("rb_ae", "margin=.inf", "margin: must be finite"),
         ("inp_former", "top_fraction=0", "top_fraction: must be above 0 and at most 1"),
+        ("inp_former", "mining_exponent=2.5", "mining_exponent: must be whole"),
         ("inp_former_pp", "top_fraction=1.5", "top_fraction: must be above 0 and at most 1"),
     ],
 )

@@ -151,6 +151,36 @@ def test_reproduce_of_a_broken_category_goes_on_with_the_others(dataset, tmp_pat
     assert isinstance(fine, Cell)
 
 
+def test_reproduce_tells_every_damaged_file_before_the_first_fit(dataset, tmp_path):
+    """Who starts a work of hours hears in its first minute what its last category lacks, and can mend it till then."""
+    root = shutil.copytree(dataset, tmp_path / "set")
+    next((root / "grid/train/good").iterdir()).write_bytes(b"no image")
+    watcher = _Watcher()
+
+    fine, failed = reproduce(_plan(root), _UNTRAINED, tmp_path / "out", watcher)
+
+    assert isinstance(fine, Cell)
+    assert isinstance(failed, CellFailed)
+    told = next(index for index, note in enumerate(watcher.notes) if note.startswith("grid can't be measured as it is"))
+    assert told < watcher.notes.index("categories: 2")
+    assert "Replace the file" in watcher.notes[told]
+
+
+def test_reproduce_of_a_category_mended_while_another_is_fitted_measures_it(dataset, tmp_path):
+    """What the first look refused is looked at again at its turn."""
+    root = shutil.copytree(dataset, tmp_path / "set")
+    damaged = next((root / "grid/train/good").iterdir())
+    whole = damaged.read_bytes()
+    damaged.write_bytes(b"no image")
+
+    class Mender(_Watcher):
+        def note(self, text):
+            if text.startswith("grid can't be measured"):
+                damaged.write_bytes(whole)
+
+    assert all(isinstance(cell, Cell) for cell in reproduce(_plan(root), _UNTRAINED, tmp_path / "out", Mender()))
+
+
 def test_reproduce_in_the_multi_class_setting_fits_one_model_for_all(dataset, tmp_path):
     """One cell holds the figures of every category, each measured on its own frames."""
     plan = _plan(dataset, "multi-class")
