@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from service.contract.calibration import Calibration, Threshold, needed_good_parts, reachable_rate
 from service.contract.frames import decode_mask
 from service.contract.policy import Policy, ScoreRule, image_score, inspected_mask, refuse_unfit_region
-from service.contract.regions import Polygon, Window, outline_mask
+from service.contract.regions import Polygon, Window, outline_mask_with_holes
 from service.errors import CalibrationRefused, ParameterInvalid, UnreadableFrame
 from training.peaks import Peaks, find_peaks
 
@@ -144,11 +144,13 @@ def _without_thresholds(version: str, region_of_interest: tuple[Polygon, ...] | 
 def read_region_of_interest(path: Path) -> tuple[Polygon, ...]:
     """Read a mask image, white where parts are inspected, as polygons in fractions of the frame.
 
+    Black places inside a white one are left out as well, as the hole of a washer. Specks of either are not minded.
+
     Raises:
         UnreadableFrame: if the file can't be decoded or marks nothing.
     """
     mask = _read_mask(path)
-    polygons = tuple(polygon for polygon in outline_mask(mask) if _area_fraction(polygon) >= _SMALLEST_ROI_FRACTION)
+    polygons = outline_mask_with_holes(mask, _SMALLEST_ROI_FRACTION * mask.size)
     if not polygons:
         raise UnreadableFrame(f"The region-of-interest mask {path} is black; paint white where parts are inspected.")
     # Outlines run along pixel edges, to an eighth of a pixel, and may so leave the frame by a hair.
@@ -189,9 +191,3 @@ def _read_mask(path: Path) -> NDArray[np.bool_]:
         return decode_mask(path.read_bytes())
     except OSError as error:
         raise UnreadableFrame(f"The region-of-interest mask {path} can't be read.") from error
-
-
-def _area_fraction(polygon: Polygon) -> float:
-    """Return the area of a polygon by the shoelace formula."""
-    x, y = np.array(polygon).T
-    return float(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2)

@@ -42,6 +42,15 @@ class Region:
     mean: float
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A cut of a mask, and the column and row where it lies."""
+
+    x: int
+    y: int
+    inside: NDArray[np.bool_]
+
+
 def label_components(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], int]:
     """Number the 8-connected components of a mask.
 
@@ -125,12 +134,28 @@ def rasterise(polygons: Sequence[Polygon], height: int, width: int) -> NDArray[n
 
 def outline_mask(mask: NDArray[np.bool_]) -> tuple[Polygon, ...]:
     """Turn a mask `(h, w)` into the outer outlines of its components, in fractions of the frame; holes are filled."""
-    h, w = mask.shape
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    return tuple(_outline_in_frame(part, *mask.shape) for part in _components(_Part(0, 0, mask)))
+
+
+def outline_mask_with_holes(mask: NDArray[np.bool_], least_px: float) -> tuple[Polygon, ...]:
+    """Turn a mask `(h, w)` into polygons that leave its holes out, in fractions of the frame.
+
+    A polygon knows no holes, so a component that has some is cut through each: a ring becomes two arcs.
+
+    Args:
+        mask: True where something is marked.
+        least_px: components of fewer pixels are left out, and holes of fewer are filled.
+    """
+    left = [part for part in _components(_Part(0, 0, mask)) if part.inside.sum() >= least_px]
     outlines = []
-    for label, (x0, y0, box_w, box_h) in enumerate(stats[1:, :4].tolist(), start=1):
-        outline = _corners(_outline(labels[y0 : y0 + box_h, x0 : x0 + box_w] == label))
-        outlines.append(tuple(((x0 + x) / w, (y0 + y) / h) for x, y in outline))
+    while left:
+        part = left.pop()
+        column = _column_through_a_hole(part.inside, least_px)
+        if column is None:
+            outlines.append(_outline_in_frame(part, *mask.shape))
+        else:
+            left += _components(_Part(part.x, part.y, part.inside[:, :column]))
+            left += _components(_Part(part.x + column, part.y, part.inside[:, column:]))
     return tuple(outlines)
 
 
@@ -140,6 +165,32 @@ def draw_outlines(pixels: NDArray[np.uint8], polygons: Sequence[Polygon], colour
     for polygon in polygons:
         points = np.rint(np.array(polygon)).astype(np.int32).reshape(-1, 1, 2)
         cv2.polylines(pixels, [points], isClosed=True, color=colour, thickness=thickness, lineType=cv2.LINE_AA)
+
+
+def _components(part: _Part) -> list[_Part]:
+    """Return the 8-connected components of a cut, each cut to its bounding box."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(part.inside.astype(np.uint8), connectivity=8)
+    return [
+        _Part(part.x + x, part.y + y, labels[y : y + h, x : x + w] == label)
+        for label, (x, y, w, h) in enumerate(stats[1:, :4].tolist(), start=1)
+    ]
+
+
+def _column_through_a_hole(inside: NDArray[np.bool_], least_px: float) -> int | None:
+    """Return a column through the middle of the largest hole of a component, or None without one of enough pixels."""
+    _, _, stats, _ = cv2.connectedComponentsWithStats((~inside).view(np.uint8), connectivity=4)
+    height, width = inside.shape
+    holes = [
+        (area, x + w // 2)
+        for x, y, w, h, area in stats[1:].tolist()
+        if x > 0 and y > 0 and x + w < width and y + h < height and area >= least_px
+    ]
+    return max(holes)[1] if holes else None
+
+
+def _outline_in_frame(part: _Part, height: int, width: int) -> Polygon:
+    """Return the outer outline of a component in fractions of a frame."""
+    return tuple(((part.x + x) / width, (part.y + y) / height) for x, y in _corners(_outline(part.inside)))
 
 
 def _outline(inside: NDArray[np.bool_]) -> NDArray[np.int32]:

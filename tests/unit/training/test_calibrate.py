@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from service.contract.policy import ScoreRule
+from service.contract.policy import ScoreRule, inspected_mask
 from service.errors import BundleRefused, CalibrationRefused, ParameterInvalid, UnreadableFrame
-from tests.factories import encode, make_bundle, make_frame
+from tests.factories import encode, make_bundle, make_frame, make_policy
 from training.__main__ import commands
 from training.calibrate import calibrate, read_region_of_interest, refuse_other_shape, refuse_unsupported_rates
 
@@ -107,6 +107,20 @@ def test_read_region_of_interest_when_the_mask_is_white_somewhere_then_gives_pol
     assert len(polygons) == 1
     np.testing.assert_allclose(corners.min(axis=0), [0.5, 0.0], atol=0.005)
     np.testing.assert_allclose(corners.max(axis=0), [1.0, 0.5], atol=0.005)
+
+
+def test_read_region_of_interest_of_a_ring_leaves_its_middle_out(tmp_path):
+    """The hole of a washer is black in its mask, so nothing that lies under it is inspected."""
+    y, x = np.mgrid[0:120, 0:120]
+    radius = np.hypot(y - 60, x - 60)
+    path = tmp_path / "washer.png"
+    path.write_bytes(encode(np.where((radius < 50) & (radius > 20), 255, 0).astype(np.uint8)))
+
+    inspected = inspected_mask(make_policy(region_of_interest=read_region_of_interest(path)), 120, 120)
+
+    assert inspected is not None
+    assert inspected[(radius < 50) & (radius > 20)].all()
+    assert not inspected[(radius < 18) | (radius > 52)].any()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from service.contract.regions import draw_outlines, find_regions, label_components, outline_mask, rasterise
+from service.contract.regions import (
+    draw_outlines,
+    find_regions,
+    label_components,
+    outline_mask,
+    outline_mask_with_holes,
+    rasterise,
+)
 from tests.strategies import anomaly_maps
 
 EIGHT = np.ones((3, 3), int)
@@ -186,6 +193,34 @@ def test_mask_when_outlined_and_filled_again_covers_itself(anomaly_map):
     assert (rasterise(outlines, *mask.shape) >= mask).all()
     assert len(outlines) == ndimage.label(mask, EIGHT)[1]
     assert all(0 <= value <= 1 for outline in outlines for point in outline for value in point)
+
+
+@given(anomaly_maps())
+def test_mask_with_holes_when_outlined_and_filled_again_marks_its_own_neighbourhood_alone(anomaly_map):
+    """No marked pixel is lost, and no other is marked that does not touch one: holes stay open."""
+    mask = anomaly_map >= 0.5
+
+    filled = rasterise(outline_mask_with_holes(mask, least_px=1), *mask.shape)
+
+    assert (filled >= mask).all()
+    assert (filled <= ndimage.binary_dilation(mask, EIGHT)).all()
+
+
+def test_mask_with_holes_leaves_out_what_is_too_small_and_fills_what_is_no_hole_worth_a_cut():
+    """Specks of a brush or of a JPEG make no polygons, black ones inside of white as little as white ones."""
+    mask = np.zeros((40, 60), np.bool_)
+    mask[5:35, 5:55] = True
+    mask[10:20, 10:20] = mask[15:25, 40:50] = False  # two holes, one beside the other
+    mask[30, 30] = False
+    mask[0, 0] = True
+
+    outlines = outline_mask_with_holes(mask, least_px=2)
+
+    filled = rasterise(outlines, 40, 60)
+    assert not filled[0, 0]
+    assert filled[30, 30]
+    assert not filled[11:19, 11:19].any()
+    assert not filled[16:24, 41:49].any()
 
 
 @pytest.mark.parametrize(("height", "width"), [(15, 16), (16, 15), (1, 1)])
