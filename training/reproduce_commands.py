@@ -22,7 +22,10 @@ def reproduce(  # noqa: PLR0917 - typer reads options from a signature; nobody c
     ] = "paper",
     seeds: Annotated[str, typer.Option(help="whole numbers with commas between")] = "1",
     output: Annotated[Path, typer.Option(help="receives results, tables and checkpoints")] = Path("reproduction"),
-    layout: Annotated[str | None, typer.Option(help="of the data set, where its folders don't show it")] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="of the data set, where its folders don't show it, as real_iad_sv or elpv_doubtful"),
+    ] = None,
     backbone: Annotated[str | None, typer.Option(help="another pretrained network, by timm's name")] = None,
     weights: Annotated[
         str | None,

@@ -79,6 +79,11 @@ LAYOUTS: dict[str, Layout] = {
     "elpv": Layout(is_elpv, read_elpv, parts=("elpv_mono", "elpv_poly")),
     "elpv_mono": Layout(_never, partial(read_elpv, cell_type="mono")),
     "elpv_poly": Layout(_never, partial(read_elpv, cell_type="poly")),
+    "elpv_doubtful": Layout(
+        _never, partial(read_elpv, doubtful=True), parts=("elpv_doubtful_mono", "elpv_doubtful_poly")
+    ),
+    "elpv_doubtful_mono": Layout(_never, partial(read_elpv, cell_type="mono", doubtful=True)),
+    "elpv_doubtful_poly": Layout(_never, partial(read_elpv, cell_type="poly", doubtful=True)),
     "mvtec": Layout(is_mvtec, read_mvtec, is_general=True),
     "plain": Layout(is_plain, read_plain, is_general=True),
 }

@@ -4,9 +4,10 @@
     <root>/src/elpv_dataset/data/labels.csv               path, defect probability, mono or poly; between blanks
 
 Electroluminescence images of cells, 300x300 grey, without masks. The layout's reader takes probability 0 as normal,
-2/3 and 1 as anomalous and leaves 1/3 out. The line for a first try comes from the PyPI package `elpv-dataset`, is
-monocrystalline only and leaves all doubtful cells out; the package is fetched by pip and stays where pip put it, and
-nothing of it is part of this project.
+2/3 and 1 as anomalous and leaves 1/3 out. By the name `elpv_doubtful` (`flawline reproduce … --layout elpv_doubtful`),
+with `_mono` or `_poly` behind it for one type, cells of 1/3 are tested too, as anomalous ones of a kind of their own.
+The line for a first try comes from the PyPI package `elpv-dataset`, is monocrystalline only and leaves all doubtful
+cells out; the package is fetched by pip and stays where pip put it, and nothing of it is part of this project.
 
 Buerhop-Lutz et al., "A Benchmark for Visual Identification of Defective Solar Cells in Electroluminescence Imagery",
 EU PVSEC 2018. Images: CC BY-NC-SA 4.0, hence for trials, not for commerce.
@@ -34,8 +35,13 @@ def is_elpv(root: Path) -> bool:
     return _data_folder(root) is not None
 
 
-def read_elpv(root: Path, cell_type: str | None = None) -> Dataset:
+def read_elpv(root: Path, cell_type: str | None = None, *, doubtful: bool = False) -> Dataset:
     """Read the cells of one type, or of both; 70 % of the normal ones are for training, by the hash of their names.
+
+    Args:
+        root: the repository, or the folder of its data.
+        cell_type: mono or poly, or None for both.
+        doubtful: whether cells of probability 1/3 are tested, as anomalous ones of the kind "doubtful".
 
     Raises:
         DatasetFault: if the table of labels is missing or wrong, or names a file that does not exist.
@@ -46,16 +52,20 @@ def read_elpv(root: Path, cell_type: str | None = None) -> Dataset:
     samples = []
     for number, line in enumerate((data / _LABELS).read_text(encoding="utf-8").splitlines(), start=1):
         name, probability, kind = _row(data / _LABELS, number, line)
-        if cell_type not in (None, kind) or _NORMAL_UP_TO < probability < _ANOMALOUS_FROM:
+        if cell_type not in (None, kind):
             continue
         if probability >= _ANOMALOUS_FROM:
             samples.append(Sample(data / name, "test", ANOMALOUS, "defective"))
+        elif probability > _NORMAL_UP_TO:
+            if doubtful:
+                samples.append(Sample(data / name, "test", ANOMALOUS, "doubtful"))
         else:
             samples.append(Sample(data / name, "test" if _is_tested(name) else "train", NORMAL, GOOD))
     missing = [sample.path for sample in samples if not sample.path.is_file()]
     if missing:
         raise DatasetFault(*(f"{path} is named in {_LABELS} but does not exist; copy it again." for path in missing))
-    return make_dataset(root, "elpv" if cell_type is None else f"elpv_{cell_type}", samples, str(data / "images"))
+    layout = "_".join(["elpv", *(["doubtful"] if doubtful else []), *([] if cell_type is None else [cell_type])])
+    return make_dataset(root, layout, samples, str(data / "images"))
 
 
 def write_solar_cells(folder: Path) -> Path:

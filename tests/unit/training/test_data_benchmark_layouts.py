@@ -447,6 +447,26 @@ def test_read_elpv_leaves_the_doubtful_cells_out(tmp_path):
     assert "cell0011" not in {s.path.stem for s in both.samples}
 
 
+def test_read_elpv_with_doubtful_cells_tests_them_as_defects_of_their_own_kind(tmp_path):
+    """Asked for by name, a third counts as anomalous, and whoever looks at kinds still sees it apart."""
+    root = make_elpv(tmp_path)
+
+    usual, both = read_dataset(root), read_dataset(root, "elpv_doubtful")
+    lines = categories(root, "elpv_doubtful")
+    poly = read_dataset(lines[1].folder, lines[1].layout)
+
+    added = set(both.samples) - set(usual.samples)
+    assert set(usual.samples) < set(both.samples)
+    assert {(s.path.stem, s.split, s.label, s.kind) for s in added} == {
+        ("cell0011", "test", ANOMALOUS, "doubtful"),
+        ("cell0111", "test", ANOMALOUS, "doubtful"),
+    }
+    assert [line.name for line in lines] == ["mono", "poly"]
+    assert poly.layout == "elpv_doubtful_poly"
+    assert sorted(s.path.stem for s in poly.test if s.kind != "good") == ["cell0111", "cell0112", "cell0113"]
+    assert identify(lines) is None
+
+
 def _without(*names):
     def spoil(root):
         for name in names:
