@@ -1,5 +1,6 @@
 """A line of noise frames with bright squares for defects, and a run that takes seconds: what tests of training fit."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,32 @@ def write_line(
         if masks:
             mask = np.where((pixels == 250).all(axis=2), 255, 0).astype(np.uint8)
             _write(folder / "ground_truth/square" / f"{index:03d}_mask.png", encode(mask))
+    return folder
+
+
+def write_mvtec_ad2_line(folder: Path, *, good: int = 8, validation: int = 24) -> Path:
+    """Write a line like `write_line`'s as MVTec AD 2 is packed, private frames without a label included.
+
+    Args:
+        folder: receives the frames.
+        good: training frames.
+        validation: good frames that are kept out of fitting.
+    """
+    whole = write_line(folder / "whole", good=good + validation)
+    frames = sorted((whole / "train/good").iterdir())
+    moved = {
+        "train/good": frames[:good],
+        "validation/good": frames[good:],
+        "test_public/good": sorted((whole / "test/good").iterdir()),
+        "test_public/bad": sorted((whole / "test/square").iterdir()),
+        "test_public/ground_truth/bad": sorted((whole / "ground_truth/square").iterdir()),
+    }
+    for place, paths in moved.items():
+        for path in paths:
+            number, *mask = path.stem.split("_")
+            _write(folder / place / f"{'_'.join([number, 'regular', *mask])}.png", path.read_bytes())
+    shutil.rmtree(whole)
+    _write(folder / "test_private/000_regular.png", encode(make_frame(_HEIGHT, _WIDTH, seed=300, defect=True)))
     return folder
 
 

@@ -5,7 +5,7 @@ functions, scores are judged by the service's own policy, so that a figure here 
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -31,6 +31,7 @@ from training.metrics import (
     precision_recall_curve,
     roc_curve,
     saturation_area,
+    seg_f1,
     spro,
 )
 from training.progress import Reporter
@@ -41,6 +42,7 @@ _IMAGE_FIGURES = ("i_auroc", "i_ap", "i_f1max")
 _PIXEL_FIGURES = ("p_auroc", "p_ap", "p_f1max")
 # Pixel figures hold every pixel of every test frame several times over: 16 bytes each at the peak.
 _LARGEST_PIXEL_COUNT = 400_000_000
+_NONE_INSIDE = Metric(None, "no marked defect lies in the region of interest")
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +178,7 @@ def evaluate(
     spec: InputSpec,
     resolution: Resolution = "original",
     *,
+    held_out: Answers | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Measure a line's test frames under a policy.
@@ -188,6 +191,7 @@ def evaluate(
         rule: how scores are reduced from maps.
         spec: the network's input.
         resolution: size at which pixel figures are measured: each frame's own, or the model's.
+        held_out: what was said of good frames that fitting never saw, where there are any; SegF1 rests on them.
         seed: of the bootstrap behind the intervals.
     """
     judgements = judge_all(answers, policy, rule, spec)
@@ -201,6 +205,7 @@ def evaluate(
         metrics={
             **image_metrics(scores, labels, seed=seed),
             **_pixel_metrics(answers, spec, resolution, inspected, seed),
+            **_figure_at_a_fixed_threshold(answers, held_out, spec, resolution, inspected),
             **_figures_of_kinds(answers, spec, resolution, inspected, by_kind),
             **_figures_of_pieces(answers.samples, scores),
         },
@@ -223,6 +228,11 @@ def inspected_share(policy: Policy, map_size: tuple[int, int], spec: InputSpec) 
     window = spec.window(1, 1)
     inspected = inspected_mask(policy, *map_size, window=window)
     return None if inspected is None else float(inspected.mean()) * window[2] * window[3]
+
+
+def needs_held_out(tested: Sequence[Sample]) -> bool:
+    """Tell whether a figure of test frames rests on held-out good frames, which have to be asked about as well."""
+    return any(sample.seg_f1 for sample in tested)
 
 
 def spread(answers: Answers) -> list[Sample]:
@@ -277,42 +287,92 @@ def _by_kind(samples: Sequence[Sample], scores: NDArray[np.float32]) -> dict[str
 def _pixel_metrics(
     answers: Answers, spec: InputSpec, resolution: Resolution, inspected: NDArray[np.bool_] | None, seed: int
 ) -> dict[str, Metric]:
-    anomalous = [sample for sample in answers.samples if sample.label == ANOMALOUS]
     # A data set with a limit of its own has AUPRO at the usual one as well, to be compared with others.
     limits = sorted({AUPRO_LIMIT, *(sample.aupro_limit for sample in answers.samples)})
     figures = (*_PIXEL_FIGURES, *map(aupro_name, limits))
-    if not anomalous:
-        return dict.fromkeys(figures, Metric(None, "there is no anomalous sample"))
-    if not all(sample.mask_paths for sample in anomalous):
-        return dict.fromkeys(figures, Metric(None, "the line has image labels only, no masks"))
-    windows = [_crop_of(spec, size) for size in answers.frame_sizes]
-    if resolution == "original" and (crowd := _too_many(windows)) is not None:
+    if (missing := _unmarked(answers.samples)) is not None:
+        return dict.fromkeys(figures, missing)
+    sizes = _measured_sizes(answers, spec, resolution)
+    if resolution == "original" and (crowd := _too_many(sizes)) is not None:
         return dict.fromkeys(figures, Metric(None, f"{crowd}; use evaluation_resolution: model"))
-    maps, masks = [], []
-    for sample, anomaly_map, size, (top, left, bottom, right) in zip(
-        answers.samples, answers.maps, answers.frame_sizes, windows, strict=True
-    ):
-        mask = load_mask(sample, *size)[top:bottom, left:right]
-        if resolution == "original":
-            maps.append(resize_map(anomaly_map, *mask.shape))
-            masks.append(mask)
-        else:
-            maps.append(anomaly_map)
-            masks.append(resize_mask(mask, *anomaly_map.shape))
-    seen = _at_size_of(maps, inspected)
-    if seen is not None and not any((mask & part).any() for mask, part in zip(masks, seen, strict=True)):
-        return dict.fromkeys(figures, Metric(None, "no marked defect lies in the region of interest"))
+    maps, masks = list(_maps_at(answers, sizes)), list(_masks_at(answers, sizes, spec))
+    seen = _inspected_at(sizes, inspected)
+    if not _marks_something(masks, seen):
+        return dict.fromkeys(figures, _NONE_INSIDE)
     return pixel_metrics(maps, masks, answers.labels, limits, inspected=seen, seed=seed)
 
 
-def _at_size_of(
-    maps: Sequence[NDArray[np.float32]], inspected: NDArray[np.bool_] | None
+def _figure_at_a_fixed_threshold(
+    answers: Answers,
+    held_out: Answers | None,
+    spec: InputSpec,
+    resolution: Resolution,
+    inspected: NDArray[np.bool_] | None,
+) -> dict[str, Metric]:
+    """Return SegF1; empty for lines of data sets whose makers don't measure it.
+
+    Nothing is ranked, so maps are brought to size one by one, and no number of pixels is too many.
+    """
+    if not needs_held_out(answers.samples):
+        return {}
+    if (missing := _unmarked(answers.samples)) is not None:
+        return {"seg_f1": missing}
+    sizes = _measured_sizes(answers, spec, resolution)
+    seen = _inspected_at(sizes, inspected)
+    if not _marks_something(_masks_at(answers, sizes, spec), seen):
+        return {"seg_f1": _NONE_INSIDE}
+    good_sizes = [] if held_out is None else _measured_sizes(held_out, spec, resolution)
+    found = seg_f1(
+        _maps_at(answers, sizes),
+        _masks_at(answers, sizes, spec),
+        [] if held_out is None else _maps_at(held_out, good_sizes),
+        inspected=seen,
+        good_inspected=_inspected_at(good_sizes, inspected),
+    )
+    return {"seg_f1": found}
+
+
+def _unmarked(samples: Sequence[Sample]) -> Metric | None:
+    """Say why frames have no pixel figures, or return None where they may."""
+    anomalous = [sample for sample in samples if sample.label == ANOMALOUS]
+    if not anomalous:
+        return Metric(None, "there is no anomalous sample")
+    if not all(sample.mask_paths for sample in anomalous):
+        return Metric(None, "the line has image labels only, no masks")
+    return None
+
+
+def _measured_sizes(answers: Answers, spec: InputSpec, resolution: Resolution) -> list[tuple[int, int]]:
+    """Return the size `(height, width)` at which each frame's pixels are measured."""
+    if resolution == "model":
+        return [anomaly_map.shape for anomaly_map in answers.maps]
+    windows = [_crop_of(spec, size) for size in answers.frame_sizes]
+    return [(bottom - top, right - left) for top, left, bottom, right in windows]
+
+
+def _maps_at(answers: Answers, sizes: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.float32]]:
+    return (resize_map(anomaly_map, *size) for anomaly_map, size in zip(answers.maps, sizes, strict=True))
+
+
+def _masks_at(answers: Answers, sizes: Sequence[tuple[int, int]], spec: InputSpec) -> Iterator[NDArray[np.bool_]]:
+    for sample, frame_size, size in zip(answers.samples, answers.frame_sizes, sizes, strict=True):
+        top, left, bottom, right = _crop_of(spec, frame_size)
+        yield resize_mask(load_mask(sample, *frame_size)[top:bottom, left:right], *size)
+
+
+def _inspected_at(
+    sizes: Sequence[tuple[int, int]], inspected: NDArray[np.bool_] | None
 ) -> list[NDArray[np.bool_]] | None:
-    """Return which pixels of each map `(H, W)` lie in an inspected cell; None where all do."""
+    """Return which pixels of maps of these sizes lie in an inspected cell; None where all do."""
     if inspected is None:
         return None
-    of_size = {shape: resize_mask(inspected, *shape) for shape in {one.shape for one in maps}}
-    return [of_size[one.shape] for one in maps]
+    of_size = {size: resize_mask(inspected, *size) for size in set(sizes)}
+    return [of_size[size] for size in sizes]
+
+
+def _marks_something(masks: Iterable[NDArray[np.bool_]], seen: Sequence[NDArray[np.bool_]] | None) -> bool:
+    """Tell whether a mark lies in the region of interest; where all is inspected, nothing needs to be looked at."""
+    return seen is None or any((mask & part).any() for mask, part in zip(masks, seen, strict=True))
 
 
 def _defects_outside(answers: Answers, spec: InputSpec, inspected: NDArray[np.bool_]) -> int | None:
@@ -373,7 +433,8 @@ def _spro(
         return Metric(None, of_size)
     chosen = [i for i, sample in enumerate(answers.samples) if sample.label == NORMAL or sample.kind == kind]
     windows = [_crop_of(spec, answers.frame_sizes[i]) for i in chosen]
-    if (reason := _too_many(windows)) is not None:
+    sizes = [(bottom - top, right - left) for top, left, bottom, right in windows]
+    if (reason := _too_many(sizes)) is not None:
         return Metric(None, reason)
     maps, channels, saturations = [], [], []
     for index, (top, left, bottom, right) in zip(chosen, windows, strict=True):
@@ -384,7 +445,7 @@ def _spro(
             found = [(mask & seen, rule) for mask, rule in found]
         channels.append([mask for mask, _ in found])
         saturations.append([saturation_area(int(mask.sum()), r.threshold, relative=r.relative) for mask, r in found])
-    return spro(maps, channels, saturations, inspected=_at_size_of(maps, inspected))
+    return spro(maps, channels, saturations, inspected=_inspected_at(sizes, inspected))
 
 
 def _mean(figures: dict[str, Metric]) -> Metric:
@@ -393,8 +454,8 @@ def _mean(figures: dict[str, Metric]) -> Metric:
     return Metric(None, f"there is none for {', '.join(missing)}") if missing else Metric(sum(values) / len(values))
 
 
-def _too_many(windows: Sequence[tuple[int, int, int, int]]) -> str | None:
-    pixels = sum((bottom - top) * (right - left) for top, left, bottom, right in windows)
+def _too_many(sizes: Sequence[tuple[int, int]]) -> str | None:
+    pixels = sum(height * width for height, width in sizes)
     return f"{pixels} pixels at original size are too many to rank" if pixels > _LARGEST_PIXEL_COUNT else None
 
 

@@ -30,7 +30,7 @@ from training.data.check import check_dataset
 from training.data.detect import read_dataset
 from training.data.samples import UNKNOWN, DatasetFault, Sample
 from training.demo import DemoFailed, run_demo
-from training.evaluate import ask, evaluate, inspected_share, to_records
+from training.evaluate import ask, evaluate, inspected_share, needs_held_out, to_records
 from training.export import GraphRun
 from training.faults import CALLERS, OURS
 from training.fit import FitStopped
@@ -368,12 +368,15 @@ def evaluate_bundle(
     bundle, reporter = load_bundle(path), _reporter()
     manifest = bundle.manifest
     name = _line_of(bundle, line)
-    samples = _test_samples(line_folder, layout, manifest.input, reporter)
+    tested, kept_out = _frames_to_test(line_folder, layout, manifest.input, reporter)
     spec, rule = manifest.input, manifest.output.score_rule
     run, index = by_tiles(GraphRun(bundle.model, threads), spec, rule), manifest.lines.index(name)
-    answers = ask(run, samples, spec, reporter, title="test frames", line_index=index)
+    answers = ask(run, tested, spec, reporter, title="test frames", line_index=index)
+    held_out = None
+    if kept_out and needs_held_out(tested):
+        held_out = ask(run, kept_out, spec, reporter, title="validation frames", line_index=index)
     policy = bundle.policies[name]
-    found = evaluate(answers, policy, rule, spec, manifest.evaluation_resolution)
+    found = evaluate(answers, policy, rule, spec, manifest.evaluation_resolution, held_out=held_out)
     if may_judge(policy, is_calibrated=name in bundle.calibrations):
         rows = [(kind, *(str(count) for count in counts.values())) for kind, counts in found.verdict_counts().items()]
         reporter.table("Verdicts", ("frames", "PASS", "REVIEW", "FAIL"), rows)
@@ -408,7 +411,7 @@ def recalibrate_bundle(
         bundle,
         name,
         read_good_folder(good_folder, bundle.manifest.input.bit_depth, reporter),
-        [] if line_folder is None else _test_samples(line_folder, layout, bundle.manifest.input, reporter),
+        [] if line_folder is None else _frames_to_test(line_folder, layout, bundle.manifest.input, reporter)[0],
         reporter,
         review_rate=_rate("review_rate", rates["review_rate"], record.review_rate),
         fail_rate=_rate("fail_rate", rates["fail_rate"], record.fail_rate),
@@ -506,13 +509,20 @@ def _figure_rows(figures: Mapping[str, MetricRecord]) -> list[tuple[str, str, st
     return rows
 
 
-def _test_samples(line_folder: Path, layout: str | None, spec: InputSpec, reporter: Reporter) -> list[Sample]:
+def _frames_to_test(
+    line_folder: Path, layout: str | None, spec: InputSpec, reporter: Reporter
+) -> tuple[list[Sample], tuple[Sample, ...]]:
+    """Return a line's labelled test frames, and the good frames that it keeps out of fitting; often none.
+
+    Raises:
+        DatasetFault: if there is no test frame, or a file can't be used.
+    """
     checked = check_dataset(read_dataset(line_folder, layout), FrameLimits(), reporter, bit_depth=spec.bit_depth)
     checked.tell(line_folder.resolve().name, reporter)
     samples = [sample for sample in checked.dataset.test if sample.label != UNKNOWN]
     if not samples:
         raise DatasetFault(f"{line_folder} has no test frames; put some into test/good and test/<kind>.")
-    return samples
+    return samples, checked.dataset.validation_good
 
 
 def _rate(name: str, given: float | None, old: float | None) -> float:

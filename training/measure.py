@@ -2,13 +2,14 @@
 
 A run for a plant (`run.py`) holds good frames back to calibrate on, and publishes what it fitted. A published figure
 rests on neither, so this way is shorter: checked lines → fit on every good training frame, or a few → figures of each
-line's test frames. Frames that a data set keeps for validation are not fitted on. Frames are decoded, resized and
-measured by the same functions as in a run.
+line's test frames. Frames that a data set keeps for validation are not fitted on; where its makers' figures rest on
+them, they are asked about. Frames are decoded, resized and measured by the same functions as in a run.
 """
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +26,7 @@ from training.data.samples import NORMAL, UNKNOWN, DatasetFault, Sample
 from training.data.shots import choose_shots
 from training.data.views import views_of
 from training.detectors import PreparedDetector, choose_device, prepare_detector
-from training.evaluate import ask, evaluate, to_records
+from training.evaluate import ask, evaluate, needs_held_out, to_records
 from training.export import DetectorRun
 from training.fit import CheckpointPlan, FitSettings, fit
 from training.progress import Reporter
@@ -118,12 +119,17 @@ def measure(
 
     spec, rule = config.frame_input, prepared.score_rule
     run = by_tiles(DetectorRun(prepared.module, device), spec, rule)
+    asked = partial(ask, run, spec=spec, reporter=reporter, batch_size=config.batch_size)
     figures, frames = {}, {}
     for index, (name, data) in enumerate(lines.items()):
         tested = [sample for sample in data.dataset.test if sample.label != UNKNOWN]
-        title = f"test frames of {name}"
-        answers = ask(run, tested, spec, reporter, title=title, line_index=index, batch_size=config.batch_size)
-        found = evaluate(answers, _NO_VERDICTS, rule, spec, config.evaluation_resolution, seed=config.seed)
+        answers = asked(samples=tested, title=f"test frames of {name}", line_index=index)
+        held_out, kept_out = None, data.dataset.validation_good
+        if kept_out and needs_held_out(tested):
+            held_out = asked(samples=kept_out, title=f"validation frames of {name}", line_index=index)
+        found = evaluate(
+            answers, _NO_VERDICTS, rule, spec, config.evaluation_resolution, held_out=held_out, seed=config.seed
+        )
         figures[name] = to_records(found.metrics)
         good = sum(sample.label == NORMAL for sample in tested)
         frames[name] = (len(chosen[index]), good, len(tested) - good)

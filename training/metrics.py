@@ -1,4 +1,4 @@
-"""The field's figures, exact and safe with ties: AUROC, AP and F1-max of images and pixels, AUPRO and sPRO.
+"""The field's figures, exact and safe with ties: AUROC, AP and F1-max of images and pixels, AUPRO, sPRO and SegF1.
 
 Pure numpy; comes after `evaluate` has maps and scores, before the report. Rules:
 
@@ -9,8 +9,10 @@ Pure numpy; comes after `evaluate` has maps and scores, before the report. Rules
 - Sorting and ties are the business of `ranking.py`, intervals that of `bootstrap.py`.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -39,7 +41,12 @@ from training.ranking import (
 _NO_ANOMALOUS = "there is no anomalous sample"
 _NO_NORMAL = "there is no normal sample"
 _NO_REGION = "no mask marks a region"
+_NO_GOOD_PIXEL = "there is no held-out good frame to choose the threshold on"
 _DEGENERATE = "degenerate: all scores are equal"
+_DEGENERATE_GOOD = "degenerate: all pixels of the held-out good frames are equal, and so is the threshold"
+
+# Of the good pixels, above their mean: where SegF1 cuts.
+_DEVIATIONS = 3
 
 _INTERVAL_BELOW = 100
 _INTERVAL_PERCENTILES = (2.5, 97.5)
@@ -235,6 +242,52 @@ def saturation_area(area_px: int, threshold: float, *, relative: bool) -> int:
     return max(1, int(threshold * area_px)) if relative else max(1, min(int(threshold), area_px))
 
 
+def seg_f1(
+    maps: Iterable[Float32s],
+    masks: Iterable[Bools],
+    good_maps: Iterable[Float32s],
+    *,
+    inspected: Sequence[Bools] | None = None,
+    good_inspected: Sequence[Bools] | None = None,
+) -> Metric:
+    """F1 of the pooled pixels at one threshold that good frames choose: mean + 3 standard deviations of their pixels.
+
+    The deviation is the population's, of all good pixels pooled. A pixel is predicted where `map >= threshold`, as in
+    a verdict. Every map and mask is looked at once and let go, so they may be made one by one.
+
+    Args:
+        maps: `(H, W)` float32 each, at the size of the mask.
+        masks: `(H, W)` bool each; all False for a normal image.
+        good_maps: `(H, W)` float32 each, of good frames that fitting never saw and that are no test frames.
+        inspected: `(H, W)` bool each, of the maps; or None for everything.
+        good_inspected: `(H, W)` bool each, of the good maps; or None for everything.
+
+    Raises:
+        ScoreNotFinite: if a map holds NaN or infinity.
+        ValueError: if sizes or counts do not fit.
+    """
+    good = _good_pixels(good_maps, good_inspected)
+    if good is None:
+        return Metric(None, _NO_GOOD_PIXEL)
+    hits, alarms, anomalous, normal = 0, 0, 0, 0
+    low, high = math.inf, -math.inf
+    for index, (anomaly_map, mask) in enumerate(zip(maps, masks, strict=True)):
+        check_map(anomaly_map, mask, index)
+        pieces = split_mask(mask, None if inspected is None else inspected[index])
+        free, marked = (values_of(anomaly_map, piece) for piece in pieces)
+        hits += int(np.count_nonzero(marked >= good.threshold))
+        alarms += int(np.count_nonzero(free >= good.threshold))
+        anomalous += marked.size
+        normal += free.size
+        for values in (free, marked):
+            if values.size:
+                low, high = min(low, float(values.min())), max(high, float(values.max()))
+    if (missing := _missing_class(anomalous, normal)) is not None:
+        return missing
+    weakness = _DEGENERATE if low == high else _DEGENERATE_GOOD if good.are_equal else None
+    return Metric(2 * hits / (hits + alarms + anomalous), weakness)
+
+
 def aupro_name(limit: float) -> str:
     """Name AUPRO up to a false positive rate: `aupro` where that is the usual 0.3, else for example `aupro_at_0.05`."""
     return "aupro" if limit == AUPRO_LIMIT else f"aupro_at_{limit:g}"
@@ -328,10 +381,47 @@ def _area_of_cover(ranking: Ranking, limit: float) -> Metric:
     return _metric(area_up_to(*_steps(ranking, ranking.cover), limit) / limit, ranking)
 
 
+class _GoodPixels(NamedTuple):
+    """What the pixels of good frames say; the threshold is float64, so that no pixel is rounded across it."""
+
+    threshold: np.float64
+    are_equal: bool
+
+
+def _good_pixels(maps: Iterable[Float32s], inspected: Sequence[Bools] | None) -> _GoodPixels | None:
+    """Return the threshold of good pixels, or None where there is no pixel.
+
+    Mean and squared deviations are joined image by image (Chan, Golub, LeVeque, "Algorithms for Computing the Sample
+    Variance", The American Statistician 1983).
+    """
+    count, mean, squares = 0, 0.0, 0.0
+    low, high = math.inf, -math.inf
+    for index, anomaly_map in enumerate(maps):
+        where = np.ones(anomaly_map.shape, bool) if inspected is None else inspected[index]
+        check_map(anomaly_map, where, index)
+        values = anomaly_map[where].astype(np.float64)
+        if not values.size:
+            continue
+        own_mean, joined = float(values.mean()), count + values.size
+        shift = own_mean - mean
+        squares += float(np.sum((values - own_mean) ** 2)) + shift**2 * count * values.size / joined
+        mean += shift * values.size / joined
+        count, low, high = joined, min(low, float(values.min())), max(high, float(values.max()))
+    if count == 0:
+        return None
+    if low == high:  # a mean of equal values may be an ulp off
+        return _GoodPixels(np.float64(low), are_equal=True)
+    return _GoodPixels(np.float64(mean + _DEVIATIONS * math.sqrt(squares / count)), are_equal=False)
+
+
 def _missing(ranking: Ranking) -> Metric | None:
-    if ranking.anomalous == 0:
+    return _missing_class(ranking.anomalous, ranking.normal)
+
+
+def _missing_class(anomalous: int, normal: int) -> Metric | None:
+    if anomalous == 0:
         return Metric(None, _NO_ANOMALOUS)
-    return Metric(None, _NO_NORMAL) if ranking.normal == 0 else None
+    return Metric(None, _NO_NORMAL) if normal == 0 else None
 
 
 def _metric(value: float, ranking: Ranking) -> Metric:

@@ -119,7 +119,13 @@ def recalibrate(
     if tested:
         answers = ask(whole, tested, spec, reporter, title="test frames", line_index=index)
         evaluation = evaluate(
-            answers, calibrated.policy, rule, spec, manifest.evaluation_resolution, seed=manifest.seed
+            answers,
+            calibrated.policy,
+            rule,
+            spec,
+            manifest.evaluation_resolution,
+            held_out=held_out,
+            seed=manifest.seed,
         )
     chooser = GoldenChooser(whole, line, index, calibrated.policy, rule, spec, manifest.golden, manifest.seed)
     old_golden = read_golden(bundle)

@@ -561,6 +561,10 @@ _METRIC_NAMES = {
         "how much of each defect is covered while at most 30 % of good pixels are; each defect counts alike",
     ),
     "aupro_at_0.05": ("AUPRO@0.05", "the same as AUPRO, while at most 5 % of good pixels are covered"),
+    "seg_f1": (
+        "SegF1",
+        "the same as pixel F1-max, at a threshold from good frames alone: mean + 3 standard deviations of their pixels",
+    ),
 }
 
 _GROUPS: dict[Group, tuple[str, str]] = {

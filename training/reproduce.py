@@ -25,6 +25,7 @@ from training.data.benchmarks import identify
 from training.data.check import CheckedDataset
 from training.data.detect import Category, categories, read_dataset
 from training.data.samples import DatasetFault
+from training.evaluate import needs_held_out
 from training.faults import CALLERS, OURS
 from training.measure import Equipment, check_line, measure
 from training.progress import PartReporter, Reporter
@@ -289,9 +290,12 @@ def _digest(lines: Sequence[Category], setting: Setting, config: RunConfig, equi
 
 def _listing(line: Category) -> str:
     """Return the SHA-256 over names and sizes of a line's files; contents would take minutes for a large set."""
+    samples = read_dataset(line.folder, line.layout).samples
     rows = [
         f"{path.as_posix()} {path.stat().st_size} {sample.split} {sample.label}"
-        for sample in read_dataset(line.folder, line.layout).samples
+        for sample in samples
         for path in (sample.path, *sample.mask_paths)
     ]
+    if needs_held_out(samples):
+        rows.append("SegF1")  # cells from before this figure lack it
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()

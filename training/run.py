@@ -339,7 +339,9 @@ def _measure(
     evaluation = None
     if tested is not None:
         resolution = config.evaluation_resolution
-        evaluation = evaluate(tested, calibrated.policy, rule, config.frame_input, resolution, seed=config.seed)
+        evaluation = evaluate(
+            tested, calibrated.policy, rule, config.frame_input, resolution, held_out=held_out, seed=config.seed
+        )
     return MeasuredLine(line, held_out, tested, calibrated, evaluation)
 
 

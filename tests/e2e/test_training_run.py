@@ -30,6 +30,7 @@ from tests.tiny_line import (
     make_config,
     make_request,
     write_line,
+    write_mvtec_ad2_line,
 )
 from training.__main__ import commands
 from training.checkpoint import has_checkpoint
@@ -313,6 +314,21 @@ def test_evaluate_when_a_bundle_is_measured_again_then_the_figures_are_those_of_
     figures = json.loads((tmp_path / "figures.json").read_text())
     for name, metric in finished.metrics["bottle"].items():
         assert figures[name]["value"] == pytest.approx(metric.value, abs=0.01)
+
+
+def test_evaluate_when_the_line_is_of_mvtec_ad2_then_seg_f1_is_that_of_its_run(tmp_path):
+    """Run and bundle choose the threshold on the same frames, and the page and the terminal tell the figure."""
+    torch.set_num_threads(1)
+    line = write_mvtec_ad2_line(tmp_path / "vial")
+    finished = train(make_request(line, tmp_path / "store"), tmp_path / "run", SilentReporter())
+
+    result = _invoke("evaluate", finished.bundle, line, "--output", tmp_path / "figures.json")
+
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["seg_f1"]["value"] == pytest.approx(finished.metrics["vial"]["seg_f1"].value, abs=1e-3)
+    assert "seg_f1" in result.output
+    assert "SegF1" in (finished.bundle / "report.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize("source", ["bundle", "directory"])

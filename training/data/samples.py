@@ -69,6 +69,7 @@ class Sample:
         saturations: of every kind of defect that the channels may mark.
         group: pieces that belong together (views of one part) share it; they must not be split.
         aupro_limit: the rate of false positives up to which the data set's makers integrate AUPRO, in (0, 1].
+        seg_f1: whether the data set's makers measure SegF1, the F1 of pixels at a threshold from good frames alone.
     """
 
     path: Path
@@ -80,6 +81,7 @@ class Sample:
     saturations: tuple[Saturation, ...] = ()
     group: str | None = None
     aupro_limit: float = AUPRO_LIMIT
+    seg_f1: bool = False
 
     @property
     def mask_paths(self) -> tuple[Path, ...]:

@@ -312,7 +312,7 @@ def test_read_mvtec_ad2_leaves_private_frames_without_label_and_groups_lights(tm
     }
     assert len(dataset.train_good) == 2
     assert len({s.group for s in dataset.train_good}) == 1
-    assert {s.aupro_limit for s in dataset.samples} == {0.05}
+    assert {(s.aupro_limit, s.seg_f1) for s in dataset.samples} == {(0.05, True)}
     assert dataset.has_masks
 
 

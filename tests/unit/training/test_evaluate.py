@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 
 from service.contract.frames import FrameLimits, decode_image, decode_mask, resize_map, resize_mask
 from service.contract.policy import Verdict, inspected_mask
@@ -18,12 +19,12 @@ from tests.factories import (
     make_policy,
     make_runner,
 )
-from tests.tiny_line import DEFECTS, TEST_GOOD, write_line
+from tests.tiny_line import DEFECTS, TEST_GOOD, write_line, write_mvtec_ad2_line
 from training.data.detect import read_dataset
 from training.data.loader import load_mask
-from training.data.samples import Sample
+from training.data.samples import UNKNOWN, Sample
 from training.evaluate import ask, evaluate, spread, to_records, without_test_frames
-from training.metrics import auroc
+from training.metrics import Metric, auroc
 from training.progress import SilentReporter
 
 _RULE = ScoreRule(kind="top_fraction_mean", fraction=TOP_FRACTION)
@@ -127,14 +128,9 @@ def _with_defects_at_the_right(line):
     return line
 
 
-@pytest.mark.parametrize(("resolution", "margin"), [("original", 0), ("original", 8), ("model", 0)])
-def test_evaluate_when_a_region_is_inspected_then_pixel_figures_are_of_its_pixels(tmp_path, resolution, margin):
-    """Defects outside are no misses, hot pixels outside no false alarms, and the defects outside are counted."""
-    spec = make_input(margin=margin)
-    answers = _ask(read_dataset(_with_defects_at_the_right(write_line(tmp_path))).test, spec)
-    policy = make_policy(region_of_interest=_LEFT)
-    inspected = inspected_mask(policy, *answers.maps.shape[1:], window=spec.window(1, 1))
-    scores, labels, outside = [], [], 0
+def _inspected_pixels(answers, spec, resolution, inspected):
+    """Return map values and marks of all inspected pixels of all frames, `(n,)` each, by plain loops."""
+    scores, labels = [], []
     for sample, anomaly_map, size in zip(answers.samples, answers.maps, answers.frame_sizes, strict=True):
         top, left, height, width = (round(edge) for edge in spec.window(*size))
         mask = load_mask(sample, *size)[top : top + height, left : left + width]
@@ -145,7 +141,70 @@ def test_evaluate_when_a_region_is_inspected_then_pixel_figures_are_of_its_pixel
         seen = inspected[np.ix_(rows.astype(int), columns.astype(int))]
         scores.append(resize_map(anomaly_map, *shape)[seen])
         labels.append(resize_mask(mask, *shape)[seen])
-        outside += sample.label == 1 and not labels[-1].any()
+    return scores, labels
+
+
+@pytest.mark.parametrize("region", [None, _LEFT], ids=["everything", "a region"])
+@pytest.mark.parametrize(("resolution", "margin"), [("original", 0), ("original", 8), ("model", 0)])
+def test_evaluate_when_the_makers_measure_seg_f1_then_it_is_that_of_one_threshold_from_good_frames(
+    tmp_path, resolution, margin, region, monkeypatch
+):
+    """Good frames' maps are brought to size, cropped and cut as test frames' are, however many pixels there are."""
+    dataset, spec = read_dataset(write_mvtec_ad2_line(tmp_path)), make_input(margin=margin)
+    answers = _ask([sample for sample in dataset.test if sample.label != UNKNOWN], spec)
+    held_out = _ask(dataset.validation_good, spec)
+    policy = make_policy(region_of_interest=region)
+    inspected = inspected_mask(policy, *answers.maps.shape[1:], window=spec.window(1, 1))
+    inspected = np.ones(answers.maps.shape[1:], bool) if inspected is None else inspected
+    scores, labels = (np.concatenate(pieces) for pieces in _inspected_pixels(answers, spec, resolution, inspected))
+    good = np.concatenate(_inspected_pixels(held_out, spec, resolution, inspected)[0]).astype(np.float64)
+    monkeypatch.setattr("training.evaluate._LARGEST_PIXEL_COUNT", 100)
+
+    found = evaluate(answers, policy, _RULE, spec, resolution, held_out=held_out).metrics
+
+    expected = f1_score(labels, scores >= good.mean() + 3 * good.std())
+    assert 0.1 < expected < 1
+    assert found["seg_f1"] == Metric(pytest.approx(expected, abs=1e-12))
+    assert (found["aupro"].value is None) == (resolution == "original")
+
+
+def test_evaluate_when_seg_f1_can_not_be_measured_then_it_has_a_reason(tmp_path):
+    """Nothing is invented without a threshold, a mask or an inspected defect, or where nobody publishes it."""
+    samples = [sample for sample in read_dataset(write_mvtec_ad2_line(tmp_path)).test if sample.label != UNKNOWN]
+    answers, held_out = _ask(samples), _ask(samples[:1])
+    bare, usual = (
+        replace(answers, samples=tuple(replace(sample, **change) for sample in samples))
+        for change in ({"mask_path": None}, {"seg_f1": False})
+    )
+    corner = make_policy(region_of_interest=(((0.0, 0.0), (0.03, 0.0), (0.03, 0.03)),))
+
+    found = [
+        evaluate(asked, policy, _RULE, make_input(), held_out=good).metrics.get("seg_f1")
+        for asked, policy, good in [
+            (answers, make_policy(), None),
+            (bare, make_policy(), held_out),
+            (answers, corner, held_out),
+            (usual, make_policy(), held_out),
+        ]
+    ]
+
+    assert found == [
+        Metric(None, "there is no held-out good frame to choose the threshold on"),
+        Metric(None, "the line has image labels only, no masks"),
+        Metric(None, "no marked defect lies in the region of interest"),
+        None,
+    ]
+
+
+@pytest.mark.parametrize(("resolution", "margin"), [("original", 0), ("original", 8), ("model", 0)])
+def test_evaluate_when_a_region_is_inspected_then_pixel_figures_are_of_its_pixels(tmp_path, resolution, margin):
+    """Defects outside are no misses, hot pixels outside no false alarms, and the defects outside are counted."""
+    spec = make_input(margin=margin)
+    answers = _ask(read_dataset(_with_defects_at_the_right(write_line(tmp_path))).test, spec)
+    policy = make_policy(region_of_interest=_LEFT)
+    inspected = inspected_mask(policy, *answers.maps.shape[1:], window=spec.window(1, 1))
+    scores, labels = _inspected_pixels(answers, spec, resolution, inspected)
+    outside = sum(sample.label == 1 and not marks.any() for sample, marks in zip(answers.samples, labels, strict=True))
 
     found = evaluate(answers, policy, _RULE, spec, resolution)
 

@@ -25,6 +25,7 @@ from training.metrics import (
     precision_recall_curve,
     roc_curve,
     saturation_area,
+    seg_f1,
     spro,
 )
 from training.ranking import ScoreNotFinite
@@ -166,6 +167,74 @@ def test_spro_with_overlapping_channels_equals_a_loop_over_all_thresholds(case, 
     found = spro(maps, channels, saturations, limit)
 
     assert found.value == pytest.approx(_reference_overlap(maps, channels, free, limit, saturations), abs=1e-9)
+
+
+_GOOD_MAPS = [np.array([[0, 2], [0, 2]], np.float32), np.array([[0, 2, 0, 2]], np.float32)]
+
+
+def test_seg_f1_of_a_small_map_equals_the_count_by_hand():
+    """Good pixels of mean 1 and deviation 1 put the threshold at 4, and a pixel there is predicted."""
+    maps = [np.array([[9, 4, 3], [4, 0, 0]], np.float32), np.array([[5, 0]], np.float32)]
+    masks = [np.array([[True, True, True], [False] * 3]), np.zeros((1, 2), bool)]
+    # Predicted: 9, 4, 4 and 5; two of them are defective, and of three defective pixels one is missed.
+
+    found = seg_f1(maps, masks, _GOOD_MAPS)
+
+    assert found == Metric(2 * 2 / (2 * 2 + 2 + 1))
+
+
+@given(_maps_and_masks(), st.lists(st.booleans(), min_size=20, max_size=20), st.integers(0, 2**32 - 1), st.booleans())
+def test_seg_f1_equals_scikit_learn_on_pooled_pixels(case, bits, seed, is_all_inspected):
+    """One threshold over all pixels is what numpy and scikit-learn make of one pool, of the inspected region alone."""
+    maps, masks = case
+    good_maps = list(np.random.default_rng(seed).normal(100, 0.5, (3, 4, 5)).astype(np.float32) - 100)
+    region = np.ones((4, 5), bool) if is_all_inspected else np.array(bits).reshape(4, 5)
+    region[0, 0] = region[3, 4] = True
+    good, scores, labels = (np.concatenate([one[region] for one in arrays]) for arrays in (good_maps, maps, masks))
+    threshold = good.astype(np.float64).mean() + 3 * good.astype(np.float64).std()
+    seen = {} if is_all_inspected else {"inspected": [region] * len(maps), "good_inspected": [region] * 3}
+
+    found = seg_f1(iter(maps), iter(masks), iter(good_maps), **seen)
+
+    assert found.value == pytest.approx(reference.f1_score(labels, scores >= threshold, zero_division=0), abs=1e-12)
+
+
+def test_seg_f1_of_maps_far_from_zero_keeps_the_deviation():
+    """Small deviations about a large mean, as of scores without a unit, are not lost in rounding."""
+    good_maps = [np.float32(4096) + good for good in _GOOD_MAPS]
+    anomaly_map, mask = np.array([[4099, 4100]], np.float32), np.array([[False, True]])
+
+    found = seg_f1([anomaly_map], [mask], good_maps)
+
+    assert found == Metric(1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "marks", "good_maps", "value", "reason"),
+    [
+        ([0, 9], [0, 0], _GOOD_MAPS, None, "there is no anomalous sample"),
+        ([0, 9], [1, 1], _GOOD_MAPS, None, "there is no normal sample"),
+        ([0, 9], [0, 1], [], None, "there is no held-out good frame"),
+        ([0, 3], [0, 1], _GOOD_MAPS, 0.0, None),
+        ([9, 9], [0, 1], _GOOD_MAPS, 2 / 3, "degenerate: all scores"),
+        ([0.1, 9], [0, 1], [np.full((7, 7), 0.1, np.float32)], 2 / 3, "degenerate: all pixels of the held-out"),
+    ],
+    ids=["no anomalous", "no normal", "no good", "nothing found", "equal scores", "equal good pixels"],
+)
+def test_seg_f1_where_it_is_not_defined_or_says_little_has_a_reason(values, marks, good_maps, value, reason):
+    """A missing class or threshold gives no number, equal values a warning, and finding nothing is a plain 0."""
+    found = seg_f1([np.array([values], np.float32)], [np.array([marks], bool)], good_maps)
+
+    assert found.value == (value if value is None else pytest.approx(value, abs=1e-12))
+    assert found.reason is None if reason is None else found.reason.startswith(reason)
+
+
+def test_seg_f1_of_a_good_map_that_is_not_finite_is_refused():
+    """No threshold is made of NaN."""
+    blank = np.zeros((1, 1), np.float32)
+
+    with pytest.raises(ScoreNotFinite, match="image 1"):
+        seg_f1([blank], [np.ones((1, 1), bool)], [blank, np.full((1, 1), np.nan, np.float32)])
 
 
 def test_aupro_of_a_four_by_four_map_equals_the_sum_by_hand():

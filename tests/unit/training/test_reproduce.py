@@ -15,7 +15,7 @@ from models import DETECTORS
 from service.contract.bundle import MetricRecord
 from service.errors import ParameterInvalid
 from tests.shared_material import require_shared
-from tests.tiny_line import DEFECTS, TEST_GOOD, TINY_RUN, make_config, write_line
+from tests.tiny_line import DEFECTS, TEST_GOOD, TINY_RUN, make_config, write_line, write_mvtec_ad2_line
 from training.__main__ import commands
 from training.config import RunConfig
 from training.data.benchmarks import BENCHMARKS
@@ -192,6 +192,47 @@ def test_reproduce_in_the_multi_class_setting_fits_one_model_for_all(dataset, tm
     assert read_cell(cell_path(tmp_path, plan, plan.lines, 1)) == cell
     assert "categories: 2" in watcher.notes
     assert any(name.startswith("all, seed 1, test frames of grid") for name in watcher.figures)
+
+
+def test_reproduce_on_mvtec_ad2_measures_seg_f1_at_a_threshold_of_its_validation_frames(tmp_path):
+    """The threshold's frames are neither fitted on nor tested; both pages tell the figure and the rule behind it."""
+    root = tmp_path / "ad2"
+    write_mvtec_ad2_line(root / "vial", good=_GOOD, validation=3)
+    plan, watcher = _plan(root), _Watcher()
+
+    (cell,) = reproduce(plan, _UNTRAINED, tmp_path / "out", watcher)
+    found = summarise(plan, [cell], "ad2", [])
+
+    assert cell.frames == {"vial": (_GOOD, TEST_GOOD, DEFECTS)}
+    assert 0 < cell.figures["vial"]["seg_f1"].value < cell.figures["vial"]["p_f1max"].value
+    assert any(name.startswith("vial, seed 1, validation frames of vial") for name in watcher.figures)
+    assert (found.data, found.means[0].ours.reason) == ("MVTec AD 2", "only 1 of 8 categories were run")
+    for page in to_markdown(found), to_html(found):
+        assert "SegF1" in page
+        assert "mean + 3 standard deviations of the category" in page
+
+
+def test_reproduce_on_mvtec_ad2_with_a_cell_from_before_seg_f1_measures_anew(tmp_path, monkeypatch):
+    """A kept cell that lacks the figure is not taken for a whole one."""
+    plan, watcher = _plan(write_mvtec_ad2_line(tmp_path / "vial", good=_GOOD, validation=3)), _Watcher()
+    with monkeypatch.context() as earlier:
+        earlier.setattr("training.reproduce.needs_held_out", lambda _: False)
+        reproduce(plan, _UNTRAINED, tmp_path / "out", SilentReporter())
+
+    reproduce(plan, _UNTRAINED, tmp_path / "out", watcher)
+
+    assert "vial, seed 1: is already measured" not in watcher.notes
+
+
+def test_reproduce_on_mvtec_ad2_without_validation_frames_says_why_there_is_no_seg_f1(tmp_path):
+    """No threshold is made of frames that were fitted on, and the other figures stand."""
+    line = write_mvtec_ad2_line(tmp_path / "vial", good=_GOOD)
+    shutil.rmtree(line / "validation")
+
+    (cell,) = reproduce(_plan(line), _UNTRAINED, tmp_path / "out", SilentReporter())
+
+    assert cell.figures["vial"]["seg_f1"].reason == "there is no held-out good frame to choose the threshold on"
+    assert cell.figures["vial"]["aupro_at_0.05"].value is not None
 
 
 @pytest.mark.parametrize(("detector", "models"), [("inp_former", 1), ("inp_former_pp", 1), ("dadf", 2)])
