@@ -48,7 +48,7 @@ class InspectionRequest:
         policy_version: None takes the line's default policy.
         heatmap: which picture of the map is wanted.
         request_id: under which the request is logged.
-        received_at: monotonic seconds, when the handler of the first byte started.
+        received_at: monotonic seconds, when the first byte of the request was read.
         receive_s: seconds spent receiving the body.
         bundle_version: None takes the live one.
         trace_parent: the caller's `traceparent`, as W3C Trace Context writes it.

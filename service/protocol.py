@@ -5,6 +5,9 @@ offers another protocol (as Java's own client does with every request), and answ
 heads are bounded in bytes and in time, offers are overheard and the frame is judged, and whoever sends something else
 is told so in a problem document with `NO_VERDICT`.
 
+A request's time runs from the first byte of its head on, also while it stands in line behind the ones before it on its
+connection. That byte is one that was read here: how long bytes lay in the kernel before, nobody tells.
+
 The rest is for speed, because the service may take but a few per cent of what a frame takes: a body whose length is
 told wakes its reader once, when it is complete, and not for each of its pieces; head and body of an answer leave in one
 packet; one timer watches a connection for as long as it lives; and who works for a caller is told when it hangs up,
@@ -40,6 +43,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     _patience: asyncio.TimerHandle | None = None
     _waits_since: float | None = None
+    _came_at = 0.0
+    _is_heard_again = False
     _has_moved = False
     _kept_bytes = 0
     _answering: "_Cycle | None" = None
@@ -69,6 +74,13 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._kept_bytes > MAX_HEAD_BYTES:
             self.send_400_response("")
 
+    def on_message_begin(self) -> None:
+        """Note when the first byte of a request came."""
+        super().on_message_begin()
+        if not self._is_heard_again:
+            self._came_at = self.loop.time()
+        self._is_heard_again = False
+
     def on_headers_complete(self) -> None:
         """Start answering, as uvicorn does, or stand in line behind the requests before this one."""
         if self.parser.should_upgrade():
@@ -88,6 +100,8 @@ class BoundedProtocol(HttpToolsProtocol):
         }
         before = self.cycle
         self.cycle = cycle = _Cycle(
+            came_at=self._came_at,
+            clock=self.loop.time,
             scope=self.scope,
             transport=self.transport,
             flow=self.flow,
@@ -161,6 +175,7 @@ class BoundedProtocol(HttpToolsProtocol):
         head = [method + b" " + self.url + b" HTTP/" + version.encode()]
         head += [name + b": " + value for name, value in self.headers if name not in _OFFERS]
         self.parser = httptools.HttpRequestParser(self)
+        self._is_heard_again = True
         self.data_received(b"\r\n".join((*head, b"\r\n")) + rest)
 
     def _look(self) -> None:
@@ -177,8 +192,10 @@ class BoundedProtocol(HttpToolsProtocol):
 class _Cycle(RequestResponseCycle):
     """One request and its answer; a `Connection` to whoever works for it."""
 
-    def __init__(self, **known: Any) -> None:
+    def __init__(self, *, came_at: float, clock: Callable[[], float], **known: Any) -> None:
         super().__init__(**known)
+        self._came_at = came_at
+        self._clock = clock
         self._wire: asyncio.Transport = known["transport"]
         self._together = self.transport = _Together(self._wire)  # type: ignore[assignment]  # all that is asked of one
         self._pieces: list[bytes] = []
@@ -214,6 +231,10 @@ class _Cycle(RequestResponseCycle):
         """Have somebody told when the caller leaves, or nobody any more, and return whether it has left already."""
         self._when_left = when_left
         return self.disconnected
+
+    def age_s(self) -> float:
+        """Return how long ago the first byte of the request came."""
+        return self._clock() - self._came_at
 
     def has_body(self) -> bool:
         """Tell whether all of the body is there."""

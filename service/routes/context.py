@@ -104,6 +104,10 @@ class Connection(Protocol):
         """Have somebody told when the caller leaves, or nobody any more, and return whether it has left already."""
         ...
 
+    def age_s(self) -> float:
+        """Return how long ago the first byte of the request came."""
+        ...
+
     def has_body(self) -> bool:
         """Tell whether all of the body is there."""
         ...

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.routes.context import connection_of
 from service.routes.problems import REQUEST_ID_HEADER
 
 _HEADER = REQUEST_ID_HEADER.lower().encode()
@@ -41,10 +42,15 @@ class Identity:
 
 
 def identify(scope: Scope, now: float) -> bytes:
-    """Note in a scope when the request came, and its id, which is returned; one that does not fit is replaced."""
+    """Note in a scope when the request came, and its id, which is returned; one that does not fit is replaced.
+
+    It came with its first byte where the server tells when that was, and `now` elsewhere.
+    """
+    connection = connection_of(scope)
+    received_at = now if connection is None else now - connection.age_s()
     shown = dict(reversed(scope["headers"])).get(_HEADER)  # of two the first counts
     request_id = shown if shown is not None and _FITS.fullmatch(shown) else os.urandom(16).hex().encode()
-    scope.setdefault("state", {}).update(request_id=request_id.decode(), received_at=now)
+    scope.setdefault("state", {}).update(request_id=request_id.decode(), received_at=received_at)
     return request_id
 
 

@@ -89,7 +89,7 @@ async def inspect(request: Request, line: str) -> Response:
         deadline_s, priority = _deadline_s(options), _PRIORITIES[options.priority]
         context.pipeline.refuse_hopeless(found, received_at_of(request), deadline_s, priority)
         is_next = comes_at_once(request)
-        upload = await receive_frame(request, context.settings.frame_limits, _receive_timeout_s(context, options))
+        upload = await receive_frame(request, context.settings.frame_limits, _time_left_s(request, options))
         asked = _ask(request, line, options, upload)
         if not is_next:  # another version may have become live meanwhile, and what was found been closed
             found = context.registry.find(line, options.bundle_version, options.policy)
@@ -163,7 +163,7 @@ async def inspect_batch(request: Request, line: str) -> Response:
             "frames",
             context.settings.max_frames_per_request,
             context.settings.frame_limits,
-            _receive_timeout_s(context, options),
+            _time_left_s(request, options),
         )
         counted.frames = len(uploads)
         frames = (_item(request, caller, line, options, upload, index) for index, upload in enumerate(uploads))
@@ -236,10 +236,12 @@ def _deadline_s(options: InspectionOptions) -> float | None:
     return None if options.deadline_ms is None else options.deadline_ms / 1000
 
 
-def _receive_timeout_s(context: Context, options: InspectionOptions) -> float:
-    if options.deadline_ms is None:
-        return context.settings.default_deadline_s
-    return min(options.deadline_ms / 1000, context.settings.max_deadline_s)
+def _time_left_s(request: Request, options: InspectionOptions) -> float:
+    """Return how long the body may still take; nothing or less where the time is over."""
+    context, asked_s = context_of(request), _deadline_s(options)
+    settings = context.settings
+    whole_s = settings.default_deadline_s if asked_s is None else min(asked_s, settings.max_deadline_s)
+    return received_at_of(request) + whole_s - context.clock()
 
 
 def _ask(request: Request, line: str, options: InspectionOptions, upload: Upload, index: int = 0) -> InspectionRequest:

@@ -267,7 +267,8 @@ async def _receive(request: Request, spec: ModelSpec) -> InferRequest:
     max_bytes = settings.max_body_bytes
     coding = open_inference.coding_of(request.headers.get("content-encoding"))
     # How long the caller allows stands in the body, so the body itself gets the longest time there is.
-    body = await receive_body(request, max_bytes, settings.max_deadline_s)
+    left_s = received_at_of(request) + settings.max_deadline_s - context_of(request).clock()
+    body = await receive_body(request, max_bytes, left_s)
 
     def read() -> InferRequest:
         plain = body if coding is None else open_inference.decompress(body, coding, max_bytes)

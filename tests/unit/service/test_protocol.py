@@ -8,7 +8,7 @@ from uvicorn.server import ServerState
 
 from service.protocol import MAX_HEAD_BYTES, BoundedProtocol
 from service.routes.context import CONNECTION_EXTENSION
-from tests.fakes import in_loop
+from tests.fakes import FakeClock, in_loop
 
 HEAD = b"POST /somewhere HTTP/1.1\r\nHost: test\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -229,4 +229,47 @@ async def test_answer_when_the_caller_does_not_read_then_waits_for_it():
 
     assert (could_first, could_then) == (False, True)
     assert connection.wire.packets == [b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"]
+    connection.leave()
+
+
+def stopped_clock(monkeypatch):
+    """Let the running loop go by a clock that a test moves on, and return it."""
+    loop = asyncio.get_running_loop()
+    clock = FakeClock(loop.time())
+    monkeypatch.setattr(loop, "time", clock)
+    return clock
+
+
+def ages(connection):
+    """Return how old each request is by what its scope tells, in seconds."""
+    return [scope["extensions"][CONNECTION_EXTENSION].age_s() for scope in connection.scopes]
+
+
+@pytest.mark.parametrize("offer", [b"", b"Connection: Upgrade\r\nUpgrade: h2c\r\n"], ids=["plain", "with an offer"])
+@in_loop
+async def test_request_when_its_head_comes_slowly_then_its_age_counts_from_the_first_byte(monkeypatch, offer):
+    """A head that dribbles in uses up the caller's deadline, and so it does where it is read once more."""
+    clock, connection = stopped_clock(monkeypatch), Connection()
+
+    await connection.bring(HEAD[:9])
+    clock.advance(2)
+    await connection.bring(HEAD[9:] + offer + b"Content-Length: 2\r\n\r\n", b"ab")
+
+    assert ages(connection) == pytest.approx([2])
+    connection.leave()
+
+
+@in_loop
+async def test_request_when_it_stands_in_line_then_its_age_counts_from_its_own_first_byte(monkeypatch):
+    """What waits for the answers before it on its connection has come all the same."""
+    clock, connection = stopped_clock(monkeypatch), Connection()
+    request = HEAD + b"Content-Length: 2\r\n\r\nab"
+
+    connection.protocol.data_received(request + request + request[:5])
+    clock.advance(3)
+    await connection.bring(request[5:])
+    clock.advance(1)
+    await connection.bring(request)
+
+    assert ages(connection) == pytest.approx([4, 4, 4, 0])
     connection.leave()
