@@ -315,6 +315,7 @@ class Registry(LoadedVersions):
 
     def _ask_store(self) -> bool:
         if self._catalogue.refresh():
+            self._telemetry.store_read()
             return True
         self._telemetry.store_unreachable()
         return False

@@ -245,6 +245,10 @@ class Telemetry:
         )
         self._unloads = self._counter("engine_unloads", "Engines unloaded to make room for others.", "engine")
         self._store_unreachable = self._counter("store_unreachable", "Times that the store could not be asked.")
+        # Looks may be a day apart, and a count of misses rises as seldom: what the last one found is true until the next.
+        self._store_reachable = self._gauge(
+            "store_reachable", "1 where the last look at the store succeeded; 0 where it failed, or none ended yet."
+        )
         self._golden_checks = self._counter("golden_checks", "Replays of golden frames on live engines.", "outcome")
         for outcome in get_args(GoldenOutcome):
             self._golden_checks.labels(outcome)
@@ -367,9 +371,14 @@ class Telemetry:
         """Count an engine that made room for others."""
         self._unloads.labels(engine).inc()
 
+    def store_read(self) -> None:
+        """Record that the store was asked for what is new, and answered."""
+        self._store_reachable.set(1)
+
     def store_unreachable(self) -> None:
-        """Count a time that the store could not be asked for what is new."""
+        """Count a time that the store could not be asked for what is new; so it stands until it answers."""
         self._store_unreachable.inc()
+        self._store_reachable.set(0)
 
     def golden_failed(self) -> None:
         """Count a bundle whose golden frames came out differently on this device."""

@@ -300,9 +300,9 @@ _FLEET_PANELS = (
     ),
     Panel(
         "Store unreachable",
-        "Times that a pod could not ask the store for new versions, in the last hour. What is loaded is served.",
+        "Pods whose last look at the store for new versions failed, or that had none yet. What is loaded is served.",
         "none",
-        [Query(f"sum(increase(flawline_store_unreachable_total{{{_FLEET}}}[1h]))", "times")],
+        [Query(f"sum(flawline_store_reachable{{{_FLEET}}} == bool 0)", "pods")],
         kind="stat",
         width=8,
         warning=1,

@@ -42,6 +42,8 @@ PROMISED = {
     "engine_load_seconds": ("gauge", {"engine"}),
     "model_info": ("gauge", {"line", "version", "digest", "policy", "device"}),
     "golden_failures": ("counter", set()),
+    "store_unreachable": ("counter", set()),
+    "store_reachable": ("gauge", set()),
     "records_dropped": ("counter", {"sink"}),
     "shadow_disagreements": ("counter", {"line", "kind"}),
 }

@@ -203,16 +203,24 @@ def test_rescan_when_told_to_wait_for_an_administrator_then_new_versions_are_onl
 def test_rescan_when_the_store_can_not_be_asked_then_says_so_and_goes_on(shelf):
     """A bucket that is away is told to whoever asked, and counted; lines are served."""
     registry = shelf.load()
+    store = registry._catalogue._store
 
     def refresh():
         raise StoreUnreachable("The bucket does not answer.")
 
-    registry._catalogue._store.refresh = refresh
+    assert "flawline_store_reachable 1.0" in shelf.metrics()
+    with pytest.MonkeyPatch.context() as away:
+        away.setattr(store, "refresh", refresh)
+        with pytest.raises(StoreUnreachable, match="bucket"):
+            registry.rescan()
+        assert registry.is_ready
+        assert "flawline_store_unreachable_total 1.0" in shelf.metrics()
+        assert "flawline_store_reachable 0.0" in shelf.metrics()
 
-    with pytest.raises(StoreUnreachable, match="bucket"):
-        registry.rescan()
-    assert registry.is_ready
+    registry.rescan()
+
     assert "flawline_store_unreachable_total 1.0" in shelf.metrics()
+    assert "flawline_store_reachable 1.0" in shelf.metrics()
 
 
 def test_roll_back_when_asked_then_the_version_before_is_live_without_being_loaded(shelf):
