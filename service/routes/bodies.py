@@ -25,6 +25,7 @@ from service.errors import (
 )
 from service.inspection import RawLayout
 from service.routes.context import connection_of
+from service.routes.headers import RAW_HEADERS, refuse_repeated
 from service.routes.problems import sentence_of
 from service.schemas import RawFrameOptions
 
@@ -32,7 +33,6 @@ RAW_MEDIA_TYPE = "application/x-raw-frame"
 MULTIPART_MEDIA_TYPE = "multipart/form-data"
 # What programs write when they do not know the kind of a file; the decoder looks at the bytes anyway.
 _UNKNOWN_MEDIA_TYPES = frozenset({"application/octet-stream", ""})
-RAW_HEADERS = {"pixel_format": "X-Pixel-Format", "width": "X-Width", "height": "X-Height", "stride": "X-Stride"}
 _DISCARDED_BODIES = 4  # times the limit
 
 
@@ -185,6 +185,7 @@ class _FormParser(MultiPartParser):
 async def _upload_of(file: UploadFile, headers: Mapping[str, str], limits: FrameLimits) -> Upload | FlawlineError:
     media_type = _media_type(file.headers)
     try:
+        refuse_repeated(file.headers.raw)
         raw = None if media_type in _UNKNOWN_MEDIA_TYPES else _layout(media_type, headers, limits)
     except FlawlineError as error:
         return error

@@ -17,6 +17,7 @@ from service.auth import Caller, Keyring, MountedKeyring
 from service.pipeline import Pipeline
 from service.records import Records
 from service.registry import Registry
+from service.routes.headers import refuse_repeated
 from service.settings import Settings
 from service.shadows import Shadows
 from service.telemetry import Telemetry
@@ -217,10 +218,12 @@ def context_of(request: Request) -> Context:
 
 
 def caller_of(request: Request) -> Caller:
-    """Find out who is calling.
+    """Find out who is calling, which comes first in every request.
 
     Raises:
+        ParameterInvalid: if a header that says one thing stands there twice, a key or any other.
         NotAuthenticated: if the service is not open and no known key was shown.
     """
+    refuse_repeated(request.scope["headers"])
     headers = request.headers
     return context_of(request).keyring.identify(headers.get("authorization"), headers.get("x-api-key"))

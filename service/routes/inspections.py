@@ -22,8 +22,9 @@ from service.routes import answers
 from service.routes.accounting import TRACE_PARENT_HEADER, Counting, count_later, in_time, record_later, unless_left
 from service.routes.bodies import Upload, comes_at_once, receive_frame, receive_frames, usable
 from service.routes.context import Context, FrameRequest, caller_of, connection_of, context_of
+from service.routes.headers import OPTION_HEADERS
 from service.routes.identity import identify, received_at_of, with_id
-from service.routes.openapi import BATCH_OPERATION, FRAME_OPERATION, HEATMAP_ANSWERS, OPTION_HEADERS
+from service.routes.openapi import BATCH_OPERATION, FRAME_OPERATION, HEATMAP_ANSWERS
 from service.routes.problems import (
     REQUEST_ID_HEADER,
     answer_fault,
@@ -211,8 +212,7 @@ def _read_options(request: Request) -> InspectionOptions:
     headers, request_id = request.headers, request_id_of(request)
     if headers.get(_REQUEST_ID, request_id) != request_id:
         raise ParameterInvalid(f"{REQUEST_ID_HEADER}: send up to 128 printable characters without spaces.")
-    sent = reversed(headers.items())  # so that of two the first counts
-    given = {_OPTION_OF_HEADER[header]: value for header, value in sent if header in _OPTION_OF_HEADER}
+    given = {_OPTION_OF_HEADER[header]: value for header, value in headers.items() if header in _OPTION_OF_HEADER}
     asked = request.query_params.multi_items() if request.scope["query_string"] else []
     if not (given or asked):
         return _NO_OPTIONS

@@ -8,7 +8,8 @@ from pydantic.json_schema import models_json_schema
 
 from service.contract.frames import FORMAT_OF_MEDIA_TYPE
 from service.routes.answers import MEDIA_TYPE_OF_HEATMAP
-from service.routes.bodies import MULTIPART_MEDIA_TYPE, RAW_HEADERS, RAW_MEDIA_TYPE
+from service.routes.bodies import MULTIPART_MEDIA_TYPE, RAW_MEDIA_TYPE
+from service.routes.headers import OPTION_HEADERS, RAW_HEADERS
 from service.schemas import (
     BatchAnswer,
     InspectionAnswer,
@@ -21,16 +22,6 @@ from service.schemas import (
     VersionsAnswer,
 )
 
-OPTION_HEADERS = {
-    "part_id": "X-Part-Id",
-    "view": "X-View",
-    "sequence": "X-Sequence",
-    "deadline_ms": "X-Deadline-Ms",
-    "priority": "X-Priority",
-    "heatmap": "X-Heatmap",
-    "policy": "X-Policy",
-    "bundle_version": "X-Bundle-Version",
-}
 _MODELS = (
     BatchAnswer,
     InspectionAnswer,

@@ -63,6 +63,10 @@ def _raw(data: bytes, **headers: str) -> dict[str, object]:
     return {"content": data, "headers": RAW | {name.replace("_", "-"): value for name, value in headers.items()}}
 
 
+def _twice(header: str, *values: str) -> dict[str, object]:
+    return {"content": GOOD, "headers": [("Content-Type", "image/png"), *((header, value) for value in values)]}
+
+
 def _png_header(width: int, height: int) -> bytes:
     """Return a PNG that promises a size and holds a few bytes."""
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
@@ -216,6 +220,25 @@ TABLE = {
         "parameter_invalid",
         "twice",
     ),
+    "part twice": (_twice("X-Part-Id", "1", "2"), 422, "parameter_invalid", "X-Part-Id: stands there twice"),
+    "part twice, the same": (_twice("X-Part-Id", "1", "1"), 422, "parameter_invalid", "X-Part-Id"),
+    "deadline twice": (_twice("X-Deadline-Ms", "5000", "9000"), 422, "parameter_invalid", "X-Deadline-Ms"),
+    "deadline joined by a proxy": (
+        _png(GOOD) | {"headers": {"Content-Type": "image/png", "X-Deadline-Ms": "5000, 9000"}},
+        422,
+        "parameter_invalid",
+        "deadline_ms",
+    ),
+    "policy twice": (_twice("X-Policy", "default", "strict"), 422, "parameter_invalid", "X-Policy"),
+    "kind twice": (_twice("Content-Type", "image/jpeg"), 422, "parameter_invalid", "Content-Type"),
+    "key twice": (_twice("X-API-Key", "camera", "reader"), 422, "parameter_invalid", "X-API-Key"),
+    "request id twice": (_twice("X-Request-Id", "a", "b"), 422, "parameter_invalid", "X-Request-Id"),
+    "raw width twice": (
+        _raw(b"") | {"headers": [*RAW.items(), ("X-Width", "4")]},
+        422,
+        "parameter_invalid",
+        "X-Width: stands there twice",
+    ),
     "request id with a space": (
         {"content": GOOD, "headers": {"Content-Type": "image/png", "X-Request-Id": "a b"}},
         422,
@@ -255,9 +278,9 @@ TABLE = {
 def _send(server: ServerProcess, request: dict[str, object]) -> httpx.Response:
     request = dict(request)
     key = request.pop("key", "everything")
-    headers = dict(request.pop("headers", {}))
+    headers = httpx.Headers(request.pop("headers", {}))  # of which one may stand there twice
     if key is not None:
-        headers |= _authorised(str(key))
+        headers = httpx.Headers([*headers.multi_items(), *_authorised(str(key)).items()])
     files = request.pop("files", None)
     if isinstance(files, list):
         request["files"] = [(field, ("part.png", data, "image/png")) for field, data in files]

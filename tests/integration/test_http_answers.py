@@ -311,3 +311,15 @@ def test_image_quality_when_a_heatmap_is_asked_for_then_it_is_measured_on_the_sa
 
     assert len(without) == 4
     assert with_one == without
+
+
+def test_batch_when_a_part_names_its_kind_twice_then_it_alone_has_no_verdict(http):
+    """Which of two kinds was meant is not guessed, and the neighbour is answered."""
+    head = b'--x\r\nContent-Disposition: form-data; name="frames"; filename="a.png"\r\nContent-Type: image/png\r\n'
+    body = head + b"Content-Type: image/jpeg\r\n\r\n" + GOOD + b"\r\n" + head + b"\r\n" + GOOD + b"\r\n--x--\r\n"
+
+    answer = http.post(BATCH, content=body, headers={"Content-Type": "multipart/form-data; boundary=x"})
+
+    refused, judged = answer.json()["items"]
+    assert (refused["verdict"], refused["code"]) == ("NO_VERDICT", "parameter_invalid")
+    assert judged["verdict"] == "PASS"
