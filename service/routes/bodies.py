@@ -31,8 +31,9 @@ from service.schemas import RawFrameOptions
 
 RAW_MEDIA_TYPE = "application/x-raw-frame"
 MULTIPART_MEDIA_TYPE = "multipart/form-data"
+BYTES_MEDIA_TYPE = "application/octet-stream"
 # What programs write when they do not know the kind of a file; the decoder looks at the bytes anyway.
-_UNKNOWN_MEDIA_TYPES = frozenset({"application/octet-stream", ""})
+_UNKNOWN_MEDIA_TYPES = frozenset({BYTES_MEDIA_TYPE, ""})
 _DISCARDED_BODIES = 4  # times the limit
 
 
@@ -186,7 +187,8 @@ async def _upload_of(file: UploadFile, headers: Mapping[str, str], limits: Frame
     media_type = _media_type(file.headers)
     try:
         refuse_repeated(file.headers.raw)
-        raw = None if media_type in _UNKNOWN_MEDIA_TYPES else _layout(media_type, headers, limits)
+        is_unknown = media_type in _UNKNOWN_MEDIA_TYPES and not _is_raw(media_type, headers)
+        raw = None if is_unknown else _layout(media_type, headers, limits)
     except FlawlineError as error:
         return error
     return Upload(await file.read(), raw)
@@ -222,8 +224,13 @@ def _media_type(headers: Mapping[str, str]) -> str:
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
+def _is_raw(media_type: str, headers: Mapping[str, str]) -> bool:
+    """Tell whether a body is raw pixels: by its kind, or as bytes of no kind whose pixel format is named."""
+    return media_type == RAW_MEDIA_TYPE or (media_type == BYTES_MEDIA_TYPE and RAW_HEADERS["pixel_format"] in headers)
+
+
 def _layout(media_type: str, headers: Mapping[str, str], limits: FrameLimits) -> RawLayout | None:
-    if media_type == RAW_MEDIA_TYPE:
+    if _is_raw(media_type, headers):
         given = {name: headers[header] for name, header in RAW_HEADERS.items() if header in headers}
         try:
             layout = RawFrameOptions.model_validate_strings(given)

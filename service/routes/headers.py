@@ -1,8 +1,8 @@
 """The headers that callers give their wishes in: each says one thing, and so stands in a request once.
 
-Which of two was meant would be a guess, and so would be what a caller is told of the part. Who joins two into one with a
-comma, as proxies may, makes a value that fits no number, name, kind or key; in `X-Part-Id` and `X-View`, which may hold
-any words, it comes back with the answer.
+Which of two was meant would be a guess, and so would be what a caller is told of the part. Who joins two into one with
+a comma, as proxies may, makes a value that fits no number, name, kind or key; in `X-Part-Id` and `X-View`, which may
+hold any words, it comes back with the answer.
 """
 
 from collections.abc import Iterable

@@ -8,7 +8,7 @@ from pydantic.json_schema import models_json_schema
 
 from service.contract.frames import FORMAT_OF_MEDIA_TYPE
 from service.routes.answers import MEDIA_TYPE_OF_HEATMAP
-from service.routes.bodies import MULTIPART_MEDIA_TYPE, RAW_MEDIA_TYPE
+from service.routes.bodies import BYTES_MEDIA_TYPE, MULTIPART_MEDIA_TYPE, RAW_MEDIA_TYPE
 from service.routes.headers import OPTION_HEADERS, RAW_HEADERS
 from service.schemas import (
     BatchAnswer,
@@ -144,7 +144,7 @@ def _raw_parameters() -> list[dict[str, Any]]:
             "name": header,
             "in": "header",
             "required": False,
-            "description": f"With `{RAW_MEDIA_TYPE}`.",
+            "description": f"With `{RAW_MEDIA_TYPE}`, or with `{BYTES_MEDIA_TYPE}` and `X-Pixel-Format`.",
             "schema": {key: value for key, value in options[name].items() if key != "title"},
         }
         for name, header in RAW_HEADERS.items()
@@ -160,7 +160,7 @@ FRAME_OPERATION: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
-            **dict.fromkeys((*FORMAT_OF_MEDIA_TYPE, RAW_MEDIA_TYPE), _BINARY),
+            **dict.fromkeys((*FORMAT_OF_MEDIA_TYPE, RAW_MEDIA_TYPE, BYTES_MEDIA_TYPE), _BINARY),
             MULTIPART_MEDIA_TYPE: _multipart("frame", _BINARY["schema"]),
         },
     },

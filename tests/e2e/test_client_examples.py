@@ -136,6 +136,27 @@ def test_csharp_example_when_anything_is_wrong_then_prints_no_verdict(
     assert (done.returncode, done.stdout) == (1, "NO_VERDICT\n")
 
 
+def test_header_table_when_it_names_a_kind_then_a_frame_of_that_kind_is_judged(url: str) -> None:
+    """Every media type of the table works as the table says, raw frames with the headers that it names for them."""
+    text = (_ROOT / "service/clients.md").read_text(encoding="utf-8")
+    [row] = re.findall(r"^\| `Content-Type` \|(.*)\|$", text, re.MULTILINE)
+    [raw] = re.findall(r"^\| (`X-Pixel-Format`.*?) \|", text, re.MULTILINE)
+    pixels = make_frame(defect=True)
+    values = {"X-Pixel-Format": "RGB8", "X-Width": str(pixels.shape[1]), "X-Height": str(pixels.shape[0])}
+    size = {name: values[name] for name in re.findall(r"X-[A-Za-z-]+", raw)}
+
+    verdicts = {}
+    for kind in re.findall(r"`([a-z]+/[a-z-]+)`", row):
+        is_image = kind.startswith("image/")
+        body = encode(pixels, kind.removeprefix("image/").upper()) if is_image else pixels.tobytes()
+        headers = {"Content-Type": kind, **({} if is_image else size)}
+        answer = httpx.post(f"{url}/v1/lines/line/inspect", content=body, headers=headers)
+        verdicts[kind] = answer.json()["verdict"]
+
+    assert len(verdicts) == 7
+    assert set(verdicts.values()) == {"FAIL"}, verdicts
+
+
 def test_header_table_when_it_names_an_option_then_the_server_knows_it(url: str) -> None:
     """Every `X-` header of the page is one that the server's own description lists."""
     text = (_ROOT / "service/clients.md").read_text(encoding="utf-8")

@@ -97,21 +97,25 @@ def test_score_when_sent_over_http_then_it_equals_the_offline_engine_exactly(htt
     assert answer["score"] == float(offline[0])
 
 
+@pytest.mark.parametrize("media_type", ["application/x-raw-frame", "application/octet-stream"])
+@pytest.mark.parametrize("is_form", [False, True], ids=["body", "form"])
 @pytest.mark.parametrize("padding", [0, 7], ids=["dense", "padded rows"])
-def test_score_when_the_frame_is_raw_then_it_equals_that_of_the_lossless_image(http, padding):
+def test_score_when_the_frame_is_raw_then_it_equals_that_of_the_lossless_image(http, padding, is_form, media_type):
     """Raw RGB8 bytes and the PNG of the same pixels get the same score, whatever lies between the rows."""
     pixels = make_frame(defect=True)
     rows = pixels.reshape(FRAME_HEIGHT, -1)
     padded = np.pad(rows, ((0, 0), (0, padding)), constant_values=255)
     headers = {
-        "Content-Type": "application/x-raw-frame",
         "X-Pixel-Format": "RGB8",
         "X-Width": str(FRAME_WIDTH),
         "X-Height": str(FRAME_HEIGHT),
         "X-Stride": str(padded.shape[1]),
     }
 
-    answer = http.post(INSPECT, content=padded.tobytes(), headers=headers).json()
+    if is_form:
+        answer = http.post(INSPECT, files={"frame": ("a.raw", padded.tobytes(), media_type)}, headers=headers).json()
+    else:
+        answer = http.post(INSPECT, content=padded.tobytes(), headers={"Content-Type": media_type, **headers}).json()
 
     assert answer["score"] == http.post(INSPECT, content=DEFECT, headers=PNG).json()["score"]
 
