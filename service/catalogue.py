@@ -37,9 +37,12 @@ class Catalogue:
         try:
             self._store.refresh()
         except StoreUnreachable as error:
+            if error.sentence != self.why_stale:  # said once, however often the store is asked
+                _log.exception("the store can't be asked", extra={"reason": error.sentence})
             self.why_stale = error.sentence
-            _log.exception("the store can't be asked")
             return False
+        if self.why_stale is not None:
+            _log.info("the store can be asked again")
         self.why_stale = None
         return True
 
@@ -48,8 +51,10 @@ class Catalogue:
         try:
             names = sorted(e.name for e in self._store.directory.iterdir() if re.fullmatch(LINE_NAME, e.name))
         except OSError as error:
-            self.why_unreadable = f"The store can't be read: {error.strerror}."
-            _log.exception("the store can't be read", extra={"store": str(self._store.directory)})
+            reason = f"The store can't be read: {error.strerror}."
+            if reason not in (self.why_unreadable, self.why_stale):
+                _log.exception("the store can't be read", extra={"store": str(self._store.directory)})
+            self.why_unreadable = reason
             return []
         self.why_unreadable = None
         return names

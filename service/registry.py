@@ -134,7 +134,8 @@ class Registry(LoadedVersions):
         states = {
             status.state for status in self.statuses() if status.line not in self._late or status.live is not None
         }
-        is_whole = not self._is_loading and self._fault is None and self._catalogue.why_unreadable is None
+        # Not whether the store can be read now: what is loaded needs it no longer.
+        is_whole = not self._is_loading and self._fault is None and self._has_scanned
         return is_whole and "ready" in states and states <= {"ready", "unloaded"}
 
     # What changes something: in a thread.
@@ -145,9 +146,7 @@ class Registry(LoadedVersions):
             with self._changing:
                 self._recall()
                 self._ask_store()
-                candidates = self._scan()
-                for name, version in candidates:
-                    self._load_or_refuse(VersionKey(name, version))
+                self._load_all()
         except Exception:  # noqa: BLE001 - the edge of this thread: whoever asks must hear that loading has ended
             self._fault = "Loading ended early, in a way that nobody foresaw; the log says how."
             _log.exception("loading ended early")
@@ -166,25 +165,19 @@ class Registry(LoadedVersions):
             self._refuse_to_guess()
             if not self._ask_store():
                 raise StoreUnreachable(self._catalogue.why_stale or "The store can't be asked.")
-            activated, refused = [], {}
-            for name in self._catalogue.names():
-                key = self._newer(name)
-                if key is None or self._taken_out.issuperset(self._catalogue.lines(*key)):
-                    continue
-                reason = self._load_or_refuse(key)
-                if reason is None:
-                    activated.append(key)
-                else:
-                    refused[key] = reason
-            if activated or refused:
+            refused = self._load_new() if self._has_scanned else self._load_late()
+            activated = tuple(key for key, reason in refused.items() if reason is None)
+            if refused:
                 give_back()
-            return Rescanned(tuple(activated), refused, self._offer_new_policies())
+            reasons = {key: reason for key, reason in refused.items() if reason is not None}
+            return Rescanned(activated, reasons, self._offer_new_policies())
 
     def activate(self, name: str, version: str) -> None:
         """Make a version live, after it was proved; newer ones no longer become live by themselves.
 
         Raises:
             UnknownVersion: if the store has no such version.
+            StoreUnreachable: if the store can't be read now.
             BundleRefused: if it does not hold; nothing has changed then.
             EngineFailed: if the device does not take it; nothing has changed then.
         """
@@ -202,6 +195,7 @@ class Registry(LoadedVersions):
 
         Raises:
             UnknownVersion: if there is none.
+            StoreUnreachable: if the store can't be read now.
             BundleRefused: if it does not hold any more; nothing has changed then.
             EngineFailed: if the device does not take it; nothing has changed then.
         """
@@ -225,6 +219,7 @@ class Registry(LoadedVersions):
 
         Raises:
             UnknownVersion: if the store has no such version, or it is the live one.
+            StoreUnreachable: if the store can't be read now.
             BundleRefused: if it does not hold.
             EngineFailed: if the device does not take it.
             LineNotCalibrated: if it could give no verdict on any of its lines.
@@ -273,6 +268,7 @@ class Registry(LoadedVersions):
 
         Raises:
             UnknownLine: if the store has no such line.
+            StoreUnreachable: if the store can't be read now.
             BundleRefused: if its bundle does not hold; nothing has changed then.
             EngineFailed: if the device does not take it; nothing has changed then.
         """
@@ -320,40 +316,101 @@ class Registry(LoadedVersions):
         self._telemetry.store_unreachable()
         return False
 
+    def _load_all(self) -> dict[VersionKey, str | None]:
+        """Load what is to begin with, and return each version with why it was refused, or None."""
+        loaded = {VersionKey(*found): self._load_or_refuse(VersionKey(*found)) for found in self._scan()}
+        if not self.statuses():
+            _log.error("no line is served", extra={"reason": self.why_empty})
+        return loaded
+
+    def _load_late(self) -> dict[VersionKey, str | None]:
+        """Begin anew where the store could not be read at the start: all of its lines are missed until they serve."""
+        self._is_loading = True
+        try:
+            return self._load_all()
+        finally:
+            self._is_loading = False
+
+    def _load_new(self) -> dict[VersionKey, str | None]:
+        """Load what has come since, and return each version with why it was refused, or None."""
+        loaded = {}
+        for name in self._catalogue.names():
+            if not self._can_be_looked_into(name):
+                continue
+            key = self._newer(name)
+            if key is not None and not self._taken_out.issuperset(self._catalogue.lines(*key)):
+                loaded[key] = self._load_or_refuse(key)
+        return loaded
+
+    def _can_be_looked_into(self, name: str) -> bool:
+        """Tell whether new versions of a bundle would be found; what hides them is counted, and logged once."""
+        try:
+            self._catalogue.versions(name)
+        except OSError as error:
+            self._telemetry.store_unreachable()
+            if name not in self._hidden:
+                self._hidden.add(name)
+                _log.error("a folder of the store can't be read", extra={"bundle": name, "reason": error.strerror})
+            return False
+        self._hidden.discard(name)
+        return True
+
     def _scan(self) -> list[tuple[str, str]]:
         """Find the newest version of each name, and say that its lines are loading."""
         candidates = []
-        for name in self._catalogue.names():
+        names = self._catalogue.names()
+        self._has_scanned = self._catalogue.why_unreadable is None
+        known: set[str] = set()
+        for name in names:
             try:
                 versions = self._catalogue.versions(name)
             except OSError as error:
                 _log.exception("a folder of the store can't be read", extra={"bundle": name})
-                self._note(
-                    name, self._catalogue.wanted_of((name,)), "refused", f"Its folder can't be read: {error.strerror}."
-                )
+                self._hidden.add(name)
+                lines = self._catalogue.wanted_of((name,))
+                self._refuse(name, lines, f"Its folder can't be read: {error.strerror}.")
+                known.update(lines)
                 continue
             first = self._first(name, versions) if versions else ""
             lines = self._catalogue.lines(name, first if first in versions else versions[-1]) if versions else ()
             out = tuple(line for line in lines if line in self._taken_out)
             self._note(name, out, "unloaded", _TAKEN_OUT)
+            known.update(lines)
             lines = tuple(line for line in lines if line not in out)
             if lines and self._choices.why_unknown is not None:
-                self._note(name, lines, "refused", self._choices.why_unknown)
+                self._refuse(name, lines, self._choices.why_unknown)
             elif lines and first not in versions:
                 chosen = f"An administrator chose version {first}, which is not in the store"
-                self._note(name, lines, "refused", f"{chosen}; put it back, or activate another one.")
+                self._refuse(name, lines, f"{chosen}; put it back, or activate another one.")
             elif lines:
                 candidates.append((name, first))
                 self._note(name, lines, "loading", "The line is loading; try again in a moment.")
-        for missing in (self._wanted or frozenset()) - self._state.not_live.keys():
-            self._note(missing, (missing,), "refused", "There is no bundle of this line in the store.")
+        why_missing = self._catalogue.why_unreadable or "There is no bundle of this line in the store."
+        for missing in sorted((self._wanted or frozenset()) - known):
+            self._refuse(missing, (missing,), why_missing)
         return candidates
+
+    def _refuse(self, name: str, lines: tuple[str, ...], reason: str) -> None:
+        """Refuse lines before anything of them is loaded, and log why."""
+        self._note(name, lines, "refused", reason)
+        for line in lines:
+            _log.error("line refused", extra={"line": line, "reason": reason})
 
     def _stored(self, name: str, version: str) -> VersionKey:
         key = VersionKey(name, version)
         if key not in self._state.loaded and version not in self._catalogue.readable_versions(name):
+            self._demand_a_readable_store()
             raise UnknownVersion("The store has no such version of this bundle.")
         return key
+
+    def _demand_a_readable_store(self) -> None:
+        """Say of nothing that it is not in the store while nobody can look.
+
+        Raises:
+            StoreUnreachable: if that is so.
+        """
+        if not self._catalogue.names() and self._catalogue.why_unreadable is not None:
+            raise StoreUnreachable(self._catalogue.why_unreadable)
 
     def _newer(self, name: str, *, asks_again: bool = False) -> VersionKey | None:
         """Return the newest version where it should become live: not held back, and not refused as it is."""
@@ -425,6 +482,7 @@ class Registry(LoadedVersions):
             return state.live[line].bundle.manifest.name
         name = state.not_live[line].bundle if line in state.not_live else self._catalogue.bundle_of(line)
         if name is None:
+            self._demand_a_readable_store()
             raise UnknownLine("There is no bundle of this line in the store.")
         return name
 

@@ -113,6 +113,8 @@ class LoadedVersions(ServedLines):
         self._loading_now: VersionKey | None = None
         self._asked_again: set[str] = set()
         self._late: set[str] = set()  # lines that came while others were served, and were refused since
+        self._hidden: set[str] = set()  # bundles whose folder in the store can't be read
+        self._has_scanned = False  # whether the store could be read once, so that its lines are known
         self._retired: list[LoadedVersion] = []
 
     # What belongs where the event loop runs.

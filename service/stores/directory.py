@@ -1,6 +1,9 @@
 """A store that is a local directory, or a volume that is mounted as one."""
 
+import os
 from pathlib import Path
+
+from service.errors import StoreUnreachable
 
 
 class DirectoryStore:
@@ -14,4 +17,13 @@ class DirectoryStore:
         self.directory = directory
 
     def refresh(self) -> None:
-        """Do nothing: whoever writes into the directory has already brought what is new."""
+        """Only see that the directory can be read: whoever writes into it has already brought what is new.
+
+        Raises:
+            StoreUnreachable: if it can't be, as where a volume is away.
+        """
+        try:
+            with os.scandir(self.directory) as entries:
+                next(entries, None)
+        except OSError as error:
+            raise StoreUnreachable(f"The store can't be read: {error.strerror}.") from error

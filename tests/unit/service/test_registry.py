@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from service.choices import Choices
 from service.contract.bundle import load_bundle
 from service.engines.ort import OrtEngine
 from service.errors import (
@@ -23,6 +24,7 @@ from service.registry import Registry
 from service.schedule import RunTimes
 from service.stores.directory import DirectoryStore
 from service.telemetry import Telemetry
+from service.versions import RegistryOptions
 from tests.factories import REFERENCE, make_bundle, make_graph, make_policy, make_self_policy, reseal
 from tests.fakes import FakeEngine, in_loop
 from tests.rights import rights_of_an_ordinary_user
@@ -39,15 +41,16 @@ class Shelf:
         self.telemetry = Telemetry()
         self.registries = []
 
-    def open(self, wanted=None, open_engine=OrtEngine):
+    def open(self, wanted=None, open_engine=OrtEngine, **options):
         """Return a registry that has not loaded yet."""
-        registry = Registry(self.store, wanted, open_engine, OPTIONS, self.telemetry, time.monotonic)
+        kept = RegistryOptions(**options)
+        registry = Registry(self.store, wanted, open_engine, OPTIONS, self.telemetry, time.monotonic, kept)
         self.registries.append(registry)
         return registry
 
-    def load(self, wanted=None, open_engine=OrtEngine):
+    def load(self, wanted=None, open_engine=OrtEngine, **options):
         """Return a registry that has loaded."""
-        registry = self.open(wanted, open_engine)
+        registry = self.open(wanted, open_engine, **options)
         registry.load()
         return registry
 
@@ -167,6 +170,34 @@ def test_load_when_the_store_can_not_be_asked_then_what_it_brought_before_is_ser
 
     assert registry.is_ready
     assert (empty.is_ready, empty.why_empty) == (False, "The bucket does not answer.")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "wanted", "reason"),
+    [
+        (None, None, "No line is loaded; the store may be empty."),
+        (None, {"nobody"}, "There is no bundle of this line in the store."),
+        (
+            "3",
+            None,
+            "An administrator chose version 3, which is not in the store; put it back, or activate another one.",
+        ),
+    ],
+    ids=["empty store", "unknown line", "chosen version is gone"],
+)
+def test_load_when_nothing_is_tried_then_the_log_says_why(shelf, tmp_path, caplog, chosen, wanted, reason):
+    """Where the health port speaks one word, the log is all that an operator has."""
+    shelf.path.mkdir()
+    state = tmp_path / "state"
+    state.mkdir()
+    if chosen is not None:
+        make_bundle(shelf.path)
+        Choices(state).choose_version("demo_line", chosen, ())
+
+    shelf.load(wanted and frozenset(wanted), state_directory=state)
+
+    told = [getattr(record, "reason", "") for record in caplog.records if record.levelname == "ERROR"]
+    assert told == [reason]
 
 
 def test_load_when_line_is_live_then_metrics_say_what_serves_it(shelf):

@@ -25,6 +25,7 @@ from service.telemetry import Telemetry
 from service.versions import RegistryOptions
 from tests.factories import make_bundle, make_graph, make_policy, reseal
 from tests.fakes import in_loop
+from tests.rights import rights_of_an_ordinary_user
 from tests.servers import wait_until
 
 OPTIONS = BatcherOptions(runners=1, max_batch_size=1, max_queue_size=4, stuck_after_s=20)
@@ -221,6 +222,59 @@ def test_rescan_when_the_store_can_not_be_asked_then_says_so_and_goes_on(shelf):
 
     assert "flawline_store_unreachable_total 1.0" in shelf.metrics()
     assert "flawline_store_reachable 1.0" in shelf.metrics()
+
+
+def test_rescan_when_the_directory_is_away_then_what_is_loaded_stays_ready_and_each_miss_is_counted(shelf):
+    """A volume that is away takes no pod out of service that judges; what was hidden meanwhile comes with it."""
+    registry = shelf.load()
+    away = shelf.path.rename(shelf.path.with_name("away"))
+
+    for _ in range(2):
+        with pytest.raises(StoreUnreachable, match="can't be read: No such file"):
+            registry.rescan()
+    with pytest.raises(StoreUnreachable):
+        registry.activate("demo_line", "2")
+    with pytest.raises(StoreUnreachable):
+        registry.load_line("other_line")
+
+    assert (registry.is_ready, shelf.serving()) == (True, "1")
+    assert "flawline_store_unreachable_total 3.0" in shelf.metrics()  # `load_line` asks as well
+    away.rename(shelf.path)
+    shelf.add("2")
+    assert registry.rescan().activated == (("demo_line", "2"),)
+
+
+def test_rescan_when_one_folder_can_not_be_read_then_its_line_goes_on_and_that_is_counted_and_logged_once(
+    shelf, caplog
+):
+    """What hides new versions of one bundle is told like what hides those of all."""
+    folder = shelf.add("1", "pair", lines=("left", "right")).parent
+    registry = shelf.load()
+    folder.chmod(0)
+
+    with rights_of_an_ordinary_user():
+        registry.rescan()
+        registry.rescan()
+    folder.chmod(0o700)
+
+    assert registry.is_ready
+    assert "flawline_store_unreachable_total 2.0" in shelf.metrics()
+    assert [record.message for record in caplog.records].count("a folder of the store can't be read") == 1
+
+
+def test_rescan_when_the_store_was_away_at_the_start_then_all_its_lines_are_missed_until_they_serve(shelf):
+    """A refused line is not taken for one that came late only because the store came late."""
+    shelf.add_broken("1", "broken_line")
+    away = shelf.path.rename(shelf.path.with_name("away"))
+    registry = shelf.load(wanted=frozenset({"demo_line", "broken_line"}))
+    at_first = registry.status("demo_line").reason
+    away.rename(shelf.path)
+
+    found = registry.rescan()
+
+    assert at_first == "The store can't be read: No such file or directory."
+    assert (found.activated, tuple(found.refused)) == ((("demo_line", "1"),), (("broken_line", "1"),))
+    assert (shelf.serving(), registry.is_ready) == ("1", False)
 
 
 def test_roll_back_when_asked_then_the_version_before_is_live_without_being_loaded(shelf):
