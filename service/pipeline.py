@@ -318,7 +318,7 @@ def _decode_and_fit(request: InspectionRequest, spec: InputSpec, limits: FrameLi
     if raw is None:
         frame = read_frame(request.data, limits, spec)
     else:
-        frame = decode_raw(request.data, raw.pixel_format, raw.width, raw.height, raw.stride, limits)
+        frame = decode_raw(request.data, raw.pixel_format, raw.width, raw.height, raw.stride, limits, spec.bit_depth)
     canvas = fit_to_input(frame.pixels, spec)
     if request.heatmap == "none":  # then nobody looks at the pixels again, and frames that wait stay small
         frame = Frame(canvas, frame.height, frame.width)

@@ -40,6 +40,7 @@ FORMAT_OF_MEDIA_TYPE = {
     "image/webp": "WEBP",
 }
 FRAME_FORMATS = frozenset(FORMAT_OF_MEDIA_TYPE.values())
+DEEPEST_BITS = 16
 
 # Every header is held against the caller's own limit, which may well be above Pillow's: line cameras send long frames.
 Image.MAX_IMAGE_PIXELS = None
@@ -66,7 +67,6 @@ _CODEC_ERRORS = (
     Warning,  # where the process runs with warnings as errors
 )
 
-_DEEPEST_BITS = 16
 _TIFF_BITS_PER_SAMPLE = 258
 _PNG_DEPTH_AT = 24
 _PNG_CHUNKS_AT = 8
@@ -150,7 +150,7 @@ def read_frame(data: bytes, limits: FrameLimits, spec: NetworkInput) -> Frame:
 
 
 def decode_image(
-    data: bytes, limits: FrameLimits, target: tuple[int, int] | None = None, bit_depth: int = _DEEPEST_BITS
+    data: bytes, limits: FrameLimits, target: tuple[int, int] | None = None, bit_depth: int = DEEPEST_BITS
 ) -> Frame:
     """Decode one encoded image to RGB.
 
@@ -211,6 +211,14 @@ def fit_to_input(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.uint8
 def to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return `(h, w)` grey as `(h, w, 3)` whose channels are the same bytes, to be read only; RGB as it is."""
     return np.broadcast_to(pixels[:, :, None], (*pixels.shape, 3)) if pixels.ndim == 2 else pixels
+
+
+def too_deep(bit_depth: int) -> UnreadableFrame:
+    """Return what is said of a value that has more bits than frames of its line."""
+    return UnreadableFrame(
+        f"A pixel has more than {bit_depth} bits, which is all that frames of this line have; send what the camera "
+        "wrote, or train with another input.bit_depth."
+    )
 
 
 def is_grey(pixels: NDArray[np.uint8]) -> bool:
@@ -356,13 +364,10 @@ def _decode_jpeg(
 
 def _to_eight_bits(pixels: NDArray[Any], data: bytes, header: ImageHeader, bit_depth: int) -> NDArray[np.uint8]:
     if header.mode in _SIXTEEN_BIT_MODES:
-        if bit_depth < _DEEPEST_BITS and int(pixels.max()) >> bit_depth:
-            raise UnreadableFrame(
-                f"A pixel has more than {bit_depth} bits, which is all that frames of this line have; send what the "
-                "camera wrote, or train with another input.bit_depth."
-            )
+        if bit_depth < DEEPEST_BITS and int(pixels.max()) >> bit_depth:
+            raise too_deep(bit_depth)
         return (pixels >> (bit_depth - 8)).astype(np.uint8)
-    if bit_depth < _DEEPEST_BITS and header.mode == "RGB" and _has_deep_colours(data, header):
+    if bit_depth < DEEPEST_BITS and header.mode == "RGB" and _has_deep_colours(data, header):
         # The codec has kept the top eight bits of each colour, which are empty here.
         raise UnreadableFrame(
             f"Colours of 16 bits can't be read as {bit_depth} bits; send 8 bits a colour, or grey of 16 bits."
@@ -372,7 +377,7 @@ def _to_eight_bits(pixels: NDArray[Any], data: bytes, header: ImageHeader, bit_d
 
 def _has_deep_colours(data: bytes, header: ImageHeader) -> bool:
     if header.format == "PNG":
-        return data[_PNG_DEPTH_AT] == _DEEPEST_BITS
+        return data[_PNG_DEPTH_AT] == DEEPEST_BITS
     if header.format != "TIFF":
         return False
     with Image.open(io.BytesIO(data), formats=["TIFF"]) as image:

@@ -60,8 +60,8 @@ class NetworkInput(BaseModel):
         dtype: of the pixels.
         resize: the one resize.
         scaled_jpeg_decode: whether a JPEG may be decoded at reduced scale.
-        bit_depth: how many bits the values of 16-bit files really have. Cameras write 10 or 12 bits into the lower end
-            of 16; the upper eight of the bits named here are kept.
+        bit_depth: how many bits the values of 16-bit files, and of raw `Mono16`, really have. Cameras write 10 or 12
+            bits into the lower end of 16; the upper eight of the bits named here are kept.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

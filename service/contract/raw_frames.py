@@ -8,7 +8,9 @@ As the Pixel Format Naming Convention has it (EMVA, version 2.4):
   byte. A row starts with a byte of its own here, so a width that does not fill whole bytes needs its stride named.
 - A Bayer name tells the first two pixels of the first row: `BayerRG8` begins with red, then green.
 
-Of deep pixels the upper eight bits are kept, which is the rule of `frames.py` for 16-bit files too. Grey frames and
+Of deep pixels the upper eight bits are kept, which is the rule of `frames.py` for 16-bit files too. `Mono16` says of a
+value no more than such a file does, so it is read as one: by the bits that frames of the line have (`bit_depth`), and a
+value with more is refused. A format that names more bits than these is not of that camera, and refused as well. Grey frames and
 those that need no change are views of the bytes that arrived, so nothing is copied before the resize.
 """
 
@@ -18,7 +20,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from service.contract.frames import Frame, FrameLimits, to_rgb
+from service.contract.frames import DEEPEST_BITS, Frame, FrameLimits, to_rgb, too_deep
 from service.errors import FrameTooLarge, ParameterInvalid, UnreadableFrame
 
 PixelFormat = Literal[
@@ -51,7 +53,8 @@ _BITS_PER_PIXEL: dict[PixelFormat, int] = {
     "RGB8": 24,
     "BGR8": 24,
 }
-_DEPTH_BITS: dict[PixelFormat, int] = {"Mono10": 10, "Mono12": 12, "Mono16": 16}
+# That the names promise; of Mono16 the line says it.
+_DEPTH_BITS: dict[PixelFormat, int] = {"Mono10": 10, "Mono12": 12, "Mono10p": 10, "Mono12p": 12}
 _MOSAICS: dict[PixelFormat, int] = {
     "BayerRG8": cv2.COLOR_BayerRGGB2RGB,
     "BayerGR8": cv2.COLOR_BayerGRBG2RGB,
@@ -66,7 +69,13 @@ _PACKED: dict[PixelFormat, tuple[tuple[int, int], ...]] = {
 
 
 def decode_raw(
-    data: bytes, pixel_format: PixelFormat, width: int, height: int, stride: int | None, limits: FrameLimits
+    data: bytes,
+    pixel_format: PixelFormat,
+    width: int,
+    height: int,
+    stride: int | None,
+    limits: FrameLimits,
+    bit_depth: int = DEEPEST_BITS,
 ) -> Frame:
     """Turn raw sensor bytes into RGB, exactly.
 
@@ -77,13 +86,16 @@ def decode_raw(
         height: rows.
         stride: bytes from one row to the next; None means that rows follow each other without padding.
         limits: byte and pixel bounds.
+        bit_depth: how many bits the values of `Mono16` have, 8 to 16; the other deep formats may have no more.
 
     Raises:
-        ParameterInvalid: if the sizes are not positive, the stride is shorter than a row or missing where packed rows
-            don't fill whole bytes, or a Bayer size is odd or below 4.
+        ParameterInvalid: if the format has more bits than `bit_depth`, the sizes are not positive, the stride is
+            shorter than a row or missing where packed rows don't fill whole bytes, or a Bayer size is odd or below 4.
         FrameTooLarge: if bytes or pixels are over the limit.
-        UnreadableFrame: if the byte count is not stride times height, or a value has more bits than its format.
+        UnreadableFrame: if the byte count is not stride times height, or a value has more bits than its format, or
+            than `bit_depth`.
     """
+    _refuse_deeper(pixel_format, bit_depth)
     if width <= 0 or height <= 0:
         raise ParameterInvalid("Width and height must be positive.")
     if width * height > limits.max_pixels:
@@ -100,10 +112,23 @@ def decode_raw(
     if len(data) != stride * height:
         raise UnreadableFrame(f"Stride times height is {stride * height} bytes, but {len(data)} arrived.")
     rows = np.frombuffer(data, np.uint8).reshape(height, stride)[:, :row_bytes]
-    return Frame(_to_rgb(rows, pixel_format, width, height), height, width)
+    return Frame(_to_rgb(rows, pixel_format, width, height, bit_depth), height, width)
 
 
-def _to_rgb(rows: NDArray[np.uint8], pixel_format: PixelFormat, width: int, height: int) -> NDArray[np.uint8]:
+def _refuse_deeper(pixel_format: PixelFormat, bit_depth: int) -> None:
+    """Refuse a format whose name promises more bits than frames of the line have."""
+    depth = _DEPTH_BITS.get(pixel_format, 0)
+    if depth > bit_depth:
+        right = {8: "Mono8", 10: "Mono10"}.get(bit_depth, "Mono16")
+        raise ParameterInvalid(
+            f"Values of {pixel_format} have {depth} bits, and frames of this line have {bit_depth}; send {right}, or "
+            "train with another input.bit_depth."
+        )
+
+
+def _to_rgb(
+    rows: NDArray[np.uint8], pixel_format: PixelFormat, width: int, height: int, bit_depth: int
+) -> NDArray[np.uint8]:
     if pixel_format in ("RGB8", "BGR8"):
         colours = np.ascontiguousarray(rows).reshape(height, width, 3)
         return colours if pixel_format == "RGB8" else np.asarray(cv2.cvtColor(colours, cv2.COLOR_BGR2RGB), np.uint8)
@@ -114,13 +139,15 @@ def _to_rgb(rows: NDArray[np.uint8], pixel_format: PixelFormat, width: int, heig
         return np.asarray(cv2.cvtColor(mosaic, _MOSAICS[pixel_format]), dtype=np.uint8)
     if pixel_format in _PACKED:
         return to_rgb(_unpack(rows, _PACKED[pixel_format], width))
-    return to_rgb(rows if pixel_format == "Mono8" else _upper_bits(rows, pixel_format))
+    return to_rgb(rows if pixel_format == "Mono8" else _upper_bits(rows, pixel_format, bit_depth))
 
 
-def _upper_bits(rows: NDArray[np.uint8], pixel_format: PixelFormat) -> NDArray[np.uint8]:
-    depth = _DEPTH_BITS[pixel_format]
+def _upper_bits(rows: NDArray[np.uint8], pixel_format: PixelFormat, bit_depth: int) -> NDArray[np.uint8]:
+    depth = _DEPTH_BITS.get(pixel_format, bit_depth)
     words = np.ascontiguousarray(rows).view("<u2")
-    if depth < 16 and int(words.max()) >> depth:
+    if depth < DEEPEST_BITS and int(words.max()) >> depth:
+        if pixel_format == "Mono16":
+            raise too_deep(depth)
         raise UnreadableFrame(f"A value has more than {depth} bits; the pixel format is not {pixel_format}.")
     return (words >> (depth - 8)).astype(np.uint8)
 

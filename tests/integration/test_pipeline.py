@@ -31,6 +31,7 @@ from tests.factories import (
     make_frame,
     make_policy,
     make_runner,
+    reseal,
 )
 from tests.fakes import in_loop
 from tests.gated_engine import GatedEngine
@@ -104,6 +105,24 @@ async def test_inspect_when_frame_is_raw_then_answer_equals_that_of_the_image(st
         unpacked = await pipeline.inspect(make_request(data=frame.tobytes(), raw=raw))
 
     assert unpacked.judgement == encoded.judgement
+
+
+@in_loop
+async def test_inspect_when_a_deep_frame_is_raw_then_answer_equals_that_of_the_image(tmp_path):
+    """A 12-bit camera's words are the same frame raw and as PNG, on a line that was told of the 12 bits."""
+    folder = make_bundle(tmp_path)
+    manifest = load_bundle(folder).manifest
+    reseal(folder, input=manifest.input.model_copy(update={"bit_depth": 12}))
+    words = make_frame(defect=True)[:, :, 0].astype("<u2") * 16
+    raw = RawLayout("Mono16", width=80, height=64, stride=None)
+    async with open_pipeline(tmp_path) as (pipeline, _):
+        encoded = await pipeline.inspect(make_request(data=encode(words)))
+        unpacked = await pipeline.inspect(make_request(data=words.tobytes(), raw=raw))
+        with pytest.raises(UnreadableFrame, match="more than 12 bits"):
+            await pipeline.inspect(make_request(data=(words * 16).tobytes(), raw=raw))
+
+    assert unpacked.judgement == encoded.judgement
+    assert unpacked.judgement.verdict is Verdict.FAIL
 
 
 @in_loop

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.contract.frames import FrameLimits
+from service.contract.frames import FrameLimits, decode_image
 from service.contract.raw_frames import PIXEL_FORMATS, decode_raw
 from service.errors import CallerError, FrameTooLarge, ParameterInvalid, UnreadableFrame
+from tests.factories import encode
 
 LIMITS = FrameLimits()
 HEIGHT, WIDTH = 6, 10
@@ -124,6 +125,48 @@ def test_raw_frame_when_a_value_has_too_many_bits_is_refused(pixel_format, small
 
     with pytest.raises(UnreadableFrame, match=f"not {pixel_format}"):
         decode_raw(words.tobytes(), pixel_format, 2, 1, None, LIMITS)
+
+
+@pytest.mark.parametrize("bit_depth", [8, 10, 12, 14, 16])
+def test_raw_frame_when_it_is_mono16_then_is_read_as_a_file_of_sixteen_bits_is(bit_depth):
+    """A 12-bit camera's words give the same pixels raw and as PNG: those that its line was trained on."""
+    words = np.random.default_rng(3).integers(0, 2**bit_depth, (HEIGHT, WIDTH)).astype("<u2")
+
+    frame = decode_raw(words.tobytes(), "Mono16", WIDTH, HEIGHT, None, LIMITS, bit_depth)
+
+    np.testing.assert_array_equal(frame.pixels, decode_image(encode(words), LIMITS, bit_depth=bit_depth).pixels)
+    assert frame.pixels.max() > 127
+
+
+def test_raw_frame_when_mono16_has_more_bits_than_the_line_is_refused():
+    """Values in the upper end of the words are not of the camera that the line was trained on."""
+    words = np.array([[0, 1 << 12]], "<u2")
+
+    with pytest.raises(UnreadableFrame, match="more than 12 bits"):
+        decode_raw(words.tobytes(), "Mono16", 2, 1, None, LIMITS, 12)
+
+
+@pytest.mark.parametrize(
+    ("pixel_format", "bit_depth", "right"),
+    [("Mono12", 10, "Mono10"), ("Mono12p", 10, "Mono10"), ("Mono10", 8, "Mono8"), ("Mono12", 11, "Mono16")],
+)
+def test_raw_frame_when_its_format_has_more_bits_than_the_line_then_the_right_one_is_named(
+    pixel_format, bit_depth, right
+):
+    """A camera that was set to other bits than the line's is found out by name, however dark its frames are."""
+    with pytest.raises(ParameterInvalid, match=f"this line have {bit_depth}; send {right},"):
+        decode_raw(bytes(48), pixel_format, 4, 1, 48, LIMITS, bit_depth)
+
+
+@pytest.mark.parametrize("pixel_format", PIXEL_FORMATS)
+def test_raw_frame_when_its_format_has_no_more_bits_than_the_line_then_its_own_count(pixel_format):
+    """A format that says its bits is read by them, and one of eight bits knows nothing of the line's."""
+    data, _ = sensor(pixel_format, width=12)
+    shallow = bytes(len(data)) if pixel_format == "Mono16" else data
+
+    frame = decode_raw(shallow, pixel_format, 12, HEIGHT, None, LIMITS, 12)
+
+    np.testing.assert_array_equal(frame.pixels, decode_raw(shallow, pixel_format, 12, HEIGHT, None, LIMITS).pixels)
 
 
 @pytest.mark.parametrize(
