@@ -2,6 +2,7 @@
 
 Three signals that fail differently. A changed product moves the scores and leaves brightness alone; a dying lamp moves
 brightness first; dirt on the lens costs focus. Old frames fade out, so that each figure tells of the last few hundred.
+Where there is no figure yet it is None, never NaN: one NaN in a day's history makes NaN of the day's mean.
 Nothing here reads the clock or knows of metrics.
 """
 
@@ -44,9 +45,9 @@ class Fading:
         self._weight = self._weight * keep + 1
         self._sum = self._sum * keep + value
 
-    def mean(self) -> float:
-        """Return the mean; NaN before the first value."""
-        return self._sum / self._weight if self._weight else math.nan
+    def mean(self) -> float | None:
+        """Return the mean; None before the first value."""
+        return self._sum / self._weight if self._weight else None
 
 
 class ScoreDrift:
@@ -82,10 +83,10 @@ class ScoreDrift:
         self._counts[bisect_right(self._edges, float(np.float32(score)))] += self._unit
         self._frames += 1
 
-    def index(self) -> float:
-        """Return the index, at least 0; NaN before fifty frames."""
+    def index(self) -> float | None:
+        """Return the index, at least 0; None before fifty frames."""
         if self._frames < _FEWEST_FRAMES:
-            return math.nan
+            return None
         counts = np.array(self._counts) / self._unit
         seen = (counts + 0.5) / (counts + 0.5).sum()
         return float(((seen - self._expected) * np.log(seen / self._expected)).sum())

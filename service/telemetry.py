@@ -26,7 +26,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
@@ -197,6 +197,40 @@ class _FrameSeries(Collector):
         return inspections, scores, stages, slack, sizes
 
 
+class _DriftSeries(Collector):
+    """Tells a scraper how far lines have moved; of a figure that there is not yet, there is no series."""
+
+    def __init__(self) -> None:
+        self.by_line: dict[str, LineDrift] = {}
+
+    def collect(self) -> Iterable[Metric]:
+        """Return every family, also those that have no series yet."""
+        index = GaugeMetricFamily(
+            "flawline_score_psi",
+            "Stability index of the last scores against calibration; above 0.25 is another line, none: can't compare.",
+            labels=("line",),
+        )
+        review = GaugeMetricFamily(
+            "flawline_review_ratio", "Share of the last frames that were not PASS.", labels=("line",)
+        )
+        quality = GaugeMetricFamily(
+            "flawline_image_quality",
+            "Mean over the last measured pictures, as the network takes them.",
+            labels=("line", "stat"),
+        )
+        for line, drift in [*self.by_line.items()]:
+            _tell(index, (line,), None if drift.scores is None else drift.scores.index())
+            _tell(review, (line,), drift.review.mean())
+            for name, mean in [*drift.quality.items()]:
+                _tell(quality, (line, name), mean.mean())
+        return index, review, quality
+
+
+def _tell(family: GaugeMetricFamily, labels: Sequence[str], value: float | None) -> None:
+    if value is not None:
+        family.add_metric(labels, value)
+
+
 def _family(name: str, meaning: str, *labels: str) -> HistogramMetricFamily:
     return HistogramMetricFamily(f"flawline_{name}", meaning, labels=labels)
 
@@ -216,18 +250,11 @@ class Telemetry:
         ProcessCollector(registry=self._collectors)
         self._frames = _FrameSeries()
         self._collectors.register(self._frames)
+        self._drifts = _DriftSeries()
+        self._collectors.register(self._drifts)
         self._no_verdict = self._counter("no_verdict", "Frames without a verdict, by error code.", "line", "reason")
         self._queue_depth = self._gauge("queue_depth", "Frames accepted and not answered yet.", "engine")
         self._discarded = self._counter("discarded", "Frames that nobody waited for any more.", "engine", "reason")
-        self._score_psi = self._gauge(
-            "score_psi",
-            "Stability index of the last scores against calibration; above 0.25 is another line, NaN: can't compare.",
-            "line",
-        )
-        self._review_ratio = self._gauge("review_ratio", "Share of the last frames that were not PASS.", "line")
-        self._image_quality = self._gauge(
-            "image_quality", "Mean over the last measured pictures, as the network takes them.", "line", "stat"
-        )
         self._engine_load = self._gauge(
             "engine_load_seconds", "From reading the bundle to its golden frames passed.", "engine"
         )
@@ -245,7 +272,7 @@ class Telemetry:
         )
         self._unloads = self._counter("engine_unloads", "Engines unloaded to make room for others.", "engine")
         self._store_unreachable = self._counter("store_unreachable", "Times that the store could not be asked.")
-        # Looks may be a day apart, and a count of misses rises as seldom: what the last one found is true until the next.
+        # Looks may be a day apart, and misses are counted as seldom: what the last one found is true until the next.
         self._store_reachable = self._gauge(
             "store_reachable", "1 where the last look at the store succeeded; 0 where it failed, or none ended yet."
         )
@@ -267,7 +294,6 @@ class Telemetry:
         self._lines: set[str] = set()
         self._model_labels: dict[str, tuple[str, ...]] = {}
         self._tallies: dict[tuple[str, str], Tally] = {}
-        self._drifts: dict[str, LineDrift] = {}
         self._measured_at: dict[str, float] = {}
         self._depths: dict[str, Depth] = {}
         self._no_verdicts = _Children(self._no_verdict)
@@ -351,13 +377,7 @@ class Telemetry:
         self._model_labels[line] = (line, version, digest, policy, device)
         self._model_info.labels(*self._model_labels[line]).set(1)
         self._forget_old_versions(line, version)
-        drift = LineDrift(None if calibration is None else ScoreDrift(calibration))
-        self._drifts[line] = drift
-        self._review_ratio.labels(line).set_function(drift.review.mean)
-        if drift.scores is None:
-            self._score_psi.labels(line).set(math.nan)
-        else:
-            self._score_psi.labels(line).set_function(drift.scores.index)
+        self._drifts.by_line[line] = LineDrift(None if calibration is None else ScoreDrift(calibration))
 
     def declare_engine(self, engine: str) -> None:
         """Let refusals of a bundle's versions be told of before the first."""
@@ -485,11 +505,11 @@ class Telemetry:
     def _watch(self, inspection: Inspection) -> None:
         """Count a frame towards drift, unless it was judged by another policy or bundle than the line's own."""
         line = inspection.line
-        served, drift = self._model_labels.get(line), self._drifts.get(line)
+        served, drift = self._model_labels.get(line), self._drifts.by_line.get(line)
         if served is None or drift is None or served[1:4:2] != (inspection.bundle_version, inspection.policy_version):
             return
         drift.judged(inspection.judgement.score, passed=inspection.judgement.verdict is Verdict.PASS)
-        now, pause_s = self._clock(), max(_MEASURED_EVERY_S, len(self._drifts) / _MEASURED_A_SECOND)
+        now, pause_s = self._clock(), max(_MEASURED_EVERY_S, len(self._drifts.by_line) / _MEASURED_A_SECOND)
         if now - self._measured_at.get(line, -math.inf) < pause_s:
             return
         self._measured_at[line] = now
@@ -498,8 +518,6 @@ class Telemetry:
             return
         top, left = max(0, height - _MEASURED_SIDE) // 2, max(0, width - _MEASURED_SIDE) // 2
         drift.seen(measure_quality(inspection.canvas[top : top + _MEASURED_SIDE, left : left + _MEASURED_SIDE]))
-        for name, mean in drift.quality.items():
-            self._image_quality.labels(line, name).set(mean.mean())
 
     def _declare_reasons(self, line: str) -> None:
         self._lines.add(line)

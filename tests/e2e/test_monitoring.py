@@ -185,6 +185,40 @@ def test_rules_when_checked_by_promtool_then_hold_and_fire_as_written():
         assert told.returncode == 0, told.stdout + told.stderr
 
 
+@needs_promtool
+def test_scaling_when_no_frame_comes_then_no_query_says_what_is_no_number(tmp_path):
+    """KEDA of before 2026 makes a large negative number of NaN; while frames come, queries say what they should."""
+    triggers = yaml.safe_load((K8S / "overlays/keda/scaling.yaml").read_text("utf-8"))["spec"]["triggers"]
+    labels = 'namespace="flawline",line="cap"'
+    series = {
+        f'flawline_stage_duration_seconds_bucket{{{labels},stage="queue",le="0.1"}}': "0+90x10 900x20",
+        f'flawline_stage_duration_seconds_bucket{{{labels},stage="queue",le="+Inf"}}': "0+90x10 900x20",
+        f'flawline_no_verdict_total{{{labels},reason="overloaded"}}': "0+90x10 900x20",
+    }
+    queries = [trigger["metadata"]["query"] for trigger in triggers]
+    cases = [(query, "1m", [{"value": value}]) for query, value in zip(queries, (95, 6000), strict=True)]
+    cases += [(query, "5m", samples) for query, samples in zip(queries, ([], [{"value": 0}]), strict=True)]
+    test = {
+        "interval": "15s",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": [
+            {
+                "expr": f"round(({query}) * 1000)",
+                "eval_time": at,
+                "exp_samples": [{"labels": "{}", **sample} for sample in samples],
+            }
+            for query, at, samples in cases
+        ],
+    }
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump({"rule_files": [], "tests": [test]}))
+
+    told = subprocess.run(
+        ["promtool", "test", "rules", tmp_path / "test.yaml"], capture_output=True, text=True, check=False
+    )
+
+    assert told.returncode == 0, told.stdout + told.stderr
+
+
 def test_rules_when_tested_then_no_alert_is_forgotten():
     """Each alert is made to fire once, and has a section of the runbook."""
     tests = yaml.safe_load((MONITORING / "rules_test.yaml").read_text("utf-8"))["tests"]

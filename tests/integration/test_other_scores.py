@@ -1,7 +1,5 @@
 """A policy that scores frames otherwise than the line was calibrated: verdicts as it says, and nothing promised."""
 
-import math
-
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -51,4 +49,4 @@ async def test_policy_when_it_scores_otherwise_than_calibration_did_then_nothing
     assert (answer["p_value"] is not None) is promises
     assert (fail["false_reject_rate"] is not None, fail["good_parts"] > 0) == (promises, promises)
     assert (fail["false_reject_bound"] is not None) is promises
-    assert math.isnan(drift.samples[0].value) is not promises
+    assert bool(drift.samples) is promises

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from dataclasses import replace
 from typing import get_args
 
@@ -150,7 +151,8 @@ def busy():
     """Return the metrics of telemetry to which everything has happened, strange names and reasons included."""
     telemetry = Telemetry()
     telemetry.declare_line("demo_line")
-    telemetry.line_serves("demo_line", "4", "d", "1", "cpu", None)
+    calibrated = np.linspace(0, 0.1, 100, dtype=np.float32)
+    telemetry.line_serves("demo_line", "4", "d", "1", "cpu", Calibration.from_good_parts(calibrated, calibrated, 0.0))
     meter = telemetry.engine("demo_engine")
     meter.batch(1)
     meter.discard("late")
@@ -158,7 +160,8 @@ def busy():
     telemetry.engine_runs("demo_engine", "4", "cpu", "CPUExecutionProvider", "fp32")
     telemetry.version_refused("demo_engine")
     telemetry.engine_unloaded("demo_engine")
-    telemetry.inspected(make_inspection(), encode_s=0.0002, total_s=0.5, answered_at=ANSWERED_AT)
+    for _ in range(50):  # from so many on, drift is told
+        telemetry.inspected(make_inspection(), encode_s=0.0002, total_s=0.5, answered_at=ANSWERED_AT)
     for reason in ("overloaded", CALLER_LEFT, "HTTP 418", "'; drop", ""):
         telemetry.not_inspected("demo_line", reason, ANSWERED_AT, seconds={"total": 0.1})
         telemetry.not_inspected("../../etc\n", reason, ANSWERED_AT, seconds={"total": 0.1})
@@ -236,6 +239,28 @@ def test_drift_when_scores_leave_their_calibration_then_the_gauges_tell(telemetr
     samples = metrics(telemetry)
     assert samples['flawline_score_psi{line="demo_line"}'] > 1
     assert samples['flawline_review_ratio{line="demo_line"}'] == pytest.approx(0.5, abs=0.01)
+
+
+def test_series_when_a_line_begins_then_none_is_not_a_number(telemetry):
+    """One NaN in a day's history makes NaN of its mean, and the alerts that compare with it blind for that day."""
+    calibrated = np.linspace(0, 0.1, 100, dtype=np.float32)
+    calibration = Calibration.from_good_parts(calibrated, calibrated, 0.0)
+    drift = tuple(f'flawline_{name}{{line="demo_line"' for name in ("review_ratio", "score_psi", "image_quality"))
+
+    def told():
+        samples = metrics(telemetry)
+        assert not [name for name, value in samples.items() if math.isnan(value)]
+        return [name for name in samples if name.startswith(drift)]
+
+    telemetry.line_serves("demo_line", "4", "d", "1", "cpu", None)
+    started = told()
+    telemetry.inspected(make_inspection(), encode_s=0.0, total_s=0.1, answered_at=ANSWERED_AT)
+    judged = told()
+    telemetry.line_serves("demo_line", "5", "e", "1", "cpu", calibration)
+    replaced = told()
+
+    assert started == replaced == []
+    assert len(judged) == 1 + 4  # the share, and what was measured of the picture
 
 
 def test_image_quality_when_frames_come_fast_then_one_a_second_is_measured():
