@@ -6,7 +6,7 @@ enough. Without a keys file the service is open, and says so in the log. The clo
 
 The file is read again when it changes, as Kubernetes changes a mounted secret by swapping a link. One that does not fit
 is refused aloud, and the keys that were in force stay: a slip of the pen must not stop the plant, and whoever revokes a
-key sees in log and metric that it was not.
+key sees in log and metric that it was not. It is read again until it fits, because what failed may have been the disk.
 """
 
 import hashlib
@@ -236,6 +236,7 @@ class MountedKeyring:
         self._keyring = Keyring.from_file(path, clock, self._buckets)
         self._looked_at = clock()
         self._is_in_force = True
+        self._why_refused: str | None = None
 
     @property
     def is_open(self) -> bool:
@@ -268,20 +269,25 @@ class MountedKeyring:
             return
         self._looked_at = now
         looks = self._look()
-        if looks == self._looks:
+        if looks == self._looks and self._is_in_force:
             return
-        self._looks = looks
+        # Until it was read: a disk that failed once must not keep a revoked key until somebody edits the file again.
+        self._is_in_force = False
         try:
             self._keyring = Keyring.from_file(self._path, self._clock, self._buckets)
         except KeysFileInvalid as error:
-            self._is_in_force = False
-            _log.error(
-                "the changed keys file is refused; the keys before it stay in force", extra={"reason": str(error)}
-            )
+            if (looks, str(error)) != (self._looks, self._why_refused):  # said once, however often it is read
+                _log.error(
+                    "the changed keys file is refused; the keys before it stay in force", extra={"reason": str(error)}
+                )
+            self._why_refused = str(error)
         else:
             self._is_in_force = True
+            self._why_refused = None
             self._changed_at = _changed_at(looks)
             _log.info("the changed keys file is in force")
+        finally:
+            self._looks = looks
 
     def _look(self) -> "_Looks | None":
         """Tell one content from another, from outside; a swapped link shows another inode."""

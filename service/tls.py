@@ -38,6 +38,7 @@ class ServerCertificate:
         self._key = key
         self._client_ca = client_ca
         self._looks = self._look()
+        self._why_refused: str | None = None
         self.context = self._make()
         self._expires_at = _expiry_of(certificate)
 
@@ -48,19 +49,22 @@ class ServerCertificate:
     def renew(self) -> None:
         """Take changed files into use for connections from now on."""
         looks = self._look()
-        if looks == self._looks:
+        if looks == self._looks and self._why_refused is None:
             return
-        self._looks = looks
         try:
             self._make()  # first aside: half a renewal must not reach the context in use
             self.context.load_cert_chain(self._certificate, self._key)
             if self._client_ca is not None:
                 self.context.load_verify_locations(self._client_ca)
-        except (TlsInvalid, OSError) as error:
-            _log.error("the renewed certificate is refused; the one before it stays", extra={"reason": str(error)})
+        except (TlsInvalid, OSError) as error:  # tried again: it may have been the disk
+            if (looks, str(error)) != (self._looks, self._why_refused):
+                _log.error("the renewed certificate is refused; the one before it stays", extra={"reason": str(error)})
+            self._why_refused = str(error)
         else:
+            self._why_refused = None
             self._expires_at = _expiry_of(self._certificate)
             _log.info("the renewed certificate is in use")
+        self._looks = looks
 
     def _make(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

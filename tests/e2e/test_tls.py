@@ -13,6 +13,7 @@ import trustme
 
 from service.tls import ServerCertificate, TlsInvalid
 from tests.factories import encode, make_bundle, make_frame
+from tests.rights import rights_of_an_ordinary_user
 from tests.servers import PATIENCE_S, ServerProcess, wait_until
 
 
@@ -129,6 +130,24 @@ def test_certificate_when_renewed_then_the_new_one_is_shown_and_a_broken_one_is_
     assert certificate.expires_at() == before
 
     renewed.cert_chain_pems[0].write_to_path(tmp_path / "server.pem")
+    certificate.renew()
+
+    assert certificate.expires_at() == datetime(2035, 1, 1, tzinfo=UTC).timestamp()
+
+
+def test_certificate_when_it_could_not_be_read_for_a_moment_then_it_is_shown_as_soon_as_it_can(tmp_path, plant):
+    """A disk that failed once must not keep a certificate that ends until somebody writes the new one again."""
+    for name in ("server.pem", "server.key"):
+        shutil.copy(plant.folder / name, tmp_path)
+    certificate = ServerCertificate(tmp_path / "server.pem", tmp_path / "server.key", None)
+    renewed = plant.authority.issue_cert("127.0.0.1", not_after=datetime(2035, 1, 1, tzinfo=UTC))
+    renewed.private_key_pem.write_to_path(tmp_path / "server.key")
+    renewed.cert_chain_pems[0].write_to_path(tmp_path / "server.pem")
+    (tmp_path / "server.key").chmod(0)
+    with rights_of_an_ordinary_user():
+        certificate.renew()
+    (tmp_path / "server.key").chmod(0o600)
+
     certificate.renew()
 
     assert certificate.expires_at() == datetime(2035, 1, 1, tzinfo=UTC).timestamp()

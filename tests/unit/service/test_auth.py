@@ -1,5 +1,6 @@
 """Promises of keys: who may do what on which line, how often, and that nothing else is told."""
 
+import errno
 import hashlib
 import json
 import math
@@ -251,6 +252,28 @@ def test_keys_file_when_changed_into_a_broken_one_then_the_keys_before_stay_and_
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     _write_keys(file, _entry())
     clock.now += 1
+    assert keyring.is_in_force()
+
+
+def test_keys_file_when_it_could_not_be_read_for_a_moment_then_it_counts_as_soon_as_it_can(tmp_path, monkeypatch):
+    """A disk or a table of open files that was full keeps no revoked key in force."""
+    file, clock = tmp_path / "keys.json", _Clock()
+    _write_keys(file, _entry("old-key"))
+    keyring = MountedKeyring(file, clock)
+    _write_keys(file, _entry("new-key"))
+
+    def fail(_path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    clock.now += 1
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", fail)
+        assert keyring.identify("Bearer old-key", None).name == "press"
+    clock.now += 1
+
+    assert keyring.identify("Bearer new-key", None).name == "press"
+    with pytest.raises(NotAuthenticated):
+        keyring.identify("Bearer old-key", None)
     assert keyring.is_in_force()
 
 
