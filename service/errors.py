@@ -212,9 +212,13 @@ class CalibrationRefused(OwnError):
     code = "calibration_refused"
 
 
-def known_codes() -> frozenset[str]:
-    """Return every code that an error of this file has."""
-    waiting: list[type[FlawlineError]] = [FlawlineError]
+def known_codes(of: type[FlawlineError] = FlawlineError) -> frozenset[str]:
+    """Return every code that an error of this file has, or those of one side.
+
+    Args:
+        of: the kind whose code is wanted, and those of all that are below it.
+    """
+    waiting: list[type[FlawlineError]] = [of]
     codes = set()
     while waiting:
         kind = waiting.pop()

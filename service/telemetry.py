@@ -35,7 +35,7 @@ from prometheus_client.utils import floatToGoString
 from service.contract.calibration import Calibration
 from service.contract.policy import Policy, Verdict
 from service.drift import LineDrift, ScoreDrift, measure_quality
-from service.errors import known_codes
+from service.errors import CallerError, known_codes
 from service.inspection import Inspection
 from service.log import InspectionRecord, LineWriter
 from service.tallies import Tally
@@ -51,8 +51,8 @@ OTHER_REASON = "other"
 CALLER_LEFT = "caller_left"
 _REASONS = known_codes() | {CALLER_LEFT}
 # What alerts and promises ask for by name. A series that is born with its first losses shows no rise, so nobody would
-# be told of them: those of every line are there at 0 before. The other reasons would be some twenty series a line more.
-_WATCHED_REASONS = ("deadline_passed", "engine_failed", "internal", "line_loading", "line_not_ready", "overloaded")
+# be told of them: whatever is not the caller's to blame is there at 0 before, a dozen series a line.
+_WATCHED_REASONS = sorted(known_codes() - known_codes(CallerError) | {OTHER_REASON})
 # Of one line; what served before these is forgotten, or every rollout would leave series behind for ever.
 _VERSIONS_KEPT = 8
 

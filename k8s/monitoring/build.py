@@ -250,7 +250,7 @@ _LATENCY_PANELS = (
     ),
     Panel(
         "Missed for want of time or room",
-        "Share of frames that the service itself is to blame for.",
+        "Share of frames without a verdict that the caller is not to blame for.",
         "percentunit",
         [
             Query(

@@ -17,7 +17,8 @@ import httpx
 import pytest
 import yaml
 
-from service.telemetry import Telemetry
+from service.errors import CallerError, known_codes
+from service.telemetry import OTHER_REASON, Telemetry
 from tests.factories import encode, make_bundle, make_frame
 from tests.programs import prometheus as run_prometheus
 from tests.servers import ServerProcess, wait_until
@@ -243,6 +244,20 @@ def test_reasons_when_a_rule_names_them_then_every_line_has_them_before_they_fir
     assert named
     for reason in set("|".join(named).split("|")):
         assert f'flawline_no_verdict_total{{line="cap",reason="{reason}"}} 0.0' in told
+
+
+def test_promise_when_a_frame_has_no_verdict_then_every_code_counts_but_the_callers():
+    """A code that nobody thought of when it was added would make a line look well whose every frame is refused."""
+    [counted] = [rule["expr"] for rule in RULES if rule.get("record") == "line:flawline_missed:rate5m"]
+    [named] = re.findall(r'reason=~"([^"]+)"', counted)
+    [promised] = [
+        rule["expr"]
+        for rule in RULES
+        if rule.get("record") == "slo:flawline_errors:rate5m" and rule["labels"]["slo"] == "verdicts"
+    ]
+
+    assert set(named.split("|")) == known_codes() - known_codes(CallerError) | {OTHER_REASON}
+    assert promised == "line:flawline_missed:rate5m"
 
 
 @pytest.mark.parametrize("path", BUILD.outputs(), ids=lambda path: path.name)
