@@ -4,9 +4,11 @@
         outcome = client.inspect("cap", Path("frame.jpg"), part_id="0815", deadline_ms=200)
         if outcome.verdict is Verdict.PASS: ...
 
-The rule of this file: `PASS` needs a complete answer with status 200 that fits the schema, for the very line and part
-that were asked for. No exception leaves `inspect`, because a caller who forgets to catch one must not pass the part;
-what nobody foresaw is logged and becomes a problem like any other.
+The rule of this file: `PASS` needs a complete answer with status 200 that fits the schema, to the very request that was
+sent, for the line, part and policy that it named, with the verdict that its own score and thresholds give. Each try has
+a request id of its own, which the server's answer repeats: so neither a cache nor an answer that comes a request late
+is taken for this part's. No exception leaves `inspect`, because a caller who forgets to catch one must not pass the
+part; what nobody foresaw is logged and becomes a problem like any other.
 
 What only the moment refused (429, 503, no connection) is tried again, never before `Retry-After` and never where the
 answer would come after the deadline; each try tells the server how much time is left. A frame that was sent and not
@@ -20,9 +22,11 @@ import json
 import logging
 import math
 import os
+import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +39,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from service.bounded_sockets import bounded_pool, waits_end_at
-from service.contract.policy import Verdict
+from service.contract.policy import Verdict, verdict_between
 from service.contract.raw_frames import PIXEL_FORMATS, PixelFormat
 from service.inspection import HeatmapKind
 from service.schemas import InspectionAnswer, InspectionOptions, LinesAnswer, LineSummary, Name
@@ -232,18 +236,21 @@ class Client:
     def _send(self, sending: "_Sending", patience: "_Patience") -> "_Heard":
         """Try once."""
         _refuse_closed(self._http)
-        left_s = patience.begin_try()
+        left_s, request_id = patience.begin_try(), _new_request_id()
         try:
             with (
                 waits_end_at(time.monotonic() + left_s + _GRACE_S),
-                self._http.stream("POST", **sending.with_deadline(left_s)) as response,
+                self._http.stream("POST", **sending.one_try(left_s, request_id)) as response,
             ):
                 content = b""
                 for piece in response.iter_bytes():
                     content = patience.collect(content, piece)
-            return _hear(response, content, sending.asked)
         except (httpx.HTTPError, _TooLate, _TooMuch) as error:
             return _unheard(error)
+        heard = _hear(response, content, sending.asked, request_id)
+        if heard.is_strange:
+            _stop_using(response)
+        return heard
 
     def lines(self) -> list[LineSummary]:
         """Return every line that the key may know of.
@@ -259,7 +266,7 @@ class Client:
         Raises:
             ClientFault: if the server can't be asked, or no longer keeps it.
         """
-        return self.ask("GET", f"/v1/inspections/{inspection_id}/heatmap", kind=kind)
+        return _read_picture(self._request("GET", _path_of_heatmap(inspection_id), kind=kind), inspection_id)
 
     def ask(self, method: str, path: str, *, timeout_s: float = DEFAULT_DEADLINE_MS / 1e3, **parameters: str) -> bytes:
         """Ask for something that is no verdict, once, and return the body of the answer.
@@ -273,9 +280,14 @@ class Client:
         Raises:
             ClientFault: if the server can't be asked, does not answer in time, or refuses.
         """
+        return _read_bytes(self._request(method, path, timeout_s, **parameters))
+
+    def _request(
+        self, method: str, path: str, timeout_s: float = DEFAULT_DEADLINE_MS / 1e3, **parameters: str
+    ) -> httpx.Response:
         _refuse_closed(self._http)
         try:
-            return _read_bytes(self._http.request(method, path, params=parameters, timeout=timeout_s))
+            return self._http.request(method, path, params=parameters, timeout=timeout_s)
         except httpx.HTTPError as error:
             raise ClientFault(_no_answer(error)) from error
 
@@ -343,18 +355,21 @@ class AsyncClient:
     async def _send(self, sending: "_Sending", patience: "_Patience") -> "_Heard":
         """Try once."""
         _refuse_closed(self._http)
-        left_s = patience.begin_try()
+        left_s, request_id = patience.begin_try(), _new_request_id()
         try:
             async with (
                 asyncio.timeout(left_s + _GRACE_S),
-                self._http.stream("POST", **sending.with_deadline(left_s)) as response,
+                self._http.stream("POST", **sending.one_try(left_s, request_id)) as response,
             ):
                 content = b""
                 async for piece in response.aiter_bytes():
                     content = patience.collect(content, piece)
-            return _hear(response, content, sending.asked)
         except (httpx.HTTPError, TimeoutError, _TooLate, _TooMuch) as error:
             return _unheard(error)
+        heard = _hear(response, content, sending.asked, request_id)
+        if heard.is_strange:
+            await response.extensions["network_stream"].aclose()
+        return heard
 
     async def lines(self) -> list[LineSummary]:
         """Return every line that the key may know of; raises as `Client.lines` does."""
@@ -368,9 +383,10 @@ class AsyncClient:
         """Return the heatmap of an inspection that asked for one; raises as `Client.heatmap` does."""
         _refuse_closed(self._http)
         try:
-            return _read_bytes(await self._http.get(f"/v1/inspections/{inspection_id}/heatmap", params={"kind": kind}))
+            response = await self._http.get(_path_of_heatmap(inspection_id), params={"kind": kind})
         except httpx.HTTPError as error:
             raise ClientFault(_no_answer(error)) from error
+        return _read_picture(response, inspection_id)
 
 
 class _TooLate(Exception):
@@ -397,9 +413,9 @@ class _Sending:
     content: bytes
     headers: Mapping[str, str]
 
-    def with_deadline(self, left_s: float) -> dict[str, Any]:
-        """Return the arguments of one try, which tells the server how much time is left."""
-        headers = {**self.headers, "X-Deadline-Ms": f"{max(1.0, left_s * 1e3):.3f}"}
+    def one_try(self, left_s: float, request_id: str) -> dict[str, Any]:
+        """Return the arguments of one try, which tells the server how much time is left and what the answer repeats."""
+        headers = {**self.headers, "X-Deadline-Ms": f"{max(1.0, left_s * 1e3):.3f}", "X-Request-Id": request_id}
         # Whoever has no connection by the deadline has nobody whose reason could be heard.
         connect_s = max(_SHORTEST_WAIT_S, left_s)
         timeout = httpx.Timeout(left_s + _GRACE_S, connect=connect_s, pool=connect_s)
@@ -414,11 +430,14 @@ class _Heard:
         outcome: what the frame would be told if this was the last try.
         again: whether the same frame may get a verdict a moment later.
         not_before_s: the server's `Retry-After`.
+        is_strange: whether it is the answer to another request. Then the connection is one ahead or behind, and every
+            later answer on it would be too.
     """
 
     outcome: Outcome
     again: bool = False
     not_before_s: float = 0.0
+    is_strange: bool = False
 
 
 class _Patience:
@@ -511,9 +530,13 @@ def _ask(line: str, *, deadline_ms: float, **options: object) -> _Asked:
         said = InspectionOptions.model_validate({"deadline_ms": deadline_ms, **options})
         return _Asked(_LINE.validate_python(line), said, (said.deadline_ms or 0.0) / 1e3)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "line"
-        raise ClientFault(Problem("parameter_invalid", f"{place}: {first['msg']}.")) from error
+        raise ClientFault(Problem("parameter_invalid", f"{_first_of(error, 'line')}.")) from error
+
+
+def _first_of(error: ValidationError, whole: str = "all of it") -> str:
+    """Tell where something does not fit, and why."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(str(part) for part in first['loc']) or whole}: {first['msg']}"
 
 
 def _prepare(frame: Frame, asked: _Asked) -> _Sending:
@@ -598,18 +621,43 @@ def _encode_raw(frame: RawFrame) -> tuple[bytes, dict[str, str]]:
     }
 
 
-def _hear(response: httpx.Response, content: bytes, asked: _Asked) -> _Heard:
+def _new_request_id() -> str:
+    return os.urandom(16).hex()
+
+
+def _stop_using(response: httpx.Response) -> None:
+    """Let the pool find the connection of an answer closed; another thread may just have taken it."""
+    with suppress(OSError):  # of one that is
+        response.extensions["network_stream"].get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
+
+def _hear(response: httpx.Response, content: bytes, asked: _Asked, request_id: str) -> _Heard:
     """Read an answer; whatever does not fit completely has no verdict."""
     if response.status_code != _OK:
         return _hear_problem(response, content)
     try:
-        answer = InspectionAnswer.model_validate_json(content, extra="ignore")  # a newer server may say more
-    except ValidationError:
-        return _Heard(_without_verdict(_unusable("The server's answer does not fit this client; update it.")))
+        answer = read_answer(InspectionAnswer, content)
+    except ClientFault as fault:
+        return _Heard(_without_verdict(fault.problem))
+    if answer.request_id != request_id:
+        sentence = "This is the answer to another request; what stands in between must hand on X-Request-Id unchanged."
+        return _Heard(_without_verdict(_unusable(sentence)), is_strange=True)
+    wrong = _contradiction(answer, asked)
+    return _Heard(Outcome(answer.verdict, answer, None) if wrong is None else _without_verdict(_unusable(wrong)))
+
+
+def _contradiction(answer: InspectionAnswer, asked: _Asked) -> str | None:
+    """Say what keeps an answer from being believed: it is not what was asked for, or does not agree with itself."""
     options, said = asked.options, (answer.line, answer.part_id, answer.view, answer.sequence)
     if said != (asked.line, options.part_id, options.view, options.sequence):
-        return _Heard(_without_verdict(_unusable("The answer is about another part; look at what stands in between.")))
-    return _Heard(Outcome(answer.verdict, answer, None))
+        return "The answer is about another part; look at what stands in between."
+    if options.policy not in (None, answer.policy.version):
+        return f"The part was judged by another policy than {options.policy}, which was asked for; look at the server."
+    review, fail = answer.thresholds.review, answer.thresholds.fail
+    if review > fail or verdict_between(answer.score, review, fail) is not answer.verdict:
+        compared = f"a score of {answer.score!r} with the thresholds {review!r} and {fail!r}"
+        return f"The answer contradicts itself: {answer.verdict.value} for {compared}; look at the server."
+    return None
 
 
 def _hear_problem(response: httpx.Response, content: bytes) -> _Heard:
@@ -702,7 +750,7 @@ def _read_lines(content: bytes) -> list[LineSummary]:
 
 
 def read_answer(schema: type[_Answer], content: bytes) -> _Answer:
-    """Read an answer that is no verdict; a newer server may say more.
+    """Read an answer; a newer server may say more.
 
     Raises:
         ClientFault: if it does not fit.
@@ -710,10 +758,27 @@ def read_answer(schema: type[_Answer], content: bytes) -> _Answer:
     try:
         return schema.model_validate_json(content, extra="ignore")
     except ValidationError as error:
-        raise ClientFault(_unusable("The server's answer does not fit this client; update it.")) from error
+        sentence = f"The server's answer does not fit this client ({_first_of(error)}); update the older of the two."
+        raise ClientFault(_unusable(sentence)) from error
 
 
 def _read_bytes(response: httpx.Response) -> bytes:
     if response.status_code != _OK:
         raise ClientFault(_problem_of(response, response.content))
     return response.content
+
+
+def _path_of_heatmap(inspection_id: str) -> str:
+    return f"/v1/inspections/{inspection_id}/heatmap"
+
+
+def _read_picture(response: httpx.Response, inspection_id: str) -> bytes:
+    """Return a heatmap, which by itself does not show whose it is.
+
+    Raises:
+        ClientFault: if it is that of another inspection, or none.
+    """
+    picture = _read_bytes(response)
+    if response.headers.get("Flawline-Inspection-Id") != inspection_id:
+        raise ClientFault(_unusable("The picture is that of another inspection; look at what stands in between."))
+    return picture

@@ -6,7 +6,7 @@ answer against its model.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints
 
 from service.contract.policy import CalibrationKind, Policy, Verdict
 from service.contract.raw_frames import PixelFormat
@@ -84,8 +84,8 @@ class Versioned(_Wire):
 class Thresholds(_Wire):
     """`score >= review` is at least REVIEW, `score >= fail` is FAIL."""
 
-    review: float
-    fail: float
+    review: FiniteFloat
+    fail: FiniteFloat
 
 
 class FrameSize(_Wire):
@@ -147,8 +147,8 @@ class InspectionAnswer(_Wire):
     """
 
     verdict: Verdict
-    score: float
-    p_value: float | None
+    score: FiniteFloat
+    p_value: FiniteFloat | None
     calibration: CalibrationKind
     thresholds: Thresholds
     regions: list[RegionAnswer]

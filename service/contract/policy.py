@@ -289,12 +289,17 @@ def spread_of(anomaly_map: NDArray[np.floating]) -> float:
 
 
 def verdict_of(score: float, policy: Policy) -> Verdict:
-    """Compare a finite score with the two thresholds."""
-    if score >= policy.fail_threshold:
+    """Compare a finite score with a policy's two thresholds."""
+    return verdict_between(score, policy.review_threshold, policy.fail_threshold)
+
+
+def verdict_between(score: float, review_threshold: float, fail_threshold: float) -> Verdict:
+    """Compare a finite score with two thresholds, the first of which is not above the second."""
+    if score >= fail_threshold:
         return Verdict.FAIL
-    if score >= policy.review_threshold:
+    if score >= review_threshold:
         return Verdict.REVIEW
-    return Verdict.PASS if score < policy.review_threshold else Verdict.NO_VERDICT
+    return Verdict.PASS if score < review_threshold else Verdict.NO_VERDICT
 
 
 def judge(

@@ -7,7 +7,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
@@ -134,6 +137,55 @@ def test_csharp_example_when_anything_is_wrong_then_prints_no_verdict(
     )
 
     assert (done.returncode, done.stdout) == (1, "NO_VERDICT\n")
+
+
+@pytest.mark.parametrize("language", ["python", "csharp"])
+def test_example_when_a_cache_repeats_the_last_answer_then_prints_no_verdict(
+    url: str, folder: Path, request: pytest.FixtureRequest, language: str
+) -> None:
+    """An answer about this very part, to another request, may be that of the part before its rework."""
+    with httpx.Client(base_url=url) as http:
+        headers = {"Content-Type": "image/jpeg", "X-Part-Id": "0815"}
+        remembered = http.post(
+            "/v1/lines/line/inspect", content=(folder / "good/frame.jpg").read_bytes(), headers=headers
+        )
+
+    with _cache(remembered.content) as cache:
+        if language == "python":
+            command = [sys.executable, "-c", _example("python").replace("http://localhost:8000", cache)]
+        else:
+            command = ["mono", str(request.getfixturevalue("inspector")), cache, "line", "frame.jpg", "0815"]
+        told = _run(command, folder / "bad")
+
+    assert remembered.json()["verdict"] == "PASS"
+    assert told.startswith("NO_VERDICT\n")
+
+
+@contextmanager
+def _cache(answer: bytes) -> Iterator[str]:
+    """Answer everything with what was answered before."""
+
+    class Cache(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = HTTPServer(("127.0.0.1", 0), Cache)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_header_table_when_it_names_a_kind_then_a_frame_of_that_kind_is_judged(url: str) -> None:

@@ -1,26 +1,32 @@
 """What the client promises: real servers give real answers, and everything else in the world is `NO_VERDICT`."""
 
 import asyncio
+import json
+import math
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
-from service.client import AsyncClient, Client, ClientFault, EncodedFrame, Outcome, RawFrame
+from service.client import AsyncClient, Client, ClientFault, EncodedFrame, Frame, Outcome, RawFrame
 from service.contract.policy import Verdict
 from service.settings import Settings
-from tests.factories import encode, make_bundle, make_frame
+from tests.factories import encode, make_bundle, make_frame, make_policy, make_self_policy
 from tests.servers import held_engine, serve_in_thread, wait_until_ready
 
 GOOD = EncodedFrame(encode(make_frame()), "image/png")
 DEFECT = EncodedFrame(encode(make_frame(defect=True)), "image/png")
 PASSING = b'{"verdict":"PASS"'
+KINDS = ("sync", "async")
+
+Answer = bytes | Callable[[bytes], bytes]  # the latter gets the head of the request
 
 
 class Unforeseen(os.PathLike[str]):
@@ -47,19 +53,48 @@ def url(store) -> Iterator[str]:
         yield str(http.base_url)
 
 
+@pytest.fixture(scope="module")
+def passing(url) -> dict[str, Any]:
+    """What a real server says of a good part that nothing was said about."""
+    with httpx.Client(base_url=url) as http:
+        path, headers = "/v1/lines/demo_line/inspect", {"Content-Type": "image/png"}
+        answer: dict[str, Any] = http.post(path, content=GOOD.data, headers=headers).json()
+        return answer
+
+
+def _ask(kind: str, url: str, *frames: Frame, **options: Any) -> list[Outcome]:
+    """Inspect one frame after the other with one client."""
+
+    async def ask() -> list[Outcome]:
+        async with AsyncClient(url) as client:
+            return [await client.inspect("demo_line", frame, **options) for frame in frames]
+
+    if kind == "async":
+        return asyncio.run(ask())
+    with Client(url) as client:
+        return [client.inspect("demo_line", frame, **options) for frame in frames]
+
+
 @contextmanager
-def _stranger(*answers: bytes) -> Iterator[tuple[str, list[bytes]]]:
+def _stranger(*answers: Answer) -> Iterator[tuple[str, list[bytes]]]:
     """Serve fixed bytes, one answer a connection, whatever is asked; yields the address and what was asked."""
+    with _strangers(*((answer,) for answer in answers)) as served:
+        yield served
+
+
+@contextmanager
+def _strangers(*connections: tuple[Answer, ...]) -> Iterator[tuple[str, list[bytes]]]:
+    """Serve the answers of one connection after the other; yields the address and what was asked."""
     asked: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def answer_all() -> None:
-            for answer in answers:
+            for answers in connections:
                 connection, _ = listening.accept()
-                with connection:
-                    asked.append(_read_request(connection))
-                    with suppress(ConnectionError):  # of a client that has read enough
-                        connection.sendall(answer)
+                with connection, suppress(ConnectionError):  # of a client that has read enough
+                    for answer in answers:
+                        asked.append(_read_request(connection))
+                        connection.sendall(answer if isinstance(answer, bytes) else answer(asked[-1]))
             listening.close()
 
         address = f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -74,15 +109,26 @@ def _read_request(connection: socket.socket) -> bytes:
         data += connection.recv(65536)
     head, _, body = data.partition(b"\r\n\r\n")
     length = int(
-        next(line.split(b":")[1] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length"))
+        next((line.split(b":")[1] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")), b"0")
     )
     while len(body) < length:
         body += connection.recv(65536)
     return head
 
 
+def _told(answer: dict[str, Any], *, keeps: bool = False, **changes: Any) -> Callable[[bytes], bytes]:
+    """Return what answers every request with an answer that was changed, as the answer to that request."""
+
+    def tell(head: bytes) -> bytes:
+        told = answer | {"request_id": _header(head, b"x-request-id").decode()} | changes
+        return _http("200 OK", json.dumps(told).encode(), Connection="keep-alive" if keeps else "close")
+
+    return tell
+
+
 def _http(status: str, body: bytes, **headers: str) -> bytes:
-    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close"]
+    headers = {"Connection": "close", **headers}
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
@@ -294,20 +340,135 @@ def test_client_when_a_stranger_answers_then_there_is_no_verdict(answer):
     assert outcome.problem is not None
 
 
-def test_client_when_the_answer_is_about_another_part_then_it_is_not_believed(url):
-    """A cache in between that returns the last part's answer must not pass this one."""
-    with httpx.Client(base_url=url) as http:
-        path, headers = "/v1/lines/demo_line/inspect", {"Content-Type": "image/png", "X-Part-Id": "1"}
-        remembered = http.post(path, content=GOOD.data, headers=headers).content
-
+def test_client_when_the_answer_is_about_another_part_then_it_is_not_believed(passing):
+    """Whatever was named of the part must be the answer's; the same answer is believed where it is."""
     outcomes = []
     for part in ("1", "2"):
-        with _stranger(_http("200 OK", remembered)) as (proxy, _), Client(proxy) as client:
-            outcomes.append(client.inspect("demo_line", DEFECT, part_id=part))
+        with _stranger(_told(passing, part_id="1")) as (proxy, _):
+            outcomes += _ask("sync", proxy, DEFECT, part_id=part)
 
     assert [outcome.verdict for outcome in outcomes] == [Verdict.PASS, Verdict.NO_VERDICT]
-    assert outcomes[1].problem is not None
-    assert outcomes[1].problem.code == "answer_unusable"
+    assert _why(outcomes[1]) == "answer_unusable"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_client_when_a_cache_answers_then_it_is_not_believed(passing, kind):
+    """An answer that was given before is another request's, even where the part has no name."""
+    with _stranger(_http("200 OK", json.dumps(passing).encode())) as (cache, _):
+        [outcome] = _ask(kind, cache, DEFECT)
+
+    assert outcome.verdict is Verdict.NO_VERDICT
+    assert _why(outcome) == "answer_unusable"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_client_when_answers_come_one_request_late_then_none_is_taken_for_the_next_part(passing, kind):
+    """What a connection still held of an earlier request costs one verdict, and the connection with it."""
+    failing = {"verdict": "FAIL", "score": 0.9}
+    late = _told(passing, keeps=True)
+    said: list[bytes] = []
+
+    def first_again(head: bytes) -> bytes:
+        said.append(late(head))
+        return said[0]
+
+    with _strangers((first_again, first_again), (_told(passing, **failing),)) as (server, asked):
+        outcomes = _ask(kind, server, GOOD, DEFECT, DEFECT)
+
+    assert [outcome.verdict for outcome in outcomes] == [Verdict.PASS, Verdict.NO_VERDICT, Verdict.FAIL]
+    assert len({_header(head, b"x-request-id") for head in asked}) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("options", "changes", "said"),
+    [
+        ({"policy": "night"}, {}, "night"),
+        ({}, {"score": 0.407, "thresholds": {"review": 0.1, "fail": 0.251}}, "0.407"),
+        ({}, {"score": 0.15}, "contradicts"),
+        ({}, {"verdict": "FAIL"}, "contradicts"),
+        ({}, {"verdict": "REVIEW"}, "contradicts"),
+        ({}, {"verdict": "NO_VERDICT"}, "contradicts"),
+        ({}, {"thresholds": {"review": 0.2, "fail": 0.1}}, "contradicts"),
+        ({}, {"score": math.nan}, "score"),
+        ({}, {"score": -math.inf}, "score"),
+        ({}, {"score": None}, "score"),
+        ({}, {"thresholds": {"review": math.inf, "fail": math.inf}}, "thresholds.review"),
+        ({}, {"p_value": math.nan}, "p_value"),
+    ],
+    ids=str,
+)
+def test_client_when_an_answer_contradicts_the_request_or_itself_then_it_is_not_believed(
+    passing, kind, options, changes, said
+):
+    """Whoever judged by other rules than were asked, or says what its own numbers do not, has passed nothing."""
+    with _stranger(_told(passing, **changes)) as (server, _):
+        [outcome] = _ask(kind, server, DEFECT, **options)
+
+    assert (outcome.verdict, outcome.answer) == (Verdict.NO_VERDICT, None)
+    assert _why(outcome) == "answer_unusable"
+    assert outcome.problem is not None
+    assert said in outcome.problem.sentence
+
+
+def test_client_when_every_kind_of_policy_answers_then_each_is_believed(tmp_path):
+    """No honest answer is refused: with or without a band for REVIEW, all of it, a corner, or measured by itself."""
+    policies = {
+        "none_to_review": make_policy(version="none_to_review", review_threshold=0.2),
+        "wide": make_policy(version="wide", review_threshold=-1.0, fail_threshold=5.0),
+        "all_fail": make_policy(version="all_fail", review_threshold=-2.0, fail_threshold=-1.0),
+        "large_only": make_policy(version="large_only", min_region_area_px=1e9, max_regions=0),
+        "corner": make_policy(version="corner", region_of_interest=(((0.0, 0.0), (0.2, 0.0), (0.2, 0.2)),)),
+        "self": make_self_policy(version="self"),
+    }
+    make_bundle(tmp_path)
+    folder = tmp_path / "demo_line/policies"
+    folder.mkdir()
+    for name, policy in policies.items():
+        (folder / f"{name}.json").write_text(policy.model_dump_json())
+
+    with serve_in_thread(Settings(store_directory=tmp_path)) as http:
+        wait_until_ready(http)
+        url = str(http.base_url)
+        outcomes = {name: _ask("sync", url, GOOD, DEFECT, policy=name) for name in policies}
+
+    told = {name: [outcome.verdict.value for outcome in both] for name, both in outcomes.items()}
+    assert told == {
+        "none_to_review": ["PASS", "FAIL"],
+        "wide": ["REVIEW", "REVIEW"],
+        "all_fail": ["FAIL", "FAIL"],
+        "large_only": ["PASS", "FAIL"],
+        "corner": ["PASS", "PASS"],
+        "self": ["PASS", "FAIL"],
+    }
+
+
+def test_client_when_a_score_is_the_threshold_itself_then_the_servers_verdict_is_believed(url, passing):
+    """Numbers travel exactly: a score at a border is on the server's side of it."""
+    border = 0.1 + 0.2  # no short decimal number
+    below = math.nextafter(border, 0.0)
+    thresholds = {"review": border, "fail": math.nextafter(border, 1.0)}
+    outcomes = []
+    for score, verdict in ((below, "PASS"), (border, "REVIEW"), (thresholds["fail"], "FAIL")):
+        with _stranger(_told(passing, score=score, verdict=verdict, thresholds=thresholds)) as (server, _):
+            outcomes += _ask("sync", server, GOOD)
+
+    assert [outcome.verdict.value for outcome in outcomes] == ["PASS", "REVIEW", "FAIL"]
+
+
+def test_client_when_the_picture_is_that_of_another_inspection_then_it_is_refused():
+    """A picture says nothing of its part by itself; its answer's head does."""
+    picture = _http("200 OK", b"picture", Flawline_Inspection_Id="1" * 32)
+
+    async def fetch(url: str) -> bytes:
+        async with AsyncClient(url) as client:
+            return await client.heatmap("0" * 32)
+
+    with _stranger(picture, picture) as (url, _), Client(url) as client:
+        with pytest.raises(ClientFault, match="another inspection"):
+            client.heatmap("0" * 32)
+        with pytest.raises(ClientFault, match="another inspection"):
+            asyncio.run(fetch(url))
 
 
 @pytest.mark.parametrize("status", ["503 Service Unavailable", "429 Too Many Requests"])
@@ -452,6 +613,10 @@ def _dripping(*, takes_slowly: bool) -> Iterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         ended.set()
         thread.join()
+
+
+def _why(outcome: Outcome) -> str | None:
+    return None if outcome.problem is None else outcome.problem.code
 
 
 def _header(head: bytes, name: bytes) -> bytes:
