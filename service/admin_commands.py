@@ -204,8 +204,10 @@ def rescan(context: typer.Context) -> None:
     rows: list[Sequence[str]] = [("live", one.bundle, one.version, "") for one in answer.activated]
     rows += [("refused", one.bundle, one.version, one.reason) for one in answer.refused]
     rows += [("offered", *one.split("/", 1), "policy") for one in answer.policies]
+    rows += [("withdrawn", *one.split("/", 1), "policy") for one in answer.withdrawn]
+    rows += [("refused", one.line, one.version, f"policy: {one.reason}") for one in answer.refused_policies]
     _tell(context, answer, ("state", "bundle or line", "version", "reason"), rows)
-    if answer.refused:
+    if answer.refused or answer.refused_policies:
         raise typer.Exit(_REFUSED)
 
 

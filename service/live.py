@@ -1,7 +1,7 @@
 """What serves and how it stands: plain data that the registry keeps and routes read. Nothing here changes anything."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from service.contract.calibration import Calibration
 from service.contract.policy import Policy, may_judge, scores_alike
 from service.contract.tiling import Run
 from service.engines.engine import Engine
+from service.errors import UnknownPolicy
 
 # `unloaded`: nothing is wrong with the line, but its network is not in memory.
 LineState = Literal["loading", "ready", "refused", "unhealthy", "unloaded"]
@@ -72,6 +73,18 @@ class LivePolicy:
     inspected: NDArray[np.bool_] | None
 
 
+class PolicyRefusal(NamedTuple):
+    """Why a policy file of a line is not offered as it lies in the store.
+
+    Attributes:
+        reason: in a sentence.
+        is_fault: whether somebody should look at the file; one of another network only waits for that.
+    """
+
+    reason: str
+    is_fault: bool
+
+
 @dataclass(frozen=True, eq=False)
 class LiveLine:
     """A line that is served.
@@ -83,7 +96,9 @@ class LiveLine:
         calibration: good-part values of the line, or None where it was not calibrated.
         policies: by version, the bundle's own one included.
         own_policy: version of that one, which the line was calibrated under.
-        default_policy: version of the one that judges where the caller names none.
+        default_policy: version of the one that judges where the caller names none. Where it is not offered any more,
+            no other one takes its place.
+        refusals: policy files that are not offered as they lie in the store, by the version that they would have.
     """
 
     name: str
@@ -93,6 +108,7 @@ class LiveLine:
     policies: Mapping[str, LivePolicy]
     own_policy: str
     default_policy: str
+    refusals: Mapping[str, PolicyRefusal] = field(default_factory=dict)
 
     @property
     def key(self) -> "VersionKey":
@@ -102,7 +118,27 @@ class LiveLine:
     @property
     def gives_verdicts(self) -> bool:
         """Whether frames that name no policy may get a verdict."""
-        return self.may_be_judged_by(self.policies[self.default_policy])
+        return self.default_policy in self.policies and self.may_be_judged_by(self.policies[self.default_policy])
+
+    def policy(self, version: str | None) -> LivePolicy:
+        """Return a policy that is offered.
+
+        Args:
+            version: None takes the default one.
+
+        Raises:
+            UnknownPolicy: if it is not offered; the sentence says why, where its file is there.
+        """
+        asked = version or self.default_policy
+        found = self.policies.get(asked)
+        if found is not None:
+            return found
+        refusal = self.refusals.get(asked)
+        if refusal is not None:
+            raise UnknownPolicy(f"This policy is not offered. {refusal.reason}")
+        if version is None:
+            raise UnknownPolicy("The policy that was chosen for this version is gone; name another one.")
+        raise UnknownPolicy("The line has no policy of this version; leave it out to take the default one.")
 
     def may_be_judged_by(self, policy: LivePolicy) -> bool:
         """Tell whether a policy may give a verdict here: most need a calibration."""

@@ -4,35 +4,28 @@ Whatever is wrong ends as one of `service.errors`, and what was opened on the wa
 what is live; a version that comes out of here has answered its golden frames on this device.
 """
 
-import hashlib
-import json
-import logging
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from service.batch_queue import Running
 from service.batcher import Batcher
-from service.contract.bundle import Bundle, Manifest, load_bundle, load_policy
+from service.contract.bundle import Bundle, load_bundle
 from service.contract.golden import GoldenSet, read_golden_by_line, replay
-from service.contract.policy import Policy, inspected_mask, refuse_unfit_region
 from service.contract.signature import Trust
 from service.contract.tiling import Run
 from service.engines.engine import Engine, LoneRun
 from service.errors import BundleRefused, FlawlineError
-from service.live import LiveLine, LivePolicy, LoadedBundle, LoadedVersion
+from service.line_policies import LinePolicies, fit_policy
+from service.live import LiveLine, LoadedBundle, LoadedVersion
 from service.telemetry import Telemetry
 from service.warm_up import LoneTrial, warm_up
-
-POLICIES_DIRECTORY = "policies"
 
 # Golden frames of so many are kept in memory, whole lines of them: a bundle may have thousands.
 _FRAMES_TO_ASK_AGAIN = 4
 
 OpenEngine = Callable[[Bundle], Engine]
-
-_log = logging.getLogger("flawline")
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ class Loader:
         self._telemetry = telemetry
         self._clock = clock
         self._running = Running()
-        self._told: set[tuple[str, str]] = set()
+        self._policies = LinePolicies(directory, telemetry)
 
     def load(self, name: str, version: str, wanted: Callable[[tuple[str, ...]], tuple[str, ...]]) -> LoadedVersion:
         """Load one version.
@@ -100,7 +93,8 @@ class Loader:
                 engine, manifest, self._options.max_batch_size, self._options.warm_up_limit_s, self._clock
             )
             known, alone = self._prove(bundle, engine)
-            policies = {line: self._policies_of(line, bundle) for line in lines}
+            own = {line: fit_policy(bundle.policies[line], manifest) for line in lines}
+            offered = {line: self._policies.offered(line, manifest, policy) for line, policy in own.items()}
         except BaseException:
             engine.close()
             raise
@@ -130,21 +124,23 @@ class Loader:
                     bundle=loaded,
                     line_index=index_of[line],
                     calibration=bundle.calibrations.get(line),
-                    policies=policies[line],
-                    own_policy=bundle.policies[line].version,
-                    default_policy=bundle.policies[line].version,
+                    policies=offered[line].policies,
+                    own_policy=own[line].policy.version,
+                    default_policy=own[line].policy.version,
+                    refusals=offered[line].refusals,
                 )
                 for line in lines
             },
         )
 
-    def with_new_policies(self, live: LiveLine) -> LiveLine:
-        """Return a line with the policy files that lie in the store by now beside those it has.
-
-        What is offered stays as it is: a policy's version always means the same thresholds.
-        """
-        found = self._read_policies(live.name, live.bundle.manifest, live.policies)
-        return live if not found else replace(live, policies={**live.policies, **found})
+    def with_policies_of_store(self, live: LiveLine) -> LiveLine:
+        """Return a line with the policies that lie in the store by now, or itself where they are the same."""
+        found = self._policies.offered(live.name, live.bundle.manifest, live.policies[live.own_policy])
+        was = {version: policy.digest for version, policy in live.policies.items()}
+        now = {version: policy.digest for version, policy in found.policies.items()}
+        if was == now and live.refusals == found.refusals:
+            return live
+        return replace(live, policies=found.policies, refusals=found.refusals)
 
     def _prove(self, bundle: Bundle, engine: Engine) -> tuple[list[GoldenSet], LoneRun | None]:
         """Replay the golden frames of every line.
@@ -178,53 +174,7 @@ class Loader:
             self._telemetry.golden_failed()
             raise
 
-    def _policies_of(self, line: str, bundle: Bundle) -> dict[str, LivePolicy]:
-        default = fit_policy(bundle.policies[line], bundle.manifest)
-        if (self._directory / line / POLICIES_DIRECTORY / f"{default.policy.version}.json").exists():
-            sentence = "Its version is that of the bundle's own policy; rename it."
-            _log.error("policy refused", extra={"line": line, "policy": default.policy.version, "reason": sentence})
-        own = {default.policy.version: default}
-        return {**own, **self._read_policies(line, bundle.manifest, own)}
-
-    def _read_policies(self, line: str, manifest: Manifest, taken: Container[str]) -> dict[str, LivePolicy]:
-        """Read the policy files of a line that are not offered yet; one that does not hold is left out and logged."""
-        policies: dict[str, LivePolicy] = {}
-        for path in sorted((self._directory / line / POLICIES_DIRECTORY).glob("*.json")):
-            if path.stem in taken:
-                continue
-            try:
-                policy = load_policy(path)
-                if policy.version != path.stem:
-                    raise BundleRefused("A policy file is named as its version; rename it.")
-                policies[policy.version] = fit_policy(policy, manifest)
-            except FlawlineError as error:
-                fields = {"line": line, "policy": path.stem, "reason": error.sentence}
-                # Said once, however often the store is looked at.
-                _log.log(
-                    logging.DEBUG if (line, path.stem) in self._told else logging.ERROR, "policy refused", extra=fields
-                )
-                self._told.add((line, path.stem))
-        return policies
-
 
 def _all(proofs: Iterable[Callable[[Run], None]], run: Run) -> None:
     for proof in proofs:
         proof(run)
-
-
-def fit_policy(policy: Policy, manifest: Manifest) -> LivePolicy:
-    """Make a policy ready to judge maps of a bundle.
-
-    Raises:
-        BundleRefused: if it does not fit the bundle.
-    """
-    window = manifest.input.window(1, 1)
-    inspected = inspected_mask(policy, *manifest.map_size, window=window)
-    refuse_unfit_region(inspected, manifest.output.score_rule)
-    return LivePolicy(policy, policy_digest(policy), inspected)
-
-
-def policy_digest(policy: Policy) -> str:
-    """Return the SHA-256 of a policy's canonical JSON."""
-    text = json.dumps(policy.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -116,7 +116,8 @@ def verify(
             refuse_unusable(trust)
         loaded = load_bundle(bundle, trust)
     told = "not asked for a signature" if trust is None else f"signed by the holder of {key}"
-    typer.echo(f"{loaded.manifest.name} {loaded.manifest.version} holds; {told}; digest {loaded.digest}")
+    manifest = loaded.manifest
+    typer.echo(f"{manifest.name} {manifest.version} holds; {told}; digest {loaded.digest}; network {manifest.network}")
 
 
 @bundle_commands.command(

@@ -15,7 +15,8 @@ that nobody expects, so the line is refused, with the sentence that says why, an
 wants the older version removes the newer one. While an older version is live, a newer one that is refused changes
 nothing: the line goes on with what it has, and log, metric and the list of versions tell of the refusal. A version that
 somebody stepped back from, on purpose, is held back until somebody asks for it by name. A policy file that is refused
-is not offered; the line goes on with its others.
+is not offered, and one that is gone is withdrawn; the line goes on with its others, but where the one that was chosen
+to judge is gone, it is refused. `service/line_policies.py` says which file may judge which bundle.
 
 What changes anything blocks, one change after the other, and belongs into a thread; what only reads takes no lock.
 `service/served.py` is what readers see, `service/versions.py` how versions get in and out of memory.
@@ -31,7 +32,6 @@ from service.errors import (
     StoreUnreachable,
     UnknownBundle,
     UnknownLine,
-    UnknownPolicy,
     UnknownVersion,
 )
 from service.heap import give_back
@@ -60,11 +60,16 @@ class Rescanned:
         activated: versions that became live.
         refused: versions that did not, with the reason.
         policies: new policies, as line and version.
+        withdrawn: policies that are offered no more, as line and version.
+        refused_policies: files of lines that are served which do not hold, with the reason, however often they were
+            looked at.
     """
 
     activated: tuple[VersionKey, ...]
     refused: Mapping[VersionKey, str]
     policies: tuple[tuple[str, str], ...]
+    withdrawn: tuple[tuple[str, str], ...]
+    refused_policies: Mapping[tuple[str, str], str]
 
 
 class Registry(LoadedVersions):
@@ -155,7 +160,7 @@ class Registry(LoadedVersions):
             self._is_loading = False
 
     def rescan(self) -> Rescanned:
-        """Ask the store for what is new: versions become live, policies are offered.
+        """Ask the store for what is new: versions become live, policies are offered, and withdrawn where they are gone.
 
         Raises:
             StoreUnreachable: if it can't be asked; nothing has changed then.
@@ -170,7 +175,8 @@ class Registry(LoadedVersions):
             if refused:
                 give_back()
             reasons = {key: reason for key, reason in refused.items() if reason is not None}
-            return Rescanned(activated, reasons, self._offer_new_policies())
+            seen = self._look_at_policies()
+            return Rescanned(activated, reasons, tuple(seen.offered), tuple(seen.withdrawn), seen.refused)
 
     def activate(self, name: str, version: str) -> None:
         """Make a version live, after it was proved; newer ones no longer become live by themselves.
@@ -230,7 +236,7 @@ class Registry(LoadedVersions):
             if self._history(name).live[-1:] == [version]:
                 raise UnknownVersion("This version is live; a shadow is another one.")
             shadow = self._loaded_or_load(key)
-            if not any(line.may_be_judged_by(line.policies[line.default_policy]) for line in shadow.lines.values()):
+            if not any(line.gives_verdicts for line in shadow.lines.values()):
                 self._keep_only_what_is_needed(name)
                 raise LineNotCalibrated(NOT_CALIBRATED)
             self._state = replace(self._state, shadows={**self._state.shadows, name: shadow})
@@ -248,16 +254,17 @@ class Registry(LoadedVersions):
 
         Raises:
             UnknownLine: if there is no such line.
-            UnknownPolicy: if the line has no such policy.
+            UnknownPolicy: if the line has no such policy, or it was written for another network's scores.
+            BundleRefused: if its file was changed since it was offered first.
             LineNotReady: if the line is not served.
             LineNotCalibrated: if the policy needs a calibration and the line has none.
         """
         with self._changing:
             self._refuse_to_guess()
-            serving = self._loader.with_new_policies(self._loaded_line(line))
-            policy = serving.policies.get(version)
-            if policy is None:
-                raise UnknownPolicy("The line has no policy of this version, or its file was refused; see the log.")
+            serving = self._loader.with_policies_of_store(self._loaded_line(line))
+            policy = serving.policy(version)
+            if version in serving.refusals and version != serving.own_policy:
+                raise BundleRefused(serving.refusals[version].reason)
             if not serving.may_be_judged_by(policy):
                 raise LineNotCalibrated(NOT_CALIBRATED)
             self._replace_line(replace(serving, default_policy=version))

@@ -405,6 +405,14 @@ class RefusedAnswer(VersionOf):
     reason: str
 
 
+class PolicyRefusedAnswer(_Wire):
+    """A policy file that is not offered as it lies in the store."""
+
+    line: str
+    version: str
+    reason: str
+
+
 class JudgedAnswer(_Wire):
     """What the live version or its shadow said of a frame; no score where it failed."""
 
@@ -439,11 +447,17 @@ class DisagreementsAnswer(_Wire):
 
 
 class RescanAnswer(_Wire):
-    """What a look at the store has changed; policies are named as `<line>/<version>`."""
+    """What a look at the store has changed; policies are named as `<line>/<version>`.
+
+    `withdrawn` are policies whose file is gone, or no longer for the network that serves. `refused_policies` are the
+    files that do not hold, at every look until they do.
+    """
 
     activated: list[VersionOf]
     refused: list[RefusedAnswer]
     policies: list[str]
+    withdrawn: list[str] = []
+    refused_policies: list[PolicyRefusedAnswer] = []
 
 
 class PolicyAnswer(_Wire):
@@ -456,7 +470,12 @@ class PolicyAnswer(_Wire):
 
 
 class PoliciesAnswer(_Wire):
-    """Every policy of a line."""
+    """Every policy of a line, and its policy files that are not offered as they lie in the store.
+
+    `network` is what a policy file must name as its own to judge by the scores of the version that serves.
+    """
 
     line: str
+    network: str | None
     policies: list[PolicyAnswer]
+    refused: list[PolicyRefusedAnswer]

@@ -13,7 +13,6 @@ from service.errors import (
     LineNotCalibrated,
     LineNotReady,
     UnknownLine,
-    UnknownPolicy,
     UnknownVersion,
 )
 from service.live import NOT_CALIBRATED, Found, LineStatus, LiveLine, LoadedVersion, VersionKey, status_of
@@ -63,14 +62,12 @@ class ServedLines(ABC):
         Raises:
             UnknownLine: if there is no such line.
             UnknownVersion: if a version is asked for that is not loaded.
-            UnknownPolicy: if the line has no such policy.
+            UnknownPolicy: if the line has no such policy, or it was written for another network's scores.
             LineNotReady: if the line is loading, refused, unloaded or unhealthy.
             LineNotCalibrated: if the policy needs a calibration and the line has none.
         """
         live = self.serving(line, bundle_version)
-        policy = live.policies.get(policy_version or live.default_policy)
-        if policy is None:
-            raise UnknownPolicy("The line has no policy of this version; leave it out to take the default one.")
+        policy = live.policy(policy_version)
         if not live.may_be_judged_by(policy):
             raise LineNotCalibrated(NOT_CALIBRATED)
         return Found(live, policy)

@@ -129,7 +129,6 @@ class Shadows:
         await asyncio.gather(*self._looking.values(), return_exceptions=True)
 
     async def _look(self, inspection: Inspection, shadow: LiveLine) -> None:
-        found = Found(shadow, shadow.policies[shadow.default_policy])
         request = replace(
             inspection.request,
             received_at=self._clock(),
@@ -137,8 +136,10 @@ class Shadows:
             heatmap="none",
             priority=Priority.SHADOW,
         )
+        # One whose chosen policy is gone gives no verdicts; its own thresholds are told of, and judge nothing.
+        found = Found(shadow, shadow.policies.get(shadow.default_policy) or shadow.policies[shadow.own_policy])
         try:
-            if shadow.may_be_judged_by(found.policy):
+            if shadow.gives_verdicts:
                 judged = _judged(await self._pipeline.inspect_by(found, request))
             else:  # what it would be told as the live one: its thresholds are nobody's
                 judged = _no_verdict(found)

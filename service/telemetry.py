@@ -270,6 +270,9 @@ class Telemetry:
         self._refused_versions = self._counter(
             "versions_refused", "Versions of bundles that were not taken into use; a live one goes on.", "engine"
         )
+        self._refused_policies = self._counter(
+            "policies_refused", "Policy files that are not taken as they lie in the store; others go on.", "line"
+        )
         self._unloads = self._counter("engine_unloads", "Engines unloaded to make room for others.", "engine")
         self._store_unreachable = self._counter("store_unreachable", "Times that the store could not be asked.")
         # Looks may be a day apart, and misses are counted as seldom: what the last one found is true until the next.
@@ -386,6 +389,10 @@ class Telemetry:
     def version_refused(self, engine: str) -> None:
         """Count a version of a bundle that was not taken into use."""
         self._refused_versions.labels(engine).inc()
+
+    def policy_refused(self, line: str) -> None:
+        """Count a policy file of a line that is not taken as it lies in the store."""
+        self._refused_policies.labels(line).inc()
 
     def engine_unloaded(self, engine: str) -> None:
         """Count an engine that made room for others."""

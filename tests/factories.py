@@ -39,7 +39,7 @@ from service.contract.calibration import Calibration
 from service.contract.frames import FrameLimits, decode_image, fit_to_input
 from service.contract.geometry import InputSpec, Tiling
 from service.contract.golden import GoldenAnswer, write_golden
-from service.contract.policy import Policy, ScoreRule, Verdict, inspected_mask, judge, may_judge
+from service.contract.policy import Policy, PolicyFile, ScoreRule, Verdict, inspected_mask, judge, may_judge
 from service.contract.tiling import Run, by_tiles
 
 HEIGHT, WIDTH = 32, 48  # not square, so that a swapped height and width shows
@@ -188,6 +188,19 @@ def make_self_policy(**overrides: Any) -> Policy:
     """Return a policy that measures frames by themselves: defects of `make_frame` are far above 8, good ones below."""
     fields = {"review_threshold": 6.0, "fail_threshold": 8.0, "region_threshold": 6.0, "map_floor": 0.0}
     return make_policy(**{**fields, "calibration": "self", "least_spread": 1e-4, **overrides})
+
+
+def network_of(bundle: Path) -> str:
+    """Return what policy files name that were written for a bundle's scores, given its folder."""
+    return Manifest.model_validate_json((bundle / "manifest.json").read_bytes()).network
+
+
+def write_policy(store: Path, policy: Policy, network: str | None = None, line: str = "demo_line") -> Path:
+    """Write a policy file of a line into a store, and return it; `network` is what it names."""
+    file = store / line / "policies" / f"{policy.version}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(PolicyFile(**policy.model_dump(), network=network).model_dump_json(exclude_none=True))
+    return file
 
 
 def make_line_record(**overrides: Any) -> LineRecord:

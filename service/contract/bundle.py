@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from service.contract.calibration import Calibration
 from service.contract.geometry import InputSpec
 from service.contract.graph import verify_graph
-from service.contract.policy import Policy, ScoreRule
+from service.contract.policy import Policy, PolicyFile, ScoreRule
 from service.contract.signature import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, Trust, refuse_unsigned
 from service.errors import BundleRefused
 
@@ -223,6 +223,20 @@ class Manifest(_Record):
         """`(height, width)` of a frame's map, which of a tiled frame is stitched from those of its tiles."""
         return self.input.stitched_size(self.output.map_height, self.output.map_width)
 
+    @property
+    def network(self) -> str:
+        """SHA-256 over the graph, its input and its outputs: versions that share it give a frame the same score.
+
+        Thresholds are chosen by scores, so that policy files name it.
+        """
+        # Without defaults, so that a field that a later release adds changes no digest of what is there.
+        parts = {
+            "model": self.files[MODEL_FILE],
+            "input": self.input.model_dump(mode="json", exclude_defaults=True),
+            "output": self.output.model_dump(mode="json", exclude_defaults=True),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
     @model_validator(mode="after")
     def _tiles_can_be_stitched(self) -> Self:
         self.input.stitched_size(self.output.map_height, self.output.map_width)
@@ -315,13 +329,13 @@ def load_bundle(path: Path, trust: Trust | None = None) -> Bundle:
     return Bundle(path, digest, manifest, policies, calibrations, files[MODEL_FILE], kept)
 
 
-def load_policy(path: Path) -> Policy:
+def load_policy(path: Path) -> PolicyFile:
     """Read a line's own policy file.
 
     Raises:
         BundleRefused: if it can't be read or does not fit the schema.
     """
-    return _parse(Policy, _read(path.parent, path.name), path.name, "mend the policy")
+    return _parse(PolicyFile, _read(path.parent, path.name), path.name, "mend the policy")
 
 
 def seal(manifest: Manifest, files: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -132,6 +132,22 @@ class Policy(BaseModel):
         return self
 
 
+class PolicyFile(Policy):
+    """A line's own policy as a file of the store holds it: the rules, and the network whose scores they are for.
+
+    Attributes:
+        network: `Manifest.network` of the bundles that it may judge. None is allowed for rules that pass nothing which
+            the bundle's own policy stops (`is_as_strict`), whatever the network is.
+    """
+
+    network: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+    @property
+    def rules(self) -> Policy:
+        """What judges."""
+        return Policy(**self.model_dump(exclude={"network"}))
+
+
 @dataclass(frozen=True)
 class Judgement:
     """What a policy says of one frame.
@@ -198,6 +214,19 @@ def scores_alike(policy: Policy, other: Policy) -> bool:
     """
     by_raw_scores = policy.calibration == other.calibration == "good_parts"
     return by_raw_scores and policy.region_of_interest == other.region_of_interest
+
+
+def is_as_strict(policy: Policy, other: Policy) -> bool:
+    """Tell whether a policy passes nothing that another one stops, and fails whatever that fails, by any network.
+
+    Both must compare the same scores for that: of the same region of interest, and measured in the same way.
+    """
+    return (
+        (policy.calibration, policy.region_of_interest) == (other.calibration, other.region_of_interest)
+        and policy.review_threshold <= other.review_threshold
+        and policy.fail_threshold <= other.fail_threshold
+        and (policy.least_spread or 0.0) >= (other.least_spread or 0.0)
+    )
 
 
 def inspected_mask(

@@ -37,6 +37,7 @@ from service.schemas import (
     DisagreementsAnswer,
     JudgedAnswer,
     Name,
+    PolicyRefusedAnswer,
     RefusedAnswer,
     RescanAnswer,
     Version,
@@ -178,13 +179,18 @@ async def unload(request: Request, line: str) -> ChangedLineAnswer:
 
 @router.post("/v1/rescan", responses=responses(*_NO_KEY, "version_refused", "store_unreachable", "internal"))
 async def rescan(request: Request) -> RescanAnswer:
-    """Ask the store for new versions and policies now; needs a key that covers every line."""
+    """Ask the store for new versions and policies now; needs a key that covers every line.
+
+    A policy whose file is gone is withdrawn, and a line that it was chosen to judge is refused. A file that was changed
+    under the same name is refused, and the policy stays as it was first read.
+    """
     caller, registry = _administrator(request), context_of(request).registry
     if not caller.covers_every_line:
         raise NotAuthorised("A rescan may change any line; ask for a key that covers all of them.")
     async with _audited(request, "rescan") as noted:
         found = await context_of(request).changes.make(registry.rescan)
         noted |= {"activated": len(found.activated), "refused": len(found.refused), "policies": len(found.policies)}
+        noted |= {"withdrawn": len(found.withdrawn), "refused_policies": len(found.refused_policies)}
     return RescanAnswer(
         activated=[VersionOf(bundle=name, version=version) for name, version in found.activated],
         refused=[
@@ -192,6 +198,11 @@ async def rescan(request: Request) -> RescanAnswer:
             for (name, version), reason in found.refused.items()
         ],
         policies=[f"{line}/{version}" for line, version in found.policies],
+        withdrawn=[f"{line}/{version}" for line, version in found.withdrawn],
+        refused_policies=[
+            PolicyRefusedAnswer(line=line, version=version, reason=reason)
+            for (line, version), reason in found.refused_policies.items()
+        ],
     )
 
 

@@ -21,6 +21,7 @@ from service.schemas import (
     MetricAnswer,
     PoliciesAnswer,
     PolicyAnswer,
+    PolicyRefusedAnswer,
     ThresholdAnswer,
     VersionAnswer,
     Versioned,
@@ -66,11 +67,12 @@ async def versions(request: Request, line: str) -> VersionsAnswer:
 
 @router.get("/{line}/policies", responses=responses(*_FAULTS))
 async def policies(request: Request, line: str) -> PoliciesAnswer:
-    """List a line's policies, each complete and with its digest."""
+    """List a line's policies, each complete and with its digest, and why other files of it are refused."""
     live = _status(request, line).live
     listed = [] if live is None else sorted(live.policies.items())
     return PoliciesAnswer(
         line=line,
+        network=None if live is None else live.bundle.manifest.network,
         policies=[
             PolicyAnswer(
                 version=version,
@@ -79,6 +81,10 @@ async def policies(request: Request, line: str) -> PoliciesAnswer:
                 policy=policy.policy,
             )
             for version, policy in listed
+        ],
+        refused=[
+            PolicyRefusedAnswer(line=line, version=version, reason=refusal.reason)
+            for version, refusal in sorted(() if live is None else live.refusals.items())
         ],
     )
 

@@ -78,6 +78,7 @@ LAYERS = (
     ("service.batch_queue", "service.traces", "service.warm_up"),
     ("service.batcher",),
     ("service.live",),
+    ("service.line_policies",),
     ("service.catalogue", "service.choices", "service.loading", "service.memory", "service.served"),
     ("service.versions",),
     ("service.auth", "service.records", "service.registry"),

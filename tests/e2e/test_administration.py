@@ -8,7 +8,7 @@ from tritonclient.http import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from tests.callers import ADMIN, CAMERA, ONE_LINE, write_keys
-from tests.factories import encode, make_bundle, make_frame, make_graph, make_policy, reseal
+from tests.factories import encode, make_bundle, make_frame, make_graph, make_policy, network_of, reseal, write_policy
 from tests.servers import PATIENCE_S, ServerProcess, wait_until
 
 INSPECT = "/v1/lines/demo_line/inspect"
@@ -99,9 +99,7 @@ def test_documents_when_asked_for_then_tell_of_administration_only(served):
 def test_policy_when_activated_then_the_next_frame_is_judged_by_it(served):
     """A policy file that appeared is verified and judges, without a restart."""
     server, store, admin = served
-    folder = store / "demo_line" / "policies"
-    folder.mkdir(exist_ok=True)
-    (folder / "lenient.json").write_text(make_policy(version="lenient", fail_threshold=0.9).model_dump_json())
+    write_policy(store, make_policy(version="lenient", fail_threshold=0.9), network_of(store / "demo_line" / "1"))
 
     before = server.http.post(INSPECT, content=DEFECT, headers=PNG | CAMERA).json()
     answer = admin.post("/v1/lines/demo_line/policy?version=lenient", headers=ADMIN)

@@ -9,7 +9,16 @@ import pytest
 from typer.testing import CliRunner
 
 from service.contract.bundle import load_bundle
-from tests.factories import FRAME_HEIGHT, FRAME_WIDTH, encode, make_bundle, make_frame, make_self_policy
+from tests.factories import (
+    FRAME_HEIGHT,
+    FRAME_WIDTH,
+    encode,
+    make_bundle,
+    make_frame,
+    make_self_policy,
+    network_of,
+    write_policy,
+)
 from tests.servers import ServerProcess
 from training.__main__ import commands
 
@@ -29,10 +38,7 @@ def _invoke(*arguments):
 def server(tmp_path_factory):
     """A server of a line that nobody calibrated; one of its policies measures frames by themselves."""
     store = tmp_path_factory.mktemp("store")
-    make_bundle(store, calibrated=False)
-    policies = store / "demo_line" / "policies"
-    policies.mkdir()
-    (policies / "by_itself.json").write_text(SELF.model_dump_json())
+    write_policy(store, SELF, network_of(make_bundle(store, calibrated=False)))
     with ServerProcess(store) as running:
         yield running.ready()
 

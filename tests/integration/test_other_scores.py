@@ -6,7 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app
 from service.settings import Settings
-from tests.factories import encode, make_bundle, make_frame, make_policy, make_self_policy
+from tests.factories import encode, make_bundle, make_frame, make_policy, make_self_policy, network_of, write_policy
 from tests.fakes import in_loop
 from tests.inspections import make_inspection
 
@@ -24,9 +24,7 @@ async def test_policy_when_it_scores_otherwise_than_calibration_did_then_nothing
     tmp_path, version, promises
 ):
     """Without scores to compare with there is no p-value, no rate and no drift; with other thresholds there is."""
-    make_bundle(tmp_path)
-    (tmp_path / "demo_line/policies").mkdir()
-    (tmp_path / f"demo_line/policies/{version}.json").write_text(POLICIES[version].model_dump_json())
+    write_policy(tmp_path, POLICIES[version], network_of(make_bundle(tmp_path)))
     app = create_app(Settings(store_directory=tmp_path))
     context = app.state.context
     context.registry.load()

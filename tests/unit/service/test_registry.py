@@ -19,13 +19,23 @@ from service.errors import (
     UnknownPolicy,
     UnknownVersion,
 )
-from service.loading import BatcherOptions, policy_digest
+from service.line_policies import policy_digest
+from service.loading import BatcherOptions
 from service.registry import Registry
 from service.schedule import RunTimes
 from service.stores.directory import DirectoryStore
 from service.telemetry import Telemetry
 from service.versions import RegistryOptions
-from tests.factories import REFERENCE, make_bundle, make_graph, make_policy, make_self_policy, reseal
+from tests.factories import (
+    REFERENCE,
+    make_bundle,
+    make_graph,
+    make_policy,
+    make_self_policy,
+    network_of,
+    reseal,
+    write_policy,
+)
 from tests.fakes import FakeEngine, in_loop
 from tests.rights import rights_of_an_ordinary_user
 
@@ -58,12 +68,10 @@ class Shelf:
         """Return the text that a scraper reads."""
         return self.telemetry.exposition()[0].decode()
 
-    def add_policy(self, line, version, **fields):
+    def add_policy(self, line, version, network=None, **fields):
         """Write a policy file of a line."""
-        folder = self.path / line / "policies"
-        folder.mkdir(parents=True, exist_ok=True)
         policy = make_policy(**{"version": version} | fields)
-        (folder / f"{version}.json").write_text(policy.model_dump_json())
+        write_policy(self.path, policy, network, line)
         return policy
 
 
@@ -488,9 +496,9 @@ def test_find_when_line_has_own_policies_then_offers_them_beside_the_default(she
 
 def test_find_when_policy_has_a_region_of_interest_then_mask_is_ready(shelf):
     """The region of interest is laid on the map's grid once, not for every frame."""
-    make_bundle(shelf.path)
+    network = network_of(make_bundle(shelf.path))
     left_half = ((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0))
-    shelf.add_policy("demo_line", "left", region_of_interest=(left_half,))
+    shelf.add_policy("demo_line", "left", network, region_of_interest=(left_half,))
 
     inspected = shelf.load().find("demo_line", None, "left").policy.inspected
 
@@ -602,7 +610,9 @@ def test_find_when_a_policy_file_says_self_then_the_uncalibrated_line_answers_by
     """Where the policy file says it, a verdict without good parts is allowed; the default policy still gives none."""
     make_bundle(shelf.path, calibrated=False)
     own = make_self_policy(version="by_itself")
-    shelf.add_policy("demo_line", "by_itself", **own.model_dump(exclude={"version"}))
+    shelf.add_policy(
+        "demo_line", "by_itself", network_of(shelf.path / "demo_line" / "1"), **own.model_dump(exclude={"version"})
+    )
 
     registry = shelf.load()
 

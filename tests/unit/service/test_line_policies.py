@@ -4,7 +4,7 @@ import pytest
 
 from service.contract.policy import ScoreRule
 from service.errors import BundleRefused
-from service.loading import fit_policy
+from service.line_policies import fit_policy
 from tests.factories import make_manifest, make_policy
 
 
