@@ -328,6 +328,7 @@ class Telemetry:
     def declare_line(self, line: str) -> None:
         """Let a line of the registry be a label; what alerts watch for is there before it first happens."""
         self._declare_reasons(line)
+        self._refused_policies.labels(line).inc(0)
         for outcome in ("compared", "shed"):
             self._shadow_frames.labels(line, outcome)
         for kind in get_args(DisagreementKind):

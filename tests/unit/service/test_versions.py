@@ -647,7 +647,7 @@ def test_policy_when_it_was_written_for_another_network_then_it_judges_no_frame_
             registry.find("demo_line", version, "night")
     with pytest.raises(UnknownPolicy, match="another network"):
         registry.activate_policy("demo_line", "night")
-    assert 'flawline_policies_refused_total{line="demo_line"}' not in shelf.metrics()
+    assert 'flawline_policies_refused_total{line="demo_line"} 0.0' in shelf.metrics()
     assert registry.find("demo_line", "2", "night").policy.policy.version == "night"
 
 
