@@ -283,9 +283,13 @@ _LATENCY_PANELS = (
 _FLEET_PANELS = (
     Panel(
         "Ready",
-        "How many pods answer frames, of those that are scraped.",
+        "How many pods answer frames, of those that are scraped, of those that Prometheus knows.",
         "none",
-        [Query(f"sum(flawline_ready{{{_FLEET}}})", "ready"), Query(f"count(flawline_ready{{{_FLEET}}})", "scraped")],
+        [
+            Query(f"sum(flawline_ready{{{_FLEET}}})", "ready"),
+            Query(f"count(flawline_ready{{{_FLEET}}})", "scraped"),
+            Query(f'count(up{{{_FLEET},job="flawline"}})', "known"),
+        ],
         kind="stat",
         width=8,
     ),

@@ -302,6 +302,16 @@ def test_monitor_when_it_scrapes_then_finds_the_service_and_its_port():
     assert endpoint["path"] == "/metrics"
 
 
+def test_job_when_rules_ask_for_it_then_pods_are_scraped_under_that_name():
+    """`up` is Prometheus' own and has the job's name only: a rule that asks for another one never fires."""
+    asked = set(re.findall(r'job="([^"]+)"', (K8S / "monitoring/rules.yaml").read_text("utf-8")))
+    monitor, service = only("monitoring", "ServiceMonitor")["spec"], only("monitoring", "Service")
+    trial = yaml.safe_load((K8S.parent / "docker/compose/prometheus.yaml").read_text("utf-8"))
+
+    assert asked == {service["metadata"]["labels"][monitor["jobLabel"]]}
+    assert asked == {job["job_name"] for job in trial["scrape_configs"]}
+
+
 def test_namespace_when_made_then_refuses_pods_that_ask_for_more():
     """The cluster itself enforces the restricted standard."""
     labels = only("cpu", "Namespace")["metadata"]["labels"]
