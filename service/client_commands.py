@@ -54,8 +54,8 @@ _INSPECT_HELP = """Inspect image files, or every image in a folder, and tell the
 
 The exit code is 0 if every part is PASS, 3 if one is REVIEW or FAIL, 1 if one has no verdict.
 
---overlays draws incoming/left/0001.jpg to overlays/left/FAIL_0001.jpg.png. A picture that is missing changes no
-verdict, and its line says why.
+--overlays draws incoming/left/0001.jpg to overlays/left/FAIL_0001.jpg.png, in the place of an older picture of that
+file, whatever its verdict was. A picture that is missing changes no verdict, and its line says why.
 
 [bold]Examples[/bold]
 
@@ -93,7 +93,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document a frame instead of a table.")] = False,
 ) -> None:
     """Inspect files and end with an exit code that a script can use."""
-    files = list(_images(sources))
+    files = list(_images(sources, overlays))
     if not files:
         leave(f"There is no image in {', '.join(map(str, sources))}; known are files with {', '.join(MEDIA_TYPES)}.")
     if overlays is not None:
@@ -101,7 +101,7 @@ def inspect(
             overlays.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             leave(f"{overlays} can't be the folder of overlays: {error.strerror}.")
-    root = _root_of(sources)
+    pictures = None if overlays is None else _Pictures(overlays, _root_of(sources), files)
     console = Console()
     verdicts: Counter[Verdict] = Counter()
     with (
@@ -117,13 +117,9 @@ def inspect(
 
         def judge(file: Path) -> _Seen:
             outcome = client.inspect(
-                line, file, part_id=_part_id(file), heatmap="none" if overlays is None else "overlay", policy=policy
+                line, file, part_id=_part_id(file), heatmap="none" if pictures is None else "overlay", policy=policy
             )
-            if overlays is None or outcome.answer is None:
-                return _Seen(outcome, None)
-            beside = overlays / os.path.relpath(_place_of(file.parent), root)
-            picture = beside / f"{outcome.verdict.value}_{file.name}.png"
-            return _Seen(outcome, _draw(client, outcome.answer.inspection_id, picture))
+            return _Seen(outcome, None if pictures is None else pictures.draw(client, file, outcome))
 
         for file, seen in zip(files, cameras.map(judge, files), strict=True):
             verdicts[seen.outcome.verdict] += 1
@@ -299,12 +295,24 @@ def _convert(frame: EncodedFrame, frame_format: FrameFormat) -> ClientFrame:
     )
 
 
-def _images(sources: Sequence[Path]) -> Iterator[Path]:
+def _images(sources: Sequence[Path], overlays: Path | None = None) -> Iterator[Path]:
+    """Yield the files of sources; of a folder its images, without the pictures that were drawn into a folder in it."""
     for source in sources:
         if source.is_dir():
-            yield from sorted(file for file in source.rglob("*") if file.suffix.lower() in MEDIA_TYPES)
+            drawn = None if overlays is None or _lies_in(source, overlays) else overlays
+            yield from sorted(
+                file
+                for file in source.rglob("*")
+                if file.suffix.lower() in MEDIA_TYPES
+                and not file.is_dir()
+                and not (drawn is not None and _lies_in(file, drawn))
+            )
         else:
             yield source
+
+
+def _lies_in(place: Path, folder: Path) -> bool:
+    return Path(_place_of(place)).is_relative_to(_place_of(folder))
 
 
 def _root_of(sources: Sequence[Path]) -> str:
@@ -324,17 +332,47 @@ class _Seen(NamedTuple):
     unpainted: Problem | None
 
 
-def _draw(client: Client, inspection_id: str, picture: Path) -> Problem | None:
-    """Write the overlay of an inspection; return why it could not be."""
-    try:
-        data = client.heatmap(inspection_id, "overlay")
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        picture.write_bytes(data)
-    except ClientFault as fault:
-        return fault.problem
-    except OSError as error:
-        return Problem("overlay_unwritable", f"{picture} can't be written: {error.strerror}.")
-    return None
+class _Pictures:
+    """The overlay of each file, named by its last verdict, in a folder that is laid out as the sources are.
+
+    Args:
+        folder: of the pictures.
+        root: under which every file has a path of its own.
+        files: that will be inspected; the command ends where one of them would be written over or taken away.
+    """
+
+    def __init__(self, folder: Path, root: str, files: Sequence[Path]) -> None:
+        self._folder = folder
+        self._root = root
+        inspected = {_place_of(file) for file in files}
+        for file in files:
+            for picture in self._places(file).values():
+                if _place_of(picture) in inspected:
+                    leave(f"{picture} is to be inspected, and would be taken for a picture; choose another folder.")
+
+    def draw(self, client: Client, file: Path, outcome: Outcome) -> Problem | None:
+        """Put the overlay of an inspection, if there was one, in the place of an older one; return why not."""
+        places = self._places(file)
+        picture = places[outcome.verdict]
+        try:
+            for older in places.values():
+                if older.is_file():
+                    older.unlink()
+            if outcome.answer is None:
+                return None
+            data = client.heatmap(outcome.answer.inspection_id, "overlay")
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            picture.write_bytes(data)
+        except ClientFault as fault:
+            return fault.problem
+        except OSError as error:
+            return Problem("overlay_unwritable", f"{error.filename or picture} can't be written: {error.strerror}.")
+        return None
+
+    def _places(self, file: Path) -> dict[Verdict, Path]:
+        """Return where the picture of a file may be; it keeps the file's suffix, since a.jpg and a.png are two."""
+        beside = self._folder / os.path.relpath(_place_of(file.parent), self._root)
+        return {verdict: beside / f"{verdict.value}_{file.name}.png" for verdict in Verdict}
 
 
 def _tell(file: Path, seen: _Seen, console: Console, *, as_json: bool) -> None:

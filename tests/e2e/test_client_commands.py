@@ -96,6 +96,53 @@ def test_inspect_when_an_overlay_is_missing_then_every_verdict_is_told_all_the_s
     assert [document.get("overlay_problem", {}).get("code") for document in documents] == ["overlay_unwritable", None]
 
 
+def test_inspect_when_a_part_is_judged_anew_then_the_picture_of_its_older_verdict_goes(url, frames, tmp_path):
+    """A folder of pictures never shows two verdicts of one file, nor one that holds no more; others' files stay."""
+    overlays = tmp_path / "overlays"
+    arguments = ("inspect", frames, "--line", "demo_line", "--url", url, "--overlays", overlays)
+    _flawline(*arguments)
+    for name in ("PASS_a_good.png", "PASS_a_good.png.png.bak", "OK_a_good.png.png", "PASS_other.png.png"):
+        (overlays / name).write_bytes(b"not ours")
+    others = {file.name for file in overlays.iterdir() if file.read_bytes() == b"not ours"}
+    (overlays / "REVIEW_a_good.png.png").mkdir()
+    (frames / "a_good.png").write_bytes(encode(make_frame(defect=True)))
+    (frames / "b_bad.png").write_bytes(b"no image")
+
+    told = _flawline(*arguments)
+
+    assert told.stdout.splitlines()[2] == "1 FAIL, 1 NO_VERDICT"
+    assert {file.name for file in overlays.iterdir()} == others | {"FAIL_a_good.png.png", "REVIEW_a_good.png.png"}
+
+
+def test_inspect_when_pictures_lie_among_the_frames_then_they_are_not_inspected(url, frames):
+    """The second run over a folder that holds its own overlays tells what the first did."""
+    arguments = ("inspect", frames, "--line", "demo_line", "--url", url, "--overlays", frames / "overlays")
+
+    first, second = (_flawline(*arguments).stdout.splitlines()[-1] for _ in range(2))
+
+    assert first == second == "1 PASS, 1 FAIL"
+
+
+def test_inspect_when_a_picture_would_be_written_over_a_frame_then_nothing_begins(url, frames):
+    """What is to be inspected is neither written over nor taken away."""
+    arguments = ("inspect", frames, "--line", "demo_line", "--url", url, "--overlays", frames)
+    _flawline(*arguments)
+    before = {file.name: file.read_bytes() for file in frames.iterdir()}
+
+    again = _flawline(*arguments)
+
+    assert again.exit_code == 2
+    assert "choose another folder" in again.output
+    assert {file.name: file.read_bytes() for file in frames.iterdir()} == before
+
+
+def test_inspect_when_a_folder_has_the_name_of_an_image_then_it_is_no_part(url, frames):
+    """Only files are parts."""
+    (frames / "c.png").mkdir()
+
+    assert _flawline("inspect", frames, "--line", "demo_line", "--url", url).stdout.splitlines()[2] == "1 PASS, 1 FAIL"
+
+
 def test_inspect_when_the_server_keeps_no_heatmap_any_more_then_every_verdict_is_told_all_the_same(store, frames):
     """A server that forgets heatmaps sooner than they are fetched costs pictures and no verdicts."""
     with serve_in_thread(Settings(store_directory=store, max_heatmaps_kept=0)) as http:
