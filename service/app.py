@@ -45,6 +45,7 @@ from service.versions import RegistryOptions
 
 _WATCH_EVERY_S = 1.0
 _RENEW_EVERY_S = 10.0
+_TRY_AGAIN_EVERY_S = 5.0
 
 _log = logging.getLogger("flawline")
 
@@ -251,11 +252,19 @@ def _open_with(settings: Settings) -> OpenEngine:
 
 
 def _load_and_look(context: Context, settings: Settings) -> None:
-    """Load what lies in the store, then look for what is new as often as wanted: the body of a thread."""
+    """Load what lies in the store, then look for what is new as often as wanted: the body of a thread.
+
+    Between two looks, what could not be loaded is tried again.
+    """
     context.registry.load()
-    while settings.store_poll_s and not context.lifecycle.stops_within(settings.store_poll_s):
+    looks_at = context.clock() + settings.store_poll_s
+    while not context.lifecycle.stops_within(min(settings.store_poll_s or _TRY_AGAIN_EVERY_S, _TRY_AGAIN_EVERY_S)):
         try:
-            context.registry.rescan()
+            if settings.store_poll_s and context.clock() >= looks_at:
+                looks_at = context.clock() + settings.store_poll_s
+                context.registry.rescan()
+            else:
+                context.registry.try_again()
         except FlawlineError:
             pass  # logged and counted where it happened; what is live still is
         except Exception:  # noqa: BLE001 - the edge of this thread: looking goes on

@@ -27,6 +27,7 @@
     └── OwnError                        our fault
         ├── EngineFailed                the runtime raised, or returned something unusable
         ├── BundleRefused               digest, schema, graph or golden set does not hold
+        │   └── BundleNotLoaded         nothing is said against it: the store or the machine did not let it be loaded
         └── CalibrationRefused          too few good parts for the wanted rate
 
 Each class has a stable `code`; each instance carries one sentence that says what to do. A sentence never repeats bytes
@@ -204,6 +205,10 @@ class BundleRefused(OwnError):
     """The bundle does not hold what its manifest promises."""
 
     code = "bundle_refused"
+
+
+class BundleNotLoaded(BundleRefused):
+    """Store or machine did not let the bundle be loaded now: nothing is said against it, and it may be later."""
 
 
 class CalibrationRefused(OwnError):

@@ -1,7 +1,8 @@
 """Gives memory back to the system that the process needed for a while, and tells the collector of cycles what stays.
 
 Loading a bundle reads all of its files, and the C library keeps what was freed for later; later does not come. The
-collector of cycles, too, is told that loading has ended, and that what is imported never leaves.
+collector of cycles, too, is told that loading has ended, and that what is imported never leaves. Where there was too
+little memory, that is told from other faults.
 """
 
 import ctypes
@@ -9,6 +10,16 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# Of the C++ library, the runtimes, CUDA, and the loader of shared libraries.
+_LACKS = (
+    "bad_alloc",
+    "bad allocation",
+    "failed to allocate memory",
+    "cannot allocate memory",
+    "out of memory",
+    "failed to map segment",
+)
 
 
 @contextmanager
@@ -27,6 +38,17 @@ def imports_stay() -> Iterator[None]:
             gc.freeze()
         if collects:
             gc.enable()
+
+
+def lacked_memory(error: BaseException) -> bool:
+    """Tell whether an error, or what it came from, was a lack of memory; runtimes say that in words alone."""
+    known: BaseException | None = error
+    while known is not None:
+        said = str(known).lower()
+        if isinstance(known, MemoryError) or any(words in said for words in _LACKS):
+            return True
+        known = known.__cause__
+    return False
 
 
 def give_back() -> None:

@@ -23,7 +23,7 @@ What changes anything blocks, one change after the other, and belongs into a thr
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from service.errors import (
@@ -45,7 +45,7 @@ from service.live import (
     VersionStatus,
 )
 from service.served import State
-from service.versions import History, LoadedVersions
+from service.versions import History, LoadedVersions, Refusal
 
 _TAKEN_OUT = "It was unloaded by an administrator; load it again."
 
@@ -134,14 +134,14 @@ class Registry(LoadedVersions):
     def is_ready(self) -> bool:
         """Whether at least one line is served, and none of those that should be is missing.
 
-        A line that was refused when it came to the store later is told of, and takes no other line down.
+        A line that made room for others is served: a frame brings it back, and while that takes its time. One that was
+        refused when it came to the store later is told of, and takes no other line down.
         """
-        states = {
-            status.state for status in self.statuses() if status.line not in self._late or status.live is not None
-        }
+        missed = [status for status in self.statuses() if status.line not in self._late or status.live is not None]
         # Not whether the store can be read now: what is loaded needs it no longer.
         is_whole = not self._is_loading and self._fault is None and self._has_scanned
-        return is_whole and "ready" in states and states <= {"ready", "unloaded"}
+        is_served = any(status.state == "ready" or self._waits(status) for status in missed)
+        return is_whole and is_served and {status.state for status in missed} <= {"ready", "unloaded", "loading"}
 
     # What changes something: in a thread.
 
@@ -177,6 +177,21 @@ class Registry(LoadedVersions):
             reasons = {key: reason for key, reason in refused.items() if reason is not None}
             seen = self._look_at_policies()
             return Rescanned(activated, reasons, tuple(seen.offered), tuple(seen.withdrawn), seen.refused)
+
+    def try_again(self) -> None:
+        """Load what store or machine kept from being loaded, where it is time; nothing else is looked for.
+
+        Neither a frame nor an administrator has to ask: a pod that is not ready gets no frames.
+        """
+        with self._changing:
+            if self._choices.why_unknown is not None:
+                return
+            if not self._has_scanned:
+                loaded = self._load_late() if self._ask_store() else {}
+            else:
+                loaded = self._load_each(self._overdue(name) for name in list(self._histories))
+            if loaded:
+                give_back()
 
     def activate(self, name: str, version: str) -> None:
         """Make a version live, after it was proved; newer ones no longer become live by themselves.
@@ -340,14 +355,16 @@ class Registry(LoadedVersions):
 
     def _load_new(self) -> dict[VersionKey, str | None]:
         """Load what has come since, and return each version with why it was refused, or None."""
-        loaded = {}
-        for name in self._catalogue.names():
-            if not self._can_be_looked_into(name):
-                continue
-            key = self._newer(name)
-            if key is not None and not self._taken_out.issuperset(self._catalogue.lines(*key)):
-                loaded[key] = self._load_or_refuse(key)
-        return loaded
+        readable = (name for name in self._catalogue.names() if self._can_be_looked_into(name))
+        return self._load_each(self._newer(name) or self._lost(name) for name in readable)
+
+    def _load_each(self, keys: Iterable[VersionKey | None]) -> dict[VersionKey, str | None]:
+        """Load versions but those whose lines are all taken out."""
+        return {
+            key: self._load_or_refuse(key)
+            for key in keys
+            if key is not None and not self._taken_out.issuperset(self._catalogue.lines(*key))
+        }
 
     def _can_be_looked_into(self, name: str) -> bool:
         """Tell whether new versions of a bundle would be found; what hides them is counted, and logged once."""
@@ -431,10 +448,34 @@ class Registry(LoadedVersions):
             return None
         if live is not None and not self._options.activates_newest:
             return None
-        refused = history.refusals.get(newest)
-        if refused is not None and not asks_again and refused[1] == self._catalogue.looks(name, newest):
+        key = VersionKey(name, newest)
+        return key if asks_again or self._may_be_tried(key) else None
+
+    def _lost(self, name: str) -> VersionKey | None:
+        """Return the version that was live, made room for others and could not come back, where it may be tried."""
+        history = self._history(name)
+        if not history.live or history.live[-1] not in history.refusals:
             return None
-        return VersionKey(name, newest)
+        key = VersionKey(name, history.live[-1])
+        return key if key not in self._state.loaded and self._may_be_tried(key) else None
+
+    def _may_be_tried(self, key: VersionKey) -> bool:
+        """Tell whether a version was not refused, or has changed since, or whether its fault may have passed."""
+        refusal = self._history(key.name).refusals.get(key.version)
+        return refusal is None or self._is_overdue(refusal) or refusal.looks != self._catalogue.looks(*key)
+
+    def _is_overdue(self, refusal: Refusal) -> bool:
+        return refusal.again_at <= self._clock()
+
+    def _overdue(self, name: str) -> VersionKey | None:
+        """Return the version of a bundle that should serve and does not, where its fault may have passed by now."""
+        history = self._history(name)
+        if history.live:
+            return self._lost(name)
+        due = {version for version, refusal in history.refusals.items() if self._is_overdue(refusal)}
+        stored = self._catalogue.readable_versions(name) if due else []
+        wanted = self._first(name, stored) if stored else ""
+        return VersionKey(name, wanted) if wanted in due else None
 
     def _first(self, name: str, stored: Sequence[str]) -> str:
         """Return the version to begin with: what an administrator chose, or the newest one that is not held back."""
@@ -503,7 +544,7 @@ class Registry(LoadedVersions):
     def _why_version(self, version: str, loaded: LoadedVersion | None, history: History) -> str | None:
         if loaded is not None:
             return loaded.bundle.batcher.why_unhealthy
-        return history.refusals[version][0] if version in history.refusals else None
+        return history.refusals[version].reason if version in history.refusals else None
 
     def _version_state(self, key: VersionKey, state: State, history: History) -> VersionState:
         if key in state.loaded:

@@ -178,20 +178,36 @@ class ServedLines(ABC):
         if status is None:
             return self._unknown()
         if status.state == "loading":
-            return LineLoading("The line is loading; try again in a moment.", retry_after_s=WHILE_LOADING_S)
+            wait_s = WHILE_LOADING_S if self._is_loading else self._load_takes_s(status.bundle)
+            return LineLoading("The line is loading; try again in a moment.", retry_after_s=wait_s)
         if status.state == "unloaded" and line not in self._taken_out:
-            if not is_wanted:
-                return LineNotReady(f"The line is not in memory. {status.reason}")
-            # Not waited for: nobody knows how long it takes, and a body would be held in memory all the while.
-            wait_s = self._ask_again(status.bundle)
-            return LineLoading("The line is loaded again; try again in a moment.", retry_after_s=wait_s)
-        if status.state == "unloaded":
-            return LineNotReady(f"The line is unloaded and the part has no verdict. {status.reason}")
-        return LineNotReady(f"The line is refused and the part has no verdict. {status.reason}")
+            return self._bring_back(status, is_wanted=is_wanted)
+        state = "unloaded" if status.state == "unloaded" else "refused"
+        return LineNotReady(f"The line is {state} and the part has no verdict. {status.reason}")
+
+    def _bring_back(self, status: LineStatus, *, is_wanted: bool) -> FlawlineError:
+        """Have a line loaded that made room for others, where somebody wants it, and say how long that may take."""
+        if not is_wanted:
+            return LineNotReady(f"The line is not in memory. {status.reason}")
+        pause_s = self._pause_s(status.bundle)
+        if pause_s > 0:
+            return LineNotReady(f"The part has no verdict. {status.reason}", retry_after_s=pause_s)
+        # Not waited for: nobody knows how long it takes, and a body would be held in memory all the while.
+        self._ask_again(status.bundle)
+        wait_s = self._load_takes_s(status.bundle)
+        return LineLoading("The line is loaded again; try again in a moment.", retry_after_s=wait_s)
 
     @abstractmethod
-    def _ask_again(self, name: str) -> float:
-        """Have a bundle loaded that was unloaded, and return how many seconds that may take."""
+    def _ask_again(self, name: str) -> None:
+        """Have a bundle loaded that was unloaded."""
+
+    @abstractmethod
+    def _pause_s(self, name: str) -> float:
+        """Return how many seconds to wait before a bundle is tried again that could not be loaded; 0 where none."""
+
+    @abstractmethod
+    def _load_takes_s(self, name: str) -> float:
+        """Return how many seconds it may take to load a bundle."""
 
     def _unknown(self) -> FlawlineError:
         if self._is_loading:

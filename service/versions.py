@@ -6,6 +6,7 @@ and the last of its frames is answered. Whoever calls anything here that changes
 """
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -18,9 +19,11 @@ from service.choices import Choices
 from service.contract.bundle import MODEL_FILE
 from service.contract.signature import Trust
 from service.errors import (
+    BundleNotLoaded,
     BundleRefused,
     FlawlineError,
 )
+from service.heap import lacked_memory
 from service.live import (
     LineState,
     LineStatus,
@@ -35,6 +38,10 @@ from service.stores.store import Store
 from service.telemetry import Telemetry
 
 _SHORTEST_RETRY_S = 1.0
+# Of a fault that may pass: each pause is twice the one before, up to this. What never was live is given up after so
+# many tries, a quarter of an hour, and waits until it changes.
+_LONGEST_PAUSE_S = 300.0
+_MOST_TRIES = 10
 _FEWER_LINES = "does not serve the line; activate a version that does, or take the line out of FLAWLINE_LINES."
 
 _log = logging.getLogger("flawline")
@@ -61,6 +68,24 @@ class RegistryOptions:
     state_directory: Path | None = None
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a version was not taken into use.
+
+    Attributes:
+        reason: in a sentence.
+        looks: of its files then, from outside.
+        tries: how often it was refused with these looks.
+        again_at: from when on it is tried again as it is, by the registry's clock, where store or machine may have been
+            at fault; infinite where it must change first.
+    """
+
+    reason: str
+    looks: object
+    tries: int
+    again_at: float
+
+
 @dataclass
 class History:
     """What happened to the versions of one bundle.
@@ -68,13 +93,13 @@ class History:
     Attributes:
         live: versions that were live, the present one last.
         held_back: versions that do not become live by themselves.
-        refusals: why versions were refused, and what they looked like then.
+        refusals: why versions are not in use that were tried.
         load_s: how long the last load took.
     """
 
     live: list[str] = field(default_factory=list)
     held_back: set[str] = field(default_factory=set)
-    refusals: dict[str, tuple[str, object]] = field(default_factory=dict)
+    refusals: dict[str, Refusal] = field(default_factory=dict)
     load_s: float = WHILE_LOADING_S
 
 
@@ -153,51 +178,96 @@ class LoadedVersions(ServedLines):
         try:
             self._go_live(self._load_beside(key))
         except FlawlineError as error:
-            reason = error.sentence
-        except Exception:  # noqa: BLE001 - the edge: one bundle's fault must not keep the others from loading
+            fault = error
+        except Exception as error:  # noqa: BLE001 - the edge: one bundle's fault must not keep the others from loading
             _log.exception("loading failed", extra=_named(key))
-            reason = "Loading failed in a way that nobody foresaw; the log says how."
+            self._telemetry.version_refused(key.name)
+            fault = _of_the_machine(error)
         else:
             return None
-        self._history(key.name).refusals[key.version] = (reason, looked)
-        not_served = tuple(line for line in self._catalogue.lines(*key) if line not in self._state.live)
+        self._remember_refusal(key, fault, looked)
+        self._tell_who_waits(key, fault)
+        return fault.sentence
+
+    def _remember_refusal(self, key: VersionKey, fault: FlawlineError, looks: object) -> None:
+        """Note why a version is not in use, and when it may be tried again: later and later."""
+        history = self._history(key.name)
+        before = history.refusals.get(key.version)
+        tries = before.tries + 1 if before is not None and before.looks == looks else 1
+        # What was live here was proved here, so that it comes back however long the fault takes to pass.
+        may_pass = _may_pass(fault) and (key.version in history.live or tries < _MOST_TRIES)
+        pause_s = min(_SHORTEST_RETRY_S * 2 ** min(tries - 1, _MOST_TRIES), _LONGEST_PAUSE_S)
+        again_at = self._clock() + pause_s if may_pass else math.inf
+        history.refusals[key.version] = Refusal(fault.sentence, looks, tries, again_at)
+
+    def _tell_who_waits(self, key: VersionKey, fault: FlawlineError) -> None:
+        """Say of the lines of a version that was refused how they stand."""
+        live, not_live = self._state.live, self._state.not_live
+        was_live = self._history(key.name).live[-1:] == [key.version]
+        # Its manifest may be what can't be read.
+        known = tuple(line for line, status in not_live.items() if status.bundle == key.name)
+        lines = known if was_live else self._catalogue.lines(*key)
+        not_served = tuple(line for line in lines if line not in live and line not in self._taken_out)
         if not self._is_loading:
-            self._late |= set(not_served) - self._state.not_live.keys() - (self._wanted or frozenset())
-        self._note(key.name, not_served, "refused", f"Version {key.version}: {reason}")
-        return reason
+            self._late |= set(not_served) - not_live.keys() - (self._wanted or frozenset())
+        if was_live and _may_pass(fault):
+            reason = f"The line made room for others and could not come back; it is tried again. {fault.sentence}"
+            self._note(key.name, not_served, "unloaded", reason)
+            return
+        # A version that waits for a frame is not undone by one that was never live.
+        waiting = {line for line, status in not_live.items() if status.state == "unloaded"}
+        refused = not_served if was_live else tuple(line for line in not_served if line not in waiting)
+        self._note(key.name, refused, "refused", f"Version {key.version}: {fault.sentence}")
+
+    def _waits(self, status: LineStatus) -> bool:
+        """Tell whether a line is not in memory and would come back with its next frame, or is on its way."""
+        return (
+            status.state in ("unloaded", "loading")
+            and status.line not in self._taken_out
+            and self._pause_s(status.bundle) == 0
+        )
 
     def _loaded_or_load(self, key: VersionKey) -> LoadedVersion:
         loaded = self._state.loaded.get(key)
         if loaded is not None and loaded.bundle.batcher.is_healthy:
             self._loader.prove_again(loaded)
             return loaded
+        looked = self._catalogue.looks(*key)
         try:
             return self._load_beside(key)
         except FlawlineError as error:
-            self._history(key.name).refusals[key.version] = (
-                error.sentence,
-                self._catalogue.looks(*key),
-            )
+            self._remember_refusal(key, error, looked)
             raise
 
     def _load_beside(self, key: VersionKey) -> LoadedVersion:
-        """Load a version, beside whatever is live."""
+        """Load a version, beside whatever is live.
+
+        Raises:
+            BundleRefused: if it does not hold, or store or machine do not let it be loaded.
+            EngineFailed: if the device does not take it.
+        """
         started_at = self._clock()
         self._loading_now = key
         self._telemetry.declare_engine(key.name)
         try:
-            self._make_room_for(key)
-            loaded = self._loader.load(key.name, key.version, lambda lines: self._claim(key.name, lines))
+            # Nobody makes room for what can't even be read.
+            loaded = self._loader.load(key.name, key.version, lambda lines: self._claim_and_make_room(key, lines))
             try:
                 self._refuse_too_large(loaded)
             except BundleRefused:
                 loaded.bundle.batcher.close()
                 loaded.bundle.engine.close()
                 raise
-        except FlawlineError as error:
+        except Exception as error:  # whatever it is, it is counted, and whoever asked hears a sentence
+            fault = error if isinstance(error, FlawlineError) else _of_the_machine(error)
+            if lacked_memory(error):  # which some runtimes tell as a graph that they can't load
+                fault = _of_the_machine(error)
             self._telemetry.version_refused(key.name)
-            _log.error("bundle refused", extra={**_named(key), "reason": error.sentence})
-            raise
+            trace = None if fault is error else error
+            _log.error("bundle refused", extra={**_named(key), "reason": fault.sentence}, exc_info=trace)
+            if fault is error:
+                raise
+            raise fault from error
         finally:
             self._loading_now = None
         history = self._history(key.name)
@@ -213,6 +283,16 @@ class LoadedVersions(ServedLines):
         self._state = replace(self._state, loaded={**self._state.loaded, key: loaded})
         self._telemetry.engine_runs(*_running(loaded))
         return loaded
+
+    def _claim_and_make_room(self, key: VersionKey, lines: tuple[str, ...]) -> tuple[str, ...]:
+        """Return which lines a bundle may serve here, and make room for it.
+
+        Raises:
+            BundleRefused: if another bundle serves one of them.
+        """
+        wanted = self._claim(key.name, lines)
+        self._make_room_for(key)
+        return wanted
 
     def _claim(self, name: str, lines: tuple[str, ...]) -> tuple[str, ...]:
         """Return which lines a bundle may serve here.
@@ -398,14 +478,14 @@ class LoadedVersions(ServedLines):
         """Unload what has to make room for an engine whose size is known by now.
 
         Raises:
-            BundleRefused: if there can't be room.
+            BundleNotLoaded: if there can't be room.
         """
         if self._options.budget_bytes is None:
             return
         size = loaded.bundle.engine.size_bytes
         leaving = make_room(self._residents(loaded.key.name), self._options.budget_bytes, size)
         if leaving is None:
-            raise BundleRefused(
+            raise BundleNotLoaded(
                 f"Its engine takes {size} bytes, and the memory budget has no room for it beside what must stay; raise "
                 "FLAWLINE_MEMORY_BUDGET_BYTES, or pin fewer lines."
             )
@@ -445,15 +525,30 @@ class LoadedVersions(ServedLines):
         try:
             with self._changing:
                 live = self._history(name).live
-                if live and VersionKey(name, live[-1]) not in self._state.loaded:
+                if live and VersionKey(name, live[-1]) not in self._state.loaded and self._pause_s(name) == 0:
+                    there = [status for status in self._state.not_live.values() if status.bundle == name]
+                    lines = tuple(status.line for status in there if self._waits(status))
+                    self._note(name, lines, "loading", "The line is loaded again; try again in a moment.")
                     self._load_or_refuse(VersionKey(name, live[-1]))
         finally:
             self._asked_again.discard(name)
 
-    def _ask_again(self, name: str) -> float:
-        if name not in self._asked_again:
-            self._asked_again.add(name)
+    def _ask_again(self, name: str) -> None:
+        if name in self._asked_again:
+            return
+        self._asked_again.add(name)
+        try:
             threading.Thread(target=self._load_again, args=(name,), name="flawline-load", daemon=True).start()
+        except RuntimeError:  # the machine has no thread left now; the next frame asks again
+            self._asked_again.discard(name)
+            _log.exception("a line can't be loaded again", extra={"bundle": name})
+
+    def _pause_s(self, name: str) -> float:
+        history = self._history(name)
+        refusal = history.refusals.get(history.live[-1]) if history.live else None
+        return 0.0 if refusal is None else max(0.0, refusal.again_at - self._clock())
+
+    def _load_takes_s(self, name: str) -> float:
         return self._history(name).load_s
 
     def _history(self, name: str) -> History:
@@ -483,6 +578,21 @@ def _without_its_policy(live: LiveLine) -> LineStatus:
     )
     _log.error("line refused", extra={"line": live.name, "reason": reason})
     return LineStatus(live.name, live.key.name, "refused", reason, None)
+
+
+def _may_pass(fault: FlawlineError) -> bool:
+    """Tell whether store or machine may be at fault, rather than the bundle."""
+    return isinstance(fault, BundleNotLoaded) or not isinstance(fault, BundleRefused)
+
+
+def _of_the_machine(error: Exception) -> FlawlineError:
+    """Say what kept a bundle from being loaded, where nothing is known against it."""
+    if lacked_memory(error):
+        return BundleNotLoaded(
+            "The machine has too little memory to load it; give the process more, lower FLAWLINE_MEMORY_BUDGET_BYTES, "
+            "or serve fewer lines here."
+        )
+    return BundleNotLoaded("Loading failed in a way that nobody foresaw; the log says how.")
 
 
 def _running(version: LoadedVersion) -> tuple[str, str, str, str, str]:

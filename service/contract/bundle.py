@@ -26,7 +26,7 @@ from service.contract.geometry import InputSpec
 from service.contract.graph import verify_graph
 from service.contract.policy import Policy, PolicyFile, ScoreRule
 from service.contract.signature import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, Trust, refuse_unsigned
-from service.errors import BundleRefused
+from service.errors import BundleNotLoaded, BundleRefused
 
 SCHEMA_VERSION: Literal[2] = 2
 MANIFEST_FILE = "manifest.json"
@@ -432,9 +432,15 @@ def _read(path: Path, relative: str) -> bytes:
         if not file.resolve().is_relative_to(path.resolve()):
             raise BundleRefused(f"{relative} lies outside of the bundle.")
         if not file.is_file():  # a pipe would be read for ever
-            raise BundleRefused(f"{relative} is no plain file in the bundle {path.parent.name}/{path.name}.")
+            # Of a store that is away everything is missing.
+            kind = BundleRefused if file.exists() else BundleNotLoaded
+            raise kind(f"{relative} is no plain file in the bundle {path.parent.name}/{path.name}.")
         return file.read_bytes()
-    except (OSError, RuntimeError, ValueError) as error:  # unreadable, a ring of links, a name that can't be
+    except OSError as error:
+        raise BundleNotLoaded(
+            f"{relative!r} can't be read in the bundle {path.parent.name}/{path.name}: {error.strerror}."
+        ) from error
+    except (RuntimeError, ValueError) as error:  # a ring of links, a name that can't be
         raise BundleRefused(f"{relative!r} can't be read in the bundle {path.parent.name}/{path.name}.") from error
 
 

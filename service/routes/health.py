@@ -1,7 +1,8 @@
 """Alive and ready are different questions, and a scraper asks a third.
 
-Live: the event loop answers; a full queue never fails it. Ready: lines are loaded, their golden frames came out right,
-their engines are healthy and the service is not draining.
+Live: the event loop answers; a full queue never fails it. Ready: lines are loaded, or wait for their next frame after
+they made room for others, their golden frames came out right, their engines are healthy and the service is not
+draining. Whether the store can be read is no part of it, once everything was loaded.
 
 Where callers must show a certificate, an orchestrator's probes have none to show. They then ask the health port, which
 speaks plain HTTP and says alive and ready in a word: no line, no reason, no metric.

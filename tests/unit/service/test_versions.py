@@ -1,6 +1,7 @@
 """Promises of versions: a new one is proved beside the old one, swapped at once, and stepped back from at once."""
 
 import asyncio
+import os
 import time
 
 import numpy as np
@@ -40,12 +41,14 @@ class Shelf:
         self.engines = []
         self.sizes = {}
         self.registry = None
+        self.now = None  # the real time
+        self.before_open = lambda _bundle: None
 
     def load(self, wanted=None, **options):
         """Load what lies there."""
         store = DirectoryStore(self.path)
         kept = RegistryOptions(**options)
-        self.registry = Registry(store, wanted, self._open, OPTIONS, self.telemetry, time.monotonic, kept)
+        self.registry = Registry(store, wanted, self._open, OPTIONS, self.telemetry, self._clock, kept)
         self.registry.load()
         return self.registry
 
@@ -79,7 +82,25 @@ class Shelf:
         """Return the text that a scraper reads."""
         return self.telemetry.exposition()[0].decode()
 
+    def line_states(self):
+        """Return how the lines stand."""
+        return {status.line: status.state for status in self.registry.statuses()}
+
+    def want(self, line):
+        """Bring a frame for a line that is not in memory, and wait until it was tried to load it."""
+        with pytest.raises(LineNotReady) as refused:
+            self.registry.serving(line, None)
+        wait_until(lambda: line not in self.registry._asked_again, "the load")  # of a bundle of this name
+        return refused.value
+
+    def _clock(self):
+        if self.now is None:
+            return time.monotonic()
+        self.now += 1e-6  # so that of two the later one can be told
+        return self.now
+
     def _open(self, bundle):
+        self.before_open(bundle)
         engine = Watched(bundle, self.sizes.get(bundle.manifest.name, 0))
         self.engines.append(engine)
         return engine
@@ -489,6 +510,166 @@ def test_memory_when_a_line_comes_back_then_the_policy_that_was_chosen_for_it_st
 
     assert registry.find("demo_line", None, None).policy.policy.version == "strict"
     registry.close()
+
+
+@pytest.fixture
+def crowded(tmp_path):
+    """Return a loaded shelf with two lines and memory for one: `plate` is served, `cap` made room for it."""
+    shelf = Shelf(tmp_path / "store")
+    shelf.now = 1000.0
+    for name in ("cap", "plate"):
+        shelf.sizes[name] = (shelf.add("1", name) / "model.onnx").stat().st_size
+    shelf.load(budget_bytes=3 * shelf.sizes["cap"] // 2)
+    assert shelf.line_states() == {"cap": "unloaded", "plate": "ready"}
+    yield shelf
+    shelf.registry.close()
+
+
+def test_memory_when_a_line_is_swapped_in_then_the_pod_stays_ready_and_the_line_is_loading(crowded):
+    """An ordinary swap is no fault: what waits for a frame, or is on its way, is served."""
+    seen = []
+    crowded.before_open = lambda _bundle: seen.append((crowded.registry.is_ready, crowded.line_states()))
+
+    crowded.want("cap")
+
+    assert seen == [(True, {"cap": "loading", "plate": "unloaded"})]
+    assert crowded.line_states() == {"cap": "ready", "plate": "unloaded"}
+
+
+def _hide_maps(shelf):
+    maps = shelf.path / "cap" / "1" / "golden" / "maps.npz"
+    hidden = maps.rename(shelf.path / "hidden")
+    return lambda: hidden.rename(maps)
+
+
+def _hide_store(shelf):
+    away = shelf.path.rename(shelf.path.with_name("away"))
+    return lambda: away.rename(shelf.path)
+
+
+@pytest.mark.parametrize("hide", [_hide_maps, _hide_store])
+@pytest.mark.parametrize("by", ["try_again", "rescan", "frame"])
+def test_memory_when_a_line_can_not_be_read_on_its_way_back_then_nothing_makes_room_and_it_comes_back_later(
+    crowded, hide, by
+):
+    """Two seconds without the store take no line down for good, and the line in memory not at all."""
+    registry, bring_back = crowded.registry, hide(crowded)
+
+    first = crowded.want("cap")
+    during = (crowded.line_states(), registry.is_ready, crowded.serving("plate"))
+    second = crowded.want("cap")
+    bring_back()
+    crowded.now += 1
+    if by == "frame":
+        crowded.want("cap")
+    else:
+        getattr(registry, by)()
+
+    assert isinstance(first, LineLoading)
+    assert during == ({"cap": "unloaded", "plate": "ready"}, True, "1")
+    assert not isinstance(second, LineLoading)
+    assert 0 < second.retry_after_s <= 1
+    assert "could not come back" in second.sentence
+    assert 'flawline_versions_refused_total{engine="cap"} 1.0' in crowded.metrics()
+    assert (crowded.serving("cap"), registry.is_ready) == ("1", True)
+
+
+def test_memory_when_no_engine_can_be_opened_then_the_pod_is_not_ready_until_one_can_and_no_frame_is_needed(crowded):
+    """A pod that could not answer any line gets no frames, so that it has to try by itself; later and later."""
+
+    def fail(_bundle):
+        raise MemoryError
+
+    crowded.before_open = fail
+    crowded.want("cap")
+    one_failed = (crowded.line_states(), crowded.registry.is_ready)
+    crowded.want("plate")
+    tries = len(crowded.engines)
+    for _ in range(40):
+        crowded.now += 300
+        crowded.registry.try_again()
+    all_failed = (crowded.line_states(), crowded.registry.is_ready)
+    crowded.before_open = lambda _bundle: None
+    crowded.now += 300
+    crowded.registry.try_again()
+
+    assert one_failed == ({"cap": "unloaded", "plate": "unloaded"}, True)  # `plate` waits for its next frame
+    assert all_failed == ({"cap": "unloaded", "plate": "unloaded"}, False)
+    assert len(crowded.engines) > tries
+    assert crowded.registry.is_ready
+
+
+def test_memory_when_a_waiting_line_gets_a_newer_version_that_is_refused_then_it_comes_back_as_it_was(crowded):
+    """A version that does not hold changes nothing, whether the one before it is in memory or waits for a frame."""
+    crowded.add_broken("2", "cap")
+
+    found = crowded.registry.rescan()
+
+    assert tuple(found.refused) == (("cap", "2"),)
+    assert (crowded.line_states()["cap"], crowded.registry.is_ready) == ("unloaded", True)
+    crowded.want("cap")
+    assert crowded.serving("cap") == "1"
+
+
+def test_memory_when_a_line_does_not_hold_on_its_way_back_then_it_is_refused_until_it_changes(crowded):
+    """What is wrong with the bundle itself is no fault that passes: the pod says that it misses the line."""
+    model = crowded.path / "cap" / "1" / "model.onnx"
+    held = model.read_bytes()
+    model.write_bytes(make_graph(reference=0.5))
+    crowded.want("cap")
+    refused = (crowded.line_states(), crowded.registry.is_ready)
+    crowded.now += 1e6
+    crowded.registry.try_again()
+    crowded.registry.rescan()
+    tried = crowded.metrics()
+    model.write_bytes(held)
+    crowded.registry.try_again()
+
+    assert refused == ({"cap": "refused", "plate": "ready"}, False)
+    assert 'flawline_versions_refused_total{engine="cap"} 1.0' in tried
+    assert (crowded.serving("cap"), crowded.registry.is_ready) == ("1", True)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "too little memory"),
+        (BundleRefused("The runtime can't load model.onnx."), "too little memory"),
+        (RuntimeError("can't start new thread"), "in a way that nobody foresaw"),
+    ],
+    ids=["python", "runtime", "unforeseen"],
+)
+def test_load_when_the_machine_is_at_fault_then_it_is_said_and_counted_and_tried_again_with_an_end(
+    shelf, error, reason
+):
+    """Nothing is said against the bundle, and nobody has to touch it; but a machine that never can is left alone."""
+    tries = []
+
+    def fail(bundle):
+        tries.append(bundle)
+        raise error from RuntimeError("std::bad_alloc") if isinstance(error, BundleRefused) else None
+
+    shelf.before_open, shelf.now = fail, 1000.0
+    registry = shelf.load()
+    said = registry.status("demo_line").reason
+    registry.try_again()  # too early
+    at_first = len(tries)
+    for _ in range(20):
+        shelf.now += 300
+        registry.try_again()
+        registry.rescan()
+    given_up = len(tries)
+    shelf.before_open = lambda _bundle: None
+    registry.rescan()
+    left_alone = registry.is_ready
+    os.utime(shelf.path / "demo_line" / "1" / "model.onnx")
+    registry.rescan()
+
+    assert reason in said
+    assert "export" not in said
+    assert (at_first, given_up) == (1, 10)
+    assert 'flawline_versions_refused_total{engine="demo_line"} 10.0' in shelf.metrics()
+    assert (left_alone, registry.is_ready) == (False, True)
 
 
 def test_memory_when_lines_are_pinned_then_they_stay_and_what_does_not_fit_is_refused(tmp_path):
