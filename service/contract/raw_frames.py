@@ -10,8 +10,9 @@ As the Pixel Format Naming Convention has it (EMVA, version 2.4):
 
 Of deep pixels the upper eight bits are kept, which is the rule of `frames.py` for 16-bit files too. `Mono16` says of a
 value no more than such a file does, so it is read as one: by the bits that frames of the line have (`bit_depth`), and a
-value with more is refused. A format that names more bits than these is not of that camera, and refused as well. Grey frames and
-those that need no change are views of the bytes that arrived, so nothing is copied before the resize.
+value with more is refused. A format that names more bits than these is not of that camera, and refused as well.
+
+Grey frames and those that need no change are views of the bytes that arrived, so nothing is copied before the resize.
 """
 
 from typing import Literal, get_args
