@@ -28,8 +28,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from service.contract.geometry import InputSpec, NetworkInput
-from service.contract.jpeg import decode_clean
+from service.contract.jpeg import PixelsMadeUp, decode_clean, demand_whole
 from service.contract.jpeg_restarts import restarts_fit
+from service.contract.jpeg_segments import has_all_scans, is_progressive
+from service.contract.second_image import another_follows
+from service.contract.tiff_layout import JPEG, TiffPage
 from service.errors import FrameTooLarge, MediaTypeNotAllowed, UnreadableFrame
 
 FORMAT_OF_MEDIA_TYPE = {
@@ -68,6 +71,9 @@ _CODEC_ERRORS = (
 )
 
 _TIFF_BITS_PER_SAMPLE = 258
+# Of which the codec says what is missing, or we find out: none, LZW, JPEG, Deflate by both of its numbers, PackBits,
+# LZMA and Zstandard. Fax and JPEG's old style are drawn on with whatever fits.
+_TIFF_COMPRESSIONS = frozenset({1, 5, 7, 8, 32773, 32946, 34925, 50000})
 _PNG_DEPTH_AT = 24
 _PNG_CHUNKS_AT = 8
 # Adam7's passes as (first column, first row, column step, row step); ISO/IEC 15948, section 8.2.
@@ -135,7 +141,7 @@ def read_header(data: bytes, limits: FrameLimits) -> ImageHeader:
         UnreadableFrame: if it is no image, empty, animated or of a pixel layout that is not accepted.
     """
     with _open(data, limits) as image:
-        return _header_of(image)
+        return _header_of(image, data)
 
 
 def read_frame(data: bytes, limits: FrameLimits, spec: NetworkInput) -> Frame:
@@ -166,8 +172,10 @@ def decode_image(
         UnreadableFrame: if it can't be decoded completely, or a value has more bits than `bit_depth`.
     """
     with _open(data, limits) as image:
-        header = _header_of(image)
+        header = _header_of(image, data)
         try:
+            if header.format == "TIFF":
+                _demand_whole_pieces(TiffPage(data))
             decoded = _decode_jpeg(data, image, header, target) if header.format == "JPEG" else None
             if decoded is None:
                 decoded = _decode(image)
@@ -331,17 +339,22 @@ def _damaged(header: ImageHeader) -> UnreadableFrame:
     )
 
 
-def _header_of(image: ImageFile.ImageFile) -> ImageHeader:
+def _header_of(image: ImageFile.ImageFile, data: bytes) -> ImageHeader:
     if image.width == 0 or image.height == 0:
         raise UnreadableFrame("The image has no pixels.")
     try:
-        several = _holds_several(image)
+        several = _holds_several(image) or another_follows(data, str(image.format))
     except _CODEC_ERRORS as error:
         raise UnreadableFrame("The image is damaged or truncated; send the complete file.") from error
     if several:
         raise UnreadableFrame("The file holds several images; send exactly one frame a request.")
     if image.mode not in _EIGHT_BIT_MODES | _SIXTEEN_BIT_MODES or "transparency" in image.info:
         raise UnreadableFrame("The pixel layout is not accepted; send grey or RGB, 8 or 16 bits, without alpha.")
+    if image.format == "TIFF" and TiffPage(data).compression not in _TIFF_COMPRESSIONS:
+        raise UnreadableFrame(
+            "Lost data can't be noticed in this kind of TIFF; send one without compression, or with LZW, Deflate, "
+            "Zstandard, LZMA, PackBits or JPEG."
+        )
     return ImageHeader(str(image.format), image.height, image.width, image.mode)
 
 
@@ -358,8 +371,27 @@ def _decode_jpeg(
     """Choose the scale, and decode a file in which nothing is amiss; None where `image` is to be looked at closely."""
     if target is not None:
         image.draft(None, (target[1], target[0]))
+    if not has_all_scans(data):
+        raise PixelsMadeUp("A scan is missing.")
     size, wanted = (header.height, header.width), (image.height, image.width)
-    return decode_clean(data, size, wanted, is_grey=image.mode == "L")
+    pixels = decode_clean(data, size, wanted, is_grey=image.mode == "L")
+    if pixels is None and is_progressive(data):  # nobody else tells what is missing of one
+        raise PixelsMadeUp("It can't be read strictly.")
+    return pixels
+
+
+def _demand_whole_pieces(page: TiffPage) -> None:
+    """Refuse a TIFF of which pieces are not listed, or are JPEGs that its codec draws to the end without their data."""
+    if not page.lists_all:
+        raise PixelsMadeUp("A piece is missing.")
+    if page.compression != JPEG:
+        return
+    for piece in page.pieces():
+        # The tables come without pixels, as a JPEG of their own.
+        whole = page.jpeg_tables[:-2] + piece.data[2:] if page.jpeg_tables else piece.data
+        demand_whole(whole, piece.height, piece.full_height, piece.width)
+        if not has_all_scans(whole):
+            raise PixelsMadeUp("A scan is missing.")
 
 
 def _to_eight_bits(pixels: NDArray[Any], data: bytes, header: ImageHeader, bit_depth: int) -> NDArray[np.uint8]:

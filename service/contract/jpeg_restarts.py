@@ -7,15 +7,13 @@ head.
 (ITU-T T.81, sections B.1 and E.1.4.)
 """
 
-import re
 import struct
-from collections.abc import Iterator
 
-_START_OF_SCAN, _END, _FIRST_RESTART, _RESTART_INTERVAL = 0xDA, 0xD9, 0xD0, 0xDD
+from service.contract.jpeg_segments import END, FRAMES, MARKER, START_OF_SCAN, segments
+
+_FIRST_RESTART, _RESTART_INTERVAL = 0xD0, 0xDD
 _SEQUENTIAL = frozenset({0xC0, 0xC1})
-_FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC9, 0xCA, 0xCB})
 _BLOCK = 8
-_MARKER = re.compile(rb"\xff+([^\x00\xff])")
 
 
 def restarts_fit(data: bytes, *, closely: bool) -> bool:
@@ -26,37 +24,24 @@ def restarts_fit(data: bytes, *, closely: bool) -> bool:
         closely: whether to look for markers in a file that says it was written without, which takes longer.
     """
     interval, frame, kind = 0, b"", 0
-    for marker, start, end in _segments(data):
+    for marker, start, end in segments(data):
         if marker == _RESTART_INTERVAL and end - start >= 2:
             (interval,) = struct.unpack_from(">H", data, start)
-        elif marker in _FRAMES:
+        elif marker in FRAMES:
             frame, kind = data[start:end], marker
-        elif marker == _START_OF_SCAN:
+        elif marker == START_OF_SCAN:
             if interval == 0 and not closely:
                 return True
-            found = [int(match.group(1)[0]) - _FIRST_RESTART for match in _MARKER.finditer(data, end)]
+            found = [int(match.group(1)[0]) - _FIRST_RESTART for match in MARKER.finditer(data, end)]
             if kind in _SEQUENTIAL and end > start and data[start] == _components(frame):
                 return _fit_one_scan(found, -(-_units(frame) // interval) - 1 if interval else 0)
             return _are_in_order(found, interval)
     return False
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield marker, start and end of each segment before the first scan's data, that scan's own head included."""
-    at = 2
-    while (match := _MARKER.search(data, at)) is not None and match.end() + 2 <= len(data):
-        start = match.end() + 2
-        (length,) = struct.unpack_from(">H", data, match.end())
-        end = match.end() + max(2, length)
-        yield match.group(1)[0], start, end
-        if match.group(1)[0] == _START_OF_SCAN:
-            return
-        at = end
-
-
 def _fit_one_scan(found: list[int], wanted: int) -> bool:
     restarts = found[:wanted]
-    ends = found[wanted : wanted + 1] == [_END - _FIRST_RESTART]
+    ends = found[wanted : wanted + 1] == [END - _FIRST_RESTART]
     return ends and restarts == [index % 8 for index in range(wanted)]
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from service.contract import frames
 from service.contract.frames import FrameLimits, decode_image, decode_mask, fit_to_input, read_header
 from service.contract.geometry import Tiling
+from service.contract.jpeg_segments import START_OF_SCAN, segments
 from service.errors import CallerError, FrameTooLarge, MediaTypeNotAllowed, UnreadableFrame
 from tests.factories import encode, make_frame, make_input
 from tests.strategies import images
@@ -135,14 +136,156 @@ def test_decoding_when_a_jpeg_is_cut_at_reduced_scale_is_refused(target, progres
             decode_image(data[:length], LIMITS, target)
 
 
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.8, 0.95])
 @pytest.mark.parametrize("target", [None, (32, 40)], ids=["full", "scaled"])
-def test_decoding_when_a_cut_jpeg_got_an_end_marker_is_refused(share, target):
-    """A gateway that closes a half-received JPEG properly does not turn the missing part into grey pixels."""
-    data = encode(make_frame(128, 160, seed=4), "JPEG")
+@pytest.mark.parametrize("progressive", [False, True], ids=["baseline", "progressive"])
+def test_decoding_when_a_cut_jpeg_got_an_end_marker_is_refused(progressive, target):
+    """A gateway that closes a half-received JPEG properly does not turn the missing part into grey or coarse pixels."""
+    data = encode(make_frame(128, 160, seed=4), "JPEG", progressive=progressive)
+
+    for length in range(700, len(data) - 2, 13):
+        with pytest.raises(UnreadableFrame, match="damaged or truncated"):
+            decode_image(data[:length] + b"\xff\xd9", LIMITS, target)
+
+
+@pytest.mark.parametrize("target", [None, (32, 40)], ids=["full", "scaled"])
+def test_decoding_when_a_progressive_jpeg_lost_a_whole_scan_is_refused(target):
+    """What a scan would have made finer is not left coarse, though every scan that is there is sound."""
+    data = encode(make_frame(128, 160, seed=4), "JPEG", progressive=True)
+    scans = [start - 4 for marker, start, _ in segments(data) if marker == START_OF_SCAN]
+    assert len(scans) > 5
+
+    for begin, end in zip(scans, [*scans[1:], len(data) - 2], strict=True):
+        with pytest.raises(UnreadableFrame, match="damaged or truncated"):
+            decode_image(data[:begin] + data[end:], LIMITS, target)
+
+
+@pytest.mark.parametrize("damage", ["lost", "zeroed"])
+def test_decoding_when_libjpeg_complains_of_a_progressive_jpeg_is_refused(damage):
+    """Bytes that are gone from the first half, where later scans refine what they made, cost the frame its verdict."""
+    data = encode(make_frame(128, 160, seed=4), "JPEG", progressive=True)
+    at = len(data) // 4
+    middle = b"" if damage == "lost" else bytes(400)
 
     with pytest.raises(UnreadableFrame, match="damaged or truncated"):
-        decode_image(data[: int(len(data) * share)] + b"\xff\xd9", LIMITS, target)
+        decode_image(data[:at] + middle + data[at + 400 :], LIMITS)
+
+
+def tiff(strips, compression, height, width, rows, *, counts=None):
+    """Write a grey TIFF of 8 bits by hand, also one that no encoder would write."""
+    counts = [len(strip) for strip in strips] if counts is None else counts
+    begin = 8 + 2 + 12 * 9 + 4 + 8 * len(strips)
+    offsets = [begin + sum(map(len, strips[:index])) for index in range(len(strips))]
+    lists = struct.pack(f"<{2 * len(strips)}I", *offsets, *counts)
+    where = begin - len(lists)
+    alone = len(strips) == 1
+    fields = [(256, 1, width), (257, 1, height), (258, 1, 8), (259, 1, compression), (262, 1, 1)]
+    fields += [(273, len(strips), offsets[0] if alone else where), (277, 1, 1), (278, 1, rows)]
+    fields += [(279, len(strips), counts[0] if alone else where + 4 * len(strips))]
+    directory = b"".join(struct.pack("<HHII", tag, 4, count, value) for tag, count, value in fields)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", 9) + directory + bytes(4) + lists + b"".join(strips)
+
+
+@pytest.mark.parametrize("rows", [64, 24, 16], ids=["one strip", "a shorter last strip", "even strips"])
+def test_decoding_when_a_tiff_holds_whole_jpegs_returns_their_pixels(rows):
+    """The look for missing data refuses no sound TIFF."""
+    pixels = make_frame(64, 80, seed=4)[:, :, 0]
+    strips = [encode(pixels[top : top + rows], "JPEG", quality=95) for top in range(0, 64, rows)]
+
+    frame = decode_image(tiff(strips, 7, 64, 80, rows), LIMITS)
+
+    expected = np.concatenate([decode_image(strip, LIMITS).pixels for strip in strips])
+    np.testing.assert_array_equal(frame.pixels, expected)
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut and closed", "counted short", "zeroed", "progressive, a scan lost"])
+@pytest.mark.parametrize("strip", [0, 2])
+def test_decoding_when_a_jpeg_inside_a_tiff_lost_data_is_refused(strip, damage):
+    """The codec draws such strips to the end in grey, whatever is missing."""
+    pixels = make_frame(96, 160, seed=4)[:, :, 0]
+    strips = [encode(pixels[top : top + 32], "JPEG", progressive="scan" in damage) for top in (0, 32, 64)]
+    counts = [len(one) for one in strips]
+    whole = strips[strip]
+    half = len(whole) * 2 // 3
+    last_scan = max(start for marker, start, _ in segments(whole) if marker == START_OF_SCAN) - 4
+    strips[strip] = {
+        "cut": whole[:half],
+        "cut and closed": whole[:half] + b"\xff\xd9",
+        "counted short": whole,
+        "zeroed": whole[:half] + bytes(len(whole) - half - 2) + b"\xff\xd9",
+        "progressive, a scan lost": whole[:last_scan] + b"\xff\xd9",
+    }[damage]
+    counts[strip] = half if damage == "counted short" else len(strips[strip])
+
+    with pytest.raises(UnreadableFrame, match="damaged or truncated"):
+        decode_image(tiff(strips, 7, 96, 160, 32, counts=counts), LIMITS)
+
+
+@pytest.mark.parametrize("compression", [1, 8], ids=["none", "deflate"])
+def test_decoding_when_a_tiff_does_not_list_all_strips_is_refused(compression):
+    """Rows that no strip holds are not left black."""
+    pixels = make_frame(64, 80, seed=4)[:, :, 0]
+    rows = [pixels[top : top + 16].tobytes() for top in range(0, 64, 16)]
+    strips = [zlib.compress(row) if compression == 8 else row for row in rows]
+    whole = decode_image(tiff(strips, compression, 64, 80, 16), LIMITS)
+
+    np.testing.assert_array_equal(whole.pixels[:, :, 0], pixels)
+    with pytest.raises(UnreadableFrame, match="damaged or truncated"):
+        decode_image(tiff(strips[:2], compression, 64, 80, 16), LIMITS)
+
+
+@pytest.mark.parametrize("compression", ["group3", "group4", "tiff_ccitt"])
+def test_decoding_when_a_tiff_is_a_fax_is_refused(compression):
+    """Its codec draws what is missing in white and says nothing, so that nothing of it can be relied on."""
+    data = saved(Image.fromarray(make_frame(64, 80)).convert("1"), "TIFF", compression=compression)
+
+    with pytest.raises(UnreadableFrame, match="Lost data can't be noticed"):
+        decode_image(data, LIMITS)
+
+
+ONE_AFTER_THE_OTHER = LOSSLESS | LOSSY | {"tiff-jpeg": ("TIFF", {"compression": "jpeg"})}
+
+
+@table(ONE_AFTER_THE_OTHER)
+@pytest.mark.parametrize("second", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
+@pytest.mark.parametrize("between", [b"", bytes(7), b"end of frame\r\n"], ids=["", "zeros", "words"])
+def test_reading_when_another_image_follows_in_the_bytes_is_refused(kind, second, between):
+    """Of two frames in one body the second would be lost: which of them is the part is a guess."""
+    first = encode(make_frame(70, 90, seed=1), kind[0], **kind[1])
+
+    for read in (read_header, decode_image):
+        with pytest.raises(UnreadableFrame, match="several images"):
+            read(first + between + encode(make_frame(16, 24, seed=2, defect=True), second), LIMITS)
+
+
+@table(ONE_AFTER_THE_OTHER)
+@pytest.mark.parametrize("rest", [bytes(1000), b"abc" * 100, b"\xff\xd9", b"BM, II and RIFF", b"\0\xff\xd8\0"])
+def test_decoding_when_something_else_follows_returns_the_frame(kind, rest):
+    """Padding and a maker's notes cost no pixel."""
+    data = encode(make_frame(70, 90, seed=1), kind[0], **kind[1])
+
+    np.testing.assert_array_equal(decode_image(data + rest, LIMITS).pixels, decode_image(data, LIMITS).pixels)
+
+
+@pytest.mark.parametrize("progressive", [False, True], ids=["baseline", "progressive"])
+def test_decoding_when_a_jpeg_has_a_thumbnail_returns_the_frame(progressive):
+    """A preview inside of the file's own segments is no second frame."""
+    preview = encode(make_frame(16, 24), "JPEG")
+    data = encode(make_frame(64, 80), "JPEG", progressive=progressive)
+    segment = b"Exif\0\0" + preview + preview
+    with_preview = data[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(segment)) + segment + data[2:]
+
+    np.testing.assert_array_equal(decode_image(with_preview, LIMITS).pixels, decode_image(data, LIMITS).pixels)
+
+
+def test_decoding_when_pixels_look_like_the_begin_of_a_file_returns_the_frame():
+    """What the first image holds is its own, whatever it spells."""
+    pixels = np.zeros((40, 50, 3), np.uint8)
+    pixels[7, 9], pixels[20, :2] = (0xFF, 0xD8, 0xFF), np.frombuffer(b"II*\0II", np.uint8).reshape(2, 3)
+
+    for image_format in ("BMP", "TIFF"):
+        data = encode(pixels if image_format == "TIFF" else pixels[:, :, ::-1], image_format)
+        assert b"\xff\xd8\xff" in data
+        assert decode_image(data, LIMITS).pixels.shape == (40, 50, 3)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 43)])

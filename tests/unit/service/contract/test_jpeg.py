@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.contract.jpeg import decode_clean
+from service.contract.jpeg import PixelsMadeUp, decode_clean
 from tests.factories import make_frame
 
 HEIGHT, WIDTH = 97, 161  # no multiple of any block
@@ -51,14 +51,42 @@ def test_decoding_when_the_file_is_clean_then_pixels_are_pillows(options, mode, 
         pytest.param(
             lambda data: data[: data.rindex(b"\xff\xd1") + 2] + data[data.rindex(b"\xff\xd2") :], id="stretch"
         ),
-        pytest.param(lambda _: b"", id="everything"),
     ],
 )
 def test_decoding_when_libjpeg_would_mend_something_then_says_so(damage):
-    """What is lost is never made up; whoever looks closely decides."""
+    """What is lost is never made up."""
     data = damage(write(restart_marker_blocks=3))
 
-    assert decode_clean(data, (HEIGHT, WIDTH), (HEIGHT, WIDTH), is_grey=False) is None
+    with pytest.raises(PixelsMadeUp):
+        decode_clean(data, (HEIGHT, WIDTH), (HEIGHT, WIDTH), is_grey=False)
+
+
+@pytest.mark.parametrize(
+    ("left", "is_padding"),
+    [
+        pytest.param(bytes(20), True, id="zeros"),
+        pytest.param(b"\x55" * 63, True, id="one value"),
+        pytest.param(bytes(range(1, 30)), False, id="data"),
+        pytest.param(bytes(200), False, id="too many"),
+    ],
+)
+def test_decoding_when_bytes_are_left_before_the_end_then_only_a_little_padding_is_let_pass(left, is_padding):
+    """Cameras fill up their last word; what is left of a scan that lost its beginning looks otherwise."""
+    whole = write()
+
+    def decode():
+        return decode_clean(whole[:-2] + left + whole[-2:], (HEIGHT, WIDTH), (HEIGHT, WIDTH), is_grey=False)
+
+    if is_padding:
+        assert decode() is None
+    else:
+        with pytest.raises(PixelsMadeUp):
+            decode()
+
+
+def test_decoding_when_it_is_no_jpeg_then_there_is_nothing():
+    """Whoever looks closely says what is wrong with it."""
+    assert decode_clean(b"", (HEIGHT, WIDTH), (HEIGHT, WIDTH), is_grey=False) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,148 @@
+"""Where the parts of a TIFF's first page lie; its pixels are the codec's business.
+
+Only what is asked for: the pieces (strips or tiles) that hold the page, and where the page ends. Entries that run off
+the file are left out, since the codec refuses them.
+(TIFF 6.0, sections 2, 7, 15 and 22; BigTIFF as libtiff has it.)
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+UNCOMPRESSED, JPEG = 1, 7
+_SEPARATE = 2  # planes, one after the other
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION = 256, 257, 258, 259
+_STRIP_OFFSETS, _SAMPLES, _ROWS_PER_STRIP, _STRIP_COUNTS, _PLANES = 273, 277, 278, 279, 284
+_TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_COUNTS = 322, 323, 324, 325
+_JPEG_TABLES = 347
+_FURTHER_DIRECTORIES = (330, 34665, 34853, 40965)  # smaller copies, EXIF, GPS, interoperability
+_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_UNSIGNED = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
+_MOST_DIRECTORIES, _MOST_ENTRIES = 8, 4096
+
+
+class Piece(NamedTuple):
+    """A strip or tile.
+
+    Attributes:
+        data: its bytes.
+        height: rows that it holds at least.
+        full_height: rows that others hold; some write as many into a last strip that needs fewer.
+        width: pixels a row.
+    """
+
+    data: bytes
+    height: int
+    full_height: int
+    width: int
+
+
+class _Entry(NamedTuple):
+    """A field of a directory: its type, and where the bytes of its values lie."""
+
+    kind: int
+    start: int
+    end: int
+
+
+class TiffPage:
+    """The first page of a TIFF.
+
+    Args:
+        data: a file that a decoder has taken for a TIFF.
+
+    Attributes:
+        compression: the number of its method.
+        end: of all that belongs to the page.
+        lists_all: whether as many pieces are listed as its size needs; a codec leaves black what is not.
+        jpeg_tables: that its JPEG pieces share; empty where there are none.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._order = "<" if data[:2] == b"II" else ">"
+        self._is_big = self._number(data[2:4], "H") == 43
+        self.end = 16 if self._is_big else 8
+        first = self._number(data[8:16], "Q") if self._is_big else self._number(data[4:8], "I")
+        self._page = self._read_directory(first)
+        self._measure_further(self._page)
+        self.compression = self._one(_COMPRESSION, UNCOMPRESSED)
+        self.jpeg_tables = self._bytes(self._page.get(_JPEG_TABLES))
+        self._is_tiled = is_tiled = _TILE_OFFSETS in self._page
+        offsets = self._all(_TILE_OFFSETS if is_tiled else _STRIP_OFFSETS)
+        counts = self._all(_TILE_COUNTS if is_tiled else _STRIP_COUNTS)
+        width, self._height = self._one(_WIDTH, 0), self._one(_HEIGHT, 0)
+        if is_tiled:
+            self._rows, self._columns = max(1, self._one(_TILE_HEIGHT, 0)), max(1, self._one(_TILE_WIDTH, 0))
+        else:
+            self._rows, self._columns = max(1, min(self._one(_ROWS_PER_STRIP, self._height), self._height)), width
+        planes = self._one(_SAMPLES, 1) if self._one(_PLANES, 1) == _SEPARATE else 1
+        self._each = max(1, -(-self._height // self._rows))  # of a plane, from top to bottom
+        self._needed = planes * self._each * -(-width // max(1, self._columns))
+        self._places = list(zip(offsets, counts, strict=False))
+        self.end = max([self.end, *(offset + count for offset, count in self._places)])
+        self.lists_all = len(self._places) >= self._needed
+        if self.compression == UNCOMPRESSED:  # of which the codec asks the size alone, and not the counts
+            self.lists_all = len(offsets) >= self._needed
+            row_bytes = -(-self._columns * self._one(_SAMPLES, 1) * max(self._all(_BITS), default=1) // 8)
+            needed = enumerate(offsets[: self._needed])
+            self.end = max([self.end, *(offset + row_bytes * self._rows_of(index) for index, offset in needed)])
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield strips or tiles as far as the page needs them, those of every plane included."""
+        for index, (offset, count) in enumerate(self._places[: self._needed]):
+            yield Piece(self._data[offset : offset + count], self._rows_of(index), self._rows, self._columns)
+
+    def _rows_of(self, index: int) -> int:
+        """Return how many rows a strip or tile holds; the last strip of a plane may hold fewer than others."""
+        return self._rows if self._is_tiled else min(self._rows, self._height - index % self._each * self._rows)
+
+    def _number(self, data: bytes, letter: str) -> int:
+        size = struct.calcsize("=" + letter)
+        return int(struct.unpack(self._order + letter, data[:size].ljust(size, b"\0"))[0])
+
+    def _read_directory(self, at: int) -> dict[int, _Entry]:
+        head, each, value = (8, 20, 8) if self._is_big else (2, 12, 4)
+        told = self._number(self._data[at : at + head], "Q" if self._is_big else "H")
+        count = min(told, _MOST_ENTRIES, max(0, len(self._data) - at - head) // each)
+        entries: dict[int, _Entry] = {}
+        for place in range(at + head, at + head + count * each, each):
+            entry = self._data[place : place + each]
+            tag, kind = self._number(entry, "H"), self._number(entry[2:], "H")
+            size = self._number(entry[4:], "Q" if self._is_big else "I") * _TYPE_BYTES.get(kind, 1)
+            inside = place + each - value
+            start = inside if size <= value else self._number(entry[-value:], "Q" if self._is_big else "I")
+            if start + size <= len(self._data):
+                entries.setdefault(tag, _Entry(kind, start, start + size))
+                self.end = max(self.end, start + size)
+        self.end = max(self.end, min(len(self._data), at + head + told * each + value))
+        return entries
+
+    def _measure_further(self, directory: dict[int, _Entry]) -> None:
+        """Count directories that this one names as parts of the page."""
+        waiting, seen = [directory], set[int]()
+        while waiting:
+            entries = waiting.pop()
+            for tag in _FURTHER_DIRECTORIES:
+                for at in self._values(entries.get(tag)):
+                    if at not in seen and 0 < at < len(self._data) and len(seen) < _MOST_DIRECTORIES:
+                        seen.add(at)
+                        waiting.append(self._read_directory(at))
+
+    def _bytes(self, entry: _Entry | None) -> bytes:
+        return b"" if entry is None else self._data[entry.start : entry.end]
+
+    def _values(self, entry: _Entry | None) -> tuple[int, ...]:
+        if entry is None or entry.kind not in _UNSIGNED:
+            return ()
+        data, letter = self._bytes(entry), _UNSIGNED[entry.kind]
+        values: tuple[int, ...] = struct.unpack(
+            f"{self._order}{len(data) // struct.calcsize('=' + letter)}{letter}", data
+        )
+        return values
+
+    def _all(self, tag: int) -> tuple[int, ...]:
+        return self._values(self._page.get(tag))
+
+    def _one(self, tag: int, absent: int) -> int:
+        return next(iter(self._all(tag)), absent)
