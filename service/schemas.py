@@ -216,9 +216,9 @@ class ThresholdAnswer(_Wire):
         value: `score >= value` is anomalous.
         false_reject_rate: on good parts, on average over calibration sets; null where calibration can't tell.
         false_reject_bound: with 95 % confidence the rate is at most this; null where calibration can't tell.
-        good_parts: calibration frames behind both; 0 where the line is not calibrated, and where the default policy
-            does not score as they were scored: it measures frames by themselves, or inspects another region of interest
-            than the bundle's own.
+        good_parts: calibration parts behind both, each of one frame or more; 0 where the line is not calibrated, and
+            where the default policy does not score as they were scored: it measures frames by themselves, or inspects
+            another region of interest than the bundle's own.
     """
 
     value: float

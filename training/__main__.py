@@ -187,13 +187,17 @@ def calibrate(
         Path | None, typer.Option(help="a line's folder whose test frames measure the new thresholds")
     ] = None,
     layout: Layout = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help="finds in a file's name which part it shows, where parts have views"),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Publish a new version with the same network and one line's thresholds from other good parts."""
     jobs = _jobs()
     rates = {"review_rate": review_rate, "fail_rate": fail_rate}
     with jobs.faults_as_sentences():
-        jobs.recalibrate_bundle(bundle, line, good_folder, line_folder, layout, rates, roi, threads or 1)
+        jobs.recalibrate_bundle(bundle, line, good_folder, line_folder, layout, rates, roi, group_by, threads or 1)
 
 
 @commands.command(

@@ -216,8 +216,11 @@ def tell_line_facts(line: MeasuredLine) -> tuple[Fact, ...]:
     counts = ", ".join(f"{count} {name}" for name, count in line.gathered.data.counts.items())
     height, width = line.gathered.data.frame_size
     fitted_on, held_out = len(line.gathered.fitted_on), len(line.held_out.samples)
+    parts, copies = line.calibrated.calibration.good_parts, line.gathered.copies
+    of_parts = "" if parts == held_out else f" that show {parts} parts"
+    without = f", {copies} left out as copies" if copies else ""
     return (
-        Fact(name="Frames", value=f"{counts}; {fitted_on} fitted on, {held_out} held out"),
+        Fact(name="Frames", value=f"{counts}; {fitted_on} fitted on, {held_out} held out{of_parts}{without}"),
         Fact(name="Frame size", value=f"{height}x{width} pixels (height x width)"),
         Fact(name="Data digest", value=line.gathered.data.digest),
     )
@@ -267,6 +270,8 @@ def _line_record(line: MeasuredLine, config: RunConfig) -> LineRecord:
             digest=line.gathered.data.digest,
             fitted_on=len(line.gathered.fitted_on),
             calibrated_on=len(line.held_out.samples),
+            calibrated_parts=line.calibrated.calibration.good_parts,
+            copies_left_out=line.gathered.copies,
             tested_on_normal=labels.count(NORMAL),
             tested_on_anomalous=labels.count(ANOMALOUS),
             shots=() if config.shots is None else _names_of(line.gathered),

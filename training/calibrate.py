@@ -41,8 +41,16 @@ class Calibrated:
     peaks: Peaks
 
 
-def refuse_unsupported_rates(good_parts: int, review_rate: float, fail_rate: float) -> None:
+def refuse_unsupported_rates(
+    good_parts: int, review_rate: float, fail_rate: float, *, frames: int | None = None
+) -> None:
     """Refuse rates that so many held-out good parts can't support; asked before fitting, not an hour later.
+
+    Args:
+        good_parts: how many are held out.
+        review_rate: wanted share of good parts that are at least `REVIEW`.
+        fail_rate: wanted share of good parts that are `FAIL`.
+        frames: of these parts; None where each has one.
 
     Raises:
         CalibrationRefused: with the number of good parts that would do, or what is wrong with the rates.
@@ -56,10 +64,12 @@ def refuse_unsupported_rates(good_parts: int, review_rate: float, fail_rate: flo
     if good_parts < needed:
         lowest = reachable_rate(good_parts)
         also = f" with --review-rate {lowest:g}" if lowest > review_rate else ""
+        views = "" if frames in (None, good_parts) else f", in {frames} frames that show them several times"
         raise CalibrationRefused(
             f"A false-reject rate of {fail_rate:g} needs at least {needed} good parts that fitting never saw, and "
-            f"{good_parts} {'is' if good_parts == 1 else 'are'} held out; add good frames, hold out a larger share, or "
-            f"accept a higher rate: --fail-rate {lowest:g}{also}, or above."
+            f"{good_parts} {'is' if good_parts == 1 else 'are'} held out{views}; add good "
+            f"{'parts' if views else 'frames'}, hold out a larger share, or accept a higher rate: --fail-rate "
+            f"{lowest:g}{also}, or above."
         )
 
 
@@ -73,8 +83,11 @@ def calibrate(
     version: str,
     region_of_interest: tuple[Polygon, ...] | None = None,
     window: Window = (0.0, 0.0, 1.0, 1.0),
+    parts: NDArray[np.int64] | None = None,
 ) -> Calibrated:
     """Calibrate on good parts that fitting never saw.
+
+    A part of several views is stopped where any of them is, so it counts once, by its highest score.
 
     Args:
         scores: `(n,)` raw scores of the detector.
@@ -85,12 +98,14 @@ def calibrate(
         version: of the policy.
         region_of_interest: polygons in fractions of the frame, or None for everything.
         window: where the maps lie on the frame, `InputSpec.window(1, 1)`.
+        parts: `(n,)` which part each frame shows; None where each shows one of its own.
 
     Raises:
         CalibrationRefused: if there are too few good parts for a rate, or a score is not finite.
         BundleRefused: if the region of interest leaves nothing to inspect, or too little for this detector.
     """
-    refuse_unsupported_rates(len(scores), review_rate, fail_rate)
+    good_parts = len(scores) if parts is None else np.unique(parts).size
+    refuse_unsupported_rates(good_parts, review_rate, fail_rate, frames=len(scores))
     policy = _without_thresholds(version, region_of_interest)
     inspected = inspected_mask(policy, *maps.shape[1:], window=window)
     refuse_unfit_region(inspected, rule)
@@ -99,7 +114,7 @@ def calibrate(
     compared = [image_score(float(score), amap, inspected, rule) for score, amap in zip(scores, maps, strict=True)]
     visible = maps.reshape(len(maps), -1) if inspected is None else maps[:, inspected]
     calibration = Calibration.from_good_parts(
-        np.array(compared, np.float32), visible.max(axis=1), float(np.median(visible))
+        np.array(compared, np.float32), visible.max(axis=1), float(np.median(visible)), parts
     )
     review, fail = calibration.threshold(review_rate), calibration.threshold(fail_rate)
     thresholds = {

@@ -20,7 +20,7 @@ from service.contract.policy import Judgement, Policy, ScoreRule, Verdict, inspe
 from service.contract.tiling import Run
 from service.errors import FlawlineError, UnreadableFrame
 from training.data.loader import load_channels, load_mask
-from training.data.samples import ANOMALOUS, AUPRO_LIMIT, NORMAL, Sample
+from training.data.samples import ANOMALOUS, AUPRO_LIMIT, NORMAL, Sample, parts_of
 from training.metrics import (
     Curve,
     Metric,
@@ -65,6 +65,11 @@ class Answers:
     def labels(self) -> NDArray[np.int64]:
         """`(n,)`, 1 = anomalous, 0 = normal."""
         return np.array([sample.label for sample in self.samples], np.int64)
+
+    @property
+    def parts(self) -> NDArray[np.int64]:
+        """`(n,)`, which part each frame shows; views of one part share a number."""
+        return np.array(parts_of(self.samples), np.int64)
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ from training.import_checkpoint import keep_released, read_released, tell_soften
 from training.peers import Peers, meet_peers, process_number, refuse_company
 from training.progress import Reporter, choose_reporter
 from training.published import KindOfSetting, read_published
-from training.recalibrate import read_good_folder, recalibrate
+from training.recalibrate import pattern_of_parts, read_good_folder, recalibrate
 from training.report import Inspected, LineReport, ReportData, render
 from training.run import Beginning, help_to_fit, train
 from training.run_directory import LineRequest, RunRequest, new_directory, read_report, read_request
@@ -401,6 +401,7 @@ def recalibrate_bundle(
     layout: str | None,
     rates: Mapping[str, float | None],
     region_of_interest: Path | None,
+    group_by: str | None,
     threads: int,
 ) -> None:
     """Publish a bundle again with one line's thresholds from other good parts and tell the result."""
@@ -410,7 +411,9 @@ def recalibrate_bundle(
     published, report = recalibrate(
         bundle,
         name,
-        read_good_folder(good_folder, bundle.manifest.input.bit_depth, reporter),
+        read_good_folder(
+            good_folder, pattern_of_parts(bundle, name, group_by), bundle.manifest.input.bit_depth, reporter
+        ),
         [] if line_folder is None else _frames_to_test(line_folder, layout, bundle.manifest.input, reporter)[0],
         reporter,
         review_rate=_rate("review_rate", rates["review_rate"], record.review_rate),

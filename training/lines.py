@@ -30,9 +30,9 @@ from training.calibrate import (
 from training.config import ConfigFault, RunConfig, map_size_of, score_rule_of
 from training.data.check import CheckedDataset, check_dataset
 from training.data.detect import read_dataset
-from training.data.samples import ANOMALOUS, UNKNOWN, Dataset, DatasetFault, Sample
+from training.data.samples import ANOMALOUS, UNKNOWN, Dataset, DatasetFault, Sample, parts_of
 from training.data.shots import choose_shots
-from training.data.split import split_good
+from training.data.split import name_parts, split_good
 from training.progress import Reporter
 from training.run_directory import LineRequest, RunRequest
 
@@ -52,6 +52,7 @@ class GatheredLine:
         fitted_on: good frames that fitting sees.
         held_out: good frames that thresholds rest on.
         tested: labelled test frames; may be empty.
+        copies: good frames that were left out because others have the same content.
         region_of_interest: polygons in fractions of the frame, or None for everything.
     """
 
@@ -60,6 +61,7 @@ class GatheredLine:
     fitted_on: list[Sample]
     held_out: list[Sample]
     tested: list[Sample]
+    copies: int
     region_of_interest: tuple[Polygon, ...] | None
 
 
@@ -110,7 +112,7 @@ def gather_lines(request: RunRequest, reporter: Reporter) -> GatheredLines:
     refuse_taken_lines(request.store, request.name, served)
     many, released = len(request.lines) > 1, request.released is not None
     opened = [_open(line, request.config, is_one_of_many=many, is_released=released) for line in request.lines]
-    lines = tuple(_check(line, request.config.input.bit_depth, reporter) for line in opened)
+    lines = tuple(_check(line, request.config, reporter) for line in opened)
     _refuse_copies(lines)
     for line in lines:
         line.data.tell(line.name, reporter)
@@ -118,6 +120,7 @@ def gather_lines(request: RunRequest, reporter: Reporter) -> GatheredLines:
         *_told_of_release(request),
         *lines_given_up(request.store, request.name, served),
         *_told_of_lines_together(request),
+        *_told_of_copies(lines),
         *_told_of_few_frames(lines, request.config),
         *_told_of_missing_masks(lines),
         *compare_frame_sizes(lines, request.config.frame_input),
@@ -180,9 +183,9 @@ def lines_given_up(store: Path, name: str, lines: Sequence[str]) -> tuple[str, .
 class _Opened(NamedTuple):
     request: LineRequest
     dataset: Dataset
-    fitted_on: list[Sample]
-    held_out: list[Sample]
     region_of_interest: tuple[Polygon, ...] | None
+    is_one_of_many: bool
+    is_released: bool
 
 
 def _open(line: LineRequest, config: RunConfig, *, is_one_of_many: bool, is_released: bool) -> _Opened:
@@ -191,33 +194,53 @@ def _open(line: LineRequest, config: RunConfig, *, is_one_of_many: bool, is_rele
         region = read_region_of_interest(line.region_of_interest)
         own, spec = config.detector_config(), config.frame_input
         refuse_unusable_region(region, spec.stitched_size(*map_size_of(own)), score_rule_of(own), spec.window(1, 1))
-    dataset = read_dataset(line.folder, line.layout)
+    dataset = name_parts(read_dataset(line.folder, line.layout), config.hold_out)
+    opened = _Opened(line, dataset, region, is_one_of_many, is_released)
+    _split(opened, dataset, config)  # what all frames can't support, those without copies can't either
+    return opened
+
+
+def _check(line: _Opened, config: RunConfig, reporter: Reporter) -> GatheredLine:
+    data = check_dataset(line.dataset, FrameLimits(), reporter, bit_depth=config.input.bit_depth)
+    if line.request.region_of_interest is not None:
+        refuse_other_shape(line.request.region_of_interest, data.frame_sizes)
+    # Only now is known which frames are copies. A stated bound rests on parts that fitting never saw and that are
+    # independent of each other: held out, a copy would be neither.
+    fitted_on, held_out = _split(line, data.distinct, config)
+    return GatheredLine(
+        name=line.request.name,
+        data=data,
+        fitted_on=fitted_on,
+        held_out=held_out,
+        copies=len(line.dataset.samples) - len(data.distinct.samples),
+        tested=[sample for sample in line.dataset.test if sample.label != UNKNOWN],
+        region_of_interest=line.region_of_interest,
+    )
+
+
+def _split(line: _Opened, dataset: Dataset, config: RunConfig) -> tuple[list[Sample], list[Sample]]:
+    """Return the good frames to fit on and those to calibrate on, of all frames of a line or of those left.
+
+    Raises:
+        DatasetFault: if there are too few to split.
+        CalibrationRefused: if those held out can't support the wanted rates.
+    """
     fitted_on: list[Sample]
-    if is_released:
+    if line.is_released:
         fitted_on, held_out = [], [*dataset.train_good, *dataset.validation_good]
     elif config.shots is None:
         fitted_on, held_out = split_good(dataset, config.hold_out)
     else:
         fitted_on, held_out = choose_shots(dataset, config.shots, config.shot_seed)
+    parts = len(set(parts_of(held_out)))
     try:
-        refuse_unsupported_rates(len(held_out), config.review_rate, config.fail_rate)
+        refuse_unsupported_rates(parts, config.review_rate, config.fail_rate, frames=len(held_out))
     except CalibrationRefused as error:
-        raise CalibrationRefused(f"{line.name}: {error.sentence}" if is_one_of_many else error.sentence) from error
-    return _Opened(line, dataset, fitted_on, held_out, region)
-
-
-def _check(line: _Opened, bit_depth: int, reporter: Reporter) -> GatheredLine:
-    data = check_dataset(line.dataset, FrameLimits(), reporter, bit_depth=bit_depth)
-    if line.request.region_of_interest is not None:
-        refuse_other_shape(line.request.region_of_interest, data.frame_sizes)
-    return GatheredLine(
-        name=line.request.name,
-        data=data,
-        fitted_on=line.fitted_on,
-        held_out=line.held_out,
-        tested=[sample for sample in line.dataset.test if sample.label != UNKNOWN],
-        region_of_interest=line.region_of_interest,
-    )
+        copies = len(line.dataset.samples) - len(dataset.samples)
+        without = f"Good frames that are copies of others, {copies}, do not count. " if copies else ""
+        of_line = f"{line.request.name}: " if line.is_one_of_many else ""
+        raise CalibrationRefused(f"{of_line}{without}{error.sentence}") from error
+    return fitted_on, held_out
 
 
 def _refuse_repetitions(lines: Sequence[LineRequest]) -> None:
@@ -239,6 +262,20 @@ def _refuse_copies(lines: Sequence[GatheredLine]) -> None:
                 f"{names[line.data.digest]} and {line.name} hold the very same frames; name one of them."
             )
         names[line.data.digest] = line.name
+    _refuse_fitted_frames(lines)
+
+
+def _refuse_fitted_frames(lines: Sequence[GatheredLine]) -> None:
+    """Refuse lines that calibrate on what the one network is fitted on for another of them."""
+    fitted = {line.data.content[sample.path]: sample.path for line in lines for sample in line.fitted_on}
+    for line in lines:
+        for sample in line.held_out:
+            twin = fitted.get(line.data.content[sample.path])
+            if twin is not None:
+                raise DatasetFault(
+                    f"{twin} is fitted on, and {sample.path} of the line {line.name}, which has the same content, is "
+                    "held out; take one away, or the false-reject rate would be promised of what was learnt."
+                )
 
 
 def _refuse_lines_together(request: RunRequest) -> None:
@@ -271,6 +308,15 @@ def _told_of_release(request: RunRequest) -> tuple[str, ...]:
         "calibrate on frames that they never had."
     )
     return (sentence,)
+
+
+def _told_of_copies(lines: Sequence[GatheredLine]) -> tuple[str, ...]:
+    return tuple(
+        f"{line.name}: the number of good frames that are copies of others is {line.copies}; they say nothing new and "
+        "are left out."
+        for line in lines
+        if line.copies
+    )
 
 
 def _told_of_few_frames(lines: Sequence[GatheredLine], config: RunConfig) -> tuple[str, ...]:

@@ -17,11 +17,13 @@ from service.contract.frames import FrameLimits
 from service.contract.golden import read_golden
 from service.contract.policy import Policy
 from service.contract.tiling import by_tiles
+from service.errors import ParameterInvalid
 from training.bundles import bundle_files, verify_bundle
 from training.calibrate import Calibrated, calibrate, read_region_of_interest, refuse_other_shape
 from training.data.check import check_dataset
 from training.data.folders import good_samples
 from training.data.samples import ANOMALOUS, NORMAL, Dataset, DatasetFault, Sample
+from training.data.split import HoldOut, name_parts
 from training.evaluate import Answers, Evaluation, ask, evaluate, inspected_share, to_records
 from training.export import GraphRun
 from training.golden import GoldenChooser, carry_golden_over, golden_files
@@ -30,31 +32,60 @@ from training.report import Fact, LineReport, ReportData, RunFacts, carry_over, 
 from training.store import probe_store, publish
 
 
-def read_good_folder(folder: Path, bit_depth: int, reporter: Reporter) -> list[Sample]:
+def read_good_folder(folder: Path, group_by: str | None, bit_depth: int, reporter: Reporter) -> list[Sample]:
     """Return every image under a folder as a good frame, each looked at; of the same content, the first.
 
-    A stated bound rests on parts that are independent of each other, so copies of one frame count once.
+    A stated bound rests on parts that are independent of each other, so copies of one frame count once, and so do views
+    of one part.
 
     Args:
         folder: of good frames alone.
+        group_by: pattern that finds in a file's name which part it shows, as `HoldOut.group_by`; None where each frame
+            shows one of its own.
         bit_depth: how many bits the values of 16-bit frames have.
         reporter: shows how far the check is, and says what it found.
 
     Raises:
-        DatasetFault: if there is none, one can't be used, or the folder is a whole line with defects in it.
+        DatasetFault: if there is none, one can't be used or named after its part, or the folder is a whole line with
+            defects in it.
+        ParameterInvalid: if the pattern is none.
     """
     if (folder / "test").is_dir() or (folder / "train").is_dir():
         raise DatasetFault(f"{folder} is a whole line; give the folder with its new good frames alone.")
     samples = good_samples(folder, "validation")
     if not samples:
         raise DatasetFault(f"{folder} holds no image; give the folder with good frames that fitting never saw.")
-    checked = check_dataset(
-        Dataset(folder.resolve().name, folder, "plain", tuple(samples)), FrameLimits(), reporter, bit_depth=bit_depth
-    )
+    dataset = Dataset(folder.resolve().name, folder, "plain", tuple(samples))
+    if group_by is not None:
+        try:
+            dataset = name_parts(dataset, HoldOut(rule="groups", group_by=group_by))
+        except ValueError as error:
+            raise ParameterInvalid(f"--group-by: {error}.") from error
+    checked = check_dataset(dataset, FrameLimits(), reporter, bit_depth=bit_depth)
     checked.tell(folder.resolve().name, reporter)
     if checked.copies:
         reporter.note(f"{len(checked.copies)} frames are copies of others; they say nothing new and are left out.")
-    return [sample for sample in samples if sample.path not in checked.copies]
+    return list(checked.distinct.validation_good)
+
+
+def pattern_of_parts(bundle: Bundle, line: str, given: str | None) -> str | None:
+    """Return the pattern by which new good frames of a line are counted as parts: the given one, or that of its run.
+
+    Raises:
+        ParameterInvalid: if the line's parts had several frames each, and nothing says which new frames belong
+            together.
+    """
+    hold_out = bundle.manifest.hyperparameters.get("hold_out")
+    of_run = hold_out.get("group_by") if isinstance(hold_out, dict) else None
+    pattern = of_run if given is None and isinstance(of_run, str) else given
+    old = bundle.calibrations.get(line)
+    if pattern is None and old is not None and old.good_parts < old.scores.size:
+        raise ParameterInvalid(
+            f"The line {line} was calibrated on {old.good_parts} parts in {old.scores.size} frames, and nothing says "
+            "which of the new frames show the same part; give a pattern that finds the part in a file's name, for "
+            "example --group-by '^(.*)_C[0-9]', or --group-by '.*' where each frame shows another part."
+        )
+    return pattern
 
 
 def recalibrate(
@@ -113,6 +144,7 @@ def recalibrate(
         version=_next_version(old.version),
         region_of_interest=region,
         window=spec.window(1, 1),
+        parts=held_out.parts,
     )
     calibrated = _with_filters_of(old, calibrated)
     evaluation = answers = None

@@ -47,7 +47,14 @@ class _Record(BaseModel):
 
 
 class Promise(_Record):
-    """One threshold and what good parts promise of it; see `service.contract.calibration.Threshold`."""
+    """One threshold and what good parts promise of it; see `service.contract.calibration.Threshold`.
+
+    Attributes:
+        value: of the threshold.
+        rate: share of good parts that reach it, on average.
+        bound: of that share, with 95 % confidence.
+        good_parts: behind both, each of one frame or more.
+    """
 
     value: float
     rate: float
@@ -196,6 +203,11 @@ class LineReport(_Record):
     peaks: tuple[tuple[float, float], ...] = ()
     peaks_at_rim: int | None = None
     inspected: Inspected | None = None
+
+    @property
+    def held_out_frames(self) -> int:
+        """How many frames stand behind the thresholds; more than parts, where parts have several views."""
+        return sum(row.total for row in self.verdicts if row.kind == _HELD_OUT)
 
     @property
     def good_tested(self) -> tuple[VerdictRow, ...]:

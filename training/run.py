@@ -259,6 +259,9 @@ def _fit(
     }
     if defects is not None:
         identity["labelled defects"] = defects.digest
+    if copies := sum(line.copies for line in gathered.lines):
+        # Runs that fitted on copies as well split the other frames otherwise: what they fitted on would be held out.
+        identity["treatment of copied frames"] = f"{copies} left out"
     if request.processes > 1:
         identity["processes"] = str(request.processes)
     if beginning == "import":
@@ -335,6 +338,7 @@ def _measure(
         version=_FIRST_POLICY,
         region_of_interest=line.region_of_interest,
         window=config.frame_input.window(1, 1),
+        parts=held_out.parts,
     )
     evaluation = None
     if tested is not None:

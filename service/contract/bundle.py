@@ -88,6 +88,9 @@ class DataRecord(_Record):
         digest: SHA-256 over the sorted relative paths and contents.
         fitted_on: good frames that the detector was fitted on.
         calibrated_on: good frames held out for calibration; 0 where the line was not calibrated.
+        calibrated_parts: how many parts these frames show, which is what thresholds rest on; None in bundles that are
+            older than the count.
+        copies_left_out: good frames that neither fitted nor calibrated, because others have the same content.
         tested_on_normal: normal test frames.
         tested_on_anomalous: anomalous test frames.
         shots: names of the good frames that the detector was fitted on, where it was given a few and not all.
@@ -99,6 +102,8 @@ class DataRecord(_Record):
     calibrated_on: int = Field(ge=0)
     tested_on_normal: int = Field(ge=0)
     tested_on_anomalous: int = Field(ge=0)
+    calibrated_parts: int | None = Field(default=None, ge=0)
+    copies_left_out: int = Field(default=0, ge=0)
     shots: tuple[str, ...] = ()
 
 

@@ -5,6 +5,12 @@ and fitting never saw them. Then a good part's p-value is conformal, `P(p <= a) 
 (Vovk, Gammerman, Shafer, "Algorithmic Learning in a Random World", 2005; Bates et al., arXiv:2104.08279).
 
 `n` good parts can support false-reject rates down to `1 / (n + 1)`; a smaller rate is refused, never extrapolated.
+
+What is counted is parts, not frames. Views of one part resemble each other, so a hundred views of five parts know of
+five parts alone, and a bound that took them for a hundred would not hold. A part of several views is stopped where any
+of them is, so it counts once, by its highest value. Parts are exchangeable whatever their views have in common, so rate
+and bound hold of them exactly; a single frame exceeds a threshold no more often than its part does, so they hold of
+frames as well, with room to spare.
 """
 
 import io
@@ -50,7 +56,7 @@ class Threshold:
         value: `score >= value` is anomalous.
         false_reject_rate: the wanted rate on good parts; it holds on average over calibration sets.
         bound: with 95 % confidence over calibration sets, this one's false-reject rate is at most this.
-        good_parts: how many calibration frames stand behind it.
+        good_parts: how many calibration parts stand behind it, each of one frame or more.
     """
 
     value: float
@@ -69,6 +75,9 @@ class Calibration:
         histogram_edges: `(HISTOGRAM_BINS - 1,)` float32 inner edges between equally filled bins of `scores`.
         histogram_counts: `(HISTOGRAM_BINS,)` int64.
         map_floor: median map value over all frames; heatmaps start here.
+        part_scores: `(m,)` float32 ascending, m <= n; the highest score among each part's frames, which p-values and
+            thresholds rest on. The very `scores` where each frame shows a part of its own.
+        part_peaks: `(m,)` float32 ascending; the same of `peaks`.
     """
 
     scores: NDArray[np.float32]
@@ -76,33 +85,51 @@ class Calibration:
     histogram_edges: NDArray[np.float32]
     histogram_counts: NDArray[np.int64]
     map_floor: float
+    part_scores: NDArray[np.float32]
+    part_peaks: NDArray[np.float32]
+
+    @property
+    def good_parts(self) -> int:
+        """How many parts stand behind every threshold."""
+        return int(self.part_scores.size)
 
     @classmethod
-    def from_good_parts(cls, scores: NDArray[np.float32], peaks: NDArray[np.float32], map_floor: float) -> Self:
+    def from_good_parts(
+        cls,
+        scores: NDArray[np.float32],
+        peaks: NDArray[np.float32],
+        map_floor: float,
+        parts: NDArray[np.int64] | None = None,
+    ) -> Self:
         """Calibrate on good parts.
 
         Args:
             scores: `(n,)` the policy's score of each held-out good frame.
             peaks: `(n,)` the largest inspected map value of each.
             map_floor: median map value over all of them.
+            parts: `(n,)` which part each frame shows, any numbers; None where each shows one of its own.
 
         Raises:
             CalibrationRefused: if there is no frame or a value is not finite.
+            ValueError: if not every frame shows a part.
         """
-        scores = np.sort(np.asarray(scores, np.float32))
-        peaks = np.sort(np.asarray(peaks, np.float32))
+        scores, peaks = np.asarray(scores, np.float32), np.asarray(peaks, np.float32)
+        if parts is not None and parts.shape != scores.shape:
+            raise ValueError(f"of {scores.shape} frames, {parts.shape} show a part")
         if scores.size == 0 or scores.ndim != 1 or scores.shape != peaks.shape:
             raise CalibrationRefused("Calibration needs at least one good frame that fitting never saw.")
         if not (np.isfinite(scores).all() and np.isfinite(peaks).all() and math.isfinite(map_floor)):
             raise CalibrationRefused("A good frame's score is not finite; look at the frames and the training loss.")
+        part_scores, part_peaks = _highest(scores, parts), _highest(peaks, parts)
+        scores, peaks = np.sort(scores), np.sort(peaks)
         edges = np.quantile(scores, np.linspace(0, 1, HISTOGRAM_BINS + 1)[1:-1]).astype(np.float32)
         counts = np.bincount(np.searchsorted(edges, scores, side="right"), minlength=HISTOGRAM_BINS)
-        return cls(scores, peaks, edges, counts.astype(np.int64), float(map_floor))
+        return cls(scores, peaks, edges, counts.astype(np.int64), float(map_floor), part_scores, part_peaks)
 
     def p_value(self, score: float) -> float:
         """Return `(k + 1) / (n + 1)`, k the number of good parts at least this anomalous; in (0, 1]."""
-        count = len(self.scores)
-        at_least = count - bisect_left(self.scores.data, float(np.float32(score)))
+        count = len(self.part_scores)
+        at_least = count - bisect_left(self.part_scores.data, float(np.float32(score)))
         return (at_least + 1) / (count + 1)
 
     def threshold(self, false_reject_rate: float) -> Threshold:
@@ -113,7 +140,7 @@ class Calibration:
         Raises:
             CalibrationRefused: if n good parts can't support the rate; the sentence names the needed number.
         """
-        return _conformal_threshold(self.scores, false_reject_rate)
+        return _conformal_threshold(self.part_scores, false_reject_rate)
 
     def peak_threshold(self, false_reject_rate: float) -> Threshold:
         """Choose the map threshold that at most this share of good parts reaches anywhere.
@@ -121,11 +148,14 @@ class Calibration:
         Raises:
             CalibrationRefused: as for `threshold`.
         """
-        return _conformal_threshold(self.peaks, false_reject_rate)
+        return _conformal_threshold(self.part_peaks, false_reject_rate)
 
     def to_bytes(self) -> bytes:
         """Write the npz file of a bundle; equal calibrations give equal bytes."""
         buffer = io.BytesIO()
+        # Only where parts have several frames, so that all other files are what they were before parts were counted.
+        has_views = self.good_parts < self.scores.size
+        of_parts: dict[str, Any] = {"part_scores": self.part_scores, "part_peaks": self.part_peaks} if has_views else {}
         np.savez(
             buffer,
             scores=self.scores,
@@ -133,12 +163,15 @@ class Calibration:
             histogram_edges=self.histogram_edges,
             histogram_counts=self.histogram_counts,
             map_floor=np.float64(self.map_floor),
+            **of_parts,
         )
         return buffer.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """Read the npz file of a bundle; arrays only, never pickled objects.
+
+        A file that says nothing of parts has one frame a part.
 
         Raises:
             BundleRefused: if it is no such file or its values can't be a calibration.
@@ -151,6 +184,8 @@ class Calibration:
                 arrays["histogram_edges"],
                 arrays["histogram_counts"],
                 float(arrays["map_floor"]),
+                arrays.get("part_scores", arrays["scores"]),
+                arrays.get("part_peaks", arrays["peaks"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BundleRefused("calibration.npz lacks a value; export the bundle again.") from error
@@ -159,7 +194,7 @@ class Calibration:
         return calibration
 
     def _holds_together(self) -> bool:
-        for values in (self.scores, self.peaks, self.histogram_edges):
+        for values in (self.scores, self.peaks, self.histogram_edges, self.part_scores, self.part_peaks):
             if values.dtype != np.float32 or values.ndim != 1 or values.size == 0:
                 return False
             if not np.isfinite(values).all() or (np.diff(values) < 0).any():
@@ -167,6 +202,9 @@ class Calibration:
         counts = self.histogram_counts
         return (
             self.scores.size == self.peaks.size
+            and self.part_scores.size == self.part_peaks.size <= self.scores.size
+            and self.part_scores[-1] == self.scores[-1]
+            and self.part_peaks[-1] == self.peaks[-1]
             and self.histogram_edges.size == HISTOGRAM_BINS - 1
             and counts.dtype == np.int64
             and counts.shape == (HISTOGRAM_BINS,)
@@ -216,6 +254,16 @@ def reachable_rate(good_parts: int) -> float:
 def _check_rate(rate: float) -> None:
     if not 0 < rate < 1:
         raise CalibrationRefused("A false-reject rate lies between 0 and 1, for example 0.02.")
+
+
+def _highest(values: NDArray[np.float32], parts: NDArray[np.int64] | None) -> NDArray[np.float32]:
+    """Return the highest value of each part, ascending; of every frame where each shows a part of its own."""
+    if parts is None:
+        return np.sort(values)
+    _, part = np.unique(parts, return_inverse=True)
+    highest = np.full(part.max() + 1, -np.inf, np.float32)
+    np.maximum.at(highest, part, values)
+    return np.sort(highest)
 
 
 def _conformal_threshold(ascending: NDArray[np.float32], rate: float) -> Threshold:

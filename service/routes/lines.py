@@ -150,8 +150,8 @@ def _threshold(calibration: Calibration | None, value: float) -> ThresholdAnswer
         bound = calibration.threshold(rate).bound
     except CalibrationRefused:  # so low that every good part reaches it; nothing is promised
         return ThresholdAnswer(
-            value=value, false_reject_rate=None, false_reject_bound=None, good_parts=calibration.scores.size
+            value=value, false_reject_rate=None, false_reject_bound=None, good_parts=calibration.good_parts
         )
     return ThresholdAnswer(
-        value=value, false_reject_rate=rate, false_reject_bound=bound, good_parts=calibration.scores.size
+        value=value, false_reject_rate=rate, false_reject_bound=bound, good_parts=calibration.good_parts
     )

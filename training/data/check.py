@@ -6,9 +6,9 @@ in two splits; returns the digest that the manifest keeps.
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class CheckedDataset:
         frame_sizes: `(height, width)` in pixels that frames have, the most common one first.
         warnings: what is allowed but worth knowing, one sentence each.
         copies: frames whose content an earlier one has, too.
+        content: SHA-256 in hex of each frame's file.
     """
 
     dataset: Dataset
@@ -47,6 +48,7 @@ class CheckedDataset:
     frame_sizes: tuple[tuple[int, int], ...]
     warnings: tuple[str, ...]
     copies: frozenset[Path] = frozenset()
+    content: Mapping[Path, str] = field(default_factory=dict)
 
     def tell(self, name: str, reporter: Reporter) -> None:
         """Say the first few warnings, each with the line's name, and how many more there are."""
@@ -54,6 +56,12 @@ class CheckedDataset:
             reporter.note(f"{name}: {warning}")
         if (left := len(self.warnings) - _TOLD_WARNINGS) > 0:
             reporter.note(f"{name}: and {left} more like these.")
+
+    @property
+    def distinct(self) -> Dataset:
+        """The data set without good frames that are copies; nothing is left out of its test frames."""
+        left_out = {s for s in (*self.dataset.train_good, *self.dataset.validation_good) if s.path in self.copies}
+        return replace(self.dataset, samples=tuple(s for s in self.dataset.samples if s not in left_out))
 
     @property
     def frame_size(self) -> tuple[int, int]:
@@ -122,6 +130,7 @@ def check_dataset(
             *(contradictions or _repetitions(findings)),
         ),
         copies=frozenset(other.path for _, *others in _same_content(findings) for other in others),
+        content={finding.sample.path: finding.image_digest for finding in findings},
     )
 
 

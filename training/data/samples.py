@@ -89,6 +89,12 @@ class Sample:
         return self.channels if self.mask_path is None else (self.mask_path,)
 
 
+def parts_of(samples: Sequence[Sample]) -> list[int]:
+    """Return which part each frame shows, counted from 0: views of one piece show one, any other frame its own."""
+    parts: dict[str | Path, int] = {}
+    return [parts.setdefault(s.path if s.group is None else s.group, len(parts)) for s in samples]
+
+
 @dataclass(frozen=True)
 class Dataset:
     """All samples of one line, sorted by path.

@@ -12,7 +12,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +34,8 @@ class HoldOut:
             independent of each other.
         blocks: number of evenly spread blocks.
         group_by: for "groups", a pattern searched in the file name; frames with the same first captured text (the
-            whole match where nothing is captured) form a group. Without it, `Sample.group` does.
+            whole match where nothing is captured) form a group, and count as one part wherever parts are counted.
+            Without it, `Sample.group` does.
         seed: chooses where the blocks begin, or which groups or frames are taken.
     """
 
@@ -57,6 +58,21 @@ class HoldOut:
                 re.compile(self.group_by)
             except re.error as error:
                 raise ValueError(f"the group pattern {self.group_by!r} is no regular expression: {error}") from error
+
+
+def name_parts(dataset: Dataset, rule: HoldOut) -> Dataset:
+    """Return a data set whose good frames say which part they show, where a pattern finds it in their names.
+
+    Whoever counts parts must know them, also where a validation folder or a few shots leave nothing to split.
+
+    Raises:
+        DatasetFault: if a name does not match the pattern.
+    """
+    if rule.group_by is None:
+        return dataset
+    good = {*dataset.train_good, *dataset.validation_good}
+    samples = (replace(s, group=_group(s, rule.group_by)) if s in good else s for s in dataset.samples)
+    return replace(dataset, samples=tuple(samples))
 
 
 def split_good(dataset: Dataset, rule: HoldOut) -> tuple[list[Sample], list[Sample]]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from service.contract.calibration import Calibration
 from service.contract.policy import ScoreRule, inspected_mask
 from service.errors import BundleRefused, CalibrationRefused, ParameterInvalid, UnreadableFrame
 from tests.factories import encode, make_bundle, make_frame, make_policy
@@ -46,6 +47,24 @@ def test_calibrate_when_a_region_of_interest_is_given_then_the_rest_does_not_cou
     assert found.policy.fail_threshold < 1.01
     assert found.policy.region_threshold < 1.01
     assert found.calibration.scores[-1] <= 1
+
+
+def test_calibrate_when_parts_have_several_views_then_rests_on_parts():
+    """No more parts than the wanted share have a view that reaches a threshold, and the promise counts parts."""
+    scores, maps = _good_parts(95)
+    part_of = np.arange(95) // 5
+
+    found = calibrate(scores, maps, _TOP, review_rate=0.1, fail_rate=0.05, version="1", parts=part_of)
+
+    stopped = {int(part) for part in part_of[scores >= found.policy.review_threshold]}
+    assert len(stopped) == 1
+    assert (scores >= found.policy.fail_threshold).sum() == 0
+    assert len(set(part_of[maps.max(axis=(1, 2)) >= found.policy.region_threshold])) <= 1
+    assert (found.review.good_parts, found.fail.good_parts) == (19, 19)
+    with pytest.raises(
+        CalibrationRefused, match="18 are held out, in 90 frames that show them several times; add good"
+    ):
+        calibrate(*(scores[:90], maps[:90], _TOP), review_rate=0.1, fail_rate=0.05, version="1", parts=part_of[:90])
 
 
 @pytest.mark.parametrize(
@@ -170,3 +189,47 @@ def test_calibrate_command_when_a_layout_is_given_then_the_line_folder_is_read_b
 
     assert done.exit_code == 2
     assert "There is no layout 'photo_album'" in done.stderr
+
+
+def _views_of_five(folder, copies=0):
+    folder.mkdir()
+    for index in range(25):
+        (folder / f"s{index // 5}_C{index % 5}.png").write_bytes(encode(make_frame(seed=index)))
+    for index in range(copies):
+        (folder / f"s9_C{index}.png").write_bytes(encode(make_frame(seed=0)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("group_by", "words"), [(None, "25 are held out;"), (r"^(s\d)", "5 are held out, in 25 frames")]
+)
+def test_calibrate_command_when_frames_are_views_then_a_pattern_says_so(tmp_path, group_by, words):
+    """Frames of a folder each count as a part, unless a pattern finds in their names which part they show."""
+    bundle, good = make_bundle(tmp_path / "store"), _views_of_five(tmp_path / "good", copies=3)
+    options = [] if group_by is None else ["--group-by", group_by]
+
+    done = CliRunner().invoke(commands, ["calibrate", str(bundle), str(good), "--fail-rate", "0.03", *options])
+
+    assert done.exit_code == 2
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "was calibrated on 10 parts in 20 frames, and nothing says which of the new frames show the same part"),
+        (["--group-by", "("], "'(' is no regular expression"),
+        (["--group-by", "plate"], "does not match the group pattern 'plate'"),
+    ],
+)
+def test_calibrate_command_when_nothing_finds_parts_of_several_views_then_asks(tmp_path, options, words):
+    """A line whose parts had views before has them again: its new frames aren't taken for parts."""
+    scores = np.arange(20, dtype=np.float32)
+    calibration = Calibration.from_good_parts(scores, scores, 0.0, np.arange(20) // 2)
+    bundle = make_bundle(tmp_path / "store", extra_files={"calibration.npz": calibration.to_bytes()})
+    good = _views_of_five(tmp_path / "good")
+
+    done = CliRunner().invoke(commands, ["calibrate", str(bundle), str(good), *options])
+
+    assert done.exit_code == 2
+    assert words in done.stderr

@@ -9,7 +9,7 @@ from service.errors import BundleRefused, CalibrationRefused, ParameterInvalid
 from tests.factories import encode, make_bundle, make_frame
 from tests.tiny_line import make_config, make_request, write_line
 from training.config import ConfigFault, load_config
-from training.data.samples import DatasetFault
+from training.data.samples import DatasetFault, parts_of
 from training.lines import gather_lines
 from training.progress import SilentReporter
 from training.run_directory import LineRequest
@@ -221,3 +221,80 @@ def test_gather_when_there_is_one_line_then_its_refusal_names_no_other(tmp_path,
     """A run of one line speaks of parts, not of lines."""
     with pytest.raises(CalibrationRefused, match=r"^A false-reject rate of 0.01 needs"):
         _gather(tmp_path, bottle, config=make_config(fail_rate=0.01))
+
+
+def _copy_all(folder):
+    for frame in sorted(folder.iterdir()):
+        shutil.copy(frame, folder / f"{frame.stem}_again.png")
+
+
+def _contents(samples):
+    return {sample.path.read_bytes() for sample in samples}
+
+
+def test_gather_when_frames_are_copies_then_counts_each_picture_once_and_says_so(tmp_path):
+    """Of frames that exist twice, each is held out or fitted on once, and no picture is on both sides."""
+    line = write_line(tmp_path / "bottle", good=FEW, tested=False)
+    _copy_all(line / "train/good")
+
+    gathered = _gather(tmp_path, line)
+
+    (found,) = gathered.lines
+    fitted_on, held_out = _contents(found.fitted_on), _contents(found.held_out)
+    assert (len(found.fitted_on), len(found.held_out), found.copies) == (20, 20, FEW)
+    assert (len(fitted_on), len(held_out)) == (20, 20)
+    assert not fitted_on & held_out
+    assert f"bottle: the number of good frames that are copies of others is {FEW}" in gathered.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"config": make_config(shots=2)},
+        {"config": make_config(hold_out={"fraction": 0.5, "rule": "random"})},
+        {"released": "elsewhere"},
+    ],
+    ids=["validation", "shots", "random", "released"],
+)
+def test_gather_when_one_picture_is_held_out_many_times_then_refuses_the_rates(tmp_path, overrides):
+    """Nineteen copies of one picture are one good part, however frames come to be held out."""
+    line = write_line(tmp_path / "bottle", good=2, tested=False)
+    picture = encode(make_frame(72, 80, seed=99))
+    folder = line / ("val/good" if not overrides else "train/good")
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(FEW):
+        (folder / f"9{index:02d}.png").write_bytes(picture)
+
+    with pytest.raises(CalibrationRefused, match=f"copies of others, {FEW - 1}, do not count.*at least 19 good parts"):
+        _gather(tmp_path, line, **overrides)
+
+
+def test_gather_when_a_name_says_which_part_a_frame_shows_then_counts_parts(tmp_path):
+    """Twenty-five views of five parts are five good parts, also where the data set brings a validation folder."""
+    line = write_line(tmp_path / "bottle", good=10, tested=False)
+    (line / "val/good").mkdir(parents=True)
+    for index in range(25):
+        frame = encode(make_frame(72, 80, seed=300 + index))
+        (line / "val/good" / f"{index // 5:03d}_C{index % 5}.png").write_bytes(frame)
+    hold_out = {"rule": "groups", "group_by": r"^(\d+)"}
+
+    with pytest.raises(CalibrationRefused, match="and 5 are held out, in 25 frames that show them several times"):
+        _gather(tmp_path, line, config=make_config(hold_out=hold_out))
+
+    rates = {"review_rate": 0.2, "fail_rate": 0.17}
+    (found,) = _gather(tmp_path, line, config=make_config(hold_out=hold_out, **rates)).lines
+    assert len(set(parts_of(found.held_out))) == 5
+    assert len(found.held_out) == 25
+
+
+def test_gather_when_one_line_holds_out_what_another_fits_on_then_refuses(tmp_path, bottle, cap):
+    """One network learns all lines, so a frame that it is fitted on says nothing of new parts of any line."""
+    fitted = sorted((bottle / "train/good").iterdir())
+    held = [sample.path for sample in _gather(tmp_path, cap).lines[0].held_out]
+    learnt = next(sample.path for sample in _gather(tmp_path, bottle).lines[0].fitted_on)
+    assert learnt in fitted
+    shutil.copy(learnt, held[0])
+
+    with pytest.raises(DatasetFault, match="which has the same content, is held out; take one away"):
+        _gather(tmp_path, bottle, cap)

@@ -141,6 +141,16 @@ def test_render_tells_the_promise_and_the_verdicts_in_plain_words():
     assert "95.0 % to 99.0 %" in text
 
 
+def test_render_when_parts_have_several_views_then_the_promise_counts_parts():
+    """Sixty frames of twelve parts are twelve good parts, and the page says what a part's score is."""
+    few = {name: Promise(value=0.4, rate=0.1, bound=0.221, good_parts=12) for name in ("review", "fail")}
+
+    text = _text(render(_report(_line(**few))))
+
+    assert "The promise rests on 12 good parts that fitting never saw, in 60 frames" in text
+    assert "The promise rests on 60 good frames that fitting never saw" in _text(_page())
+
+
 def test_render_when_there_are_several_lines_then_begins_with_what_each_of_them_stops():
     """The contents list tells the few figures that one compares lines by, and leads to the section of each."""
     page = _page(several=True)

@@ -134,6 +134,71 @@ def test_threshold_when_simulated_holds_its_rate_and_its_bound():
     assert (rates <= thresholds[0].bound).mean() == pytest.approx(0.95, abs=0.03)
 
 
+@pytest.mark.parametrize("resemblance", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize(("parts", "rate"), [(20, 0.05), (39, 0.1)])
+def test_threshold_when_parts_have_several_views_holds_its_rate_and_its_bound(parts, rate, resemblance):
+    """However much views of a part have in common, the bound holds of parts, and of single frames all the more."""
+    views, sets = 5, 600
+    generator = np.random.default_rng(0)
+    part_of = np.repeat(np.arange(parts), views)
+
+    def draw(count):
+        own, shared = generator.normal(size=(count, views)), generator.normal(size=(count, 1))
+        return (math.sqrt(resemblance) * shared + math.sqrt(1 - resemblance) * own).astype(np.float32)
+
+    thresholds = [
+        Calibration.from_good_parts(drawn, drawn, 0.0, part_of).threshold(rate)
+        for drawn in (draw(parts).ravel() for _ in range(sets))
+    ]
+
+    values = np.array([threshold.value for threshold in thresholds])
+    highest = np.sort(draw(200_000).max(axis=1))
+    of_parts = 1 - np.searchsorted(highest, values) / highest.size
+    of_frames = 1 - stats.norm.cdf(values)
+    assert thresholds[0].good_parts == parts
+    assert of_parts.mean() <= rate + 4 * of_parts.std() / math.sqrt(sets)
+    assert (of_parts > thresholds[0].bound).mean() <= 0.05 + 0.03  # three standard errors of 600 sets
+    assert of_frames.mean() <= rate
+    assert (of_frames > thresholds[0].bound).mean() <= 0.05
+
+
+def test_threshold_when_each_part_has_many_views_counts_parts():
+    """A hundred frames of ten parts support what ten parts support, by the highest value of each."""
+    scores = np.arange(100, dtype=np.float32)
+    part_of = np.arange(100) % 10
+
+    calibration = Calibration.from_good_parts(scores, scores + 1, 0.0, part_of)
+
+    assert calibration.good_parts == 10
+    assert calibration.part_scores.tolist() == list(range(90, 100))
+    assert calibration.part_peaks.tolist() == list(range(91, 101))
+    assert calibration.threshold(0.1).bound == pytest.approx(stats.beta.ppf(0.95, 1, 10))
+    assert (calibration.p_value(89), calibration.p_value(98), calibration.p_value(100)) == (1, 3 / 11, 1 / 11)
+    assert calibration.scores.size == calibration.histogram_counts.sum() == 100  # drift is a matter of frames
+    with pytest.raises(CalibrationRefused, match=r"needs at least 19 good parts .* there are 10;"):
+        calibration.threshold(0.05)
+
+
+def test_bytes_when_parts_have_several_views_hold_them_and_otherwise_nothing_of_parts():
+    """What was calibrated on one frame a part has the file that it always had."""
+    scores = np.arange(6, dtype=np.float32)
+    of_pairs = Calibration.from_good_parts(scores, scores + 1, 0.0, np.array([0, 0, 1, 1, 2, 2]))
+    of_singles = Calibration.from_good_parts(scores, scores + 1, 0.0, np.arange(6))
+
+    read = Calibration.from_bytes(of_pairs.to_bytes())
+
+    np.testing.assert_array_equal(read.part_scores, [1, 3, 5])
+    np.testing.assert_array_equal(read.part_peaks, [2, 4, 6])
+    assert of_singles.to_bytes() == Calibration.from_good_parts(scores, scores + 1, 0.0).to_bytes()
+    assert not [name for name in read_arrays(of_singles.to_bytes(), "") if name.startswith("part")]
+
+
+def test_calibrating_when_a_frame_shows_no_part_is_a_fault_of_ours():
+    """Parts that don't match their frames are never guessed."""
+    with pytest.raises(ValueError, match="show a part"):
+        Calibration.from_good_parts(np.zeros(3, np.float32), np.zeros(3, np.float32), 0.0, np.zeros(2, np.int64))
+
+
 def test_peak_threshold_when_peaks_differ_from_scores_uses_the_peaks():
     """Regions are cut by what good maps reach, not by what good scores are."""
     scores = np.zeros(19, np.float32)
@@ -219,6 +284,10 @@ def changed(**arrays):
         {"histogram_edges": np.zeros(3, np.float32)},
         {"histogram_counts": np.zeros(HISTOGRAM_BINS, np.int64)},
         {"histogram_counts": np.zeros(3, np.int64)},
+        {"part_scores": np.array([4], np.float32)},
+        {"part_scores": np.array([3], np.float32), "part_peaks": np.array([4], np.float32)},
+        {"part_scores": np.array([3, 4]), "part_peaks": np.array([3, 4], np.float32)},
+        {"part_scores": np.arange(-1, 5, dtype=np.float32), "part_peaks": np.arange(-1, 5, dtype=np.float32)},
     ],
 )
 def test_reading_when_arrays_can_not_be_a_calibration_is_refused(arrays):
