@@ -18,7 +18,7 @@ import pytest
 from service.client import AsyncClient, Client, ClientFault, EncodedFrame, Frame, Outcome, RawFrame
 from service.contract.policy import Verdict
 from service.settings import Settings
-from tests.factories import encode, make_bundle, make_frame, make_policy, make_self_policy
+from tests.factories import encode, make_bundle, make_frame, make_policy, make_self_policy, network_of, write_policy
 from tests.servers import held_engine, serve_in_thread, wait_until_ready
 
 GOOD = EncodedFrame(encode(make_frame()), "image/png")
@@ -421,11 +421,9 @@ def test_client_when_every_kind_of_policy_answers_then_each_is_believed(tmp_path
         "corner": make_policy(version="corner", region_of_interest=(((0.0, 0.0), (0.2, 0.0), (0.2, 0.2)),)),
         "self": make_self_policy(version="self"),
     }
-    make_bundle(tmp_path)
-    folder = tmp_path / "demo_line/policies"
-    folder.mkdir()
-    for name, policy in policies.items():
-        (folder / f"{name}.json").write_text(policy.model_dump_json())
+    network = network_of(make_bundle(tmp_path))
+    for policy in policies.values():
+        write_policy(tmp_path, policy, network)
 
     with serve_in_thread(Settings(store_directory=tmp_path)) as http:
         wait_until_ready(http)
