@@ -17,7 +17,7 @@ from rich.table import Table
 
 from service.administrator import DEFAULT_TIMEOUT_S, Administrator
 from service.client import Client, ClientFault
-from service.connection_options import USAGE, Authority, Certificate, KeyFile, leave, read_key, tls_context
+from service.connection_options import USAGE, Authority, Certificate, KeyFile, connect, leave, read_key, tls_context
 from service.schemas import BundleAnswer, ChangedBundleAnswer, ChangedLineAnswer, LineSummary, Name, Version
 
 _NOT_NOW, _REFUSED = 1, 3
@@ -256,7 +256,7 @@ def _administrator(context: typer.Context) -> Iterator[Administrator]:
     """Yield who asks, and end with an exit code and a sentence where the server refuses."""
     asking = _asking(context)
     tls = tls_context(asking.authority, asking.certificate)
-    with Client(asking.url, asking.key, tls=tls) as client:
+    with connect(lambda: Client(asking.url, asking.key, tls=tls)) as client:
         try:
             yield Administrator(client, asking.timeout_s)
         except ClientFault as fault:

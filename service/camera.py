@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from service.client import Frame, Outcome
+from service.contract.policy import Verdict
 
 Arrivals = Literal["regular", "poisson"]
 Inspect = Callable[[str, Frame, int], Awaitable[Outcome]]
@@ -54,7 +55,8 @@ class Tally:
         sent: frames.
         dropped: frames that found the buffer full.
         verdicts: by verdict.
-        problems: by code, of frames without a verdict.
+        problems: by code, of frames without a verdict; `interrupted` are those that were under way at the end of a run
+            that was stopped.
         latencies_ms: of the last frames, from trigger to verdict.
     """
 
@@ -70,6 +72,11 @@ class Tally:
         if outcome.problem is not None:
             self.problems[outcome.problem.code] += 1
         self.latencies_ms.append(outcome.elapsed_ms)
+
+    def note_interrupted(self) -> None:
+        """Count a frame whose answer nobody waits for any more."""
+        self.verdicts[Verdict.NO_VERDICT.value] += 1
+        self.problems["interrupted"] += 1
 
     def percentile_ms(self, fraction: float) -> float | None:
         """Return the latency that this fraction of the last frames did not exceed; None before the first."""
@@ -114,6 +121,11 @@ async def run_camera(
     async def shoot(frame: Frame, number: int) -> None:
         tally.note(await inspect(plan.line, frame, number))
 
+    def end(task: asyncio.Task[None]) -> None:
+        under_way.discard(task)
+        if task.cancelled():
+            tally.note_interrupted()
+
     async with asyncio.TaskGroup() as group:
         for at_s in trigger_times(plan):
             if at_s >= duration_s:
@@ -126,4 +138,4 @@ async def run_camera(
                 task = group.create_task(shoot(frame, tally.sent))
                 tally.sent += 1
                 under_way.add(task)
-                task.add_done_callback(under_way.discard)
+                task.add_done_callback(end)

@@ -62,6 +62,7 @@ _FIRST_PAUSE_S = 0.02
 _LONGEST_PAUSE_S = 1.0
 _RETRIED_STATUS = (429, 503)
 _OK = 200
+_LARGEST_PORT = 65535
 _LINE = TypeAdapter(Name)
 _Answer = TypeVar("_Answer", bound=BaseModel)
 # Of our own answers: nobody sends megabytes as a verdict.
@@ -159,6 +160,9 @@ class Client:
         tls: context with a private authority or a client certificate; None takes the system's authorities.
         clock: monotonic seconds.
         sleep: waits so many seconds.
+
+    Raises:
+        ClientFault: if the address or the key can't be one.
     """
 
     def __init__(
@@ -511,6 +515,19 @@ class _Transport(httpx.HTTPTransport):
 
 
 def _options(url: str, key: str | None, connections: int) -> dict[str, Any]:
+    """Return what both kinds of httpx's clients are made with.
+
+    Raises:
+        ClientFault: if the address or the key can't be one.
+    """
+    try:
+        is_address = (httpx.URL(url).port or 0) <= _LARGEST_PORT
+    except httpx.InvalidURL:
+        is_address = False
+    if not is_address:
+        raise ClientFault(Problem("parameter_invalid", "The server's address is none; look at its host and port."))
+    if key is not None and not key.isascii():
+        raise ClientFault(Problem("parameter_invalid", "A key is ASCII; look for what is none in it."))
     return {
         "base_url": url,
         "headers": {} if key is None else {"Authorization": f"Bearer {key}"},

@@ -34,7 +34,7 @@ from service.client import (
     RawFrame,
 )
 from service.client import Frame as ClientFrame
-from service.connection_options import Authority, Certificate, KeyFile, Url, leave, read_key, tls_context
+from service.connection_options import Authority, Certificate, KeyFile, Url, connect, leave, read_key, tls_context
 from service.contract.bundle import load_bundle, newest_bundles, promised_lines
 from service.contract.frames import FrameLimits, decode_image, encode_jpeg, encode_png
 from service.contract.golden import read_golden
@@ -104,14 +104,9 @@ def inspect(
     pictures = None if overlays is None else _Pictures(overlays, _root_of(sources), files)
     console = Console()
     verdicts: Counter[Verdict] = Counter()
+    key, tls = read_key(key_file), tls_context(authority, certificate)
     with (
-        Client(
-            url,
-            read_key(key_file),
-            deadline_ms=deadline_ms,
-            connections=connections,
-            tls=tls_context(authority, certificate),
-        ) as client,
+        connect(lambda: Client(url, key, deadline_ms=deadline_ms, connections=connections, tls=tls)) as client,
         ThreadPoolExecutor(connections) as cameras,
     ):
 
@@ -158,16 +153,12 @@ def camera(
         leave(error.sentence)
     plans = [CameraPlan(name, rate, arrivals, jitter, burst, buffer, seed + number) for number, name in enumerate(line)]
     tallies = [Tally() for _ in plans]
+    key, tls = read_key(key_file), tls_context(authority, certificate)
+    made = connect(lambda: AsyncClient(url, key, deadline_ms=deadline_ms, connections=buffer * len(plans), tls=tls))
     show = _Display(plans, tallies, quiet=as_json)
 
     async def shoot_all() -> None:
-        async with AsyncClient(
-            url,
-            read_key(key_file),
-            deadline_ms=deadline_ms,
-            connections=buffer * len(plans),
-            tls=tls_context(authority, certificate),
-        ) as client:
+        async with made as client:
 
             async def send(name: str, frame: ClientFrame, number: int) -> Outcome:
                 return await client.inspect(name, frame, sequence=number, heatmap="overlay" if heatmaps else "none")
@@ -273,13 +264,23 @@ def _supply(line: str, folder: Path | None, store: Path | None, frame_format: Fr
         answers = [answer for answer in read_golden(bundle).answers if answer.line == line]
         encoded = [EncodedFrame(bundle.files[answer.file], "image/png") for answer in answers]
     else:
-        encoded = [
-            EncodedFrame(file.read_bytes(), MEDIA_TYPES[file.suffix.lower()]) for file in _images([folder or Path()])
-        ]
+        encoded = [_read(file) for file in _images([folder or Path()])]
     if not encoded:
         leave(f"There is no image in {folder}; known are files with {', '.join(MEDIA_TYPES)}.")
     random.Random(line).shuffle(encoded)  # noqa: S311 - an order, not a secret
     return [_convert(frame, frame_format) for frame in encoded]
+
+
+def _read(file: Path) -> EncodedFrame:
+    """Read an image file, or end with a sentence: a camera without some of its frames is not the one that was meant."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        leave(f"{file} can't be read: {error.strerror}.")
+    media_type = MEDIA_TYPES.get(file.suffix.lower())
+    if media_type is None:
+        leave(f"{file} is no image file that the service takes: {', '.join(MEDIA_TYPES)}.")
+    return EncodedFrame(data, media_type)
 
 
 def _convert(frame: EncodedFrame, frame_format: FrameFormat) -> ClientFrame:

@@ -1,10 +1,15 @@
 """How commands reach a server: address, key and certificates, the same words in every command."""
 
 import ssl
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
+
+from service.client import ClientFault
+
+_Connected = TypeVar("_Connected")
 
 USAGE = 2  # the exit code of whoever asks in the wrong way
 
@@ -16,6 +21,14 @@ Authority = Annotated[Path | None, typer.Option(help="PEM file of the authority 
 Certificate = Annotated[Path | None, typer.Option(help="PEM file with our certificate and key, for mutual TLS.")]
 
 
+def connect(make: Callable[[], _Connected]) -> _Connected:
+    """Make a client, or end with a sentence where its address or key is none."""
+    try:
+        return make()
+    except ClientFault as fault:
+        leave(fault.problem.sentence)
+
+
 def read_key(file: Path | None) -> str | None:
     """Return the key that a file holds, or end with a sentence where it can't be read."""
     if file is None:
@@ -24,6 +37,8 @@ def read_key(file: Path | None) -> str | None:
         return file.read_text("utf-8").strip()
     except OSError as error:
         leave(f"The key file {file} can't be read: {error.strerror}.")
+    except UnicodeDecodeError:
+        leave(f"The key file {file} can't be read: it is no text.")
 
 
 def tls_context(authority: Path | None, certificate: Path | None) -> ssl.SSLContext | None:

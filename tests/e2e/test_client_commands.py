@@ -1,7 +1,13 @@
 """The commands of those who ask a server, run as a user would, against a real server."""
 
 import json
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -9,7 +15,7 @@ from typer.testing import CliRunner
 from service.client_commands import commands
 from service.settings import Settings
 from tests.factories import encode, make_bundle, make_frame
-from tests.servers import serve_in_thread, wait_until_ready
+from tests.servers import PATIENCE_S, serve_in_thread, wait_until_ready
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +216,30 @@ def test_camera_when_the_line_shares_a_bundle_then_finds_it_under_another_name(u
     assert "no bundle of the line pair" in nobody.output
 
 
+def test_camera_when_it_is_interrupted_then_its_figures_add_up():
+    """Ctrl-C ends a run without duration: a frame that nobody has answered yet has no verdict."""
+    with socket.create_server(("127.0.0.1", 0)) as nobody_answers, tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "part.png").write_bytes(encode(make_frame()))
+        command = ["camera", "--line", "cap", "--frames", folder, "--rate", "50", "--deadline-ms", "60000", "--json"]
+        url = f"http://127.0.0.1:{nobody_answers.getsockname()[1]}"
+        heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # even where a shell did not
+        program = f"{heard}; from service.__main__ import main; main()"
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, *command, "--url", url],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        connection, _ = nobody_answers.accept()
+        with connection:
+            connection.recv(1)
+            process.send_signal(signal.SIGINT)
+            told, _ = process.communicate(timeout=PATIENCE_S)
+
+    [summary] = json.loads(told)
+    assert process.returncode == 0
+    assert summary["sent"] == summary["verdicts"]["NO_VERDICT"] == summary["problems"]["interrupted"] > 0
+
+
 def test_camera_when_nobody_watches_then_prints_its_table_once(url, frames):
     """In a log there is one table, with every verdict's column."""
     result = _flawline(
@@ -231,15 +261,31 @@ def test_camera_when_nobody_watches_then_prints_its_table_once(url, frames):
         (("camera", "--line", "demo_line", "--frames", "{empty}"), "no image in"),
         (("camera", "--line", "unheard_of", "--store", "{store}"), "no bundle"),
         (("inspect", "{frames}", "--line", "demo_line", "--key-file", "{empty}/key"), "key file"),
+        (("inspect", "{frames}", "--line", "demo_line", "--key-file", "{frames}/a_good.png"), "can't be read"),
+        (("inspect", "{frames}", "--line", "demo_line", "--key-file", "{empty}/umlaut"), "ASCII"),
+        (("camera", "--frames", "{frames}", "--line", "demo_line", "--key-file", "{empty}/umlaut"), "ASCII"),
+        (("inspect", "{frames}", "--line", "demo_line", "--url", "http://127.0.0.1:abc"), "address"),
+        (("camera", "--frames", "{frames}", "--line", "demo_line", "--url", "http://127.0.0.1:99999"), "address"),
+        (("admin", "--url", "http://127.0.0.1:abc", "lines"), "address"),
+        (("camera", "--line", "demo_line", "--frames", "{empty}/absent"), "can't be read"),
+        (("camera", "--line", "demo_line", "--frames", "{empty}/absent.png"), "can't be read"),
+        (("camera", "--line", "demo_line", "--frames", "{frames}/notes.txt"), "no image file"),
+        (("camera", "--line", "demo_line", "--frames", "{gone}"), "can't be read"),
         (("inspect", "{frames}", "--line", "demo_line", "--authority", "{frames}/notes.txt"), "certificate"),
     ],
 )
 def test_command_when_it_can_not_begin_then_one_sentence_says_why(frames, store, tmp_path, arguments, said):
     """A wrong folder, key, certificate or line is told before anything is sent."""
     (tmp_path / "empty").mkdir()
-    places = {"frames": frames, "store": store, "empty": tmp_path / "empty"}
+    (tmp_path / "empty/umlaut").write_text("schlüssel", encoding="utf-8")
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone/part.png").symlink_to("nowhere")
+    places = {"gone": tmp_path / "gone", "frames": frames, "store": store, "empty": tmp_path / "empty"}
 
     result = _flawline(*(argument.format(**places) for argument in arguments))
 
-    assert result.exit_code != 0
-    assert said in result.output
+    assert result.exit_code in (1, 2)
+    assert isinstance(result.exception, SystemExit)
+    assert said in " ".join(result.output.split())
+    assert "demo_line  " not in result.output  # no table
+    assert "schlüssel" not in result.output

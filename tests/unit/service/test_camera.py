@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 
 import pytest
 from hypothesis import given
@@ -81,6 +82,32 @@ def test_camera_when_answers_do_not_come_then_drops_and_counts_what_its_buffer_c
     assert (tally.sent, tally.dropped) == (3, 7)
     assert dict(tally.problems) == {"not_reachable": 3}
     assert dict(tally.verdicts) == {"NO_VERDICT": 3}
+
+
+def test_camera_when_it_is_stopped_then_every_frame_under_way_is_counted_as_without_verdict():
+    """Whoever ends a run early reads figures that add up, and no latency of a frame that was not answered."""
+    tally, clock = Tally(), FakeClock()
+
+    async def inspect(line, frame, number):
+        if number < 2:
+            return PASSED
+        return await asyncio.Event().wait()
+
+    async def stop_at_the_fourth(seconds: float) -> None:
+        clock.advance(seconds)
+        await asyncio.sleep(0)
+        if tally.sent == 4:
+            raise asyncio.CancelledError
+
+    plan = CameraPlan("cap", 10.0, jitter=0.0, burst=2)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(
+            run_camera(plan, FRAMES, tally, inspect, duration_s=math.inf, clock=clock, sleep=stop_at_the_fourth)
+        )
+
+    assert (tally.sent, dict(tally.verdicts)) == (4, {"PASS": 2, "NO_VERDICT": 2})
+    assert dict(tally.problems) == {"interrupted": 2}
+    assert list(tally.latencies_ms) == [PASSED.elapsed_ms] * 2
 
 
 def test_tally_when_asked_for_a_percentile_then_gives_a_latency_that_was_seen():
