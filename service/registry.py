@@ -225,6 +225,7 @@ class Registry(LoadedVersions):
             history = self._histories.get(name, History())
             before = history.live[-2] if len(history.live) > 1 else self._older_than_live(name, history)
             if before is None:
+                self._demand_a_readable_store()
                 raise UnknownVersion("There is no version before this one.")
             left = history.live[-1] if history.live else None
             self._go_live(self._loaded_or_load(self._stored(name, before)))
@@ -323,7 +324,7 @@ class Registry(LoadedVersions):
             state = self._state
             live = {known: serving for known, serving in state.live.items() if known != line}
             status = LineStatus(line, name, "unloaded", _TAKEN_OUT, None)
-            self._state = replace(state, live=live, not_live={**state.not_live, line: status})
+            self._become(replace(state, live=live, not_live={**state.not_live, line: status}))
             if not any(serving.bundle.manifest.name == name for serving in live.values()):
                 self._end_shadow(name)
                 self._retire(key for key in state.loaded if key.name == name)
@@ -519,8 +520,12 @@ class Registry(LoadedVersions):
         return self.serving(line, None)
 
     def _older_than_live(self, name: str, history: History) -> str | None:
-        live = int(history.live[-1]) if history.live else 0
-        older = [version for version in self._catalogue.readable_versions(name) if int(version) < live]
+        """Return the next older version in the store than the live one, or than the one that should be live."""
+        stored = self._catalogue.readable_versions(name)
+        if not stored:
+            return None
+        live = history.live[-1] if history.live else self._first(name, stored)
+        older = [version for version in stored if int(version) < int(live)]
         return older[-1] if older else None
 
     def _bundle_of(self, line: str) -> str:

@@ -383,6 +383,13 @@ class Telemetry:
         self._forget_old_versions(line, version)
         self._drifts.by_line[line] = LineDrift(None if calibration is None else ScoreDrift(calibration))
 
+    def line_leaves(self, line: str) -> None:
+        """Forget what served a line, where nothing does any more, and what was told of its last frames."""
+        labels = self._model_labels.pop(line, None)
+        if labels is not None:
+            self._model_info.remove(*labels)
+        self._drifts.by_line.pop(line, None)
+
     def declare_engine(self, engine: str) -> None:
         """Let refusals of a bundle's versions be told of before the first."""
         self._refused_versions.labels(engine).inc(0)
@@ -487,8 +494,8 @@ class Telemetry:
         known = self.known_line(line)
         self._no_verdicts[known, reason if reason in _REASONS else OTHER_REASON].inc()
         verdict = Verdict.NO_VERDICT.value
-        if known in self._model_labels:
-            _, version, *_ = self._model_labels[known]
+        if known in self._served:  # by a version that is in memory, or was the last one there
+            version = self._served[known][-1]
             self._tally(known, version).failed(seconds.get("total", 0.0), int(answered_at * 1000))
         known_fields = {"line": known, "verdict": verdict, "code": reason, "seconds": dict(seconds)}
         if _log.isEnabledFor(logging.INFO):

@@ -33,7 +33,7 @@ from service.live import (
 )
 from service.loading import BatcherOptions, Loader, OpenEngine
 from service.memory import Resident, make_room
-from service.served import WHILE_LOADING_S, ServedLines
+from service.served import WHILE_LOADING_S, ServedLines, State
 from service.stores.store import Store
 from service.telemetry import Telemetry
 
@@ -309,6 +309,13 @@ class LoadedVersions(ServedLines):
 
     # What becomes live, in one assignment each.
 
+    def _become(self, state: State) -> None:
+        """Serve what a state says, and tell no more of the lines that nothing serves then."""
+        left = self._state.live.keys() - state.live.keys()
+        self._state = state
+        for line in sorted(left):
+            self._telemetry.line_leaves(line)
+
     def _go_live(self, version: LoadedVersion) -> None:
         """Serve the lines of a loaded version by it."""
         key, state = version.key, self._state
@@ -326,7 +333,7 @@ class LoadedVersions(ServedLines):
             line: LineStatus(line, key.name, "refused", f"Version {key.version} of {key.name} {_FEWER_LINES}", None)
             for line in left & (self._wanted or frozenset())
         }
-        self._state = replace(state, live={**others, **served}, not_live={**absent, **refused, **missing})
+        self._become(replace(state, live={**others, **served}, not_live={**absent, **refused, **missing}))
         self._late &= self._state.not_live.keys()  # what was served once is missed when it is gone
         for live in served.values():
             self._keep(live)
@@ -413,7 +420,7 @@ class LoadedVersions(ServedLines):
             return
         live = {name: serving for name, serving in state.live.items() if name != line.name}
         not_live = {**state.not_live, line.name: _without_its_policy(line)}
-        self._state = replace(state, live=live, not_live=not_live)
+        self._become(replace(state, live=live, not_live=not_live))
 
     def _end_shadow(self, name: str) -> None:
         if name in self._state.shadows:
@@ -515,7 +522,7 @@ class LoadedVersions(ServedLines):
             absent = {line: LineStatus(line, key.name, "unloaded", reason, None) for line in lines}
             live = {line: serving for line, serving in state.live.items() if line not in lines}
             shadows = {name: version for name, version in state.shadows.items() if version.key != key}
-            self._state = replace(state, live=live, not_live={**state.not_live, **absent}, shadows=shadows)
+            self._become(replace(state, live=live, not_live={**state.not_live, **absent}, shadows=shadows))
             self._retire((key,))
             self._telemetry.engine_unloaded(key.name)
             _log.info("engine unloaded for others", extra=_named(key))

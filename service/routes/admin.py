@@ -48,7 +48,7 @@ router = APIRouter(tags=["administration"])
 protocol = APIRouter(prefix="/v2/repository", include_in_schema=False)
 
 _NO_KEY = ("not_authenticated", "not_authorised")
-_CHANGE = (*_NO_KEY, "version_refused", "engine_failed", "internal")
+_CHANGE = (*_NO_KEY, "version_refused", "engine_failed", "store_unreachable", "internal")
 
 _audit = logging.getLogger("flawline.audit")
 

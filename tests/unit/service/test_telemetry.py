@@ -241,6 +241,23 @@ def test_drift_when_scores_leave_their_calibration_then_the_gauges_tell(telemetr
     assert samples['flawline_review_ratio{line="demo_line"}'] == pytest.approx(0.5, abs=0.01)
 
 
+def test_series_when_a_line_leaves_then_its_gauges_go_and_its_counts_stay(telemetry):
+    """What nobody measures any more must not stand still on a dashboard; what was counted was counted."""
+    telemetry.declare_line("demo_line")
+    telemetry.line_serves("demo_line", "4", "d", "1", "cpu", None)
+    telemetry.inspected(make_inspection(), encode_s=0.0, total_s=0.1, answered_at=ANSWERED_AT)
+
+    telemetry.line_leaves("demo_line")
+    telemetry.inspected(make_inspection(), encode_s=0.0, total_s=0.1, answered_at=ANSWERED_AT)  # the last under way
+    telemetry.not_inspected("demo_line", "line_loading", ANSWERED_AT, seconds={"total": 0.1})
+
+    samples = metrics(telemetry)
+    gone = ("flawline_model_info{", "flawline_score_psi{", "flawline_review_ratio{", "flawline_image_quality{")
+    assert not [name for name in samples if name.startswith(gone)]
+    assert samples['flawline_inspections_total{line="demo_line",verdict="REVIEW",version="4"}'] == 2
+    assert telemetry.statistics("demo_line", "4")["inference_stats"]["fail"]["count"] == 1
+
+
 def test_series_when_a_line_begins_then_none_is_not_a_number(telemetry):
     """One NaN in a day's history makes NaN of its mean, and the alerts that compare with it blind for that day."""
     calibrated = np.linspace(0, 0.1, 100, dtype=np.float32)

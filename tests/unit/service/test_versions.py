@@ -326,6 +326,27 @@ def test_roll_back_when_the_service_has_just_started_then_takes_the_next_older_o
         registry.roll_back("demo_line")
 
 
+def test_roll_back_when_the_newest_version_was_refused_at_the_start_then_takes_the_one_before_it(shelf):
+    """The way out of a line that is down because of its newest version."""
+    shelf.add_broken("2")
+    registry = shelf.load()
+
+    before = registry.roll_back("demo_line")
+    registry.rescan()
+
+    assert (before, shelf.serving(), registry.is_ready) == ("1", "1", True)
+    assert [one.version for one in registry.versions("demo_line") if one.is_held_back] == ["2"]
+
+
+def test_roll_back_when_the_store_is_away_then_says_so(shelf):
+    """No version is called missing while nobody can look."""
+    registry = shelf.load()
+    shelf.path.rename(shelf.path.with_name("away"))
+
+    with pytest.raises(StoreUnreachable):
+        registry.roll_back("demo_line")
+
+
 def test_roll_back_when_the_version_before_is_spoilt_then_nothing_changes(shelf):
     """A way back that does not hold is refused, and the line goes on."""
     shelf.add("2")
@@ -706,6 +727,26 @@ def test_unload_when_asked_then_the_line_answers_nobody_until_it_is_loaded_again
     with pytest.raises(UnknownLine):
         registry.load_line("nobody")
     registry.close()
+
+
+def test_metrics_when_nothing_serves_a_line_any_more_then_no_series_says_what_does(crowded):
+    """A line that was taken out, or made room for others, must not look served by what served it last."""
+
+    def told():
+        return [
+            line.split('line="')[1].split('"')[0]
+            for line in crowded.metrics().splitlines()
+            if line.startswith("flawline_model_info{")
+        ]
+
+    at_first = told()
+    crowded.want("cap")
+    swapped = told()
+    crowded.registry.unload_line("cap")
+    unloaded = told()
+    crowded.registry.load_line("cap")
+
+    assert (at_first, swapped, unloaded, told()) == (["plate"], ["cap"], [], ["cap"])
 
 
 def test_load_line_when_the_newest_version_is_spoilt_then_it_stays_unloaded(shelf):
