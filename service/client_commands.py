@@ -358,7 +358,7 @@ class _Pictures:
         try:
             for older in places.values():
                 if older.is_file():
-                    older.unlink()
+                    older.unlink(missing_ok=True)  # a file that is named twice is drawn by two threads
             if outcome.answer is None:
                 return None
             data = client.heatmap(outcome.answer.inspection_id, "overlay")
