@@ -8,7 +8,7 @@ in the heading of the README beside them, as `SEED = 1`; `FLAWLINE_PARITY_SEED` 
 import os
 import re
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import pytest
 
 from tests.shared_material import SHARED
 
-Arrays = np.lib.npyio.NpzFile
+Arrays = Mapping[str, np.ndarray]
 _TRAINING = "train"
 
 
@@ -27,10 +27,16 @@ def recorded_inferences(method: str) -> list[str]:
     return [name for name in names if name != _TRAINING]
 
 
+def read_arrays(path: Path) -> Arrays:
+    """Return all arrays of a recording, and leave no file open."""
+    with np.load(path) as file:
+        return dict(file)
+
+
 def arrays_of(method: str, name: str) -> list[str]:
     """Return the names of the arrays of a recorded inference."""
     assert SHARED is not None
-    return sorted(np.load(SHARED / "parity" / method / f"expected_{name}.npz").files)
+    return sorted(read_arrays(SHARED / "parity" / method / f"expected_{name}.npz"))
 
 
 def each_array(method: str, but: Collection[str]) -> list[object]:
@@ -73,7 +79,7 @@ def draw_images(shape: tuple[int, ...], seed: int, checksum: np.ndarray | None) 
 
 def recorded_after(expected: Arrays) -> tuple[int, dict[str, np.ndarray]]:
     """Return after how many training steps parameters were recorded, and their beginnings by official name."""
-    found = [(match, key) for key in expected.files if (match := re.match(r"after(\d+)__", key))]
+    found = [(match, key) for key in expected if (match := re.match(r"after(\d+)__", key))]
     (steps,) = {int(match[1]) for match, _ in found}
     return steps, {key.removeprefix(match[0]): expected[key] for match, key in found}
 

@@ -5,10 +5,12 @@ starts from its official name. Tolerances: float32 against float32, other orders
 because every score lies farther from its threshold than the two differ.
 
 Other recordings of the same form are compared as they are: `FLAWLINE_SHARED=/elsewhere pytest tests/parity` takes
-batch, side and steps from their arrays and the seed from their README (`recordings.py`).
+batch, side, grid and steps from their arrays, depths and the number of centres from their list of keys, and the seed
+from their README (`recordings.py`). Of the documented rows of positions, a small grid records those that it has.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -31,17 +33,19 @@ from tests.parity.recordings import (
     draw_images,
     each_array,
     each_inference,
+    read_arrays,
     recorded_after,
     recorded_inferences,
     seed_of,
 )
 from tests.shared_material import require_shared
-from training.import_checkpoint import import_ami_net
+from training.import_checkpoint import _AMI_NET_PREFIXES, _translate, import_ami_net
 from training.optimisers import build_optimiser
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 EXACT = {"rtol": 0.0, "atol": 0.0}
 _POSITIONS = "Roncon_model.pos_embed"
+_POSITION_ROWS = (0, 1, 2, 15, 16, 17, 128, 255)
 _STRIDE = 4
 _METHOD = "ami_net"
 _TRACE = "trace__total_dis_dir_compact_diversity"
@@ -95,7 +99,7 @@ def _images(detector: AmiNet, folder: Path, expected: Arrays, batch: int | None 
 def _answers(recording: str):
     """Run the detector once as a recording did and name everything the official code was asked for."""
     folder = require_shared(f"parity/{_METHOD}")
-    expected = np.load(folder / f"expected_{recording}.npz")
+    expected = read_arrays(folder / f"expected_{recording}.npz")
     detector = _detector(folder, _shape_of(expected)[-1])
     images = _images(detector, folder, expected)
     seen: dict[str, Tensor] = {}
@@ -120,7 +124,7 @@ def _answers(recording: str):
         "mask": 1 - seen["_find_mask"],
         "amap": output.anomaly_map,
         "image_score": output.score,
-        "pos_embed_rows": detector.positions[[0, 1, 2, 15, 16, 17, 128, 255]],
+        "pos_embed_rows": detector.positions[[row for row in _POSITION_ROWS if row < len(detector.positions)]],
     }
     return expected, {name: value.numpy() for name, value in ours.items()}
 
@@ -166,7 +170,7 @@ def _arrange(
 _TOLERANCES = {
     **dict.fromkeys(("feat_s", "feat_l2", "patch_embed_s", "auxi_embed_s", "aux_block_centres"), CLOSE),
     **dict.fromkeys(("centres", "token_score", "block0_s", "final_norm_s", "rec_s", "rec_l2"), CLOSE),
-    **{f"{kind}{part}": CLOSE for kind in ("dis", "dir") for part in ("64", "_map_s", "_smooth_s")},
+    **{f"{kind}{part}": CLOSE for kind in ("dis", "dir") for part in ("", "_map_s", "_smooth_s")},
     **dict.fromkeys(("cluster_index", "mask"), EXACT),
     "amap": CLOSE,
     "image_score": {"rtol": 1e-4, "atol": 0.0},
@@ -178,10 +182,15 @@ _COMPARED_ELSEWHERE = {
 }
 
 
+def _kind(name: str) -> str:
+    """Return the name of an array without the side of its grid: `dis` for `dis64`."""
+    return re.sub(r"^(dis|dir)\d+$", r"\1", name)
+
+
 @pytest.mark.parametrize("recording", each_inference(_METHOD))
 def test_recording_has_the_arrays_that_are_compared(recording):
     """No array goes without a comparison, and none is missing."""
-    assert set(arrays_of(_METHOD, recording)) - _COMPARED_ELSEWHERE == _TOLERANCES.keys()
+    assert {_kind(name) for name in arrays_of(_METHOD, recording)} - _COMPARED_ELSEWHERE == _TOLERANCES.keys()
 
 
 @pytest.mark.parametrize(("recording", "name"), each_array(_METHOD, _COMPARED_ELSEWHERE))
@@ -189,13 +198,13 @@ def test_inference_equals_the_official_code(recording, name):
     """Every intermediate value, the mask, the map and the score are those of the official modules."""
     expected, ours = _answers(recording)
 
-    np.testing.assert_allclose(ours[name].reshape(expected[name].shape), expected[name], **_TOLERANCES[name])
+    np.testing.assert_allclose(ours[name].reshape(expected[name].shape), expected[name], **_TOLERANCES[_kind(name)])
 
 
 @pytest.mark.parametrize("recording", each_inference(_METHOD))
 def test_mask_when_all_clusters_are_in_use_then_equals_the_official_code(recording):
     """With all clusters, one of them of a single token, the same tokens are masked."""
-    expected = np.load(require_shared(f"parity/{_METHOD}") / f"expected_{recording}.npz")
+    expected = read_arrays(require_shared(f"parity/{_METHOD}") / f"expected_{recording}.npz")
     scores, nearest = (torch.from_numpy(expected[f"mask_case_{name}"]) for name in ("score", "cluster"))
 
     masked = find_outliers(scores, functional.one_hot(nearest).float(), deviations=0.5)
@@ -203,18 +212,25 @@ def test_mask_when_all_clusters_are_in_use_then_equals_the_official_code(recordi
     np.testing.assert_array_equal(1 - masked.numpy(), expected["mask_case_mask"])
 
 
+def _recording_of(folder: Path, tokens: int) -> str:
+    """Return a recorded inference of so many tokens an image: that of the images which the training has seen."""
+    for name in recorded_inferences(_METHOD):
+        if read_arrays(folder / f"expected_{name}.npz")["token_score"].shape[1] == tokens:
+            return name
+    raise AssertionError(f"{folder} has no inference of {tokens} tokens, which the recorded training has")
+
+
 @pytest.fixture(scope="module")
 def trace():
     """Run the recorded training steps: no jitter, one given mask."""
     folder = require_shared(f"parity/{_METHOD}")
-    expected = np.load(folder / "expected_train.npz")
-    recording = recorded_inferences(_METHOD)[0]
-    seen, _ = _answers(recording)  # of the detector before it is trained
+    expected = read_arrays(folder / "expected_train.npz")
+    shape = expected["train_mask"].shape
+    seen, _ = _answers(_recording_of(folder, tokens=shape[1]))  # of the detector before it is trained
     detector = _detector(folder, _shape_of(seen)[-1])
     detector.config = replace(detector.config, jitter=0.0)
     (stage,) = detector.stages()
     assert isinstance(stage, GradientStage)
-    shape = expected["train_mask"].shape
     features = detector._unpack(stage.encode(_images(detector, folder, seen, batch=shape[0])))
     visible = torch.from_numpy(draw("train_mask", shape, seed_of(folder)) > 0)
     np.testing.assert_array_equal(visible.float().numpy(), expected["train_mask"])
@@ -233,22 +249,9 @@ def trace():
     return expected, np.array(rows), first_gradients, detector
 
 
-_OURS = {
-    "cls_token": "centre_queries",
-    "patch_embed.proj": "patch_embedding",
-    "auxi_embed.proj": "centre_embedding",
-    "auxiliary": "centre_blocks",
-    "inpainting_pred": "prediction",
-}
-
-
-def _name_here(official: str) -> str:
-    """Translate the official name of a recorded tensor."""
-    name = official.partition("Roncon_model.")[2]
-    for theirs, ours in _OURS.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
+def _name_here(recorded: str) -> str:
+    """Translate the name of a recorded array, as `gradnorm__Roncon_model.norm.bias`, into that of our parameter."""
+    return _translate(recorded.rpartition("__")[2], _AMI_NET_PREFIXES)
 
 
 @pytest.mark.parametrize(
