@@ -246,7 +246,7 @@ def _read_inp_former(state: Mapping[str, Tensor], side: int, told: str) -> Relea
     resized = round(side * 8 / 7)
     settings = (
         f"backbone={imported.config.backbone}",
-        f"hyperparameters.prototypes={imported.config.prototypes}",
+        *(f"hyperparameters.{name}={getattr(imported.config, name)}" for name in ("prototypes", "decoder_blocks")),
         *_input_settings(side, resized),
     )
     return Released(settings, detector_tensors(imported), dinov2_to_timm(encoder) if encoder else None, told)
@@ -312,7 +312,7 @@ def _read(path: Path, inside: str | None = None) -> Mapping[str, Tensor]:
 
 
 def _read_config(head: Mapping[str, Tensor], image_size: tuple[int, int]) -> InpFormerConfig:
-    """Read the sizes off the shapes; the number of decoder blocks is the released one."""
+    """Read the sizes off the shapes and names; the number of groups is the released one."""
     _require_dimensions(head, {"prototype_tokens": 2, "decoder.0.attn.learn_scale": 3}, _INP_FORMER_PREFIXES)
     prototypes, channels = head["prototype_tokens"].shape
     heads = head["decoder.0.attn.learn_scale"].shape[0]
@@ -321,7 +321,12 @@ def _read_config(head: Mapping[str, Tensor], image_size: tuple[int, int]) -> Inp
     if heads != channels // _CHANNELS_PER_HEAD:
         expected = channels // _CHANNELS_PER_HEAD
         raise ValueError(f"decoder.0.attn.learn_scale has {heads} heads; {expected} go with {channels} channels")
-    return InpFormerConfig(backbone=_VIT_BY_CHANNELS[channels], prototypes=prototypes, image_size=image_size)
+    blocks = _depth(head, "decoder.")
+    if blocks % InpFormerConfig.groups:
+        raise ValueError(f"decoder.* are {blocks} blocks, which {InpFormerConfig.groups} groups can't share evenly")
+    return InpFormerConfig(
+        backbone=_VIT_BY_CHANNELS[channels], prototypes=prototypes, decoder_blocks=blocks, image_size=image_size
+    )
 
 
 def _read_ami_net_config(head: Mapping[str, Tensor], image_size: tuple[int, int]) -> AmiNetConfig:
@@ -357,7 +362,8 @@ def _require_dimensions(head: Mapping[str, Tensor], wanted: Mapping[str, int], p
 
 def _depth(head: Mapping[str, Tensor], prefix: str) -> int:
     """Count the numbered blocks under a prefix."""
-    return len({key.removeprefix(prefix).partition(".")[0] for key in head if key.startswith(prefix)})
+    found = {key.removeprefix(prefix).partition(".")[0] for key in head if key.startswith(prefix)}
+    return sum(number.isdecimal() for number in found)
 
 
 def _load(detector: nn.Module, head: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> None:

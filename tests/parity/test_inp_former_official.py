@@ -4,7 +4,8 @@ The expected arrays were made with the official modules (luow23/INP-Former at 17
 that starts from its official name. Tolerances: float32 against float32, other orders of summation.
 
 Other recordings of the same form are compared as they are: `FLAWLINE_SHARED=/elsewhere pytest tests/parity` takes
-batch, side and steps from their arrays and the seed from their README (`recordings.py`).
+batch, side and steps from their arrays, sizes and depth from their list of keys, and the seed from their README
+(`recordings.py`). `decoder0_s` is of the decoder's first block, and `decoder7_s`, whatever its number, of the last.
 """
 
 import json
@@ -27,6 +28,7 @@ from tests.parity.recordings import (
     draw_images,
     each_array,
     each_inference,
+    read_arrays,
     recorded_after,
     recorded_inferences,
     seed_of,
@@ -90,7 +92,7 @@ def _record(module: torch.nn.Module, into: dict[str, Tensor], name: str) -> None
 def _answers(name: str):
     """Run the detector once as a recording did and name everything the official code was asked for."""
     folder = require_shared(f"parity/{_METHOD}")
-    expected = np.load(folder / f"expected_{name}.npz")
+    expected = read_arrays(folder / f"expected_{name}.npz")
     detector = _detector(folder, _shape_of(expected)[-1])
     images = _images(detector, folder, expected)
     seen: dict[str, Tensor] = {}
@@ -98,13 +100,14 @@ def _answers(name: str):
     _record(detector.backbone.network.blocks[0], seen, "block0")
     _record(detector.bottleneck, seen, "bottleneck")
     _record(detector.decoder[0], seen, "decoder0")
-    _record(detector.decoder[7], seen, "decoder7")
+    _record(detector.decoder[-1], seen, "decoder_last")
     _record(detector.extractor, seen, "inp_tokens")
     with torch.no_grad():
         output = detector(images)
         tokens = detector.encode(images)
         rebuilt = detector.rebuild(tokens.mean(dim=1), seen["inp_tokens"])
-    return expected, _arrange(detector, tokens, rebuilt, seen, output), detector, tokens
+    ours = _arrange(detector, tokens, rebuilt, seen, output)
+    return expected, {array: ours[_kind(array)] for array in expected if _kind(array) in ours}, detector, tokens
 
 
 def _arrange(detector, tokens, rebuilt, seen, output) -> dict[str, np.ndarray]:
@@ -129,7 +132,7 @@ def _arrange(detector, tokens, rebuilt, seen, output) -> dict[str, np.ndarray]:
         "loss_coherence": distance.amin(dim=-1).mean(),
         "bottleneck_s": seen["bottleneck"][..., ::16],
         "decoder0_s": seen["decoder0"][..., ::16],
-        "decoder7_s": seen["decoder7"][..., ::16],
+        "decoder_last_s": seen["decoder_last"][..., ::16],
         "amap": image_map,
         "amap256": upsample(image_map, (256, 256), mode="bilinear", align_corners=False),
         "smooth": output.anomaly_map[:, None],
@@ -153,17 +156,22 @@ _ALWAYS = {
 }
 _SOMETIMES = {
     **dict.fromkeys(("tokens_cls_reg", "tokens_patch_s", "block0_s", "fused_s"), FEATURES),
-    **dict.fromkeys(("bottleneck_s", "decoder0_s", "decoder7_s"), FEATURES),
+    **dict.fromkeys(("bottleneck_s", "decoder0_s", "decoder_last_s"), FEATURES),
     **{f"{kind}{group}_s": FEATURES for kind in ("en", "de") for group in (0, 1)},
     "amap": MAPS,
 }
 _COMPARED_ELSEWHERE = {"input_checksum", "zs_smooth", "zs_score"}
 
 
+def _kind(array: str) -> str:
+    """Return the name of an array without the number of the decoder's last block, which is the depth's."""
+    return re.sub(r"^decoder[1-9]\d*_s$", "decoder_last_s", array)
+
+
 @pytest.mark.parametrize("recording", each_inference(_METHOD))
 def test_recording_has_the_arrays_that_are_compared(recording):
     """No array goes without a comparison, and none that every recording has is missing."""
-    arrays = set(arrays_of(_METHOD, recording)) - _COMPARED_ELSEWHERE
+    arrays = {_kind(array) for array in arrays_of(_METHOD, recording)} - _COMPARED_ELSEWHERE
 
     assert _ALWAYS.keys() <= arrays <= (_ALWAYS | _SOMETIMES).keys()
 
@@ -173,7 +181,7 @@ def test_inference_equals_the_official_code(recording, name):
     """Every intermediate value, the map and the score are those of the official modules."""
     expected, ours, _, _ = _answers(recording)
 
-    np.testing.assert_allclose(ours[name], expected[name], **(_ALWAYS | _SOMETIMES)[name])
+    np.testing.assert_allclose(ours[name], expected[name], **(_ALWAYS | _SOMETIMES)[_kind(name)])
 
 
 @pytest.mark.parametrize("recording", each_inference(_METHOD))
@@ -193,13 +201,14 @@ def test_zero_shot_map_equals_the_official_code(recording):
 
 @pytest.fixture(scope="module")
 def trace():
-    """Run the recorded training iterations, on the images of the smallest recorded inference."""
+    """Run the recorded training iterations, on the images of the inference that has their coherence before any step."""
     folder = require_shared(f"parity/{_METHOD}")
-    expected = np.load(folder / "expected_train.npz")
-    inferences = [np.load(folder / f"expected_{name}.npz") for name in recorded_inferences(_METHOD)]
-    smallest = min(inferences, key=lambda recorded: _shape_of(recorded)[-1])
-    detector = _detector(folder, _shape_of(smallest)[-1])
-    images = _images(detector, folder, smallest)
+    expected = read_arrays(folder / "expected_train.npz")
+    inferences = [read_arrays(folder / f"expected_{name}.npz") for name in recorded_inferences(_METHOD)]
+    coherence = expected["trace__loss_coh"][0]
+    seen = min(inferences, key=lambda recorded: abs(recorded["loss_coherence"] - coherence))
+    detector = _detector(folder, _shape_of(seen)[-1])
+    images = _images(detector, folder, seen)
     (stage,) = detector.stages()
     assert isinstance(stage, GradientStage)
     official = {
@@ -249,6 +258,14 @@ def test_training_trace_equals_the_official_code(trace, column, name):
     np.testing.assert_allclose(rows[:, column], expected[f"trace__{name}"], rtol=1e-4, atol=1e-9)
 
 
+def _rounding(norm: np.ndarray, gradient: Tensor) -> float:
+    """Return up to where a gradient may be rounding alone, from the norm of all of its tensor.
+
+    A bias of the extractor's keys has none: it adds as much to all scores of a query, which softmax forgets.
+    """
+    return 1e-5 * float(norm) / gradient.numel() ** 0.5
+
+
 def test_first_gradients_equal_the_official_code(trace):
     """Every trainable tensor gets the official gradient, soft mining included."""
     expected, _, gradients, _ = trace
@@ -260,16 +277,22 @@ def test_first_gradients_equal_the_official_code(trace):
         np.testing.assert_allclose(gradients[key].norm(), norm, rtol=1e-4, err_msg=key)
     for key, start in starts.items():
         ours = gradients[key].flatten()[: len(start)]
-        np.testing.assert_allclose(ours, start, rtol=1e-4, atol=1e-4 * np.abs(start).max(), err_msg=key)
+        close = max(1e-4 * np.abs(start).max(), _rounding(norms[key], gradients[key]))
+        np.testing.assert_allclose(ours, start, rtol=1e-4, atol=close, err_msg=key)
 
 
 def test_parameters_after_the_last_step_equal_the_official_code(trace):
     """Clipping, StableAdamW and the schedule move the parameters as the official loop does."""
-    expected, rows, _, after = trace
+    expected, rows, gradients, after = trace
 
     steps, recorded = recorded_after(expected)
 
     assert recorded
     assert steps == len(rows)
     for key, value in recorded.items():
-        np.testing.assert_allclose(after[key].flatten()[: len(value)], value, rtol=1e-4, atol=1e-6, err_msg=key)
+        ours = after[key].flatten()[: len(value)].numpy()
+        start = gradients[key].flatten()[: len(value)].abs().numpy()
+        learns = start > _rounding(expected[f"gradnorm__{key}"], gradients[key])
+        np.testing.assert_allclose(ours[learns], value[learns], rtol=1e-4, atol=1e-6, err_msg=key)
+        # By a gradient that is rounding alone, each of the two goes its own way, and neither farther than the rates.
+        np.testing.assert_allclose(ours, value, rtol=1e-4, atol=2 * rows[:, -1].sum(), err_msg=key)

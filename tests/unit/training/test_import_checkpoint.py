@@ -1,5 +1,6 @@
 """Released checkpoints become detectors, or a sentence that names what does not fit."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from models.inp_former import InpFormer, InpFormerConfig
 from training.checkpoint import CheckpointRefused
+from training.config import load_config
 from training.import_checkpoint import dinov2_to_timm, import_inp_former, read_released
 
 _SIZE = (28, 28)
@@ -41,6 +43,20 @@ def test_import_when_the_encoder_is_left_out_then_only_the_backbone_is_missing(c
     assert torch.equal(imported.extractor.attn.kv.weight, checkpoint["aggregation.0.attn.kv.weight"])
     assert torch.equal(imported.decoder[7].mlp.fc2.bias, checkpoint["decoder.7.mlp.fc2.bias"])
     assert not imported.backbone.is_loaded
+
+
+def test_import_when_the_decoder_is_less_deep_then_so_is_the_detector(tmp_path, checkpoint):
+    """The depth is read off the names, and a run that takes the checkpoint over is told it."""
+    short = {name: value for name, value in checkpoint.items() if not re.match(r"decoder\.[4-7]\.", name)}
+    path = tmp_path / "model.safetensors"
+    save_file(short, path)
+
+    imported, released = import_inp_former(short, _SIZE), read_released("inp_former", path, _SIZE[0])
+
+    assert (len(imported.decoder), imported.config.decoder_blocks) == (4, 4)
+    assert "hyperparameters.decoder_blocks=4" in released.settings
+    config = load_config("paper", "inp_former", released.settings)
+    InpFormer(config.detector_config()).load_state_dict(dict(released.tensors), strict=False)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -85,7 +101,9 @@ def test_import_when_the_file_holds_something_else_then_refuses(tmp_path, name, 
         (lambda state: state.pop("prototype_token"), "lacks prototype_token"),
         (lambda state: state.pop("aggregation.0.attn.q.weight"), "lacks aggregation.0.attn.q.weight"),
         (lambda state: state.update({"extractor.norm1.bias": torch.ones(384)}), "unknown key extractor.norm1.bias"),
-        (lambda state: state.update({"decoder.8.norm1.weight": torch.ones(384)}), "unknown key decoder.8.norm1.weight"),
+        (lambda state: state.update({"decoder.8.norm1.weight": torch.ones(384)}), "9 blocks, which 2 groups"),
+        (lambda state: state.update({"decoder.7.norm3.weight": torch.ones(384)}), "unknown key decoder.7.norm3.weight"),
+        (lambda state: state.update({"decoder.norm.weight": torch.ones(384)}), "unknown key decoder.norm.weight"),
         (
             lambda state: state.update({"bottleneck.0.fc1.bias": torch.ones(3)}),
             r"bottleneck.0.fc1.bias has shape \(3,\)",
@@ -99,7 +117,9 @@ def test_import_when_the_file_holds_something_else_then_refuses(tmp_path, name, 
         "missing",
         "missing inside",
         "our name",
+        "half a block",
         "unknown",
+        "unknown beside blocks",
         "shape",
         "channels",
         "not a matrix",
