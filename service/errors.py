@@ -4,7 +4,7 @@
     ├── CallerError                     the request's fault: sending it again does not help
     │   ├── UnreadableFrame             not an image we accept, truncated, animated, wrong byte count
     │   ├── FrameTooLarge               bytes or pixels over the limit, decided before decoding
-    │   ├── FrameNotComparable          a flat frame, on a line whose frames are measured by themselves
+    │   ├── FrameNotComparable          a flat frame, as with a covered lens or without light
     │   ├── MediaTypeNotAllowed
     │   ├── ParameterInvalid
     │   ├── NotAuthenticated            no key, or a key we do not know
@@ -70,7 +70,7 @@ class FrameTooLarge(CallerError):
 
 
 class FrameNotComparable(CallerError):
-    """The frame's map is flat, so a policy that measures the frame by itself has nothing to compare."""
+    """The frame shows no picture, or its map is flat where a policy measures the frame by itself."""
 
     code = "frame_not_comparable"
 

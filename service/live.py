@@ -98,6 +98,7 @@ class LiveLine:
         own_policy: version of that one, which the line was calibrated under.
         default_policy: version of the one that judges where the caller names none. Where it is not offered any more,
             no other one takes its place.
+        least_contrast: of a frame that shows a picture of the line (`contract/pictures.py`); 0 asks for none.
         refusals: policy files that are not offered as they lie in the store, by the version that they would have.
     """
 
@@ -108,6 +109,7 @@ class LiveLine:
     policies: Mapping[str, LivePolicy]
     own_policy: str
     default_policy: str
+    least_contrast: float
     refusals: Mapping[str, PolicyRefusal] = field(default_factory=dict)
 
     @property

@@ -12,7 +12,7 @@ from pathlib import Path
 from service.batch_queue import Running
 from service.batcher import Batcher
 from service.contract.bundle import Bundle, load_bundle
-from service.contract.golden import GoldenSet, read_golden_by_line, replay
+from service.contract.golden import GoldenSet, least_contrast_of, read_golden_by_line, replay
 from service.contract.signature import Trust
 from service.contract.tiling import Run
 from service.engines.engine import Engine, LoneRun
@@ -92,7 +92,7 @@ class Loader:
             run_times = warm_up(
                 engine, manifest, self._options.max_batch_size, self._options.warm_up_limit_s, self._clock
             )
-            known, alone = self._prove(bundle, engine)
+            known, alone, contrasts = self._prove(bundle, engine)
             own = {line: fit_policy(bundle.policies[line], manifest) for line in lines}
             offered = {line: self._policies.offered(line, manifest, policy) for line, policy in own.items()}
         except BaseException:
@@ -127,6 +127,7 @@ class Loader:
                     policies=offered[line].policies,
                     own_policy=own[line].policy.version,
                     default_policy=own[line].policy.version,
+                    least_contrast=contrasts[line],
                     refusals=offered[line].refusals,
                 )
                 for line in lines
@@ -142,21 +143,23 @@ class Loader:
             return live
         return replace(live, policies=found.policies, refusals=found.refusals)
 
-    def _prove(self, bundle: Bundle, engine: Engine) -> tuple[list[GoldenSet], LoneRun | None]:
+    def _prove(self, bundle: Bundle, engine: Engine) -> tuple[list[GoldenSet], LoneRun | None, dict[str, float]]:
         """Replay the golden frames of every line.
 
         Returns:
-            Those of a few lines, to ask again later, and the engine's way for a frame that is alone, if those say that
-            it may be taken.
+            Those of a few lines, to ask again later, the engine's way for a frame that is alone, if those say that it
+            may be taken, and the contrast that a frame of each line must have.
         """
         kept: list[GoldenSet] = []
+        contrasts: dict[str, float] = {}
         trial = LoneTrial(engine, self._clock)
         for golden in read_golden_by_line(bundle):
             is_kept = sum(len(known.answers) for known in kept) < _FRAMES_TO_ASK_AGAIN
             self._replay(bundle, golden, trial.run if is_kept else engine.run)
+            contrasts[golden.answers[0].line] = least_contrast_of(bundle, golden)
             if is_kept:
                 kept.append(golden)
-        return kept, trial.winner()
+        return kept, trial.winner(), contrasts
 
     def prove_again(self, version: LoadedVersion) -> None:
         """Replay golden frames on a version that is loaded already, before it becomes live once more.

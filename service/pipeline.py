@@ -24,6 +24,7 @@ from service.batch_queue import Place
 from service.batcher import RunResult
 from service.contract.frames import Frame, FrameLimits, fit_to_input, read_frame
 from service.contract.geometry import InputSpec
+from service.contract.pictures import refuse_blank
 from service.contract.policy import Judgement, judge
 from service.contract.raw_frames import decode_raw
 from service.contract.regions import Window
@@ -255,14 +256,16 @@ class _Work:
         """Decode the frame and make network inputs of it, once.
 
         Raises:
-            CallerError: if it can't be read.
+            CallerError: if it can't be read, or shows no picture.
         """
         if self._prepared is None:
             began_at = self._clock()
             if self.request.is_network_input:
-                self._prepared = _take_as_input(self.request.data, self._spec)
+                prepared = _take_as_input(self.request.data, self._spec)
             else:
-                self._prepared = _decode_and_fit(self.request, self._spec, self._limits)
+                prepared = _decode_and_fit(self.request, self._spec, self._limits)
+            refuse_blank(prepared.canvas, self._found.line.least_contrast)
+            self._prepared = prepared
             self.prepare_s = self._clock() - began_at
         return self._prepared.inputs
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, Validation
 from service.contract.bundle import GOLDEN_FILE, GOLDEN_MAPS_FILE, Bundle, LineName, Manifest
 from service.contract.calibration import read_arrays
 from service.contract.frames import Frame, FrameLimits, fit_to_input, read_frame
+from service.contract.pictures import least_contrast
 from service.contract.policy import Policy, Verdict, inspected_mask, judge, may_judge
 from service.contract.tiling import Run, by_tiles
 from service.errors import BundleRefused, FlawlineError
@@ -163,6 +164,23 @@ def replay(bundle: Bundle, golden: GoldenSet, run: Run) -> None:
             verdict = judge(float(scores[0]), maps[0], policy, rule, window, inspected).verdict
         if verdict is not answer.verdict:
             raise _differs(answer, "verdict")
+
+
+def least_contrast_of(bundle: Bundle, golden: GoldenSet) -> float:
+    """Return the contrast below which a frame shows no picture of a line (`pictures.py`).
+
+    Args:
+        bundle: verified.
+        golden: of one of its lines.
+
+    Returns:
+        0 where the line is not calibrated: its golden frames are not known to show the line.
+    """
+    if any(answer.line not in bundle.calibrations for answer in golden.answers):
+        return 0.0
+    shown = list(zip(golden.answers, golden.frames, strict=True))
+    good = [frame for answer, frame in shown if answer.verdict is Verdict.PASS] or golden.frames
+    return least_contrast(fit_to_input(frame.pixels, bundle.manifest.input) for frame in good)
 
 
 class _Judge(NamedTuple):

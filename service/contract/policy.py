@@ -1,8 +1,9 @@
 """Everything that turns a score and a map into a verdict; it lives outside the weights and has its own version.
 
 The only function of the project that may say `PASS`, `judge`, says it of finite numbers below both thresholds, and of
-nothing else. Region filters decide what is shown, never the verdict: a region that is too small to report does not make
-a part good.
+nothing else. Whether the frame shows a picture that it could be said of is asked before, of every frame and for every
+policy (`pictures.py`). Region filters decide what is shown, never the verdict: a region that is too small to report
+does not make a part good.
 
 Thresholds come from good parts (`calibration: "good_parts"`, the default), and a line without such a calibration gets
 no verdict. For lines that have no good parts yet, a policy file may say `calibration: "self"`: each frame is then
@@ -15,7 +16,8 @@ makes of z: robust standard deviations above the frame's own middle (GRNR, arXiv
 
 - Nothing is promised: there is no p-value, no false-reject rate, and the answer says `calibration: "self"`.
 - What can't be measured never passes. A covered lens, an empty or a saturated frame gives a flat map whose noise would
-  be its own measure; a spread below `least_spread` is refused, as is any number that is not finite.
+  be its own measure; a spread below `least_spread` is refused, as is any number that is not finite. Where there are no
+  good parts, this alone tells such a frame.
 - A frame that is odd in most places is its own measure and may pass. So it is for surfaces that look the same all over
   and have small defects, until good parts are at hand: `flawline calibrate`.
 """

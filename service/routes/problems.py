@@ -57,8 +57,8 @@ PROBLEMS: dict[str, Problem] = {
     ),
     "frame_not_comparable": Problem(
         400,
-        "The frame has nothing to compare",
-        "The frame is flat; look at camera and light, or calibrate the line with good parts.",
+        "The frame shows no picture",
+        "The frame is flat, as with a covered lens or without light; look at camera and lamp.",
     ),
     "not_authenticated": Problem(
         401, "No known key", "Send your key in the header `Authorization: Bearer <key>` or `X-API-Key`."

@@ -23,7 +23,7 @@ DOORS = {
     "onnx": ("service/contract/graph.py", "training/export.py", "training/precision.py"),
     "PIL": ("service/contract/frames.py",),
     "simplejpeg": ("service/contract/jpeg.py",),
-    "cv2": ("service/contract/regions.py", "service/contract/raw_frames.py"),
+    "cv2": ("service/contract/pictures.py", "service/contract/regions.py", "service/contract/raw_frames.py"),
     "timm": ("models/backbones.py",),
     "torchvision": ("models/backbones.py",),
     "torch.distributed": ("training/peers.py",),

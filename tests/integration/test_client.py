@@ -165,7 +165,7 @@ def test_client_when_the_frame_is_a_file_or_pixels_then_the_score_is_the_same(ur
 
 @pytest.mark.parametrize(
     ("pixels", "seen"),
-    [(np.full((40, 50), 200, np.uint8), 40), (np.full((41, 50), 60000, np.uint16), 41)],
+    [(make_frame(40, 50)[:, :, 0], 40), (make_frame(41, 50)[:, :, 0].astype(np.uint16) * 256, 41)],
     ids=["mono8", "mono16"],
 )
 def test_client_when_pixels_are_grey_then_their_depth_is_told(url, pixels, seen):
