@@ -13,6 +13,10 @@ Deviations, each with its reason:
 * the last iteration is kept, not the epoch that is best on the test frames: a plant has no test frames;
 * a permutation is kept as an index, not as a dense kernel (198 million numbers that only move channels);
 * the map is 1 + A / e, in [0, 1) instead of [-e, 0): the same ranking, and more is more anomalous;
+* features are read where timm's stages end, so two of the code's other backbones give other ones than there: VGG16 and
+  VGG19 256, 512 and 512 channels, before the pools (`layers` 2, 3 and 4), and not 128, 256 and 512 behind them;
+  MobileNetV3-L 24, 40 and 112 (1, 2 and 3), and not 24, 40 and 80. No other `layers` give those at strides 4, 8 and 16.
+  ResNets and WideResNets, the default among them, are read as in the code;
 * all sizes are free, so that one CPU core can train and serve a small network.
 
 Symbols: F, S, R = `features`, `rebuilt`, `remembered` (B, C, h, w), one entry a scale · X, M = `tokens`, `memory`

@@ -28,6 +28,12 @@ Deviations from the reference code, each with its reason:
   near the border;
 * the map is not blurred, which the code does for display alone: so the score, the map's maximum before any blur, can
   follow a region of interest;
+* an epoch is one pass over the frames, so the code's 400 epochs of 100 draws a frame are 40,000 passes of one draw; a
+  step never shows a frame twice, and each pass drops its incomplete batch. So a recipe of epochs makes other steps
+  than the code's 400 times 100 n / 64, n the number of frames: with 30 frames 40,000 of 30 draws instead of 18,400 of
+  64, with 100 40,000 instead of 62,400, with 127 40,000 instead of 79,200, with 209 120,000 instead of 130,400. From
+  64 frames on, `iterations` of 625 n in place of `epochs` are the code's number to half a percent. The loop that all
+  detectors share shows a frame once an epoch;
 * the last epoch counts; the code keeps all of them and looks at test frames after each.
 As in the code: the classifier's last weight is normalised and, unless `learn_projection`, never learns; the two maps
 are not normalised before the product. Frames in the bank have distance 0 to themselves, so none of them may be judged:
@@ -110,7 +116,8 @@ class JigsawSvddConfig:
         bank_rows: M, the most rows that a bank keeps (open); None keeps all that were seen.
         bank_candidates: the most rows that a coreset is chosen from, drawn evenly from all frames (open).
         seed: seeds initial values, draws and the coreset.
-        recipe: the descent; a draw an image and step, so 400 epochs of 100 draws are 40,000 passes.
+        recipe: the descent; 40,000 passes stand for 400 epochs of 100 draws an image, with fewer steps where a pass
+            drops much of an incomplete batch: the numbers stand above.
     """
 
     score_reduction: ClassVar[Literal["maximum"]] = "maximum"

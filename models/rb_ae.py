@@ -23,6 +23,10 @@ Chosen where the abstracts are silent, or changed, each with its reason:
 * queries and keys have length one and a learnt sharpness, which starts at 10: products of plain convolutions start
   nearly equal, every place then reads the same, and the batch norm behind blows the rest up in ways that differ from
   batch to single frame;
+* attention has one head and reads the reference alone. Left out: joint self-attention over the tokens of frame and
+  reference, of which TFA-Net, by the same authors, decodes the reference's. There a frame's own tokens are values too,
+  so a defect could reach the decoder, the reference's keys would no longer be constants, and the finest scale would
+  cost four times as much;
 * the map is the mean cosine distance of the scales, without learnt parameters; a learnt head is an option;
 * the rate of the second descent falls along a cosine instead of in one step, as in all recipes of this project;
 * the last iteration is kept, not the epoch that is best on the test frames: a plant has no test frames;

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import re
 import signal
 import threading
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch.nn import functional
 
 from models.detector import AnomalyOutput, GradientStage, PassStage, Recipe
 from training.checkpoint import CheckpointRefused, load_checkpoint
+from training.config import load_config
 from training.data.loader import MemoryFrames
 from training.fit import (
     CheckpointPlan,
@@ -423,6 +426,28 @@ def test_planned_iterations_follow_the_recipe(recipe, frames, expected):
     full = Recipe("adam", 1e-3, 1e-3, 0.0, batch_size=4, **recipe)
 
     assert planned_iterations(full, frames) == expected
+
+
+@pytest.mark.parametrize(
+    ("frames", "steps", "published"),
+    [
+        (30, (40_000, 30), 18_400),
+        (100, (40_000, 64), 62_400),
+        (127, (40_000, 64), 79_200),
+        (209, (120_000, 64), 130_400),
+    ],
+)
+def test_planned_iterations_of_jigsaws_are_those_that_its_configuration_tells(frames, steps, published):
+    """The paper configuration names its steps beside the published ones, and how to have those from 64 frames on."""
+    recipe = load_config("paper", "jigsaw_svdd").detector_config().recipe
+    instead = dataclasses.replace(recipe, epochs=None, iterations=625 * frames)
+    text = " ".join((files("training") / "configs/jigsaw_svdd.yaml").read_text("utf-8").replace("# ", "").split())
+
+    assert planned_iterations(recipe, frames) == steps
+    assert 400 * (100 * frames // 64) == published
+    assert re.search(rf"{frames} images {steps[0]:,}.{{0,30}}{published:,}", text)
+    if frames >= 64:
+        assert planned_iterations(instead, frames) == (pytest.approx(published, rel=5e-3), 64)
 
 
 def _frames_of_lines(line_index):
