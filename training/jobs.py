@@ -18,7 +18,15 @@ from rich.console import Console
 
 from models import DETECTORS
 from service.client import ClientFault
-from service.contract.bundle import MANIFEST_FILE, REPORT_FILE, Bundle, LineName, MetricRecord, load_bundle
+from service.contract.bundle import (
+    MANIFEST_FILE,
+    REPORT_FILE,
+    Bundle,
+    FramesRecord,
+    LineName,
+    MetricRecord,
+    load_bundle,
+)
 from service.contract.frames import FrameLimits
 from service.contract.geometry import InputSpec
 from service.contract.policy import may_judge
@@ -38,7 +46,7 @@ from training.import_checkpoint import keep_released, read_released, tell_soften
 from training.peers import Peers, meet_peers, process_number, refuse_company
 from training.progress import Reporter, choose_reporter
 from training.published import KindOfSetting, read_published
-from training.recalibrate import pattern_of_parts, read_good_folder, recalibrate
+from training.recalibrate import CheckedFrames, pattern_of_parts, read_good_folder, recalibrate
 from training.report import Inspected, LineReport, ReportData, render
 from training.run import Beginning, help_to_fit, train
 from training.run_directory import LineRequest, RunRequest, new_directory, read_report, read_request
@@ -368,7 +376,8 @@ def evaluate_bundle(
     bundle, reporter = load_bundle(path), _reporter()
     manifest = bundle.manifest
     name = _line_of(bundle, line)
-    tested, kept_out = _frames_to_test(line_folder, layout, manifest.input, reporter)
+    checked, kept_out = _frames_to_test(line_folder, layout, manifest.input, reporter)
+    tested = checked.samples
     spec, rule = manifest.input, manifest.output.score_rule
     run, index = by_tiles(GraphRun(bundle.model, threads), spec, rule), manifest.lines.index(name)
     answers = ask(run, tested, spec, reporter, title="test frames", line_index=index)
@@ -414,7 +423,7 @@ def recalibrate_bundle(
         read_good_folder(
             good_folder, pattern_of_parts(bundle, name, group_by), bundle.manifest.input.bit_depth, reporter
         ),
-        [] if line_folder is None else _frames_to_test(line_folder, layout, bundle.manifest.input, reporter)[0],
+        None if line_folder is None else _frames_to_test(line_folder, layout, bundle.manifest.input, reporter)[0],
         reporter,
         review_rate=_rate("review_rate", rates["review_rate"], record.review_rate),
         fail_rate=_rate("fail_rate", rates["fail_rate"], record.fail_rate),
@@ -514,7 +523,7 @@ def _figure_rows(figures: Mapping[str, MetricRecord]) -> list[tuple[str, str, st
 
 def _frames_to_test(
     line_folder: Path, layout: str | None, spec: InputSpec, reporter: Reporter
-) -> tuple[list[Sample], tuple[Sample, ...]]:
+) -> tuple[CheckedFrames, tuple[Sample, ...]]:
     """Return a line's labelled test frames, and the good frames that it keeps out of fitting; often none.
 
     Raises:
@@ -522,10 +531,11 @@ def _frames_to_test(
     """
     checked = check_dataset(read_dataset(line_folder, layout), FrameLimits(), reporter, bit_depth=spec.bit_depth)
     checked.tell(line_folder.resolve().name, reporter)
-    samples = [sample for sample in checked.dataset.test if sample.label != UNKNOWN]
+    samples = tuple(sample for sample in checked.dataset.test if sample.label != UNKNOWN)
     if not samples:
         raise DatasetFault(f"{line_folder} has no test frames; put some into test/good and test/<kind>.")
-    return samples, checked.dataset.validation_good
+    record = FramesRecord(name=checked.dataset.name, digest=checked.digest)
+    return CheckedFrames(samples, record), checked.dataset.validation_good
 
 
 def _rate(name: str, given: float | None, old: float | None) -> float:

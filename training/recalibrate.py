@@ -5,14 +5,21 @@ a new version in the same store; the old one stays as it is, and so do the other
 policy, golden frames and figures are carried over.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
 
-from service.contract.bundle import MODEL_FILE, Bundle, LineRecord
+from service.contract.bundle import (
+    MODEL_FILE,
+    Bundle,
+    FramesRecord,
+    LineRecord,
+    Manifest,
+    MetricRecord,
+    ParentRecord,
+)
 from service.contract.frames import FrameLimits
 from service.contract.golden import read_golden
 from service.contract.policy import Policy
@@ -31,8 +38,27 @@ from training.progress import Reporter
 from training.report import Fact, LineReport, ReportData, RunFacts, carry_over, collect, render
 from training.store import probe_store, publish
 
+# Of the run's configuration, what another calibration replaces.
+_RATES = ("review_rate", "fail_rate")
+_NOT_MEASURED_INSIDE = MetricRecord(
+    value=None, reason="the region of interest is another one, and no test frames were given to measure inside of it"
+)
 
-def read_good_folder(folder: Path, group_by: str | None, bit_depth: int, reporter: Reporter) -> list[Sample]:
+
+@dataclass(frozen=True)
+class CheckedFrames:
+    """Frames that were looked at, and what the manifest says of them.
+
+    Attributes:
+        samples: one a frame.
+        record: of the folder that they come from.
+    """
+
+    samples: tuple[Sample, ...]
+    record: FramesRecord
+
+
+def read_good_folder(folder: Path, group_by: str | None, bit_depth: int, reporter: Reporter) -> CheckedFrames:
     """Return every image under a folder as a good frame, each looked at; of the same content, the first.
 
     A stated bound rests on parts that are independent of each other, so copies of one frame count once, and so do views
@@ -65,7 +91,8 @@ def read_good_folder(folder: Path, group_by: str | None, bit_depth: int, reporte
     checked.tell(folder.resolve().name, reporter)
     if checked.copies:
         reporter.note(f"{len(checked.copies)} frames are copies of others; they say nothing new and are left out.")
-    return list(checked.distinct.validation_good)
+    record = FramesRecord(name=dataset.name, digest=checked.digest, copies_left_out=len(checked.copies))
+    return CheckedFrames(checked.distinct.validation_good, record)
 
 
 def pattern_of_parts(bundle: Bundle, line: str, given: str | None) -> str | None:
@@ -91,8 +118,8 @@ def pattern_of_parts(bundle: Bundle, line: str, given: str | None) -> str | None
 def recalibrate(
     bundle: Bundle,
     line: str,
-    good: Sequence[Sample],
-    tested: Sequence[Sample],
+    good: CheckedFrames,
+    tested: CheckedFrames | None,
     reporter: Reporter,
     *,
     review_rate: float,
@@ -106,7 +133,7 @@ def recalibrate(
         bundle: verified.
         line: one of the bundle's.
         good: good frames that fitting never saw.
-        tested: labelled test frames to measure the new verdicts on; may be empty.
+        tested: labelled test frames to measure the new verdicts on, or None.
         reporter: shows how far the work is.
         review_rate: wanted share of good parts that are at least `REVIEW`.
         fail_rate: wanted share of good parts that are `FAIL`.
@@ -132,7 +159,7 @@ def recalibrate(
     region = old.region_of_interest if region_of_interest is None else read_region_of_interest(region_of_interest)
     graph = GraphRun(bundle.model, threads)
     whole = by_tiles(graph, spec, rule)
-    held_out = ask(whole, good, spec, reporter, title="good frames", line_index=index)
+    held_out = ask(whole, good.samples, spec, reporter, title="good frames", line_index=index)
     if region_of_interest is not None:
         refuse_other_shape(region_of_interest, held_out.frame_sizes)
     calibrated = calibrate(
@@ -148,8 +175,8 @@ def recalibrate(
     )
     calibrated = _with_filters_of(old, calibrated)
     evaluation = answers = None
-    if tested:
-        answers = ask(whole, tested, spec, reporter, title="test frames", line_index=index)
+    if tested is not None:
+        answers = ask(whole, tested.samples, spec, reporter, title="test frames", line_index=index)
         evaluation = evaluate(
             answers,
             calibrated.policy,
@@ -167,16 +194,35 @@ def recalibrate(
         chosen = chooser.choose(held_out, answers, len(old_golden.answers))
     golden = golden_files([*chosen, *carry_golden_over(bundle, old_golden, without=line)])
 
+    data = _data_again(calibrated, held_out, good)
+    if evaluation is not None and tested is not None:
+        data |= _tested_again(evaluation, tested)
+        metrics = to_records(evaluation.metrics)
+    elif region == old.region_of_interest:  # figures rank frames, whatever the thresholds are
+        metrics = record.metrics
+    else:
+        data |= {"tested_on_normal": 0, "tested_on_anomalous": 0, "test_frames": None}
+        metrics = dict.fromkeys(record.metrics, _NOT_MEASURED_INSIDE)
+    record_again = LineRecord(
+        data=record.data.model_copy(update=data), review_rate=review_rate, fail_rate=fail_rate, metrics=metrics
+    )
     created_at = datetime.now(UTC).isoformat(timespec="seconds")
     again = manifest.model_copy(
         update={
-            "by_line": manifest.by_line | {line: _measured_again(record, held_out, evaluation, review_rate, fail_rate)},
+            "by_line": manifest.by_line | {line: record_again},
+            "hyperparameters": {
+                key: manifest.hyperparameters[key] for key in manifest.hyperparameters if key not in _RATES
+            },
+            "parity": manifest.parity.model_copy(update={"verdicts_differ": None, "verdicts_at_threshold": None}),
+            "parent": ParentRecord(version=manifest.version, digest=bundle.digest),
             "created_at": created_at,
         }
     )
-    section = collect(line, _line_facts(record, held_out), (), calibrated, held_out, evaluation, rule, spec)
+    facts = _line_facts(record_again, manifest.version, is_measured=evaluation is not None)
+    section = collect(line, facts, (), calibrated, held_out, evaluation, rule, spec)
+    section = section.model_copy(update={"metrics": metrics or section.metrics})
     report = ReportData(
-        run=_facts(bundle, line, created_at),
+        run=_facts(bundle, again, line),
         resolution=manifest.evaluation_resolution,
         lines=tuple(
             section if name == line else _carried_section(bundle, name)
@@ -200,19 +246,22 @@ def _next_version(version: str) -> str:
     return str(int(version) + 1) if version.isdecimal() else f"{version[:60]}.1"
 
 
-def _measured_again(
-    record: LineRecord, held_out: Answers, evaluation: Evaluation | None, review_rate: float, fail_rate: float
-) -> LineRecord:
-    data: dict[str, int] = {"calibrated_on": len(held_out.samples)}
-    metrics = record.metrics
-    if evaluation is not None:
-        labels = evaluation.answers.labels
-        data["tested_on_normal"] = int((labels == NORMAL).sum())
-        data["tested_on_anomalous"] = int((labels == ANOMALOUS).sum())
-        metrics = to_records(evaluation.metrics)
-    return LineRecord(
-        data=record.data.model_copy(update=data), review_rate=review_rate, fail_rate=fail_rate, metrics=metrics
-    )
+def _data_again(calibrated: Calibrated, held_out: Answers, good: CheckedFrames) -> dict[str, int | FramesRecord | None]:
+    """Return what is new of a line's data: the frames that now set its thresholds."""
+    return {
+        "calibrated_on": len(held_out.samples),
+        "calibrated_parts": calibrated.calibration.good_parts,
+        "calibration_frames": good.record,
+    }
+
+
+def _tested_again(evaluation: Evaluation, tested: CheckedFrames) -> dict[str, int | FramesRecord | None]:
+    labels = evaluation.answers.labels
+    return {
+        "tested_on_normal": int((labels == NORMAL).sum()),
+        "tested_on_anomalous": int((labels == ANOMALOUS).sum()),
+        "test_frames": tested.record,
+    }
 
 
 def _carried_section(bundle: Bundle, line: str) -> LineReport:
@@ -222,14 +271,27 @@ def _carried_section(bundle: Bundle, line: str) -> LineReport:
     return carry_over(line, manifest.version, policy, bundle.calibrations[line], manifest.by_line[line], share)
 
 
-def _line_facts(record: LineRecord, held_out: Answers) -> tuple[Fact, ...]:
-    return (
-        Fact(name="Good frames", value=f"{len(held_out.samples)}, none of them fitted on"),
-        Fact(name="Fitted on", value=f"{record.data.fitted_on} good frames of {record.data.name}"),
-    )
+def _line_facts(record: LineRecord, parent: str, *, is_measured: bool) -> tuple[Fact, ...]:
+    """Say which frames a line was calibrated on, which were measured, and on which its detector was fitted."""
+    data, frames = record.data, record.data.calibration_frames
+    if frames is None:
+        raise ValueError("a line that was calibrated again has the frames of that")
+    of_parts = "" if data.calibrated_parts == data.calibrated_on else f" that show {data.calibrated_parts} parts"
+    without = f", {frames.copies_left_out} left out as copies" if frames.copies_left_out else ""
+    facts = {
+        "Calibrated on": f"{data.calibrated_on} good frames of {frames.name}{of_parts}{without}",
+        "Digest of these": frames.digest,
+        "Fitted on": f"{data.fitted_on} good frames of {data.name}",
+        "Digest of that data": data.digest,
+    }
+    if data.test_frames is not None:
+        facts |= {"Test frames": f"those of {data.test_frames.name}", "Digest of those": data.test_frames.digest}
+    if not is_measured and any(metric.value is not None for metric in record.metrics.values()):
+        facts["Figures"] = f"as in version {parent}; how well frames are ranked depends on no threshold"
+    return tuple(Fact(name=name, value=value) for name, value in facts.items())
 
 
-def _facts(bundle: Bundle, line: str, created_at: str) -> RunFacts:
+def _facts(bundle: Bundle, again: Manifest, line: str) -> RunFacts:
     manifest = bundle.manifest
     what = "" if len(manifest.lines) == 1 else f"{line}, "
     facts = {
@@ -242,11 +304,11 @@ def _facts(bundle: Bundle, line: str, created_at: str) -> RunFacts:
         name=manifest.name,
         detector=manifest.detector,
         backbone=None if manifest.backbone is None else manifest.backbone.name,
-        created_at=created_at,
+        created_at=again.created_at,
         facts=tuple(Fact(name=name, value=value) for name, value in facts.items()),
-        configuration=yaml.safe_dump(manifest.hyperparameters, sort_keys=False),
+        configuration=yaml.safe_dump(again.hyperparameters, sort_keys=False),
         losses=(),
-        parity=manifest.parity,
+        parity=again.parity,
         warnings=tuple(
             f"The line {name} is not calibrated yet, so there is nothing to tell of it."
             for name in manifest.lines

@@ -314,9 +314,12 @@ def carry_over(
     if record.review_rate is None or record.fail_rate is None:
         raise ValueError("a line without a calibration promises nothing")
     counts = Counter(verdict_of(float(score), policy) for score in calibration.scores)
+    facts = [Fact(name="Data digest", value=record.data.digest)]
+    if record.data.calibration_frames is not None:
+        facts.append(Fact(name="Digest of what calibrated it", value=record.data.calibration_frames.digest))
     return LineReport(
         line=line,
-        facts=(Fact(name="Data digest", value=record.data.digest),),
+        facts=tuple(facts),
         warnings=(),
         carried_from=version,
         review=_promise(calibration.threshold(record.review_rate)),

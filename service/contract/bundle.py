@@ -80,11 +80,25 @@ class OutputSpec(_Record):
     score_rule: ScoreRule
 
 
+class FramesRecord(_Record):
+    """Which frames a later step was given, where they aren't those of the data set that the bundle comes from.
+
+    Attributes:
+        name: of their folder.
+        digest: SHA-256 over the sorted relative paths and contents.
+        copies_left_out: frames that were not used, because others have the same content.
+    """
+
+    name: str
+    digest: Digest
+    copies_left_out: int = Field(default=0, ge=0)
+
+
 class DataRecord(_Record):
     """Which frames made the bundle.
 
     Attributes:
-        name: of the data set.
+        name: of the data set, which the detector was fitted on.
         digest: SHA-256 over the sorted relative paths and contents.
         fitted_on: good frames that the detector was fitted on.
         calibrated_on: good frames held out for calibration; 0 where the line was not calibrated.
@@ -94,6 +108,9 @@ class DataRecord(_Record):
         tested_on_normal: normal test frames.
         tested_on_anomalous: anomalous test frames.
         shots: names of the good frames that the detector was fitted on, where it was given a few and not all.
+        calibration_frames: what `calibrated_on` counts, where the line was calibrated again on other frames than the
+            data set's; else None.
+        test_frames: what `tested_on_normal` and `tested_on_anomalous` count, where they were measured then; else None.
     """
 
     name: str
@@ -105,6 +122,8 @@ class DataRecord(_Record):
     calibrated_parts: int | None = Field(default=None, ge=0)
     copies_left_out: int = Field(default=0, ge=0)
     shots: tuple[str, ...] = ()
+    calibration_frames: FramesRecord | None = None
+    test_frames: FramesRecord | None = None
 
 
 class LabelledDefectsRecord(_Record):
@@ -163,16 +182,29 @@ class ParityRecord(_Record):
         frames: how many were compared.
         map_difference: largest difference of a map value, as a fraction of the maps' range.
         score_difference: largest difference of a score.
-        verdicts_differ: frames whose verdict differs; always 0 in a bundle that was written.
+        verdicts_differ: frames whose verdict differs; always 0 in a bundle that a run wrote, and None in one that has
+            its thresholds from `flawline calibrate`, where nobody counted them.
         verdicts_at_threshold: frames so near to a threshold that either verdict is right, and whose verdict differs;
-            only graphs of another precision than float32, which were compared with that, have any.
+            only graphs of another precision than float32, which were compared with that, have any. None as above.
     """
 
     frames: int = Field(ge=1)
     map_difference: float = Field(ge=0)
     score_difference: float = Field(ge=0)
-    verdicts_differ: Literal[0]
-    verdicts_at_threshold: int = Field(default=0, ge=0)
+    verdicts_differ: Literal[0] | None
+    verdicts_at_threshold: int | None = Field(default=0, ge=0)
+
+
+class ParentRecord(_Record):
+    """The bundle of the same name that a bundle was made from, with the same network.
+
+    Attributes:
+        version: of it.
+        digest: of its manifest, hence of everything.
+    """
+
+    version: BundleVersion
+    digest: Digest
 
 
 class GoldenRule(_Record):
@@ -195,10 +227,12 @@ class Manifest(_Record):
     Attributes:
         lines: the product lines that the network was fitted on; a line's place here is its index in the graph.
         version: of the bundle within its name; a positive whole number.
-        hyperparameters: the run's configuration, every value.
+        hyperparameters: the run's configuration, every value; without its rates where a line was calibrated again,
+            since `by_line` has those that hold.
         by_line: what differs from line to line.
         labelled_defects: what a semi-supervised run learnt from beside good frames, or None.
         files: SHA-256 of every other file, by path relative to the bundle.
+        parent: what this is with other thresholds, or None where a run made it.
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
@@ -222,6 +256,7 @@ class Manifest(_Record):
     git_revision: str | None
     created_at: str
     files: dict[str, Digest]
+    parent: ParentRecord | None = None
 
     @property
     def map_size(self) -> tuple[int, int]:

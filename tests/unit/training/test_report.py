@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from service.contract.bundle import MetricRecord, ParityRecord
+from service.contract.bundle import FramesRecord, MetricRecord, ParityRecord
 from service.contract.calibration import Calibration
 from tests.factories import encode, make_frame, make_line_record, make_policy
 from training.drawings import draw_histogram, draw_loss, draw_roc
@@ -192,10 +192,15 @@ def test_carry_over_when_another_line_was_calibrated_then_tells_thresholds_and_n
     section = carry_over("cap", "3", policy, calibration, make_line_record(), None)
 
     text = _text(render(_report(_line(), section)))
+    assert "Digest of what" not in text
     assert (section.review.value, section.fail.value) == (review, fail)
     assert [(row.passed, row.review, row.failed) for row in section.verdicts] == [(55, 3, 2)]
     assert "carried over from version 3" in text
     assert "This line is judged as in version 3" in text
+
+    data = make_line_record().data.model_copy(update={"calibration_frames": FramesRecord(name="june", digest="f" * 64)})
+    again = carry_over("cap", "3", policy, calibration, make_line_record(data=data), None)
+    assert f"Digest of what calibrated it {'f' * 64}" in _text(render(_report(_line(), again)))
 
 
 def test_render_when_there_are_no_test_frames_then_says_that_nothing_was_measured():

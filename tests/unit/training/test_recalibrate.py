@@ -1,0 +1,125 @@
+"""Promises of a bundle that was calibrated again: what it says of itself is true of its own thresholds."""
+
+import hashlib
+import re
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from service.contract.bundle import FramesRecord, MetricRecord, ParentRecord, load_bundle
+from tests.factories import encode, make_bundle, make_frame, make_line_record
+from training.__main__ import commands
+
+GOOD = 24
+_MEASURED = MetricRecord(value=0.9, low=0.8, high=0.95)
+
+
+@pytest.fixture
+def first(tmp_path):
+    """A bundle as a run wrote it: its configuration has rates, its figures values, and no verdict differed."""
+    hyperparameters = {"seed": 0, "review_rate": 0.1, "fail_rate": 0.05}
+    record = make_line_record(metrics={"i_auroc": _MEASURED})
+    folder = make_bundle(tmp_path / "store", hyperparameters=hyperparameters, by_line={"demo_line": record})
+    return load_bundle(folder)
+
+
+@pytest.fixture
+def good(tmp_path):
+    """Good frames that fitting never saw, two of which are copies."""
+    folder = tmp_path / "good_of_june"
+    folder.mkdir()
+    for index in range(GOOD + 2):
+        (folder / f"{index:03d}.png").write_bytes(encode(make_frame(seed=50 + index % GOOD)))
+    return folder
+
+
+def _calibrate(bundle, good, *options):
+    done = CliRunner().invoke(commands, ["calibrate", str(bundle.path), str(good), *map(str, options)])
+    assert done.exit_code == 0, done.output
+    return load_bundle(bundle.path.parent / str(int(bundle.manifest.version) + 1))
+
+
+def _digest_of(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    told = [f"{path.relative_to(folder).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+
+def _page(bundle):
+    return re.sub(r"\s+", " ", bundle.files["report.html"].decode())
+
+
+def _mask(path):
+    mask = np.zeros(make_frame().shape[:2], np.uint8)
+    mask[:, : mask.shape[1] // 2] = 255
+    path.write_bytes(encode(mask))
+    return path
+
+
+def test_calibrate_when_another_region_is_not_measured_then_has_no_figures(first, good, tmp_path):
+    """Figures of the whole frame are none of what a region of interest leaves; they are undefined, and say why."""
+    again = _calibrate(first, good, "--roi", _mask(tmp_path / "roi.png"))
+
+    record = again.manifest.by_line["demo_line"]
+    assert record.metrics["i_auroc"].value is None
+    assert "the region of interest is another one" in record.metrics["i_auroc"].reason
+    assert (record.data.tested_on_normal, record.data.tested_on_anomalous) == (0, 0)
+    assert "not defined: the region of interest is another one" in _page(again)
+
+    third = _calibrate(again, good, "--roi", tmp_path / "roi.png", "--fail-rate", "0.06")
+    assert third.manifest.by_line["demo_line"].metrics == record.metrics
+
+
+def test_calibrate_when_only_thresholds_change_then_figures_stay_and_the_page_tells_the_same(first, good):
+    """How well frames are ranked depends on no threshold, so manifest and page keep it, and say whose it is."""
+    again = _calibrate(first, good)
+
+    record = again.manifest.by_line["demo_line"]
+    assert record.metrics == {"i_auroc": _MEASURED}
+    assert (record.data.tested_on_normal, record.data.tested_on_anomalous) == (10, 10)
+    assert "90.0 %" in _page(again)  # white space is one blank there
+    assert "as in version 1; how well frames are ranked depends on no threshold" in _page(again)
+
+
+def test_calibrate_when_it_ends_then_the_manifest_says_what_set_the_thresholds(first, good):
+    """Frames, parent and rates are on record, each in one place, and what was not counted is not claimed."""
+    again = _calibrate(first, good, "--fail-rate", "0.08")
+
+    manifest, data = again.manifest, again.manifest.by_line["demo_line"].data
+    assert data.calibration_frames == FramesRecord(name="good_of_june", digest=_digest_of(good), copies_left_out=2)
+    assert (data.calibrated_on, data.calibrated_parts) == (GOOD, GOOD)
+    assert (data.name, data.digest) == ("seeded noise", "0" * 64)
+    assert manifest.parent == ParentRecord(version="1", digest=first.digest)
+    assert manifest.by_line["demo_line"].fail_rate == 0.08
+    assert manifest.hyperparameters == {"seed": 0}
+    assert (manifest.parity.verdicts_differ, manifest.parity.verdicts_at_threshold) == (None, None)
+    assert manifest.parity.map_difference == first.manifest.parity.map_difference
+
+    page = _page(again)
+    assert "no verdict differs" not in page
+    assert "verdicts were compared at its thresholds, not at these" in page
+    assert "fail_rate" not in page
+    assert f"{GOOD} good frames of good_of_june, 2 left out as copies" in page
+    assert {data.calibration_frames.digest, first.digest} <= set(re.findall("[0-9a-f]{64}", page))
+
+
+def test_calibrate_when_test_frames_are_given_then_the_manifest_names_them(first, good, tmp_path):
+    """New figures are of the frames that were given, which need not be those of the run."""
+    line = tmp_path / "july"
+    for kind, is_defect in (("good", False), ("square", True)):
+        (line / "test" / kind).mkdir(parents=True)
+        for index in range(3):
+            frame = make_frame(seed=200 + index, defect=is_defect)
+            (line / "test" / kind / f"{index}.png").write_bytes(encode(frame))
+    (line / "train/good").mkdir(parents=True)
+    (line / "train/good/0.png").write_bytes(encode(make_frame(seed=300)))
+
+    measured = _calibrate(first, good, "--line-folder", line)
+    carried = _calibrate(measured, good)
+
+    data = measured.manifest.by_line["demo_line"].data
+    assert data.test_frames == FramesRecord(name="july", digest=_digest_of(line))
+    assert (data.tested_on_normal, data.tested_on_anomalous) == (3, 3)
+    assert measured.manifest.by_line["demo_line"].metrics["i_auroc"].value == 1
+    assert carried.manifest.by_line["demo_line"].data.test_frames == data.test_frames
