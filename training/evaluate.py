@@ -7,7 +7,7 @@ functions, scores are judged by the service's own policy, so that a figure here 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from service.contract.bundle import MetricRecord
 from service.contract.frames import FrameLimits, fit_to_input, read_frame, resize_map, resize_mask
 from service.contract.geometry import InputSpec
+from service.contract.pictures import contrast_of
 from service.contract.policy import Judgement, Policy, ScoreRule, Verdict, inspected_mask, judge
 from service.contract.tiling import Run
 from service.errors import FlawlineError, UnreadableFrame
@@ -54,12 +55,14 @@ class Answers:
         scores: `(n,)` float32 raw scores.
         maps: `(n, h, w)` float32.
         frame_sizes: `(height, width)` of each original frame.
+        contrasts: of what the network took of each frame (`service.contract.pictures`).
     """
 
     samples: tuple[Sample, ...]
     scores: NDArray[np.float32]
     maps: NDArray[np.float32]
     frame_sizes: tuple[tuple[int, int], ...]
+    contrasts: tuple[float, ...]
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -103,20 +106,24 @@ class Evaluation:
         return np.array([judgement.score for judgement in self.judgements], np.float32)
 
     def verdict_counts(self) -> dict[str, dict[Verdict, int]]:
-        """Count verdicts by kind, good frames first."""
-        counts: dict[str, dict[Verdict, int]] = defaultdict(lambda: dict.fromkeys(_VERDICTS, 0))
+        """Count verdicts by kind, good frames first; `NO_VERDICT` is named only where there is any."""
+        verdicts = _VERDICTS
+        if any(judgement.verdict is Verdict.NO_VERDICT for judgement in self.judgements):
+            verdicts = (*_VERDICTS, Verdict.NO_VERDICT)
+        counts: dict[str, dict[Verdict, int]] = defaultdict(lambda: dict.fromkeys(verdicts, 0))
         for sample, judgement in zip(self.answers.samples, self.judgements, strict=True):
             counts[sample.kind][judgement.verdict] += 1
         labels = {sample.kind: sample.label for sample in self.answers.samples}
         return {kind: counts[kind] for kind in sorted(counts, key=lambda kind: (labels[kind], kind))}
 
 
-_VERDICTS = (Verdict.PASS, Verdict.REVIEW, Verdict.FAIL)
+_VERDICTS: tuple[Verdict, ...] = (Verdict.PASS, Verdict.REVIEW, Verdict.FAIL)
 
 
 class _Fitted(NamedTuple):
     pixels: NDArray[np.uint8]
     frame_size: tuple[int, int]
+    contrast: float
 
 
 def ask(
@@ -148,6 +155,7 @@ def ask(
     batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     scores, maps = [], []
     sizes: list[tuple[int, int]] = []
+    contrasts: list[float] = []
     with ThreadPoolExecutor(threads) as pool, reporter.bar(title, len(samples)) as bar:
 
         def begin(index: int) -> list[Future[_Fitted]]:
@@ -163,16 +171,23 @@ def ask(
             scores.append(batch_scores)
             maps.append(batch_maps)
             sizes.extend(fitted.frame_size for fitted in ready)
+            contrasts.extend(fitted.contrast for fitted in ready)
             bar.advance(len(batch))
-    return Answers(tuple(samples), np.concatenate(scores), np.concatenate(maps), tuple(sizes))
+    return Answers(tuple(samples), np.concatenate(scores), np.concatenate(maps), tuple(sizes), tuple(contrasts))
 
 
-def judge_all(answers: Answers, policy: Policy, rule: ScoreRule, spec: InputSpec) -> tuple[Judgement, ...]:
-    """Judge every answer by a policy, as the service would."""
+def judge_all(
+    answers: Answers, policy: Policy, rule: ScoreRule, spec: InputSpec, least_contrast: float = 0.0
+) -> tuple[Judgement, ...]:
+    """Judge every answer by a policy, as the service would; a frame of less contrast than asked for has no verdict."""
     inspected = inspected_mask(policy, *answers.maps.shape[1:], window=spec.window(1, 1))
-    return tuple(
+    judged = (
         judge(float(score), anomaly_map, policy, rule, spec.window(*size), inspected)
         for score, anomaly_map, size in zip(answers.scores, answers.maps, answers.frame_sizes, strict=True)
+    )
+    return tuple(
+        replace(judgement, verdict=Verdict.NO_VERDICT) if contrast < least_contrast else judgement
+        for judgement, contrast in zip(judged, answers.contrasts, strict=True)
     )
 
 
@@ -185,6 +200,7 @@ def evaluate(
     *,
     held_out: Answers | None = None,
     seed: int = 0,
+    least_contrast: float = 0.0,
 ) -> Evaluation:
     """Measure a line's test frames under a policy.
 
@@ -198,8 +214,10 @@ def evaluate(
         resolution: size at which pixel figures are measured: each frame's own, or the model's.
         held_out: what was said of good frames that fitting never saw, where there are any; SegF1 rests on them.
         seed: of the bootstrap behind the intervals.
+        least_contrast: of a frame that shows a picture, as the line's golden frames say; others have no verdict, and
+            count in the figures, which are of the detector.
     """
-    judgements = judge_all(answers, policy, rule, spec)
+    judgements = judge_all(answers, policy, rule, spec, least_contrast)
     scores = np.array([judgement.score for judgement in judgements], np.float32)
     labels = answers.labels
     by_kind = _by_kind(answers.samples, scores)
@@ -277,7 +295,8 @@ def _read(sample: Sample, spec: InputSpec) -> _Fitted:
         frame = read_frame(sample.path.read_bytes(), FrameLimits(), spec)
     except FlawlineError as error:
         raise UnreadableFrame(f"{sample.path}: {error.sentence}") from error
-    return _Fitted(fit_to_input(frame.pixels, spec), (frame.height, frame.width))
+    canvas = fit_to_input(frame.pixels, spec)
+    return _Fitted(canvas, (frame.height, frame.width), contrast_of(canvas))
 
 
 def _by_kind(samples: Sequence[Sample], scores: NDArray[np.float32]) -> dict[str, Metric]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from service.contract.bundle import Bundle, GoldenRule
 from service.contract.frames import FrameLimits, encode_png, fit_to_input, read_frame, resize_pixels
 from service.contract.geometry import InputSpec
-from service.contract.golden import GoldenAnswer, GoldenSet, write_golden
+from service.contract.golden import GoldenAnswer, GoldenSet, least_contrast_of, read_golden_by_line, write_golden
 from service.contract.policy import Policy, ScoreRule, Verdict, inspected_mask, judge, may_judge
 from service.contract.tiling import Run
 from service.errors import FlawlineError, FrameNotComparable
@@ -185,6 +185,11 @@ class GoldenChooser:
 
     def _ask(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         return self.run(fit_to_input(pixels, self.spec)[None], np.array([self.line_index], np.int64))
+
+
+def contrast_asked_for(bundle: Bundle, line: str) -> float:
+    """Return the contrast that a bundle's golden frames ask of the frames of one of its lines; 0 asks for none."""
+    return next(least_contrast_of(bundle, own) for own in read_golden_by_line(bundle) if own.answers[0].line == line)
 
 
 def carry_golden_over(bundle: Bundle, golden: GoldenSet, without: str) -> list[GoldenFrame]:

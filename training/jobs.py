@@ -42,6 +42,7 @@ from training.evaluate import ask, evaluate, inspected_share, needs_held_out, to
 from training.export import GraphRun
 from training.faults import CALLERS, OURS
 from training.fit import FitStopped
+from training.golden import contrast_asked_for
 from training.import_checkpoint import keep_released, read_released, tell_softened
 from training.peers import Peers, meet_peers, process_number, refuse_company
 from training.progress import Reporter, choose_reporter
@@ -385,10 +386,19 @@ def evaluate_bundle(
     if kept_out and needs_held_out(tested):
         held_out = ask(run, kept_out, spec, reporter, title="validation frames", line_index=index)
     policy = bundle.policies[name]
-    found = evaluate(answers, policy, rule, spec, manifest.evaluation_resolution, held_out=held_out)
+    found = evaluate(
+        answers,
+        policy,
+        rule,
+        spec,
+        manifest.evaluation_resolution,
+        held_out=held_out,
+        least_contrast=contrast_asked_for(bundle, name),
+    )
     if may_judge(policy, is_calibrated=name in bundle.calibrations):
-        rows = [(kind, *(str(count) for count in counts.values())) for kind, counts in found.verdict_counts().items()]
-        reporter.table("Verdicts", ("frames", "PASS", "REVIEW", "FAIL"), rows)
+        of_kinds = found.verdict_counts()
+        rows = [(kind, *(str(count) for count in counts.values())) for kind, counts in of_kinds.items()]
+        reporter.table("Verdicts", ("frames", *next(iter(of_kinds.values()))), rows)
     else:
         reporter.note("The line is not calibrated, so there are no verdicts, only how well frames are ranked.")
     share = inspected_share(policy, manifest.map_size, spec)

@@ -33,7 +33,7 @@ from training.data.samples import ANOMALOUS, NORMAL, Dataset, DatasetFault, Samp
 from training.data.split import HoldOut, name_parts
 from training.evaluate import Answers, Evaluation, ask, evaluate, inspected_share, to_records
 from training.export import GraphRun
-from training.golden import GoldenChooser, carry_golden_over, golden_files
+from training.golden import GoldenChooser, carry_golden_over, contrast_asked_for, golden_files
 from training.progress import Reporter
 from training.report import Fact, LineReport, ReportData, RunFacts, carry_over, collect, render
 from training.store import probe_store, publish
@@ -188,10 +188,16 @@ def recalibrate(
         )
     chooser = GoldenChooser(whole, line, index, calibrated.policy, rule, spec, manifest.golden, manifest.seed)
     old_golden = read_golden(bundle)
-    if record.is_calibrated:
-        chosen = chooser.choose_again(old_golden)
-    else:  # generated frames were all there was
+    if not record.is_calibrated:  # generated frames were all there was
         chosen = chooser.choose(held_out, answers, len(old_golden.answers))
+    elif min(held_out.contrasts) < contrast_asked_for(bundle, line):
+        reporter.note(
+            "Some good frames have less than a quarter of the contrast of the golden ones, and would be refused as "
+            "frames without a picture; golden frames are chosen anew, among all good ones. Do these show the part?"
+        )
+        chosen = chooser.choose(held_out, answers, sum(answer.line == line for answer in old_golden.answers))
+    else:
+        chosen = chooser.choose_again(old_golden)
     golden = golden_files([*chosen, *carry_golden_over(bundle, old_golden, without=line)])
 
     data = _data_again(calibrated, held_out, good)

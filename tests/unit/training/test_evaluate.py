@@ -72,6 +72,25 @@ def test_evaluate_when_masks_exist_then_all_figures_are_defined(tmp_path, resolu
     }
 
 
+def test_evaluate_when_a_frame_shows_no_picture_then_it_has_no_verdict_as_in_the_service(tmp_path):
+    """Who counts a black frame as passed promises what no camera gets; its score is ranked all the same."""
+    path = tmp_path / "black.png"
+    path.write_bytes(encode(np.zeros_like(make_frame())))
+    answers = _ask([*read_dataset(write_line(tmp_path / "line")).test, Sample(path, "test", 0, "good")])
+
+    found = evaluate(
+        answers, make_policy(review_threshold=9.0, fail_threshold=9.0), _RULE, make_input(), least_contrast=1
+    )
+
+    assert found.verdict_counts()["good"] == {
+        Verdict.PASS: TEST_GOOD,
+        Verdict.REVIEW: 0,
+        Verdict.FAIL: 0,
+        Verdict.NO_VERDICT: 1,
+    }
+    assert found.scores.size == TEST_GOOD + DEFECTS + 1
+
+
 def test_evaluate_when_several_frames_show_a_piece_then_it_scores_as_its_worst_frame(tmp_path):
     """A defect that one of two views shows is found by that view, and its good views spoil no figure of pieces."""
     samples = read_dataset(write_line(tmp_path, masks=False)).test

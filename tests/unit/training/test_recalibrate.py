@@ -8,8 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from service.contract.bundle import FramesRecord, MetricRecord, ParentRecord, load_bundle
-from tests.factories import encode, make_bundle, make_frame, make_line_record
+from service.contract.frames import fit_to_input
+from service.contract.pictures import contrast_of
+from tests.factories import REFERENCE, encode, make_bundle, make_frame, make_line_record
 from training.__main__ import commands
+from training.golden import contrast_asked_for
 
 GOOD = 24
 _MEASURED = MetricRecord(value=0.9, low=0.8, high=0.95)
@@ -123,3 +126,18 @@ def test_calibrate_when_test_frames_are_given_then_the_manifest_names_them(first
     assert (data.tested_on_normal, data.tested_on_anomalous) == (3, 3)
     assert measured.manifest.by_line["demo_line"].metrics["i_auroc"].value == 1
     assert carried.manifest.by_line["demo_line"].data.test_frames == data.test_frames
+
+
+def test_calibrate_when_good_parts_have_far_less_contrast_then_the_new_bundle_does_not_refuse_them(first, good):
+    """Golden frames of another light would make every frame of the present one a frame without a picture."""
+    dull = [np.rint(255 * REFERENCE + (make_frame(seed=50 + index) - 255 * REFERENCE) / 8) for index in range(GOOD)]
+    for index, pixels in enumerate(dull):
+        (good / f"{index:03d}.png").write_bytes(encode(pixels.astype(np.uint8)))
+    for index in (GOOD, GOOD + 1):
+        (good / f"{index:03d}.png").unlink()
+    contrasts = [contrast_of(fit_to_input(pixels.astype(np.uint8), first.manifest.input)) for pixels in dull]
+
+    again = _calibrate(first, good)
+
+    assert max(contrasts) < contrast_asked_for(first, "demo_line")
+    assert min(contrasts) > contrast_asked_for(again, "demo_line") > 0
