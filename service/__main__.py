@@ -13,7 +13,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import FrameType
@@ -194,7 +195,8 @@ def serve(
 class _Server(uvicorn.Server):
     """Uvicorn that says where it listens, becomes unready when told to stop, and ends with an exit code of ours.
 
-    Uvicorn itself raises the signal again when it has ended, so that an orderly stop would look like a kill.
+    Uvicorn itself raises the signal again when it has ended, so that an orderly stop would look like a kill; takes a
+    second one as leave to drop what was accepted; and knows no SIGHUP, as which the end of a terminal comes.
     """
 
     def __init__(
@@ -209,6 +211,7 @@ class _Server(uvicorn.Server):
         self._beside = beside
         self._when_told_to_stop = when_told_to_stop
         self._end_within_s = end_within_s
+        self._is_told_to_stop = False
 
     def give_up(self) -> None:
         """Stop, and end with an exit code that wants a restart."""
@@ -219,7 +222,12 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for beside in self._beside:
-            await beside.start()
+            try:
+                await beside.start()
+            except SystemExit as error:  # its port is taken, as it has said; what was begun ends in order
+                self.exit_code = error.code if isinstance(error.code, int) else 1
+                self.should_exit = True
+                return
         _say_where(self, "listening")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -227,11 +235,22 @@ class _Server(uvicorn.Server):
         for beside in self._beside:
             await beside.stop()
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            # Who ignores it, as `nohup` does, wants the service to go on without a terminal.
+            if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+                signal.signal(signal.SIGHUP, self.handle_exit)
+            yield
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - as uvicorn calls it
+        if self._is_told_to_stop:  # what was accepted is answered, however often somebody asks; the end is bounded
+            _log.info("stopping already", extra={"signal": signal.Signals(sig).name})
+            return
+        self._is_told_to_stop = True
         _log.info("told to stop", extra={"signal": signal.Signals(sig).name})
         self._when_told_to_stop()
-        super().handle_exit(sig, frame)
-        self._captured_signals.clear()
+        self.should_exit = True
         self._bound_the_end()
 
     def _bound_the_end(self) -> None:
@@ -247,6 +266,7 @@ class _Beside(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, told: str) -> None:
         super().__init__(config)
         self._told = told
+        self._ticking: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Listen."""
@@ -257,7 +277,9 @@ class _Beside(uvicorn.Server):
         self._ticking = asyncio.create_task(self.main_loop())
 
     async def stop(self) -> None:
-        """Listen no longer, and end what was asked."""
+        """Listen no longer, and end what was asked; nothing where it never listened."""
+        if self._ticking is None:
+            return
         self.should_exit = True
         await self._ticking
         await self.shutdown()

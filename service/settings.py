@@ -219,6 +219,12 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _health_has_its_own_port(self) -> Self:
+        if self.health_port and self.health_port in (self.port, self.admin_port):
+            raise ValueError("health_port must be another one than port and admin_port")
+        return self
+
+    @model_validator(mode="after")
     def _files_come_together(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key belong together")

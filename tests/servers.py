@@ -142,6 +142,10 @@ class ServerProcess:
         """Send SIGTERM, as an orchestrator does, and return at once."""
         self._process.send_signal(signal.SIGTERM)
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send another signal, and return at once."""
+        self._process.send_signal(number)
+
     def limit_files(self, most_bytes: int | None) -> None:
         """Let the process write no file beyond a size, as on a full disk; None lets it write any again."""
         limit = resource.RLIM_INFINITY if most_bytes is None else most_bytes

@@ -1,6 +1,9 @@
 """A server's life as a real process: start, refuse what is wrong, answer, stop in order."""
 
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -49,6 +52,24 @@ def fail_once_gone(self, frames, line_index):
         raise OSError("the device is gone")
     return run(self, frames, line_index)
 OrtEngine.run = fail_once_gone
+"""
+
+# A server whose device takes its time until a file is there, once it has proved its bundle.
+DEVICE_WAITS = """
+import threading
+from pathlib import Path
+from service.batcher import Batcher
+from service.engines.ort import OrtEngine
+run, made = OrtEngine._run, Batcher.__init__
+proved = threading.Event()
+def note(self, *arguments, **options):
+    made(self, *arguments, **options)
+    proved.set()
+def wait(self, *arguments):
+    while proved.is_set() and not Path({!r}).exists():
+        threading.Event().wait(0.01)
+    return run(self, *arguments)
+OrtEngine._run, Batcher.__init__ = wait, note
 """
 
 # A server whose log can't be written any more as soon as a file is there: the disk that it lies on is full.
@@ -195,6 +216,66 @@ def test_server_when_told_to_stop_under_load_then_accepted_frames_are_answered_a
     # Connections that the kernel had taken but the server had not are cut; no frame that was judged lost its answer.
     assert sum(event["verdict"] != "NO_VERDICT" for event in told) == len(judged)
     assert len(cut_off) <= CAMERAS
+
+
+@pytest.mark.parametrize(
+    "signals",
+    [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT, signal.SIGTERM), (signal.SIGHUP,)],
+    ids=lambda signals: "-".join(one.name for one in signals),
+)
+def test_server_when_it_is_told_to_stop_in_any_way_and_again_then_what_was_accepted_is_answered(tmp_path, signals):
+    """Impatience and a closed terminal cost nobody a verdict; the end is bounded by the time for draining."""
+    make_bundle(tmp_path / "store")
+    go_on = tmp_path / "go-on"
+    patient = dict.fromkeys(
+        ("FLAWLINE_DEFAULT_DEADLINE_S", "FLAWLINE_MAX_DEADLINE_S", "FLAWLINE_DRAIN_TIMEOUT_S"), "60"
+    )
+    with (
+        ServerProcess(tmp_path / "store", patient, before=DEVICE_WAITS.format(str(go_on))) as server,
+        ThreadPoolExecutor(CAMERAS) as cameras,
+    ):
+        server.ready()
+        sent = [
+            cameras.submit(httpx.post, server.url + INSPECT, content=GOOD, headers=PNG, timeout=PATIENCE_S)
+            for _ in range(CAMERAS)
+        ]
+        accepted = f'flawline_queue_depth{{engine="demo_line"}} {CAMERAS}.0'
+        wait_until(lambda: accepted in server.http.get("/metrics").text, "the frames")
+
+        for heard, one in enumerate(signals, start=1):
+            server.signal(one)
+            wait_until(lambda heard=heard: _told(server, "told to stop", "stopping already") == heard, "the signal")
+        go_on.touch()
+        answers = [answer.result() for answer in sent]
+        exit_code = server.exit_code()
+
+        assert {(answer.status_code, answer.json()["verdict"]) for answer in answers} == {(200, "PASS")}
+        assert exit_code == 0
+        assert not [event for event in server.events() if event["level"] == "ERROR"]
+
+
+def _told(server: ServerProcess, *messages: str) -> int:
+    return sum(event["message"] in messages for event in server.events())
+
+
+def test_server_when_the_health_port_is_taken_then_says_so_and_ends_in_order(tmp_path):
+    """One line of the log names the address; nothing is cancelled half way."""
+    make_bundle(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = subprocess.run(
+            [sys.executable, "-m", "service", "serve", "--store", str(tmp_path), "--port", "0"],
+            env={**os.environ, "FLAWLINE_HEALTH_PORT": str(port)},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+
+    assert ended.returncode == 3
+    assert f"('127.0.0.1', {port}): address already in use" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert '"listening"' not in ended.stderr
 
 
 def test_server_when_a_bad_frame_comes_among_seventy_good_ones_then_none_of_them_is_harmed(tmp_path):

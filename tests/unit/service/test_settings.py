@@ -54,6 +54,7 @@ def test_settings_when_a_variable_is_set_then_is_taken(monkeypatch, name, text, 
         ("DEFAULT_DEADLINE_S", "11", "default_deadline_s must not be above"),
         ("DRAIN_TIMEOUT_S", "5", "drain_timeout_s must not be below"),
         ("ADMIN_PORT", "8001", "admin_port needs keys_file"),
+        ("HEALTH_PORT", "8000", "health_port must be another one"),
         ("KEY_FILE", "/keys.json", "did you mean FLAWLINE_KEYS_FILE"),
     ],
 )
