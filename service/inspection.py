@@ -88,6 +88,7 @@ class Inspection:
         bundle_digest: SHA-256 of its manifest.
         policy_version: of the policy that judged.
         policy_digest: SHA-256 of its canonical JSON.
+        frame_digest: SHA-256 of the frame's bytes as they came: of the file, or of the sensor's bytes.
         detector: method of the bundle.
         device: where the engine ran.
         precision: that it computed in.
@@ -114,6 +115,7 @@ class Inspection:
     bundle_digest: str
     policy_version: str
     policy_digest: str
+    frame_digest: str
     detector: str
     device: str
     precision: str

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic_core import to_json
 
 # Bytes of lines that wait for their reader: half a minute of hundreds of frames a second.
-_MOST_WAITING = 4 << 20
+_MOST_WAITING = 8 << 20
 # Lines of the thread that come within this time are written together: waking it costs as much as several lines do.
 _TOGETHER_S = 0.02
 # At the end of the process, for a reader that is slow.

@@ -95,6 +95,12 @@ class FrameSize(_Wire):
     width: int
 
 
+class InspectedFrame(FrameSize):
+    """Size of the original frame, and the SHA-256 of its bytes as they were sent; older servers do not tell it."""
+
+    digest: str | None = None
+
+
 class Box(_Wire):
     """Bounding box in pixels of the original frame."""
 
@@ -164,7 +170,7 @@ class InspectionAnswer(_Wire):
     detector: str
     device: str
     precision: str
-    frame: FrameSize
+    frame: InspectedFrame
     heatmap: HeatmapLink | None
     timings_ms: Timings
 

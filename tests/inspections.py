@@ -43,6 +43,7 @@ def make_inspection(**overrides: Any) -> Inspection:
         "bundle_digest": "d" * 64,
         "policy_version": "1",
         "policy_digest": "e" * 64,
+        "frame_digest": "f" * 64,
         "detector": "distance_from_good",
         "device": "cpu",
         "precision": "fp32",

@@ -57,7 +57,11 @@ def describe(inspection: Inspection) -> dict[str, Any]:
         "detector": inspection.detector,
         "device": inspection.device,
         "precision": inspection.precision,
-        "frame": {"height": inspection.frame.height, "width": inspection.frame.width},
+        "frame": {
+            "height": inspection.frame.height,
+            "width": inspection.frame.width,
+            "digest": inspection.frame_digest,
+        },
         "heatmap": _link(inspection),
     }
 

@@ -64,7 +64,7 @@ _EXAMPLE = {
     "detector": "inp_former",
     "device": "cpu",
     "precision": "fp32",
-    "frame": {"height": 640, "width": 800},
+    "frame": {"height": 640, "width": 800, "digest": _DIGEST},
     "heatmap": {
         "kind": "overlay",
         "media_type": "image/png",

@@ -1,5 +1,6 @@
 """What answers hold: the same numbers everywhere, pictures of what was judged, and every frame its own answer."""
 
+import hashlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,7 @@ def test_answer_when_a_frame_is_inspected_then_it_is_complete_and_fits_its_publi
     assert inspection.verdict.value == verdict
     assert (inspection.line, inspection.bundle.version, inspection.bundle.digest) == ("demo_line", "1", bundle.digest)
     assert (inspection.frame.height, inspection.frame.width) == (FRAME_HEIGHT, FRAME_WIDTH)
+    assert inspection.frame.digest == hashlib.sha256(frame).hexdigest()
     assert (inspection.thresholds.review, inspection.thresholds.fail) == (0.1, 0.2)
     assert inspection.heatmap is None
 

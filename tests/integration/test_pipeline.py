@@ -1,6 +1,7 @@
 """Promises of the pipeline, on a real bundle: the validated verdict, on time, and the place given back."""
 
 import asyncio
+import hashlib
 import time
 from functools import partial
 
@@ -140,6 +141,25 @@ async def test_inspect_when_data_is_the_networks_input_then_it_is_neither_resize
     assert (inspection.frame.height, inspection.frame.width) == (HEIGHT, WIDTH)
     assert inspection.window == (0, 0, HEIGHT, WIDTH)
     assert (region.x, region.y) == (WIDTH // 2, 3 * HEIGHT // 8)
+
+
+@pytest.mark.parametrize("decode_workers", [0, 1], ids=["by the runner", "by threads of their own"])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"data": encode(make_frame())},
+        {"data": make_frame().tobytes(), "raw": RawLayout("RGB8", width=80, height=64, stride=None)},
+        {"data": make_frame(HEIGHT, WIDTH).tobytes(), "is_network_input": True},
+    ],
+    ids=["image", "raw", "network input"],
+)
+@in_loop
+async def test_inspect_when_frame_is_answered_then_the_digest_of_its_bytes_is_told(store, sent, decode_workers):
+    """Who keeps what the camera sent can prove which file a verdict is about, however it was sent."""
+    async with open_pipeline(store, decode_workers=decode_workers) as (pipeline, _):
+        inspection = await pipeline.inspect(make_request(**sent))
+
+    assert inspection.frame_digest == hashlib.sha256(sent["data"]).hexdigest()
 
 
 @pytest.mark.parametrize("change", [-1, 1], ids=["a byte less", "a byte more"])

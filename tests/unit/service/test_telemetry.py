@@ -3,7 +3,10 @@
 import json
 import logging
 import math
+import re
+import select
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -11,8 +14,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.contract.calibration import Calibration
-from service.contract.policy import Verdict
+from service.contract.policy import Judgement, Verdict
 from service.errors import known_codes
+from service.inspection import RawLayout
 from service.log import JsonLines
 from service.telemetry import (
     CALLER_LEFT,
@@ -26,7 +30,7 @@ from service.telemetry import (
 )
 from tests.factories import make_policy
 from tests.fakes import FakeClock
-from tests.inspections import STAGES_S, make_inspection
+from tests.inspections import STAGES_S, make_inspection, make_request
 
 # What dashboards, rules and manifests may count on: name, type and labels.
 PROMISED = {
@@ -94,7 +98,7 @@ def test_inspected_when_frame_is_answered_then_every_metric_moves(telemetry):
 
 
 def test_inspected_when_frame_is_answered_then_one_canonical_line_is_logged(telemetry, caplog):
-    """The log line holds ids, versions, verdict, sizes and seconds, and nothing of the frame itself."""
+    """The log line holds ids, versions and digests, all that gave the verdict, sizes and seconds, and no pixels."""
     with caplog.at_level(logging.INFO, "flawline.inspections"):
         telemetry.inspected(make_inspection(), encode_s=0.0002, total_s=0.5, answered_at=ANSWERED_AT)
 
@@ -112,14 +116,73 @@ def test_inspected_when_frame_is_answered_then_one_canonical_line_is_logged(tele
         "sequence": 3,
         "line": "demo_line",
         "bundle_version": "4",
+        "bundle_digest": "d" * 64,
         "policy_version": "1",
+        "policy_digest": "e" * 64,
+        "frame_digest": "f" * 64,
         "verdict": "REVIEW",
         "score": 0.1,
+        "p_value": 0.1,
+        "calibration": "good_parts",
+        "thresholds": {"review": make_policy().review_threshold, "fail": make_policy().fail_threshold},
+        "regions_total": 0,
+        "device": "cpu",
+        "precision": "fp32",
+        "raw": None,
+        "is_network_input": False,
         "bytes": 1000,
         "pixels": 2000,
         "batch_size": 2,
         "seconds": {**STAGES_S, "encode": 0.0002, "total": 0.5},
     }
+
+
+def test_line_when_everything_in_it_is_as_long_as_may_be_then_it_fits_a_pipe_at_once(telemetry, caplog):
+    """The line of a frame is bounded whoever asks, and so short that a pipe takes it whole."""
+    name, longest, worst = "n" * 64, "i" * 128, -1.2345678901234567e-300
+    request = make_request(
+        data=bytes(1000),
+        raw=RawLayout("BayerRG16", width=2**31 - 1, height=2**31 - 1, stride=2**31 - 1),
+        request_id=longest,
+        part_id=longest,
+        view=longest,
+        sequence=2**63 - 1,
+    )
+    inspection = make_inspection(
+        request=request,
+        line=name,
+        bundle_version="9" * 9,
+        policy_version=name,
+        judgement=Judgement(Verdict.NO_VERDICT, worst, [], 10**9, np.zeros((2, 2), np.float32)),
+        p_value=-worst,
+        review_threshold=worst,
+        fail_threshold=worst,
+        device="cuda:0000:00:00.0",
+        timings_s=dict.fromkeys(STAGES_S, 123456.123456),
+    )
+    with caplog.at_level(logging.INFO, "flawline.inspections"):
+        telemetry.inspected(inspection, encode_s=123456.123456, total_s=123456.123456, answered_at=ANSWERED_AT)
+
+    (record,) = caplog.records
+    line = JsonLines().format(record)
+    assert json.loads(line)["raw"] == {**vars(request.raw)}
+    assert len(line.encode()) < 2000 < select.PIPE_BUF
+
+
+def test_line_when_it_stands_in_the_document_then_a_real_one_has_the_same_members(telemetry, caplog):
+    """Who writes a query for the example in `service/records.md` finds what it asks for."""
+    text = (Path(__file__).parents[3] / "service/records.md").read_text(encoding="utf-8")
+    (example,) = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
+    with caplog.at_level(logging.INFO, "flawline.inspections"):
+        telemetry.inspected(make_inspection(), encode_s=0.0002, total_s=0.5, answered_at=ANSWERED_AT)
+
+    (record,) = caplog.records
+    assert _shape(example) == _shape(json.loads(JsonLines().format(record)))
+
+
+def _shape(value):
+    """Return what kind of value it is, with the members of an object in their order."""
+    return [(name, _shape(member)) for name, member in value.items()] if isinstance(value, dict) else type(value)
 
 
 @pytest.mark.parametrize(("line", "label"), [("demo_line", "demo_line"), ("../../etc\n", "unknown")])
