@@ -1,7 +1,7 @@
 """Figures that others published, from `published.yaml`: what a reproduction is compared with, and never called ours.
 
-Every figure there has its source, and what is known to differ between its setting and ours. A detector without figures
-has a remark that says why.
+Every figure there has its source, and what is known to differ between its setting and ours; every detector, what is
+known to differ between the method here and its authors'. A detector without figures has a remark that says why.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,8 @@ class PublishedFigures(_Record):
         categories: that the values are the mean over; empty for all of the data set's. With one name, its own values.
         values: percent, by the names of our figures.
         source: where it stands: paper with arXiv id and table, or the page that tells it.
-        differs: what is known to differ from how we measure, one sentence each.
+        differs: what is known to differ from how we measure, one sentence each; empty where nothing is known but what
+            the detector's own tell.
     """
 
     data: str
@@ -51,6 +52,8 @@ class PublishedDetector(_Record):
         shots_share_a_model: whether its few-shot setting fits one model for all categories.
         changes: what a kind of setting sets otherwise than the detector's paper configuration, `key=value`.
         paper: arXiv id.
+        differs: what is known to differ between its authors' method and ours in the paper configuration, one sentence
+            each; it must be given, and an empty one says that nothing is known.
         remark: what a reader must know of the figures, or why there are none.
         figures: rows.
     """
@@ -60,6 +63,7 @@ class PublishedDetector(_Record):
     shots_share_a_model: bool = False
     changes: dict[KindOfSetting, tuple[str, ...]] = Field(default_factory=dict)
     paper: str
+    differs: tuple[str, ...]
     remark: str = ""
     figures: tuple[PublishedFigures, ...] = ()
 

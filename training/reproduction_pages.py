@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from pydantic import BaseModel, ConfigDict
 
 from training.data.benchmarks import BENCHMARKS
-from training.published import SHOTS, PublishedFigures, Setting, read_published
+from training.published import SHOTS, PublishedDetector, PublishedFigures, Setting, read_published
 from training.reproduce import Cell, CellFailed, Plan
 
 _TITLES = {
@@ -92,7 +92,7 @@ class Reproduction(_Record):
         data: title of the data set, or of the folder.
         setting: one model for each category, or one for all.
         seeds: of the models.
-        differences: where this run differs from the paper's setting, one sentence each.
+        differences: where this run, or the method here, differs from the paper's, one sentence each.
         means: over the data set, and over other groups of categories with published means.
         by_category: every category and figure.
         failures: models that could not be measured.
@@ -139,7 +139,7 @@ def summarise(
         data=folder_name if plan.data is None else BENCHMARKS[plan.data].title,
         setting=plan.setting,
         seeds=plan.seeds,
-        differences=(*differences, *_differences_of(plan, metrics)),
+        differences=(*differences, *_differences_of_method(told), *_differences_of(plan, metrics)),
         means=tuple(_means(plan, rows, figures, metrics)),
         by_category=tuple(_by_category(names, rows, figures, metrics)),
         failures=failures,
@@ -275,6 +275,13 @@ def _metrics_of(cells: Sequence[Cell], rows: Sequence[PublishedFigures]) -> list
     seen = {metric for cell in cells for figures in cell.figures.values() for metric in figures}
     seen |= {metric for row in rows for metric in row.values}
     return [*(name for name in _TITLES if name in seen), *sorted(seen - _TITLES.keys())]
+
+
+def _differences_of_method(told: PublishedDetector | None) -> tuple[str, ...]:
+    """Say where a method here is not its authors', or that nothing of the kind is known."""
+    if told is None:
+        return ()
+    return told.differs or ("No difference between the method here and its authors' is known.",)
 
 
 def _differences_of(plan: Plan, metrics: Sequence[str]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from models import DETECTORS
@@ -24,7 +25,7 @@ from training.data.samples import DatasetFault
 from training.fit import FitStopped
 from training.measure import Equipment
 from training.progress import SilentReporter
-from training.published import read_published
+from training.published import PublishedDetector, read_published
 from training.reproduce import Cell, CellFailed, Plan, cell_path, plan_lines, read_cell, reproduce
 from training.reproduce_jobs import ReproductionWishes, reproduce_paper, split_seeds
 from training.reproduction_pages import differences_of_configuration, summarise, to_html, to_markdown
@@ -377,6 +378,46 @@ def test_differences_of_configuration_tell_every_option_that_leaves_the_paper():
         "Changed by hand: seed=3.",
         "Weights: random.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("detector", "words"),
+    [
+        ("glcf", ["local branch alone", "along a cosine", "commented out"]),
+        ("jigsaw_svdd", ["cable, takes 1", "stride of 8", "coreset", "5 neighbours", "120,000 of 130,400"]),
+        ("inp_former_pp", ["two transposed convolutions", "averaged over channels", "DTD", "trained first"]),
+    ],
+)
+def test_summarise_tells_where_the_method_is_not_its_authors(tmp_path, detector, words):
+    """Who reads ours beside published learns what was chosen or changed, on every page."""
+    plan = _whole_plan(tmp_path, detector=detector)
+
+    found = summarise(plan, [_cell("carpet", 1, i_auroc=0.9)], "mvtec", [])
+
+    for page in (to_markdown(found), to_html(found)):
+        assert [word for word in words if word not in page] == []
+
+
+def test_summarise_when_no_difference_of_the_method_is_known_then_says_so(tmp_path, monkeypatch):
+    """An empty list is told, so that it can't be taken for a method that nobody compared."""
+    same = read_published()["dadf"].model_copy(update={"differs": ()})
+    monkeypatch.setattr("training.reproduction_pages.read_published", lambda: {"dadf": same})
+
+    found = summarise(_whole_plan(tmp_path), [_cell("carpet", 1, i_auroc=0.9)], "mvtec", [])
+
+    assert "No difference between the method here and its authors' is known." in found.differences
+
+
+def test_published_detectors_must_name_their_differences():
+    """A detector of whose method nothing is said is refused; each sentence ends as one and stands once."""
+    silent = read_published()["glcf"].model_dump(exclude={"differs"})
+    with pytest.raises(ValidationError, match="differs"):
+        PublishedDetector.model_validate(silent)
+
+    for detector in read_published().values():
+        rows = {text for row in detector.figures for text in row.differs}
+        assert all(text.endswith(".") for text in {*detector.differs, *rows})
+        assert len(set(detector.differs) | rows) == len(detector.differs) + len(rows)
 
 
 def test_published_figures_name_known_sets_categories_and_metrics():
