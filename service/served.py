@@ -111,7 +111,10 @@ class ServedLines(ABC):
             version = state.loaded.get(key)
             if version is None or line not in version.lines:
                 sentence = f"The line is served by version {live_key.version}, and this one is not loaded."
-                raise UnknownVersion(f"{sentence} Ask for that or none.")
+                raise UnknownVersion(
+                    f"{sentence} Ask for that or none. `flawline admin activate` makes one live that the store has; "
+                    "to ask it beside the live one, start a server of its own on a store that holds nothing newer."
+                )
             serving = version.lines[line]
         if not serving.bundle.batcher.is_healthy:
             raise LineNotReady("The line is unhealthy and waits for a restart; the part has no verdict.")

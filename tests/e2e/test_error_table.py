@@ -168,7 +168,12 @@ TABLE = {
         "unknown_line",
         "/v1/lines",
     ),
-    "unknown version": (_png(GOOD) | {"params": {"bundle_version": "7"}}, 404, "unknown_version", "version 1"),
+    "unknown version": (
+        _png(GOOD) | {"params": {"bundle_version": "7"}},
+        404,
+        "unknown_version",
+        "flawline admin activate",
+    ),
     "unknown policy": (_png(GOOD) | {"params": {"policy": "strict"}}, 404, "unknown_policy", "policy"),
     "unknown address": (_png(GOOD) | {"url": "/v1/inspect"}, 404, "not_found", "/docs"),
     "wrong method": (_png(GOOD) | {"url": "/v1/lines"}, 405, "method_not_allowed", "/docs"),

@@ -480,6 +480,16 @@ def test_find_when_name_is_unknown_then_says_which(shelf, line, bundle_version, 
         registry.find(line, bundle_version, policy_version)
 
 
+def test_find_when_a_version_is_stored_and_not_loaded_then_says_how_it_can_be_asked(shelf):
+    """Who wants yesterday's model again, as after a restart, reads which one serves and what brings the other back."""
+    make_bundle(shelf.path, version="1")
+    make_bundle(shelf.path, version="2")
+    registry = shelf.load()
+
+    with pytest.raises(UnknownVersion, match=r"served by version 2.*`flawline admin activate`.*server of its own"):
+        registry.find("demo_line", "1", None)
+
+
 def test_find_when_line_has_own_policies_then_offers_them_beside_the_default(shelf):
     """A line's policy is taken by its version; the bundle's own stays the default one."""
     make_bundle(shelf.path)
