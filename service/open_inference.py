@@ -203,7 +203,7 @@ def parse_request(body: bytes, json_length: str | None, model: ModelSpec) -> Inf
 
 
 def print_answer(
-    request: InferRequest, model: str, version: str, values: Mapping[str, Values], parameters: Mapping[str, str]
+    request: InferRequest, model: str, version: str, values: Mapping[str, Values], parameters: Mapping[str, str | float]
 ) -> InferAnswer:
     """Write an inference answer.
 

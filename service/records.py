@@ -32,6 +32,11 @@ class HeatmapRecord:
     Attributes:
         inspection_id: whose heatmap it is.
         line: of the inspection; who may not read the line may not read this.
+        bundle_version: of the bundle that judged.
+        bundle_digest: of it.
+        policy_version: of the policy that judged.
+        policy_digest: of it.
+        frame_digest: SHA-256 of the frame's bytes as they came.
         anomaly_map: `(h, w)` float16.
         pixels: `(H, W, 3)` uint8 RGB, the frame with sides of at most `LARGEST_SIDE`.
         policy: that judged.
@@ -42,6 +47,11 @@ class HeatmapRecord:
 
     inspection_id: str
     line: str
+    bundle_version: str
+    bundle_digest: str
+    policy_version: str
+    policy_digest: str
+    frame_digest: str
     anomaly_map: NDArray[np.float16]
     pixels: NDArray[np.uint8]
     policy: Policy
@@ -78,6 +88,11 @@ def heatmap_record(inspection: Inspection) -> HeatmapRecord:
     return HeatmapRecord(
         inspection_id=inspection.inspection_id,
         line=inspection.line,
+        bundle_version=inspection.bundle_version,
+        bundle_digest=inspection.bundle_digest,
+        policy_version=inspection.policy_version,
+        policy_digest=inspection.policy_digest,
+        frame_digest=inspection.frame_digest,
         anomaly_map=narrowed,
         pixels=_shrink(frame.pixels),
         policy=inspection.policy,

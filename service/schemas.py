@@ -420,10 +420,12 @@ class PolicyRefusedAnswer(_Wire):
 
 
 class JudgedAnswer(_Wire):
-    """What the live version or its shadow said of a frame; no score where it failed."""
+    """What the live version or its shadow said of a frame; no score where it failed. Older servers tell no digests."""
 
     bundle_version: str
+    bundle_digest: str | None = None
     policy_version: str
+    policy_digest: str | None = None
     verdict: Verdict
     score: float | None
     review_threshold: float
@@ -434,11 +436,13 @@ class DisagreementAnswer(_Wire):
     """A frame on which the shadow would have said something else.
 
     Attributes:
+        frame_digest: SHA-256 of the frame's bytes as they came; older servers do not tell it.
         kind: `stricter` and `laxer` compare the verdicts, `no_verdict` says that the shadow failed.
     """
 
     inspection_id: str
     part_id: str | None
+    frame_digest: str | None = None
     at: str
     kind: Literal["stricter", "laxer", "no_verdict"]
     live: JudgedAnswer

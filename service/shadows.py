@@ -3,14 +3,14 @@
 A frame is shown to a shadow only after its answer was handed over, only where neither engine has anything better to do,
 and one frame at a time; whatever can't be shown at once is shed and counted. So a shadow sees a sample of the frames,
 and the busier the line, the smaller. It judges by its own policy and its own network, from the bytes that the camera
-sent. Where it disagrees with the verdict that was given, both are kept for whoever decides.
+sent. Where it disagrees with the verdict that was given, both are kept for whoever decides, and logged.
 """
 
 import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 from service.contract.policy import Verdict
@@ -36,7 +36,9 @@ class Judged:
 
     Attributes:
         bundle_version: of the bundle.
+        bundle_digest: of the bundle.
         policy_version: of the policy.
+        policy_digest: of the policy.
         verdict: `NO_VERDICT` where it failed.
         score: None where it failed.
         review_threshold: of the policy.
@@ -44,7 +46,9 @@ class Judged:
     """
 
     bundle_version: str
+    bundle_digest: str
     policy_version: str
+    policy_digest: str
     verdict: Verdict
     score: float | None
     review_threshold: float
@@ -59,6 +63,7 @@ class Disagreement:
         inspection_id: of the frame's inspection.
         line: of the frame.
         part_id: as the caller named it.
+        frame_digest: SHA-256 of the frame's bytes as they came.
         at: when, in ISO 8601.
         kind: how they differ.
         live: what was answered.
@@ -68,6 +73,7 @@ class Disagreement:
     inspection_id: str
     line: str
     part_id: str | None
+    frame_digest: str
     at: str
     kind: DisagreementKind
     live: Judged
@@ -160,17 +166,19 @@ class Shadows:
         self._telemetry.shadow_disagreed(inspection.line, kind)
         if len(self._kept) == self._kept.maxlen:
             self._telemetry.record_dropped("disagreements")
-        self._kept.append(
-            Disagreement(
-                inspection_id=inspection.inspection_id,
-                line=inspection.line,
-                part_id=inspection.request.part_id,
-                at=datetime.now(UTC).isoformat(timespec="milliseconds"),
-                kind=kind,
-                live=_judged(inspection),
-                shadow=shadow,
-            )
+        found = Disagreement(
+            inspection_id=inspection.inspection_id,
+            line=inspection.line,
+            part_id=inspection.request.part_id,
+            frame_digest=inspection.frame_digest,
+            at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            kind=kind,
+            live=_judged(inspection),
+            shadow=shadow,
         )
+        self._kept.append(found)
+        # What is kept ends with the process; whoever decides on a version may be asked later what it was decided on.
+        _log.info("a shadow disagrees", extra=asdict(found))
 
 
 def _compare(live: Verdict, shadow: Verdict) -> DisagreementKind | None:
@@ -184,7 +192,9 @@ def _compare(live: Verdict, shadow: Verdict) -> DisagreementKind | None:
 def _judged(inspection: Inspection) -> Judged:
     return Judged(
         bundle_version=inspection.bundle_version,
+        bundle_digest=inspection.bundle_digest,
         policy_version=inspection.policy_version,
+        policy_digest=inspection.policy_digest,
         verdict=inspection.judgement.verdict,
         score=inspection.judgement.score,
         review_threshold=inspection.review_threshold,
@@ -194,5 +204,14 @@ def _judged(inspection: Inspection) -> Judged:
 
 def _no_verdict(found: Found) -> Judged:
     policy = found.policy.policy
-    version = found.line.bundle.manifest.version
-    return Judged(version, policy.version, Verdict.NO_VERDICT, None, policy.review_threshold, policy.fail_threshold)
+    bundle = found.line.bundle
+    return Judged(
+        bundle_version=bundle.manifest.version,
+        bundle_digest=bundle.digest,
+        policy_version=policy.version,
+        policy_digest=found.policy.digest,
+        verdict=Verdict.NO_VERDICT,
+        score=None,
+        review_threshold=policy.review_threshold,
+        fail_threshold=policy.fail_threshold,
+    )

@@ -137,6 +137,7 @@ async def disagreements(request: Request, line: str) -> DisagreementsAnswer:
             DisagreementAnswer(
                 inspection_id=one.inspection_id,
                 part_id=one.part_id,
+                frame_digest=one.frame_digest,
                 at=one.at,
                 kind=one.kind,
                 live=JudgedAnswer(**vars(one.live)),

@@ -10,6 +10,7 @@ from fastapi import Response
 
 from service.contract.regions import Region
 from service.inspection import Inspection
+from service.records import HeatmapRecord
 
 MEDIA_TYPE_OF_HEATMAP = {"png": "image/png", "overlay": "image/png", "f16": "application/octet-stream"}
 _DECIMALS = 2  # of coordinates; hundredths of a pixel say more than any map knows
@@ -85,17 +86,31 @@ def server_timing(timings: bytes) -> bytes:
     return timings[2:-1].replace(b',"', b", ").replace(b'":', b";dur=")
 
 
+def headers_of_origin(judged: Inspection | HeatmapRecord) -> dict[str, str]:
+    """Return as headers which bundle and policy judged which frame, for whatever is shown of it."""
+    return {
+        "Flawline-Bundle-Version": judged.bundle_version,
+        "Flawline-Bundle-Digest": judged.bundle_digest,
+        "Flawline-Policy-Version": judged.policy_version,
+        "Flawline-Policy-Digest": judged.policy_digest,
+        "Flawline-Frame-Digest": judged.frame_digest,
+    }
+
+
 def identity_headers(inspection: Inspection) -> dict[str, str]:
-    """Return ids and verdict as headers, for answers whose body is a picture."""
+    """Return as headers what the JSON says of the verdict and where it comes from, where the body is a picture."""
     judgement = inspection.judgement
     headers = {
         "Flawline-Inspection-Id": inspection.inspection_id,
         "Flawline-Verdict": judgement.verdict.value,
         "Flawline-Score": repr(judgement.score),
+        "Flawline-Review-Threshold": repr(inspection.review_threshold),
+        "Flawline-Fail-Threshold": repr(inspection.fail_threshold),
         "Flawline-Calibration": inspection.policy.calibration,
         "Flawline-Line": inspection.line,
-        "Flawline-Bundle-Version": inspection.bundle_version,
-        "Flawline-Policy-Version": inspection.policy_version,
+        "Flawline-Device": inspection.device,
+        "Flawline-Precision": inspection.precision,
+        **headers_of_origin(inspection),
     }
     if inspection.p_value is not None:
         headers["Flawline-P-Value"] = repr(inspection.p_value)

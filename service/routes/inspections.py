@@ -77,7 +77,8 @@ async def inspect(request: Request, line: str) -> Response:
     """Inspect one frame.
 
     The fast path is the frame's bytes as the body; a multipart body with one file field `frame` works as well. With
-    `Accept: image/png` the answer is the overlay itself, with ids and verdict in `Flawline-*` headers.
+    `Accept: image/png` the answer is the overlay itself, with ids, verdict, score, thresholds, versions and digests in
+    `Flawline-*` headers.
     """
     context = context_of(request)
     with Counting(request, line):
@@ -187,7 +188,9 @@ async def heatmap(
 
     `png` is 8-bit grey on the policy's fixed scale, `overlay` the frame painted over, `f16` the raw map as
     little-endian float16, row by row, with `Flawline-Shape` (height, width) and `Flawline-Window` (top, left, height,
-    width of the map on the original frame, in its pixels).
+    width of the map on the original frame, in its pixels). Which bundle and policy judged which frame is said in
+    `Flawline-Bundle-Version`, `Flawline-Bundle-Digest`, `Flawline-Policy-Version`, `Flawline-Policy-Digest` and
+    `Flawline-Frame-Digest`.
     """
     context = context_of(request)
     caller = caller_of(request)
@@ -197,6 +200,7 @@ async def heatmap(
         raise NotAuthorised("This key does not cover the line of this inspection; ask for a key that names it.")
     body = await asyncio.to_thread(record.render, kind)
     headers = {"Flawline-Inspection-Id": inspection_id, "Flawline-Line": record.line, "Cache-Control": "private"}
+    headers.update(answers.headers_of_origin(record))
     if kind == "f16":
         headers["Flawline-Shape"] = ",".join(str(side) for side in record.anomaly_map.shape)
         headers["Flawline-Window"] = ",".join(repr(float(edge)) for edge in record.window)

@@ -166,7 +166,7 @@ FRAME_OPERATION: dict[str, Any] = {
     },
     "responses": {
         "200": {
-            "description": "The inspection. With `Accept: image/png` its overlay, ids and verdict in headers.",
+            "description": "The inspection. With `Accept: image/png` its overlay, what it says in headers.",
             "headers": {"Server-Timing": {"description": "As `timings_ms`.", "schema": {"type": "string"}}},
             "content": {
                 "application/json": {

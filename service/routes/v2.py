@@ -311,8 +311,8 @@ async def _together(context: Context, works: Iterable[InspectionRequest]) -> lis
     finally:
         for task in tasks:
             task.cancel()
-    if len({inspection.bundle_version for inspection in inspections}) > 1:
-        raise LineNotReady("Another version became live during this request; send it again.")
+    if len({(inspection.bundle_digest, inspection.policy_digest) for inspection in inspections}) > 1:
+        raise LineNotReady("Another version or policy became live during this request; send it again.")
     return inspections
 
 
@@ -345,12 +345,20 @@ def _print(asked: InferRequest, inspections: list[Inspection], coding: Coding | 
         # NaN, null in JSON, where good parts were not scored as the policy scores.
         "p_value": np.array([inspection.p_value for inspection in inspections], np.float32),
     }
-    parameters = {
+    shared = inspections[0]  # one bundle and one policy judged all of them
+    parameters: dict[str, str | float] = {
         "inspection_ids": ",".join(inspection.inspection_id for inspection in inspections),
-        "policy": inspections[0].policy_version,
-        "calibration": inspections[0].policy.calibration,
+        "frame_digests": ",".join(inspection.frame_digest for inspection in inspections),
+        "bundle_digest": shared.bundle_digest,
+        "policy": shared.policy_version,
+        "policy_digest": shared.policy_digest,
+        "calibration": shared.policy.calibration,
+        "review_threshold": shared.review_threshold,
+        "fail_threshold": shared.fail_threshold,
+        "device": shared.device,
+        "precision": shared.precision,
     }
-    answer = open_inference.print_answer(asked, inspections[0].line, inspections[0].bundle_version, values, parameters)
+    answer = open_inference.print_answer(asked, shared.line, shared.bundle_version, values, parameters)
     if coding is None:
         return answer
     return InferAnswer(open_inference.compress(answer.body, coding), answer.json_bytes)

@@ -240,13 +240,26 @@ def test_outputs_when_left_out_then_all_are_answered_and_judged_by_the_policy(bu
 
 @pytest.mark.parametrize(("frame", "verdict"), [(GOOD, b"PASS"), (DEFECT, b"FAIL")], ids=["good", "defect"])
 def test_jpeg_when_inferred_then_it_is_judged_as_under_v1(server, client, frame, verdict):
-    """The same bytes get the same score, p-value and verdict by either protocol."""
+    """The same bytes get the same score, p-value and verdict by either protocol, of the same origin."""
     answer = client.infer(MODEL, [images(frame)])
 
     same = server.http.post(f"/v1/lines/{MODEL}/inspect", content=frame, headers={"Content-Type": "image/jpeg"}).json()
     assert answer.as_numpy("verdict").tolist() == [verdict]
     assert answer.as_numpy("score")[0] == np.float32(same["score"])
     assert answer.as_numpy("p_value")[0] == np.float32(same["p_value"])
+    told = answer.get_response()["parameters"]
+    del told["inspection_ids"]
+    assert told == {
+        "frame_digests": same["frame"]["digest"],
+        "bundle_digest": same["bundle"]["digest"],
+        "policy": same["policy"]["version"],
+        "policy_digest": same["policy"]["digest"],
+        "calibration": same["calibration"],
+        "review_threshold": same["thresholds"]["review"],
+        "fail_threshold": same["thresholds"]["fail"],
+        "device": same["device"],
+        "precision": same["precision"],
+    }
 
 
 def test_request_when_it_has_id_time_priority_version_and_policy_then_each_is_heeded(client):

@@ -217,6 +217,30 @@ def test_picture_when_accepted_then_the_overlay_itself_comes_with_ids_and_verdic
     assert "total;dur=" in answer.headers["server-timing"]
 
 
+def test_picture_when_it_comes_at_once_or_later_then_its_headers_prove_what_it_shows(http):
+    """A picture is as good a record as the JSON: the same bundle, policy, frame and thresholds, by their digests."""
+    answer = http.post(INSPECT, content=DEFECT, headers=PNG, params={"heatmap": "overlay"}).json()
+    origin = {
+        "flawline-bundle-version": answer["bundle"]["version"],
+        "flawline-bundle-digest": answer["bundle"]["digest"],
+        "flawline-policy-version": answer["policy"]["version"],
+        "flawline-policy-digest": answer["policy"]["digest"],
+        "flawline-frame-digest": hashlib.sha256(DEFECT).hexdigest(),
+    }
+    judged = {
+        "flawline-review-threshold": repr(answer["thresholds"]["review"]),
+        "flawline-fail-threshold": repr(answer["thresholds"]["fail"]),
+        "flawline-device": answer["device"],
+        "flawline-precision": answer["precision"],
+    }
+
+    at_once = http.post(INSPECT, content=DEFECT, headers=PNG | {"Accept": "image/png"}).headers
+    later = http.get(answer["heatmap"]["url"]).headers
+
+    assert dict(at_once) | origin | judged == dict(at_once)
+    assert dict(later) | origin == dict(later)
+
+
 def test_picture_when_the_frame_is_at_fault_then_the_problem_comes_as_json(http):
     """A client that wants a picture still gets its fault in words."""
     answer = http.post(INSPECT, content=b"no image", headers=PNG | {"Accept": "image/png"})

@@ -1,6 +1,8 @@
 """Promises of shadows: they see answered frames only, give way to everybody, and what they say changes no answer."""
 
 import asyncio
+import json
+import logging
 import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -10,6 +12,7 @@ import pytest
 from service.contract.frames import FrameLimits
 from service.contract.policy import Verdict
 from service.loading import BatcherOptions
+from service.log import JsonLines
 from service.pipeline import Pipeline
 from service.registry import Registry
 from service.shadows import Shadows
@@ -102,8 +105,39 @@ async def test_shadow_when_it_judges_then_only_disagreements_are_kept_with_both_
     for one in kept:
         assert one.inspection_id == inspection.inspection_id
         assert (one.live.bundle_version, one.shadow.bundle_version) == ("1", "2")
+        assert one.frame_digest == inspection.frame_digest
         assert one.live.score == pytest.approx(one.shadow.score)
         assert f'flawline_shadow_disagreements_total{{kind="{kind}",line="demo_line"}} 1.0' in counts
+
+
+@pytest.mark.parametrize("is_broken", [False, True], ids=["judges", "fails"])
+@in_loop
+async def test_shadow_when_it_disagrees_then_the_log_says_of_which_frame_and_who_by_digests(
+    tmp_path, caplog, is_broken
+):
+    """What a decision on a version rested on outlives the process: both sides can be proved from the log."""
+
+    def fail(_):
+        raise OSError
+
+    async with on_stage(tmp_path, policy={"fail_threshold": 0.9}) as stage:
+        inspection = await stage.pipeline.inspect(make_request(data=DEFECT))
+        tried = stage.registry._state.shadows["demo_line"].lines["demo_line"]
+        if is_broken:
+            stage.engine.spoil = fail
+        with caplog.at_level(logging.INFO, "flawline"):
+            stage.shadows.show(inspection)
+            await stage.looked()
+
+    (record,) = [record for record in caplog.records if record.message == "a shadow disagrees"]
+    line = json.loads(JsonLines().format(record))
+    live, shadow = line["live"], line["shadow"]
+    told = [line[name] for name in ("inspection_id", "line", "part_id", "frame_digest", "kind")]
+    kind = "no_verdict" if is_broken else "laxer"
+    assert told == [inspection.inspection_id, "demo_line", "part 7", inspection.frame_digest, kind]
+    assert (live["bundle_digest"], live["policy_digest"]) == (inspection.bundle_digest, inspection.policy_digest)
+    assert (shadow["bundle_digest"], shadow["policy_digest"]) == (tried.bundle.digest, tried.policies["1"].digest)
+    assert (live["verdict"], shadow["verdict"]) == ("FAIL", "NO_VERDICT" if is_broken else "REVIEW")
 
 
 @in_loop

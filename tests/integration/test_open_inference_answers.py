@@ -1,0 +1,44 @@
+"""Answers under `/v2`: what they say of bundle and policy counts for each frame of the request."""
+
+import asyncio
+from base64 import b64encode
+
+import httpx
+
+from service.app import create_app
+from service.settings import Settings
+from tests.factories import encode, make_bundle, make_frame, make_policy
+from tests.fakes import in_loop
+
+
+@in_loop
+async def test_infer_when_another_policy_becomes_live_between_two_frames_then_it_is_to_be_sent_again(tmp_path):
+    """One policy and its digest are named for all frames, so all of them were judged by it."""
+    make_bundle(tmp_path, "demo_line")
+    (tmp_path / "demo_line/policies").mkdir()
+    strict = make_policy(version="strict", review_threshold=0, fail_threshold=0)
+    (tmp_path / "demo_line/policies/strict.json").write_text(strict.model_dump_json())
+    app = create_app(Settings(store_directory=tmp_path))
+    context = app.state.context
+    context.registry.load()
+    inspect, one_by_one = context.pipeline.inspect, asyncio.Lock()
+
+    async def then_activate(work):
+        async with one_by_one:
+            inspection = await inspect(work)
+            await asyncio.to_thread(context.registry.activate_policy, "demo_line", "strict")
+            return inspection
+
+    context.pipeline.inspect = then_activate
+    frame = b64encode(encode(make_frame())).decode()
+    images = {"name": "encoded_frames", "datatype": "BYTES", "shape": [2], "data": [frame, frame]}
+    asked = {"inputs": [images | {"parameters": {"content_type": "base64"}}]}
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        mixed = await http.post("/v2/models/demo_line/infer", json=asked)
+        again = await http.post("/v2/models/demo_line/infer", json=asked)
+    context.registry.close()
+
+    assert (mixed.status_code, again.status_code) == (503, 200)
+    assert "send it again" in mixed.json()["error"]
+    assert again.json()["parameters"]["policy"] == "strict"
