@@ -334,7 +334,8 @@ def _verdicts_that_differ(
 def _differs(what: str, found: str, allowed: str) -> ExportFailed:
     return ExportFailed(
         f"The exported graph's {what} differ from PyTorch's by {found}, where {allowed} is allowed; no bundle was "
-        "written."
+        "written. Fit again with another seed (--set seed=2): answers that hang on the last digits of float32 can't be "
+        "trusted on another device."
     )
 
 

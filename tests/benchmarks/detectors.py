@@ -21,11 +21,12 @@ import argparse
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
+from string import ascii_lowercase
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ from training.evaluate import to_records
 from training.metrics import image_metrics
 from training.peaks import mask_without_rim
 from training.progress import choose_reporter
+from training.speed import GraphSpeed
 
 _HERE = Path(__file__).resolve().parent
 _RESULTS = _HERE / "RESULTS.md"
@@ -180,9 +182,10 @@ def tell(cells: Sequence[Cell], weaknesses: dict[str, str]) -> str:
     lines = sorted({line for _, line in pairs})
     names = _by_accuracy(pairs, lines)
     cpus = sorted({cell.speed.cpu for cell in cells if cell.speed is not None})
+    marks = dict(zip(cpus, ascii_lowercase, strict=False)) if len(cpus) > 1 else dict.fromkeys(cpus, "")
     parts = [
         "## All detectors, small configuration, each beside its control\n",
-        _HOW_MEASURED.format(cpus="; ".join(cpus) or "-"),
+        _HOW_MEASURED.format(cpus=";\n".join(f"{marks[cpu]}: {cpu}".removeprefix(": ") for cpu in cpus) or "-"),
         "### I-AUROC in short, control in brackets\n",
         _table(
             ("detector", *lines, "mean"),
@@ -207,7 +210,7 @@ def tell(cells: Sequence[Cell], weaknesses: dict[str, str]) -> str:
                 "slowest operators",
                 "graph",
             ),
-            _cost_rows(names, cells),
+            _cost_rows(names, cells, marks),
         ),
     ]
     notes = [f"- **{name}**: {' '.join(weaknesses[name].split())}" for name in names if name in weaknesses]
@@ -226,9 +229,11 @@ control** on that line. `nearest neighbours` is the plain probe (`nearest_neighb
 bank of features; its maps are not measured. A row's title names what it changes of the small configuration.
 
 ms a frame: ONNX Runtime, batch 1, one thread, median of the thread's own CPU time, so that other work on the machine
-hardly moves it; CPU: {cpus}. Seconds of fitting and of the whole run are on the
-wall, on a machine with other work: upper bounds, of rb_ae far above what it needs, because four others shared
-the two cores. `run, CPU` is what the run's process used of all cores, where it was kept.
+hardly moves it; CPU:
+{cpus}.
+Seconds of fitting and of the whole run are on the wall, on a machine with other work: upper bounds, of rb_ae far above
+what it needs, because four others shared the two cores. `run, CPU` is what the run's process used of all cores, where
+it was kept.
 """
 
 
@@ -260,14 +265,14 @@ def _accuracy_row(name: str, line: str, pair: Pair) -> tuple[str, ...]:
     )
 
 
-def _cost_rows(names: Sequence[str], cells: Sequence[Cell]) -> Iterator[tuple[str, ...]]:
+def _cost_rows(names: Sequence[str], cells: Sequence[Cell], marks: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
     for name in names:
         own = [cell for cell in cells if (cell.title, cell.kind) == (name, "fitted")]
         if own and not name.startswith(_PROBE):
-            yield _cost_row(name, own)
+            yield _cost_row(name, own, marks)
 
 
-def _cost_row(name: str, cells: Sequence[Cell]) -> tuple[str, ...]:
+def _cost_row(name: str, cells: Sequence[Cell], marks: Mapping[str, str]) -> tuple[str, ...]:
     trained, every = cells[0].trainable_parameters or 0, cells[0].parameters or 0
     speeds = [cell.speed for cell in cells if cell.speed is not None]
     cpu_s = [cell.total_cpu_s for cell in cells if cell.total_cpu_s is not None]
@@ -281,10 +286,16 @@ def _cost_row(name: str, cells: Sequence[Cell]) -> tuple[str, ...]:
         f"{mean(cell.fit_s for cell in cells):.0f} s",
         f"{mean(cell.total_s for cell in cells):.0f} s",
         f"{mean(cpu_s):.0f} s" if cpu_s else "-",
-        f"{mean(speed.cpu_ms for speed in speeds):.0f}" if speeds else "-",
+        _told_speed(speeds, marks),
         slowest,
         f"{mean(cell.model_bytes or 0 for cell in cells) / 2**20:.0f} MiB",
     )
+
+
+def _told_speed(speeds: Sequence[GraphSpeed], marks: Mapping[str, str]) -> str:
+    """Return the mean of each CPU apart: milliseconds of two are not alike."""
+    of_cpu = {cpu: [speed.cpu_ms for speed in speeds if speed.cpu == cpu] for cpu in marks}
+    return ", ".join(f"{mean(values):.0f} {marks[cpu]}".strip() for cpu, values in of_cpu.items() if values) or "-"
 
 
 def _told_seeds(pair: Pair) -> str:
