@@ -6,9 +6,10 @@
 
 The rule of this file: `PASS` needs a complete answer with status 200 that fits the schema, to the very request that was
 sent, for the line, part and policy that it named, with the verdict that its own score and thresholds give. Each try has
-a request id of its own, which the server's answer repeats: so neither a cache nor an answer that comes a request late
-is taken for this part's. No exception leaves `inspect`, because a caller who forgets to catch one must not pass the
-part; what nobody foresaw is logged and becomes a problem like any other.
+a request id of its own, which the server's answer repeats, and where a proxy has put its own in place, the answer names
+the digest of the frame: so neither a cache nor an answer that comes a request late is taken for this part's. No
+exception leaves `inspect`, because a caller who forgets to catch one must not pass the part; what nobody foresaw is
+logged and becomes a problem like any other.
 
 What only the moment refused (429, 503, no connection) is tried again, never before `Retry-After` and never where the
 answer would come after the deadline; each try tells the server how much time is left. A frame that was sent and not
@@ -28,6 +29,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -251,7 +253,7 @@ class Client:
                     content = patience.collect(content, piece)
         except (httpx.HTTPError, _TooLate, _TooMuch) as error:
             return _unheard(error)
-        heard = _hear(response, content, sending.asked, request_id)
+        heard = _hear(response, content, sending, request_id)
         if heard.is_strange:
             _stop_using(response)
         return heard
@@ -370,7 +372,7 @@ class AsyncClient:
                     content = patience.collect(content, piece)
         except (httpx.HTTPError, TimeoutError, _TooLate, _TooMuch) as error:
             return _unheard(error)
-        heard = _hear(response, content, sending.asked, request_id)
+        heard = _hear(response, content, sending, request_id)
         if heard.is_strange:
             await response.extensions["network_stream"].aclose()
         return heard
@@ -648,7 +650,7 @@ def _stop_using(response: httpx.Response) -> None:
         response.extensions["network_stream"].get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
-def _hear(response: httpx.Response, content: bytes, asked: _Asked, request_id: str) -> _Heard:
+def _hear(response: httpx.Response, content: bytes, sending: _Sending, request_id: str) -> _Heard:
     """Read an answer; whatever does not fit completely has no verdict."""
     if response.status_code != _OK:
         return _hear_problem(response, content)
@@ -656,10 +658,10 @@ def _hear(response: httpx.Response, content: bytes, asked: _Asked, request_id: s
         answer = read_answer(InspectionAnswer, content)
     except ClientFault as fault:
         return _Heard(_without_verdict(fault.problem))
-    if answer.request_id != request_id:
-        sentence = "This is the answer to another request; what stands in between must hand on X-Request-Id unchanged."
-        return _Heard(_without_verdict(_unusable(sentence)), is_strange=True)
-    wrong = _contradiction(answer, asked)
+    # Some proxies name requests anew, Envoy among them; then the answer must be about these very bytes.
+    if answer.request_id != request_id and answer.frame.digest != sha256(sending.content).hexdigest():
+        return _Heard(_without_verdict(_unusable("This is the answer to another request.")), is_strange=True)
+    wrong = _contradiction(answer, sending.asked)
     return _Heard(Outcome(answer.verdict, answer, None) if wrong is None else _without_verdict(_unusable(wrong)))
 
 

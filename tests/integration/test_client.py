@@ -362,6 +362,20 @@ def test_client_when_a_cache_answers_then_it_is_not_believed(passing, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("frame", "verdict"), [(GOOD, Verdict.PASS), (DEFECT, Verdict.NO_VERDICT)], ids=["same", "other"]
+)
+def test_client_behind_a_proxy_that_names_requests_anew_believes_what_is_about_its_frames_bytes(
+    passing, kind, frame, verdict
+):
+    """Envoy puts its own id in a request's place; whether an answer is this frame's is then told by the digest."""
+    with _stranger(_told(passing, request_id="envoy-1")) as (proxy, _):
+        [outcome] = _ask(kind, proxy, frame)
+
+    assert outcome.verdict is verdict
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_client_when_answers_come_one_request_late_then_none_is_taken_for_the_next_part(passing, kind):
     """What a connection still held of an earlier request costs one verdict, and the connection with it."""
     failing = {"verdict": "FAIL", "score": 0.9}
