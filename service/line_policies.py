@@ -13,15 +13,13 @@ Three rules keep a file from passing parts that it should not:
 Everything that is refused is said once, counted, and kept with its reason for whoever asks.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from service.contract.bundle import Manifest, load_policy
-from service.contract.policy import Policy, PolicyFile, inspected_mask, is_as_strict, refuse_unfit_region
+from service.contract.policy import Policy, PolicyFile, inspected_mask, is_as_strict, policy_digest, refuse_unfit_region
 from service.errors import BundleRefused, FlawlineError
 from service.live import LivePolicy, PolicyRefusal
 from service.telemetry import Telemetry
@@ -187,9 +185,3 @@ def fit_policy(policy: Policy, manifest: Manifest) -> LivePolicy:
     inspected = inspected_mask(policy, *manifest.map_size, window=window)
     refuse_unfit_region(inspected, manifest.output.score_rule)
     return LivePolicy(policy, policy_digest(policy), inspected)
-
-
-def policy_digest(policy: Policy) -> str:
-    """Return the SHA-256 of a policy's canonical JSON."""
-    text = json.dumps(policy.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

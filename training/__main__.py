@@ -166,7 +166,7 @@ def evaluate(
     line_folder: Annotated[Path, typer.Argument(help="a line with test frames")],
     line: Line = None,
     layout: Layout = None,
-    output: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
+    output: Annotated[Path | None, typer.Option(help="write the figures here as JSON, and of what they are")] = None,
     threads: Threads = None,
 ) -> None:
     """Measure a bundle on a line's test frames, at the bundle's own thresholds."""

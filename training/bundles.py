@@ -15,7 +15,6 @@ from service.contract.bundle import (
     CALIBRATION_FILE,
     MODEL_FILE,
     POLICY_FILE,
-    REPORT_FILE,
     BackboneRecord,
     Bundle,
     DataRecord,
@@ -231,18 +230,16 @@ def bundle_files(
     calibrations: Mapping[str, Calibration],
     policies: Mapping[str, Policy],
     golden: Mapping[str, bytes],
-    page: str,
 ) -> dict[str, bytes]:
-    """Return a bundle's files by relative path, all but manifest and sidecar.
+    """Return a bundle's files by relative path, all but the report, manifest and sidecar.
 
     Args:
         model: the graph.
         calibrations: good-part values of each line that was calibrated.
         policies: default rules, by line.
         golden: files of the golden set.
-        page: the report.
     """
-    files = {MODEL_FILE: model, REPORT_FILE: page.encode(), **golden}
+    files = {MODEL_FILE: model, **golden}
     lines = list(policies)
     for line in lines:
         if line in calibrations:

@@ -29,16 +29,16 @@ from service.contract.bundle import (
 )
 from service.contract.frames import FrameLimits
 from service.contract.geometry import InputSpec
-from service.contract.policy import may_judge
+from service.contract.policy import may_judge, policy_digest
 from service.contract.tiling import by_tiles
 from service.errors import ParameterInvalid
 from training.checkpoint import has_checkpoint
 from training.config import ConfigFault, RunConfig, load_config
 from training.data.check import check_dataset
 from training.data.detect import read_dataset
-from training.data.samples import UNKNOWN, DatasetFault, Sample
+from training.data.samples import ANOMALOUS, NORMAL, UNKNOWN, DatasetFault, Sample
 from training.demo import DemoFailed, run_demo
-from training.evaluate import ask, evaluate, inspected_share, needs_held_out, to_records
+from training.evaluate import Evaluation, ask, evaluate, inspected_share, needs_held_out, to_records
 from training.export import GraphRun
 from training.faults import CALLERS, OURS
 from training.fit import FitStopped
@@ -373,7 +373,10 @@ def tile_settings(tiles: str | None, overlap: float | None) -> list[str]:
 def evaluate_bundle(
     path: Path, line: str | None, line_folder: Path, layout: str | None, output: Path | None, threads: int
 ) -> None:
-    """Measure a bundle on a line's test frames and tell the figures."""
+    """Measure a bundle on a line's test frames and tell the figures.
+
+    Intervals are drawn with the bundle's seed, so that on the same frames they are those of its report.
+    """
     bundle, reporter = load_bundle(path), _reporter()
     manifest = bundle.manifest
     name = _line_of(bundle, line)
@@ -393,9 +396,11 @@ def evaluate_bundle(
         spec,
         manifest.evaluation_resolution,
         held_out=held_out,
+        seed=manifest.seed,
         least_contrast=contrast_asked_for(bundle, name),
     )
-    if may_judge(policy, is_calibrated=name in bundle.calibrations):
+    judges = may_judge(policy, is_calibrated=name in bundle.calibrations)
+    if judges:
         of_kinds = found.verdict_counts()
         rows = [(kind, *(str(count) for count in counts.values())) for kind, counts in of_kinds.items()]
         reporter.table("Verdicts", ("frames", *next(iter(of_kinds.values()))), rows)
@@ -408,8 +413,44 @@ def evaluate_bundle(
     figures = to_records(found.metrics) | by_kind
     reporter.table("Figures", ("figure", "value", "95 % interval"), _figure_rows(figures))
     if output is not None:
-        text = json.dumps({name: record.model_dump() for name, record in figures.items()}, indent=2)
-        output.write_text(text + "\n", encoding="utf-8")
+        told = _tell_evaluation(bundle, name, checked.record, found, figures, judges=judges)
+        output.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def _tell_evaluation(
+    bundle: Bundle,
+    line: str,
+    frames: FramesRecord,
+    found: Evaluation,
+    figures: Mapping[str, MetricRecord],
+    *,
+    judges: bool,
+) -> dict[str, Any]:
+    """Return what a file of figures says: of what, on what, by which thresholds; no thresholds without verdicts."""
+    manifest, policy, labels = bundle.manifest, bundle.policies[line], found.answers.labels
+    verdicts = {
+        kind: {str(verdict): count for verdict, count in counts.items()}
+        for kind, counts in found.verdict_counts().items()
+    }
+    return {
+        "bundle": {"name": manifest.name, "version": manifest.version, "digest": bundle.digest},
+        "line": line,
+        "policy": {
+            "version": policy.version,
+            "digest": policy_digest(policy),
+            "review_threshold": policy.review_threshold if judges else None,
+            "fail_threshold": policy.fail_threshold if judges else None,
+        },
+        "data": {
+            **frames.model_dump(include={"name", "digest"}),
+            "normal": int((labels == NORMAL).sum()),
+            "anomalous": int((labels == ANOMALOUS).sum()),
+        },
+        "evaluation_resolution": found.resolution,
+        "seed": manifest.seed,
+        "verdicts": verdicts if judges else None,
+        "figures": {name: record.model_dump() for name, record in figures.items()},
+    }
 
 
 def recalibrate_bundle(
@@ -446,7 +487,9 @@ def recalibrate_bundle(
 def write_report(source: Path, output: Path) -> None:
     """Write the page of a bundle as it was published, or render that of a run anew."""
     if (source / MANIFEST_FILE).exists():
-        page = load_bundle(source).files[REPORT_FILE]
+        bundle = load_bundle(source)
+        page = bundle.files[REPORT_FILE]
+        _reporter().note(f"version {bundle.manifest.version} of {bundle.manifest.name}, digest {bundle.digest}")
     else:
         page = render(read_report(source)).encode()
     output.write_bytes(page)

@@ -238,8 +238,14 @@ def recalibrate(
     )
     calibrations = {**bundle.calibrations, line: calibrated.calibration}
     policies = {**bundle.policies, line: calibrated.policy}
-    files = bundle_files(bundle.model, calibrations, policies, golden, render(report))
-    path = publish(store, again, files, check=lambda place: verify_bundle(place, graph))
+    files = bundle_files(bundle.model, calibrations, policies, golden)
+    path = publish(
+        store,
+        again,
+        files,
+        check=lambda place: verify_bundle(place, graph),
+        page=lambda version: render(report, version),
+    )
     return path, report
 
 

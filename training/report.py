@@ -8,7 +8,7 @@ URIs, curves are inline SVG, and a content security policy forbids everything th
 import base64
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,17 @@ from service.contract.bundle import LineRecord, MetricRecord, ParityRecord
 from service.contract.calibration import Calibration, Threshold
 from service.contract.frames import FrameLimits, decode_image, encode_jpeg, resize_mask, resize_pixels
 from service.contract.geometry import InputSpec
-from service.contract.heatmaps import overlay
-from service.contract.policy import Judgement, Policy, ScoreRule, Verdict, inspected_mask, judge, verdict_of
+from service.contract.heatmaps import RAMP_AT, RAMP_RGB, overlay
+from service.contract.policy import (
+    Judgement,
+    Policy,
+    ScoreRule,
+    Verdict,
+    inspected_mask,
+    judge,
+    policy_digest,
+    verdict_of,
+)
 from service.contract.regions import Window, draw_outlines, outline_mask
 from training.calibrate import Calibrated
 from training.data.loader import load_mask
@@ -86,6 +95,37 @@ class Inspected(_Record):
                 "figures and verdicts count them all the same."
             )
         return told
+
+
+class Rules(_Record):
+    """The policy that verdicts and pictures follow.
+
+    Attributes:
+        version: of the policy.
+        digest: SHA-256 of its canonical JSON, as answers of the service name it.
+        region_threshold: of the anomaly map; from it on, regions are outlined.
+        map_floor: where the scale of heatmaps begins.
+    """
+
+    version: str
+    digest: str
+    region_threshold: float
+    map_floor: float
+
+    @classmethod
+    def of(cls, policy: Policy) -> Self:
+        """Return what the page says of a policy."""
+        return cls(
+            version=policy.version,
+            digest=policy_digest(policy),
+            region_threshold=policy.region_threshold,
+            map_floor=policy.map_floor,
+        )
+
+    @property
+    def map_ceiling(self) -> float:
+        """Where the scale of heatmaps ends: its middle is the threshold of regions."""
+        return 2 * self.region_threshold - self.map_floor
 
 
 class VerdictRow(_Record):
@@ -183,6 +223,7 @@ class LineReport(_Record):
         peaks: where good parts look oddest, `(x, y)` in fractions of the frame, a place a held-out frame.
         peaks_at_rim: how many of them lie at the rim, where that sets the thresholds; else None.
         inspected: what is, where that is not the whole frame.
+        rules: the line's policy; None in reports that are older than this.
     """
 
     line: str
@@ -203,6 +244,7 @@ class LineReport(_Record):
     peaks: tuple[tuple[float, float], ...] = ()
     peaks_at_rim: int | None = None
     inspected: Inspected | None = None
+    rules: Rules | None = None
 
     @property
     def held_out_frames(self) -> int:
@@ -292,6 +334,7 @@ def collect(
         peaks=tuple((float(f"{x:.3f}"), float(f"{y:.3f}")) for x, y in peaks.places),
         peaks_at_rim=peaks.at_rim if peaks.gather_at_rim else None,
         inspected=None if share is None else Inspected(share=share, defects_outside=outside),
+        rules=Rules.of(policy),
     )
 
 
@@ -334,13 +377,22 @@ def carry_over(
         precision_recall=(),
         pictures=(),
         inspected=None if share is None else Inspected(share=share),
+        rules=Rules.of(policy),
     )
 
 
-def render(data: ReportData) -> str:
-    """Return the page as one self-contained HTML file."""
+def render(data: ReportData, version: str | None = None) -> str:
+    """Return the page as one self-contained HTML file.
+
+    Args:
+        data: what it shows.
+        version: of the bundle that holds the page; None outside of one. The bundle's digest can't stand there, because
+            it covers the page.
+    """
     values = {
         "data": data,
+        "version": version,
+        "ramp": ", ".join(f"rgb{rgb} {100 * at:g}%" for at, rgb in zip(RAMP_AT, RAMP_RGB, strict=True)),
         "lines": [_words_and_drawings(line, place) for place, line in enumerate(data.lines, start=1)],
         "loss": draw_loss(data.run.losses),
         "metric_names": _METRIC_NAMES,
@@ -361,19 +413,26 @@ class GeneratedPicture(NamedTuple):
 
 
 def render_zero_shot(
-    run: RunFacts, policy: Policy, golden: Sequence[GoldenFrame], rule: ScoreRule, spec: InputSpec
+    run: RunFacts,
+    version: str,
+    policy: Policy,
+    golden: Sequence[GoldenFrame],
+    rule: ScoreRule,
+    spec: InputSpec,
 ) -> str:
     """Return the page of a bundle that no frame of its line has made, as one self-contained HTML file.
 
     Args:
         run: what the bundle says of itself.
+        version: of the bundle.
         policy: of the line.
         golden: generated frames with their answers.
         rule: how scores are reduced from maps.
         spec: the network's input.
     """
     pictures = [_generated_picture(frame, policy, rule, spec) for frame in golden]
-    return render_page("zero_shot.html", {"run": run, "policy": policy, "pictures": pictures})
+    values = {"run": run, "version": version, "policy": policy, "rules": Rules.of(policy), "pictures": pictures}
+    return render_page("zero_shot.html", values)
 
 
 def _generated_picture(golden: GoldenFrame, policy: Policy, rule: ScoreRule, spec: InputSpec) -> GeneratedPicture:

@@ -187,9 +187,15 @@ def train(
     masks = _leave_rims_out(measured, directory, spec, reporter)
     keep_results(directory, manifest, report, page, {line.name: line.answers for line in measured}, masks)
     calibrations = {line.name: line.calibrated.calibration for line in measured}
-    files = bundle_files(model, calibrations, policies, golden, page)
+    files = bundle_files(model, calibrations, policies, golden)
     try:
-        bundle = publish(request.store, manifest, files, check=lambda path: verify_bundle(path, graph))
+        bundle = publish(
+            request.store,
+            manifest,
+            files,
+            check=lambda path: verify_bundle(path, graph),
+            page=lambda version: render(report, version),
+        )
     except (StoreRefused, StoreFailed) as fault:
         raise type(fault)(f"{fault} {_how_to_publish(directory, beginning)}") from fault
     return FinishedRun(bundle, directory, manifest, report, fitting)

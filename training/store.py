@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from service.contract.bundle import Manifest, seal, versions_of
+from service.contract.bundle import REPORT_FILE, Manifest, seal, versions_of
 
 # Begins with a dot, which no version does; `versions_of` passes over it.
 _TEMPORARY_PREFIX = ".publishing-"
@@ -55,7 +55,11 @@ def probe_store(store: Path, name: str) -> None:
 
 
 def publish(
-    store: Path, manifest: Manifest, files: Mapping[str, bytes], check: Callable[[Path], object] | None = None
+    store: Path,
+    manifest: Manifest,
+    files: Mapping[str, bytes],
+    check: Callable[[Path], object] | None = None,
+    page: Callable[[str], str] | None = None,
 ) -> Path:
     """Seal a bundle under the next free version of its name and put it into the store.
 
@@ -64,6 +68,7 @@ def publish(
         manifest: its `version` and `files` are replaced.
         files: contents by relative path, all but the manifest and its sidecar.
         check: looks at the complete bundle under its temporary name; what it raises keeps the bundle out of the store.
+        page: returns the report, given the version that the bundle gets; None where `files` holds it.
 
     Returns:
         The bundle's directory, `store/<name>/<version>`.
@@ -73,13 +78,17 @@ def publish(
         StoreFailed: if the machine can't write it.
     """
     try:
-        return _publish(store / manifest.name, manifest, files, check)
+        return _publish(store / manifest.name, manifest, files, check, page)
     except OSError as error:
         raise _fault_of(error, store) from error
 
 
 def _publish(
-    directory: Path, manifest: Manifest, files: Mapping[str, bytes], check: Callable[[Path], object] | None
+    directory: Path,
+    manifest: Manifest,
+    files: Mapping[str, bytes],
+    check: Callable[[Path], object] | None,
+    page: Callable[[str], str] | None,
 ) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(directory)
@@ -88,7 +97,7 @@ def _publish(
         temporary.chmod(0o755)  # mkdtemp makes it private, but the server may run as another user
         for relative, data in files.items():
             _write(temporary / relative, data)
-        return _rename_into_place(temporary, directory, manifest, files, check)
+        return _rename_into_place(temporary, directory, manifest, files, check, page)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -99,11 +108,13 @@ def _rename_into_place(
     manifest: Manifest,
     files: Mapping[str, bytes],
     check: Callable[[Path], object] | None,
+    page: Callable[[str], str] | None,
 ) -> Path:
     number = 0
     while True:
         number = max([number, *(int(version) for version in versions_of(directory))]) + 1
-        sealed = seal(manifest.model_copy(update={"version": str(number)}), files)
+        of_version = {} if page is None else {REPORT_FILE: page(str(number)).encode()}
+        sealed = seal(manifest.model_copy(update={"version": str(number)}), {**files, **of_version})
         for relative in sealed.keys() - files.keys():
             _write(temporary / relative, sealed[relative])
         for folder in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):

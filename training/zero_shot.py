@@ -157,12 +157,15 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
         provenance=describe_run(config.seed, datetime.now(UTC)),
         warnings=warnings,
     )
-    files = bundle_files(model, {}, {request.name: policy}, golden_files(made.golden), _render(made))
+    files = bundle_files(model, {}, {request.name: policy}, golden_files(made.golden))
 
     def check(path: Path) -> Bundle:
         return verify_bundle(path, graph)
 
-    return publish(request.store, _make_manifest(made), files, check=check)
+    def page(version: str) -> str:
+        return _render(made, version)
+
+    return publish(request.store, _make_manifest(made), files, check, page)
 
 
 def zero_shot_config(fitted: RunConfig) -> RunConfig:
@@ -298,7 +301,7 @@ def _make_manifest(made: _Made) -> Manifest:
     )
 
 
-def _render(made: _Made) -> str:
+def _render(made: _Made, version: str) -> str:
     request, fitted = made.request, made.request.fitted_for
     facts = {
         "Fitted on": "nothing" if fitted is None else f"other lines: {', '.join(line.name for line in fitted.lines)}",
@@ -318,4 +321,4 @@ def _render(made: _Made) -> str:
         parity=made.parity,
         warnings=made.warnings,
     )
-    return render_zero_shot(run, made.policy, made.golden, made.rule, request.config.frame_input)
+    return render_zero_shot(run, version, made.policy, made.golden, made.rule, request.config.frame_input)

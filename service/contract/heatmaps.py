@@ -14,15 +14,15 @@ from service.contract.policy import Policy
 from service.contract.regions import Region, Window, draw_outlines
 
 # Anchors of a dark-violet to yellow ramp whose lightness rises evenly, so that it also reads in grey.
-_RAMP_AT = (0.0, 0.25, 0.5, 0.75, 1.0)
-_RAMP_RGB = ((20, 10, 60), (110, 25, 110), (200, 60, 70), (245, 140, 30), (252, 250, 160))
+RAMP_AT = (0.0, 0.25, 0.5, 0.75, 1.0)
+RAMP_RGB = ((20, 10, 60), (110, 25, 110), (200, 60, 70), (245, 140, 30), (252, 250, 160))
 _OUTLINE_RGB = (0, 255, 255)
 
 # What each of 256 steps of warmth leaves of the frame, and the paint that it lays on: `(256, 1)` and `(256, 3)`.
 _STEPS = np.linspace(0, 1, 256)
 _OPACITY = 0.75 * np.clip(2 * _STEPS - 0.4, 0, 1)[:, None]
 _CLARITY = (1 - _OPACITY).astype(np.float32)
-_PAINT = (_OPACITY * np.stack([np.interp(_STEPS, _RAMP_AT, c) for c in zip(*_RAMP_RGB, strict=True)], -1)).astype(
+_PAINT = (_OPACITY * np.stack([np.interp(_STEPS, RAMP_AT, c) for c in zip(*RAMP_RGB, strict=True)], -1)).astype(
     np.float32
 )
 

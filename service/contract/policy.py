@@ -22,6 +22,8 @@ makes of z: robust standard deviations above the frame's own middle (GRNR, arXiv
   and have small defects, until good parts are at hand: `flawline calibrate`.
 """
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -148,6 +150,12 @@ class PolicyFile(Policy):
     def rules(self) -> Policy:
         """What judges."""
         return Policy(**self.model_dump(exclude={"network"}))
+
+
+def policy_digest(policy: Policy) -> str:
+    """Return the SHA-256 of a policy's canonical JSON."""
+    text = json.dumps(policy.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

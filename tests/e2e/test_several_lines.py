@@ -145,7 +145,7 @@ def test_evaluate_when_the_bundle_serves_several_lines_then_measures_the_named_o
 
     assert named.exit_code == 0, named.output
     expected = bundle.manifest.by_line[ROUGH].metrics["i_auroc"].value
-    assert json.loads(figures.read_text())["i_auroc"]["value"] == pytest.approx(expected, abs=0.01)
+    assert json.loads(figures.read_text())["figures"]["i_auroc"]["value"] == pytest.approx(expected, abs=0.01)
     assert (nameless.exit_code, stranger.exit_code) == (2, 2)
     assert "serves calm, rough; name one of them with --line" in nameless.stderr
     assert "and not cap" in stranger.stderr

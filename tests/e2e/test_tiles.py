@@ -65,7 +65,7 @@ def test_commands_when_a_bundle_cuts_frames_then_measure_and_calibrate_it_likewi
     again = _invoke("calibrate", bundle, place / LINE / "train" / "good")
 
     assert (measured.exit_code, again.exit_code) == (0, 0), measured.output + again.output
-    figures = json.loads((place / "figures.json").read_text())
+    figures = json.loads((place / "figures.json").read_text())["figures"]
     for name, metric in load_bundle(bundle).manifest.by_line[LINE].metrics.items():
         assert figures[name]["value"] == pytest.approx(metric.value, abs=0.01)
     published = load_bundle(Path(re.search(r"bundle: (\S+)", again.output)[1]))

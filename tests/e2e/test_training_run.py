@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from service.contract.bundle import load_bundle, versions_of
 from service.contract.frames import FrameLimits, decode_image
 from service.contract.golden import read_golden, replay
-from service.contract.policy import inspected_mask
+from service.contract.policy import inspected_mask, policy_digest
 from service.errors import CalibrationRefused
 from tests.factories import encode, make_frame, make_runner
 from tests.tiny_line import (
@@ -311,9 +311,26 @@ def test_evaluate_when_a_bundle_is_measured_again_then_the_figures_are_those_of_
     result = _invoke("evaluate", finished.bundle, line, "--output", tmp_path / "figures.json")
 
     assert result.exit_code == 0, result.output
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    told = json.loads((tmp_path / "figures.json").read_text())
+    figures = told["figures"]
     for name, metric in finished.metrics["bottle"].items():
         assert figures[name]["value"] == pytest.approx(metric.value, abs=0.01)
+        if metric.low is not None:  # drawn with the same seed
+            assert [figures[name][end] for end in ("low", "high")] == pytest.approx([metric.low, metric.high], abs=0.01)
+    bundle = load_bundle(finished.bundle)
+    policy, digest = bundle.policies["bottle"], policy_digest(bundle.policies["bottle"])
+    thresholds = {"review_threshold": policy.review_threshold, "fail_threshold": policy.fail_threshold}
+    assert told["bundle"] == {"name": "bottle", "version": "1", "digest": bundle.digest}
+    assert told["policy"] == {"version": "1", "digest": digest, **thresholds}
+    data = bundle.manifest.by_line["bottle"].data
+    assert told["data"] == {"name": "bottle", "digest": data.digest, "normal": TEST_GOOD, "anomalous": DEFECTS}
+    assert {kind: sum(counts.values()) for kind, counts in told["verdicts"].items()} == {
+        "good": TEST_GOOD,
+        "square": DEFECTS,
+    }
+    page = bundle.files["report.html"].decode()
+    assert "version 1 of bottle" in page
+    assert digest in page
 
 
 def test_evaluate_when_the_line_is_of_mvtec_ad2_then_seg_f1_is_that_of_its_run(tmp_path):
@@ -325,7 +342,7 @@ def test_evaluate_when_the_line_is_of_mvtec_ad2_then_seg_f1_is_that_of_its_run(t
     result = _invoke("evaluate", finished.bundle, line, "--output", tmp_path / "figures.json")
 
     assert result.exit_code == 0, result.output
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
     assert figures["seg_f1"]["value"] == pytest.approx(finished.metrics["vial"]["seg_f1"].value, abs=1e-3)
     assert "seg_f1" in result.output
     assert "SegF1" in (finished.bundle / "report.html").read_text("utf-8")

@@ -9,6 +9,7 @@ import pytest
 
 from service.choices import Choices
 from service.contract.bundle import load_bundle
+from service.contract.policy import policy_digest
 from service.engines.ort import OrtEngine
 from service.errors import (
     EngineFailed,
@@ -19,7 +20,6 @@ from service.errors import (
     UnknownPolicy,
     UnknownVersion,
 )
-from service.line_policies import policy_digest
 from service.loading import BatcherOptions
 from service.registry import Registry
 from service.schedule import RunTimes

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from service.contract.bundle import FramesRecord, MetricRecord, ParentRecord, load_bundle
 from service.contract.frames import fit_to_input
 from service.contract.pictures import contrast_of
+from service.contract.policy import policy_digest
 from tests.factories import REFERENCE, encode, make_bundle, make_frame, make_line_record
 from training.__main__ import commands
 from training.golden import contrast_asked_for
@@ -100,6 +101,8 @@ def test_calibrate_when_it_ends_then_the_manifest_says_what_set_the_thresholds(f
     assert manifest.parity.map_difference == first.manifest.parity.map_difference
 
     page = _page(again)
+    assert "version 2 of demo_line" in page
+    assert f"version 2, {policy_digest(again.policies['demo_line'])}" in page
     assert "no verdict differs" not in page
     assert "verdicts were compared at its thresholds, not at these" in page
     assert "fail_rate" not in page

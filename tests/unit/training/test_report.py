@@ -9,6 +9,7 @@ import pytest
 
 from service.contract.bundle import FramesRecord, MetricRecord, ParityRecord
 from service.contract.calibration import Calibration
+from service.contract.policy import policy_digest
 from tests.factories import encode, make_frame, make_line_record, make_policy
 from training.drawings import draw_histogram, draw_loss, draw_roc
 from training.report import (
@@ -18,6 +19,7 @@ from training.report import (
     Picture,
     Promise,
     ReportData,
+    Rules,
     RunFacts,
     VerdictRow,
     carry_over,
@@ -222,6 +224,22 @@ def test_render_when_good_test_frames_break_the_promise_then_warns():
         "&#39;", "'"
     )
     assert "don't look like" not in _text(_page()).replace("&#39;", "'")
+
+
+def test_render_when_the_policy_is_known_then_heatmaps_have_a_scale_in_numbers():
+    """Floor, threshold of regions and ceiling stand at the ramp, and the policy is named with its digest."""
+    rules = Rules.of(make_policy(version="7", map_floor=0.5, region_threshold=1.25))
+
+    text = _text(page := render(_report(_line(rules=rules)), version="3"))
+
+    assert "0.5 or less" in text
+    assert "1.25: regions" in text
+    assert "2 or more" in text
+    assert "linear-gradient(to right, rgb(20, 10, 60) 0%" in page
+    assert f"version 7, {policy_digest(make_policy(version='7', map_floor=0.5, region_threshold=1.25))}" in text
+    assert "Region threshold 1.25" in text
+    assert "version 3 of bottling" in text
+    assert "manifest.sha256" not in _text(_page())  # a page outside of a bundle names no version
 
 
 def test_render_when_names_hold_markup_then_it_is_only_text():

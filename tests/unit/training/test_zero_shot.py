@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.contract.bundle import load_bundle
+from service.contract.bundle import FramesRecord, load_bundle
 from service.contract.golden import read_golden, replay
 from service.contract.policy import Verdict, judge
 from service.errors import FrameNotComparable, ParameterInvalid
@@ -17,7 +17,7 @@ from training.config import ConfigFault, RunConfig
 from training.data.folders import good_samples
 from training.detectors import prepare_detector
 from training.progress import SilentReporter
-from training.recalibrate import recalibrate
+from training.recalibrate import CheckedFrames, recalibrate
 from training.run_directory import read_request
 from training.zero_shot import ZeroShotRequest, generate_frames, make_zero_shot, zero_shot_config
 
@@ -130,7 +130,13 @@ def test_calibrate_when_the_bundle_has_none_then_it_becomes_an_ordinary_one(meas
     good = good_samples(write_line(tmp_path / "leather", good=24, tested=False) / "train/good", "validation")
 
     path, report = recalibrate(
-        load_bundle(measured_by_itself), "leather", good, [], SilentReporter(), review_rate=0.1, fail_rate=0.05
+        load_bundle(measured_by_itself),
+        "leather",
+        CheckedFrames(tuple(good), FramesRecord(name="leather", digest="a" * 64)),
+        None,
+        SilentReporter(),
+        review_rate=0.1,
+        fail_rate=0.05,
     )
 
     bundle = load_bundle(path)
