@@ -75,6 +75,7 @@ torchrun --standalone --nproc-per-node=4 --no-python flawline train lines/bottle
 """
 )
 def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls this by position
+    context: typer.Context,
     line_folder: Annotated[
         Path | None, typer.Argument(help="train/good and, if there are any, test/good and test/<kind>")
     ] = None,
@@ -118,7 +119,9 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where to fit")] = "auto",
     threads: Threads = None,
     settings: Settings = None,
-    resume: Annotated[Path | None, typer.Option(help="directory of a stopped run, which knows all the rest")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="directory of a stopped run, which knows all the rest but --threads")
+    ] = None,
 ) -> None:
     """Fit a detector on the good frames of one line or several; evaluate, calibrate, export, publish it as a bundle."""
     if sum((line_folder is not None, bool(lines), resume is not None)) != 1:
@@ -129,6 +132,7 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
     named |= {"shots": shots, "shot_seed": shot_seed, "precision": precision}
     with jobs.faults_as_sentences(shares_work=True):
         if resume is not None:
+            jobs.refuse_beside_resume(_named_options(context) - {"--resume", "--threads"}, resume)
             jobs.resume_run(resume, threads)
             return
         wishes = jobs.Wishes(
@@ -320,6 +324,12 @@ commands.command(epilog="Example:\n\nflawline import-checkpoint inp_former model
     import_checkpoint
 )
 commands.command(epilog="Example:\n\nflawline reproduce inp_former data/mvtec_ad --output reproduced")(reproduce)
+
+
+def _named_options(context: typer.Context) -> set[str]:
+    """Return the options that the command line itself names, whatever their values; not those of the environment."""
+    sources = {option.opts[0]: context.get_parameter_source(option.name or "") for option in context.command.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def _jobs() -> ModuleType:

@@ -5,7 +5,8 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +51,15 @@ from training.published import KindOfSetting, read_published
 from training.recalibrate import CheckedFrames, pattern_of_parts, read_good_folder, recalibrate
 from training.report import Inspected, LineReport, ReportData, render
 from training.run import Beginning, help_to_fit, train
-from training.run_directory import LineRequest, RunRequest, new_directory, read_report, read_request
+from training.run_directory import (
+    LineRequest,
+    RunDirectoryFault,
+    RunRequest,
+    has_report,
+    new_directory,
+    read_report,
+    read_request,
+)
 from training.stops import termination_interrupts
 from training.store import is_machines_fault
 from training.weights import read_weights_option
@@ -234,13 +243,37 @@ def _named_or_not(given: str) -> LineRequest:
     return LineRequest(name=_line_name(name or path.name), folder=path)
 
 
+def refuse_beside_resume(options: Collection[str], directory: Path) -> None:
+    """Refuse what is asked for beside going on with a run: it goes on as it began.
+
+    Raises:
+        ConfigFault: naming the options that do not belong here.
+    """
+    if options:
+        raise ConfigFault(
+            f"{' and '.join(sorted(options))} can't be given beside --resume: a run goes on as it began. Leave that "
+            "out; once the run is fitted, it can be published at other rates, in another precision, inspecting less, "
+            f"or into another store: {_export_of(directory)}. All else takes a run of its own."
+        )
+
+
+def _export_of(directory: Path) -> str:
+    return shlex.join(("flawline", "export", str(directory)))
+
+
 def resume_run(directory: Path, threads: int | None) -> None:
     """Go on with a stopped run; one that was stopped before its first checkpoint begins again in the same place.
 
     Raises:
         ConfigFault: if so many processes can't go on with it.
+        RunDirectoryFault: if the run is finished, or the directory is none's.
     """
     request = read_request(directory)
+    if has_report(directory):
+        raise RunDirectoryFault(
+            f"{directory} is finished already, so there is nothing to go on with; to publish it (again): "
+            f"{_export_of(directory)}"
+        )
     beginning: Beginning = "resume" if has_checkpoint(directory) else "new"
     peers = meet_peers(request.device)
     if request.processes % peers.count:
@@ -524,6 +557,8 @@ def _run(
     except (FitStopped, KeyboardInterrupt) as stop:
         by_torchrun = "" if peers is None or peers.count == 1 else ", by torchrun again or without it"
         again = f" To go on where it stood: flawline train --resume {directory}{by_torchrun}"
+        if has_report(directory):
+            again = f" All but publishing is done: {_export_of(directory)}"
         if beginning == "export":
             again = " The run is as it was; give the same command again."
         raise _leave(f"Stopped.{again if any(directory.iterdir()) else ''}", _STOPPED) from stop

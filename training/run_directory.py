@@ -1,7 +1,7 @@
 """What a run keeps beside its checkpoint, so that it can be resumed, exported again and shown again.
 
 runs/<name>/<time>/run.json       the request of the fit, word for word; what an export asks for holds for itself alone
-                   config.yaml    its configuration, for people
+                   config.yaml    its configuration, for people: edits are refused, not followed
                    checkpoint…    `training.checkpoint`
                    scores.npz     scores and labels of held-out and test frames; of several lines in lines/<line>/
                    metrics.json   figures, likewise; of the newest export, as are the report and its page
@@ -12,6 +12,7 @@ runs/<name>/<time>/run.json       the request of the fit, word for word; what an
 
 import io
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -21,12 +22,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.contract.bundle import LineName, Manifest, line_file
-from training.config import RunConfig
+from training.config import ConfigFault, RunConfig, parse_config
 from training.evaluate import Answers
 from training.report import ReportData
 
 REPORT_FILE = "report.html"
 _REQUEST_FILE = "run.json"
+_CONFIG_FILE = "config.yaml"
 _REPORT_DATA_FILE = "report.json"
 
 
@@ -101,21 +103,39 @@ def keep_request(directory: Path, request: RunRequest) -> None:
     """Write what was asked for."""
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / _REQUEST_FILE, request.model_dump_json(indent=2))
-    _write(directory / "config.yaml", request.config.to_yaml())
+    _write(directory / _CONFIG_FILE, request.config.to_yaml())
 
 
 def read_request(directory: Path) -> RunRequest:
     """Read what was asked for.
 
     Raises:
-        RunDirectoryFault: if the directory is no run's.
+        RunDirectoryFault: if the directory is no run's, or its configuration for people was edited since.
     """
     try:
-        return RunRequest.model_validate_json((directory / _REQUEST_FILE).read_bytes())
+        request = RunRequest.model_validate_json((directory / _REQUEST_FILE).read_bytes())
     except (OSError, ValidationError) as error:
         raise RunDirectoryFault(
             f"{directory} is not the directory of a run; give runs/<name>/<time> as `flawline train` printed it."
         ) from error
+    _refuse_edited(directory / _CONFIG_FILE, request.config)
+    return request
+
+
+def _refuse_edited(path: Path, config: RunConfig) -> None:
+    """Refuse a configuration for people that says something else than the run's own, which alone would be followed."""
+    try:
+        edited = parse_config(path.read_text("utf-8")) != config
+    except FileNotFoundError:
+        return
+    except (ConfigFault, UnicodeDecodeError):
+        edited = True
+    if edited:
+        raise RunDirectoryFault(
+            f"{path} was edited, and a run keeps the configuration that it began with, so the edit would be without "
+            f"effect. To follow it, begin another run: flawline train … --config {shlex.quote(str(path))}; else take "
+            "the edit back, or delete the file."
+        )
 
 
 def keep_results(
@@ -151,6 +171,11 @@ def keep_results(
 def mask_path(directory: Path, line: str, lines: Sequence[str]) -> Path:
     """Return where a run keeps the mask that leaves a line's rim out."""
     return directory / line_file(line, lines, "without_rim.png")
+
+
+def has_report(directory: Path) -> bool:
+    """Tell whether a run came to its report, which is written when all but publishing is done."""
+    return (directory / _REPORT_DATA_FILE).is_file()
 
 
 def read_report(directory: Path) -> ReportData:

@@ -209,15 +209,15 @@ def test_train_command_when_defects_are_labelled_then_the_run_and_its_bundle_kno
     (marked / "test/square/0.png").unlink()
     (marked / "ground_truth/square/0_mask.png").unlink()
     (directory,) = (tmp_path / "runs/cup").iterdir()
-    resumed = _invoke("train", "--resume", directory, "--threads", "1")
+    exported = _invoke("export", directory, "--threads", "1")
 
     assert learnt.exit_code == 0, learnt.output
     assert _published(learnt.output).manifest.labelled_defects.frames == 3
     assert finished.manifest.labelled_defects is None
     here, there = fitted_tensors(directory), fitted_tensors(tmp_path / "without")
     assert any(not torch.equal(here[name], there[name]) for name in here)
-    assert resumed.exit_code == 2
-    assert "another labelled defects" in resumed.output
+    assert exported.exit_code == 2
+    assert "another labelled defects" in exported.output
 
 
 @pytest.mark.parametrize(
@@ -403,6 +403,86 @@ def test_commands_when_terminated_outside_of_fitting_then_end_as_at_ctrl_c(line,
     assert result.exit_code == 130
     assert words in " ".join(result.output.split())
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--fail-rate", "0.34", "--review-rate", "0.34"),
+        ("--set", "seed=9", "--store", "otherstore"),
+        ("--config", "small"),  # although it is what it would be without
+        ("--roi", "mask.png", "--name", "other", "--detector", "grnr", "--precision", "fp16", "--tiles", "2x2"),
+    ],
+)
+def test_train_command_when_options_stand_beside_resume_then_names_them_and_does_nothing(
+    line, tmp_path, monkeypatch, options
+):
+    """None of them would be followed, and a bundle with the old values would be published as if they had been."""
+    keep_request(tmp_path, make_request(line, tmp_path / "store"))
+    monkeypatch.setattr("training.jobs.train", lambda *_: pytest.fail("the run went on"))
+
+    result = _invoke("train", "--resume", tmp_path, "--threads", "1", *options)
+
+    assert result.exit_code == 2
+    assert " and ".join(sorted(options[::2])) + " can't be given beside --resume" in result.stderr
+    assert f"flawline export {tmp_path}" in result.stderr
+
+
+def test_train_command_when_the_environment_names_weights_then_a_run_goes_on_with_its_own(line, tmp_path, monkeypatch):
+    """A job's pod has the variable both when it begins a run and when it goes on; nobody asked for it beside."""
+    monkeypatch.setenv("FLAWLINE_WEIGHTS", "untrained")
+    keep_request(tmp_path, make_request(line, tmp_path / "store"))
+    gone_on = []
+
+    def train_as_stopped(*arguments):
+        gone_on.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.jobs.train", train_as_stopped)
+
+    assert _invoke("train", "--resume", tmp_path).exit_code == 130
+    assert len(gone_on) == 1
+
+
+def test_train_command_when_the_resumed_run_is_finished_then_says_so_and_publishes_nothing(finished):
+    """A second version of the same network at the same thresholds is nothing that anybody asked for."""
+    before = versions_of(finished.bundle.parent)
+
+    result = _invoke("train", "--resume", finished.directory)
+
+    assert result.exit_code == 2
+    assert "is finished already" in result.stderr
+    assert f"flawline export {finished.directory}" in result.stderr
+    assert versions_of(finished.bundle.parent) == before
+
+
+@pytest.mark.parametrize("command", ["train --resume", "export", "export --zero-shot --name other"])
+@pytest.mark.parametrize("edit", ["seed: 9", "seed: {"])
+def test_commands_when_the_configuration_of_a_run_was_edited_then_say_that_it_would_not_be_followed(
+    line, tmp_path, command, edit
+):
+    """The file lies there for people; whoever edits it hears how to have what he wants, and his edit stays."""
+    keep_request(tmp_path, make_request(line, tmp_path / "store"))
+    config = tmp_path / "config.yaml"
+    edited = config.read_text("utf-8").replace("seed: 0", edit)
+    config.write_text(edited, "utf-8")
+
+    result = _invoke(*command.split(), tmp_path)
+
+    assert result.exit_code == 2
+    assert f"{config} was edited" in result.stderr
+    assert f"--config {config}" in result.stderr
+    assert config.read_text("utf-8") == edited
+    assert not (tmp_path / "store").exists()
+
+
+def test_run_when_its_configuration_was_only_written_otherwise_then_is_as_it_was(line, tmp_path):
+    """A comment changes no value."""
+    keep_request(tmp_path, make_request(line, tmp_path / "store"))
+    config = tmp_path / "config.yaml"
+    config.write_text("# of Monday\n" + config.read_text("utf-8"), "utf-8")
+
+    assert read_request(tmp_path) == make_request(line, tmp_path / "store")
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 1), (errno.EACCES, 2)])
