@@ -301,6 +301,26 @@ def auroc_resamples(cells: Sequence[Cell], seed: int = 0) -> NDArray[np.float64]
     return draws / (good * defective)
 
 
+def auroc_difference(first: Sequence[Cell], second: Sequence[Cell]) -> tuple[float, float] | None:
+    """Return the 95 % interval of how much higher one image AUROC is than another, over the same draws of test frames.
+
+    A frame that is hard is hard for both, so this tells two detectors apart where the intervals of each alone overlap
+    (DeLong, DeLong, Clarke-Pearson, "Comparing the Areas under Two or More Correlated ROC Curves", Biometrics 1988).
+
+    Args:
+        first: cells of one detector on one line, one or more seeds.
+        second: of another on the same frames.
+
+    Returns:
+        Lower and upper bound, from -1 to 1; None where the line lacks good or defective test frames.
+    """
+    difference = auroc_resamples(first) - auroc_resamples(second)
+    if not difference.size:
+        return None
+    low, high = np.percentile(difference, (2.5, 97.5))
+    return float(low), float(high)
+
+
 def _beaten(cell: Cell) -> NDArray[np.float64]:
     """Return for each defective frame and good frame, `(D, G)`, 1 where the first scores higher and 1/2 for a tie."""
     defective, good = np.array(cell.defect_scores)[:, None], np.array(cell.good_scores)[None]

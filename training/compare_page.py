@@ -21,7 +21,7 @@ from service.contract.heatmaps import overlay
 from service.contract.policy import Policy, Verdict, inspected_mask, judge
 from service.contract.regions import draw_outlines, outline_mask
 from service.contract.tiling import Run, by_tiles
-from training.compare import Cell, CellFailed, CellPlan, auroc_resamples, cell_directory
+from training.compare import Cell, CellFailed, CellPlan, auroc_difference, auroc_resamples, cell_directory
 from training.data.detect import read_dataset
 from training.data.loader import load_mask
 from training.data.samples import ANOMALOUS, NORMAL, UNKNOWN, Sample
@@ -129,6 +129,7 @@ def render_comparison(results: Sequence[Result], folder: Path) -> str:
         {
             "name": line,
             "results": _best_first(of_line),
+            "as_good": as_good_as_best(_best_first(of_line)),
             "intervals": {result.plan.config.detector: interval_of(result.cell) for result in of_line},
             "controls": {result.plan.config.detector: interval_of(result.control) for result in of_line},
             "slowest_ms": max((r.cell.speed.cpu_ms for r in of_line if r.cell and r.cell.speed), default=1.0),
@@ -168,8 +169,22 @@ def stands_above_control(result: Result) -> bool | None:
     """Tell whether a detector ranks better than its control beyond the noise of the test frames; None if not known."""
     if result.cell is None or result.control is None:
         return None
-    difference = auroc_resamples([result.cell]) - auroc_resamples([result.control])
-    return bool(np.percentile(difference, 2.5) > 0) if difference.size else None
+    difference = auroc_difference([result.cell], [result.control])
+    return None if difference is None else difference[0] > 0
+
+
+def as_good_as_best(results: Sequence[Result]) -> list[str]:
+    """Return the detectors of one line that its test frames can't tell from the best one, the better first.
+
+    Told apart are two where the 95 % interval of their difference, over the same draws of test frames, lies above 0;
+    whether the intervals of each alone overlap says little.
+
+    Args:
+        results: of one line, the best first.
+    """
+    known = [result.cell for result in results if interval_of(result.cell) is not None and result.cell is not None]
+    behind = [(cell, auroc_difference(known[:1], [cell])) for cell in known[1:]]
+    return [cell.detector for cell, difference in behind if difference is None or difference[0] <= 0]
 
 
 def stopped_shares(cell: Cell) -> tuple[float | None, float | None]:

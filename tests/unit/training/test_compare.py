@@ -32,7 +32,15 @@ from training.compare import (
     sources_digest,
 )
 from training.compare_jobs import Wishes, compare_detectors
-from training.compare_page import Result, pair_controls, render_comparison, stands_above_control, table_rows
+from training.compare_page import (
+    Result,
+    as_good_as_best,
+    interval_of,
+    pair_controls,
+    render_comparison,
+    stands_above_control,
+    table_rows,
+)
 from training.config import RunConfig
 from training.data.samples import DatasetFault
 from training.metrics import auroc
@@ -232,6 +240,24 @@ def test_stands_above_control_when_test_frames_decide_then_tells_noise_from_gain
     result = Result(CellPlan("bottle", Path(), make_config()), fitted, control)
 
     assert stands_above_control(result) is expected
+
+
+def _result(detector, cell):
+    plan = CellPlan("bottle", Path(), make_config().model_copy(update={"detector": detector}))
+    return Result(plan, None if cell is None else cell.model_copy(update={"detector": detector}))
+
+
+def test_as_good_as_best_when_bands_overlap_then_the_frames_that_both_saw_decide():
+    """A detector that is behind on the very same frames is told apart, though its own interval meets the best one's."""
+    rng = np.random.default_rng(3)
+    good, hard = rng.normal(0, 1, 20), rng.normal(1.5, 1.2, 20)
+    best = _cell(good.tolist(), hard.tolist())
+    behind = _cell((good + rng.normal(0, 0.1, 20)).tolist(), (hard - 0.6).tolist())
+    twin = _cell((good + rng.normal(0, 0.05, 20)).tolist(), hard.tolist())
+    results = [_result("dadf", best), _result("glcf", twin), _result("grnr", behind), _result("st_mae", None)]
+
+    assert interval_of(behind).high > interval_of(best).low
+    assert as_good_as_best(results) == ["glcf"]
 
 
 def test_page_when_rendered_then_shows_every_detector_beside_each_other_and_needs_nothing_else(compared):
