@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,7 @@ from training.faults import CALLERS, OURS
 from training.progress import Reporter, SilentReporter
 from training.report import VerdictRow
 from training.run import FinishedRun, train
-from training.run_directory import LineRequest, RunRequest
+from training.run_directory import LineRequest, RunRequest, mask_path
 from training.speed import GraphSpeed, measure_speed
 from training.weights import UNTRAINED, resolve_weights
 
@@ -223,6 +224,15 @@ def cell_directory(folder: Path, plan: CellPlan) -> Path:
     return folder / plan.line / name / f"{plan.kind}-{plan.config.seed}"
 
 
+def rimless_mask(folder: Path, plan: CellPlan) -> Path:
+    """Return where the mask is kept that leaves out the rim, if that sets a detector's thresholds.
+
+    Beside the cell, not in it: measured again with that mask, the cell is made anew, and the mask must outlast it.
+    """
+    directory = cell_directory(folder, plan)
+    return directory.with_name(f"{directory.name}-without_rim.png")
+
+
 def title_of(detector: str, variant: str) -> str:
     """Name a detector, or one of several configurations of it."""
     return detector if not variant else f"{detector}, {variant}"
@@ -348,8 +358,13 @@ def _measure(plan: CellPlan, means: Means, digest: str, reporter: Reporter) -> C
         weight_folders=means.weight_folders,
         device=means.device,
     )
+    rimless = rimless_mask(means.folder, plan)
     begun, begun_cpu = time.perf_counter(), time.process_time()
-    finished = train(request, run, reporter)
+    try:
+        finished = train(request, run, reporter, how_to_leave_out=lambda _: _compare_with(plan.line, rimless))
+    finally:  # the mask has been named, also where a later step fails
+        if (proposed := mask_path(run, plan.line, [plan.line])).exists():
+            shutil.copyfile(proposed, rimless)
     total_s, total_cpu_s = time.perf_counter() - begun, time.process_time() - begun_cpu
     cell = _cell_of(plan, finished, digest, (total_s, total_cpu_s), means.speed_s)
     if plan.kind == "control":
@@ -359,6 +374,11 @@ def _measure(plan: CellPlan, means: Means, digest: str, reporter: Reporter) -> C
     shutil.rmtree(run)
     keep_cell(directory, cell)
     return cell
+
+
+def _compare_with(line: str, mask: Path) -> str:
+    """Say how to compare without the rim; all detectors have to inspect the same, so it is not one's export."""
+    return f"the same flawline compare with {shlex.join(('--roi', f'{line}={mask}'))}"
 
 
 def _cell_of(plan: CellPlan, finished: FinishedRun, digest: str, total: tuple[float, float], speed_s: float) -> Cell:

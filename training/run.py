@@ -7,7 +7,7 @@ import hashlib
 import json
 import shlex
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -77,6 +77,8 @@ _RANGE_FRAMES = 32
 _PLANTED_FRAMES = 8
 
 Beginning = Literal["new", "resume", "export", "import"]
+# From the value of --roi to a command or a sentence that uses it.
+HowToLeaveOut = Callable[[str], str]
 
 
 class RunNotFitted(Exception):
@@ -113,6 +115,7 @@ def train(
     reporter: Reporter,
     beginning: Beginning = "new",
     peers: Peers | None = None,
+    how_to_leave_out: HowToLeaveOut | None = None,
 ) -> FinishedRun:
     """Run from frames to bundle.
 
@@ -123,6 +126,8 @@ def train(
         beginning: fit anew, go on from the checkpoint, only export what is completely fitted, or take over what the
             method's authors fitted (`import_checkpoint.py` has then put it into the directory).
         peers: who fits together, this process being the first; the others call `help_to_fit`. None for this one alone.
+        how_to_leave_out: says what to do with the mask that leaves the rim out, where the directory will not last;
+            None for a new export of the directory.
 
     Raises:
         Exception: a fault of any step, each a type of its own with a sentence that tells what to do; they are listed
@@ -184,7 +189,7 @@ def train(
         lines=tuple(_report_line(line, rule, spec) for line in measured),
     )
     page = render(report)
-    masks = _leave_rims_out(measured, directory, spec, reporter)
+    masks = _leave_rims_out(measured, directory, spec, reporter, how_to_leave_out or partial(_export_with, directory))
     keep_results(directory, manifest, report, page, {line.name: line.answers for line in measured}, masks)
     calibrations = {line.name: line.calibrated.calibration for line in measured}
     files = bundle_files(model, calibrations, policies, golden)
@@ -355,8 +360,16 @@ def _measure(
     return MeasuredLine(line, held_out, tested, calibrated, evaluation)
 
 
+def _export_with(directory: Path, roi: str) -> str:
+    return shlex.join(("flawline", "export", str(directory), "--roi", roi))
+
+
 def _leave_rims_out(
-    lines: Sequence[MeasuredLine], directory: Path, spec: InputSpec, reporter: Reporter
+    lines: Sequence[MeasuredLine],
+    directory: Path,
+    spec: InputSpec,
+    reporter: Reporter,
+    how_to_leave_out: HowToLeaveOut,
 ) -> dict[str, bytes]:
     """Say which lines' thresholds are set by the rim of the frame, and return masks that leave it out, as PNGs."""
     masks = {}
@@ -369,7 +382,7 @@ def _leave_rims_out(
             reporter.note(
                 f"{peaks.at_rim} of {len(peaks.places)} held-out good frames of {line.name} look oddest in the outer "
                 "eighth of what the detector sees, so the rim sets the thresholds, and smaller defects elsewhere pass. "
-                f"If it need not be inspected: {shlex.join(('flawline', 'export', str(directory), '--roi', roi))}"
+                f"If it need not be inspected: {how_to_leave_out(roi)}"
             )
     return masks
 

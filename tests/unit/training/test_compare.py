@@ -156,6 +156,40 @@ def test_complete_when_a_cell_is_a_control_then_its_bundle_is_not_kept(compared)
     ]
 
 
+class _Notes(SilentReporter):
+    """Keeps what was said."""
+
+    def __init__(self):
+        self.said = []
+
+    def note(self, text):
+        """Keep a sentence."""
+        self.said.append(text)
+
+
+def test_complete_when_the_rim_sets_the_thresholds_then_the_mask_that_is_named_lies_there_and_works(
+    line, tmp_path, monkeypatch
+):
+    """What is proposed can be done: the run is gone by then, and measuring with the mask must not remove it."""
+    monkeypatch.setattr("training.peaks.Peaks.gather_at_rim", property(lambda peaks: peaks.everything_inspected))
+    plan, means, told = (
+        CellPlan("bottle", line, _tiny("inp_former-cnn")),
+        Means(tmp_path, weights="untrained"),
+        _Notes(),
+    )
+
+    next(complete([plan], dataclasses.replace(means, device="cpu", speed_s=0.0), told))
+
+    (sentence,) = [text for text in told.said if "the rim sets the thresholds" in text]
+    assert "flawline export" not in sentence
+    name, mask = re.search(r"flawline compare with --roi (\w+)=(\S+)$", sentence).groups()
+    again = dataclasses.replace(plan, region_of_interest=Path(mask))
+    (cell,) = complete([again], dataclasses.replace(means, device="cpu", speed_s=0.0), told)
+    bundle = load_bundle(cell_directory(means.folder, again) / cell.bundle)
+    assert bundle.policies[name].region_of_interest is not None
+    assert Path(mask).exists()
+
+
 def test_cell_directory_when_configurations_of_one_detector_differ_then_each_has_a_place_and_a_title():
     """Two configurations of one detector on one line do not overwrite each other."""
     plain = CellPlan("bottle", Path(), make_config())
