@@ -30,6 +30,7 @@ from models.detector import GradientStage, Recipe
 from service.contract.bundle import MODEL_FILE, SCHEMA_VERSION, MetricRecord, load_bundle
 from service.contract.frames import FrameLimits
 from service.contract.tiling import cut_tiles
+from training.bootstrap import FEWEST_FRAMES
 from training.calibrate import read_region_of_interest
 from training.config import RunConfig
 from training.data.check import check_dataset
@@ -322,11 +323,11 @@ def auroc_difference(first: Sequence[Cell], second: Sequence[Cell]) -> tuple[flo
         second: of another on the same frames.
 
     Returns:
-        Lower and upper bound, from -1 to 1; None where the line lacks good or defective test frames.
+        Lower and upper bound, from -1 to 1; None where good or defective test frames are too few to tell.
     """
-    difference = auroc_resamples(first) - auroc_resamples(second)
-    if not difference.size:
+    if min(len(first[0].good_scores), len(first[0].defect_scores)) < FEWEST_FRAMES:
         return None
+    difference = auroc_resamples(first) - auroc_resamples(second)
     low, high = np.percentile(difference, (2.5, 97.5))
     return float(low), float(high)
 

@@ -21,6 +21,7 @@ from service.contract.heatmaps import overlay
 from service.contract.policy import Policy, Verdict, inspected_mask, judge
 from service.contract.regions import draw_outlines, outline_mask
 from service.contract.tiling import Run, by_tiles
+from training.bootstrap import FEWEST_FRAMES, auroc_interval
 from training.compare import Cell, CellFailed, CellPlan, auroc_difference, auroc_resamples, cell_directory
 from training.data.detect import read_dataset
 from training.data.loader import load_mask
@@ -61,12 +62,16 @@ class Result:
     fault: str | None = None
 
 
-class Interval(NamedTuple):
-    """A figure with the 95 % interval of a bootstrap over test frames; all from 0 to 1."""
+class Ranked(NamedTuple):
+    """An image AUROC with its 95 % interval (`bootstrap.auroc_interval`), or why it has none; all from 0 to 1."""
 
     value: float
-    low: float
-    high: float
+    bounds: tuple[float, float] | None
+    reason: str | None
+
+    def __str__(self) -> str:
+        """Tell the interval."""
+        return "-" if self.bounds is None else f"{100 * self.bounds[0]:.1f} to {100 * self.bounds[1]:.1f}"
 
 
 class ShownOverlay(NamedTuple):
@@ -130,8 +135,8 @@ def render_comparison(results: Sequence[Result], folder: Path) -> str:
             "name": line,
             "results": _best_first(of_line),
             "as_good": as_good_as_best(_best_first(of_line)),
-            "intervals": {result.plan.config.detector: interval_of(result.cell) for result in of_line},
-            "controls": {result.plan.config.detector: interval_of(result.control) for result in of_line},
+            "ranked": {result.plan.config.detector: ranked(result.cell) for result in of_line},
+            "controls": {result.plan.config.detector: ranked(result.control) for result in of_line},
             "slowest_ms": max((r.cell.speed.cpu_ms for r in of_line if r.cell and r.cell.speed), default=1.0),
             "reasons": _reasons(of_line),
             "frames": show_frames([result for result in of_line if result.cell is not None], folder),
@@ -149,28 +154,30 @@ def render_comparison(results: Sequence[Result], folder: Path) -> str:
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "stopped": stopped_shares,
             "place": _place,
+            "fewest_frames": FEWEST_FRAMES,
             "stands_above": stands_above_control,
         },
     )
 
 
-def interval_of(cell: Cell | None) -> Interval | None:
+def ranked(cell: Cell | None) -> Ranked | None:
     """Return a cell's image AUROC with its interval, or None where it is not defined."""
-    if cell is None or cell.metrics["i_auroc"].value is None:
+    if cell is None or (value := cell.metrics["i_auroc"].value) is None:
         return None
-    draws = auroc_resamples([cell])
-    if not draws.size:
-        return None
-    low, high = np.percentile(draws, (2.5, 97.5))
-    return Interval(cell.metrics["i_auroc"].value, float(low), float(high))
+    found = auroc_interval(value, auroc_resamples([cell]), len(cell.good_scores), len(cell.defect_scores))
+    return Ranked(value, found.bounds, found.reason)
 
 
 def stands_above_control(result: Result) -> bool | None:
-    """Tell whether a detector ranks better than its control beyond the noise of the test frames; None if not known."""
+    """Tell whether a detector ranks better than its control beyond the noise of the test frames.
+
+    Returns:
+        None where one of them was not measured; False also where the test frames are too few to tell.
+    """
     if result.cell is None or result.control is None:
         return None
     difference = auroc_difference([result.cell], [result.control])
-    return None if difference is None else difference[0] > 0
+    return difference is not None and difference[0] > 0
 
 
 def as_good_as_best(results: Sequence[Result]) -> list[str]:
@@ -182,7 +189,7 @@ def as_good_as_best(results: Sequence[Result]) -> list[str]:
     Args:
         results: of one line, the best first.
     """
-    known = [result.cell for result in results if interval_of(result.cell) is not None and result.cell is not None]
+    known = [result.cell for result in results if result.cell is not None and ranked(result.cell) is not None]
     behind = [(cell, auroc_difference(known[:1], [cell])) for cell in known[1:]]
     return [cell.detector for cell, difference in behind if difference is None or difference[0] <= 0]
 
@@ -327,14 +334,14 @@ def _table_row(result: Result) -> tuple[str, ...]:
     name, cell = result.plan.config.detector, result.cell
     if cell is None:
         return (name, f"failed: {result.fault}", *[""] * (len(TABLE_COLUMNS) - 2))
-    interval, control = interval_of(cell), interval_of(result.control)
+    of_cell, control = ranked(cell), ranked(result.control)
     values = [cell.metrics[figure].value for figure in _FIGURES]
     figures = ["-" if value is None else percent(value) for value in values]
     stopped = ["-" if share is None else percent(share) for share in stopped_shares(cell)]
     return (
         name,
         figures[0],
-        "-" if interval is None else f"{100 * interval.low:.1f} to {100 * interval.high:.1f}",
+        "-" if of_cell is None else str(of_cell),
         "-" if control is None else percent(control.value),
         *figures[1:],
         *stopped,

@@ -605,6 +605,8 @@ def _figure_rows(figures: Mapping[str, MetricRecord]) -> list[tuple[str, str, st
         interval = ""
         if figure.low is not None and figure.high is not None:
             interval = f"{100 * figure.low:.1f} to {100 * figure.high:.1f} %"
+        elif figure.value is not None and figure.reason is not None:
+            interval = figure.reason
         rows.append((name, value, interval))
     return rows
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from training.bootstrap import PerImage, bootstrap, histograms, one_hot
+from training.bootstrap import Interval, PerImage, auroc_interval, bootstrap, histograms, interval, one_hot
 from training.data.samples import AUPRO_LIMIT
 from training.ranking import (
     Bools,
@@ -49,7 +49,6 @@ _DEGENERATE_GOOD = "degenerate: all pixels of the held-out good frames are equal
 _DEVIATIONS = 3
 
 _INTERVAL_BELOW = 100
-_INTERVAL_PERCENTILES = (2.5, 97.5)
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,9 @@ class Metric:
 
     Attributes:
         value: the figure, or None where it is not defined.
-        reason: why there is no value, or what weakens it ("degenerate").
-        interval: 95 % interval of a stratified bootstrap over images, where there are few anomalous ones.
+        reason: why there is no value, or what weakens it ("degenerate"; why no interval can be told).
+        interval: 95 % interval where there are few anomalous images: of a stratified bootstrap over images, or the
+            exact one of an image AUROC that is 1 or 0 (`bootstrap.auroc_interval`).
     """
 
     value: float | None
@@ -116,6 +116,8 @@ def f1_max(scores: ArrayLike, labels: ArrayLike) -> Metric:
 def image_metrics(scores: ArrayLike, labels: ArrayLike, *, seed: int = 0) -> dict[str, Metric]:
     """Return `i_auroc`, `i_ap` and `i_f1max`, with intervals where there are fewer than 100 anomalous images.
 
+    Where images are too few, or draws of them all give one figure, there is a reason instead of an interval.
+
     Args:
         scores: `(n,)` real.
         labels: `(n,)`, 1 = anomalous, 0 = normal.
@@ -137,8 +139,18 @@ def image_metrics(scores: ArrayLike, labels: ArrayLike, *, seed: int = 0) -> dic
         cover=None,
         regions=None,
     )
-    names = ("i_auroc", "i_ap", "i_f1max")
-    return _with_intervals(metrics, names, bootstrap(per_image, anomalous, seed=seed))
+    figures = bootstrap(per_image, anomalous, seed=seed)
+    images = (ranking.normal, ranking.anomalous)
+    value = metrics["i_auroc"].value
+    return {
+        name: _with_interval(
+            metric,
+            interval(figures[:, column], images)
+            if name != "i_auroc" or value is None
+            else auroc_interval(value, figures[:, column], *images),
+        )
+        for column, (name, metric) in enumerate(metrics.items())
+    }
 
 
 def roc_curve(scores: ArrayLike, labels: ArrayLike, points: int = 400) -> Curve:
@@ -335,7 +347,12 @@ def pixel_metrics(
         return metrics
     per_image = histograms(pool, maps, masks, inspected)
     figures = bootstrap(per_image, anomalous_images, seed=seed, limits=aupro_limits)
-    return _with_intervals(metrics, tuple(metrics), figures)
+    defective = int(anomalous_images.sum())
+    images = (anomalous_images.size - defective, defective)
+    return {
+        name: _with_interval(metric, interval(figures[:, column], images))
+        for column, (name, metric) in enumerate(metrics.items())
+    }
 
 
 def pixel_curves(maps: Sequence[Float32s], masks: Sequence[Bools], points: int = 400) -> PixelCurves:
@@ -488,11 +505,9 @@ def _thinned(x: Float64s, y: Float64s, points: int) -> Curve:
     return Curve(x[kept], y[kept])
 
 
-def _with_intervals(metrics: dict[str, Metric], names: Sequence[str], figures: Float64s) -> dict[str, Metric]:
-    completed = dict(metrics)
-    for column, name in enumerate(names):
-        defined = figures[:, column][np.isfinite(figures[:, column])]
-        if metrics[name].value is not None and defined.size:
-            low, high = np.percentile(defined, _INTERVAL_PERCENTILES)
-            completed[name] = replace(metrics[name], interval=(float(low), float(high)))
-    return completed
+def _with_interval(metric: Metric, found: Interval) -> Metric:
+    """Put an interval to a figure, or the reason why it has none."""
+    if metric.value is None:
+        return metric
+    reasons = [reason for reason in (metric.reason, found.reason) if reason is not None]
+    return replace(metric, interval=found.bounds, reason="; ".join(reasons) or None)

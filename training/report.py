@@ -662,7 +662,11 @@ _GLOSSARY = {
     "verdict": "PASS, REVIEW (a person should look) or FAIL; NO_VERDICT when anything went wrong, which is never PASS.",
     "false-reject rate": "Share of good parts that are stopped although nothing is wrong with them.",
     "region": "A connected place where the anomaly map is above its own threshold; outlined in cyan.",
-    "interval": "The figure would lie in here in 95 of 100 repetitions with other test frames of this kind.",
+    "interval": (
+        "In 95 of 100 repetitions with other test frames such an interval holds the figure of all frames of this kind. "
+        "Frames that are too few, or draws of them that all give one figure, tell none; of a perfect ranking only an "
+        "image AUROC has one, which counts frames alone."
+    ),
     "golden set": "Frames with known answers inside the bundle; a device must reproduce them before it may serve.",
     "parity": "The exported network was compared with the trained one: maps, scores and verdicts.",
 }

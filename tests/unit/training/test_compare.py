@@ -35,8 +35,8 @@ from training.compare_jobs import Wishes, compare_detectors
 from training.compare_page import (
     Result,
     as_good_as_best,
-    interval_of,
     pair_controls,
+    ranked,
     render_comparison,
     stands_above_control,
     table_rows,
@@ -290,8 +290,19 @@ def test_as_good_as_best_when_bands_overlap_then_the_frames_that_both_saw_decide
     twin = _cell((good + rng.normal(0, 0.05, 20)).tolist(), hard.tolist())
     results = [_result("dadf", best), _result("glcf", twin), _result("grnr", behind), _result("st_mae", None)]
 
-    assert interval_of(behind).high > interval_of(best).low
+    assert ranked(behind).bounds[1] > ranked(best).bounds[0]
     assert as_good_as_best(results) == ["glcf"]
+
+
+def test_table_and_best_when_test_frames_are_few_then_nothing_is_certain():
+    """Three defects in order prove little, and neither the runner-up nor the untrained one is told apart by them."""
+    best = _cell([0.0, 1.0, 2.0], [3.0, 4.0, 5.0])
+    behind = _cell([0.0, 1.0, 2.0], [-1.0, 0.5, -2.0])
+    results = [_result("dadf", best), _result("glcf", behind)]
+
+    assert [row[1:3] for row in table_rows(results)] == [("100.0\u00a0%", "29.2 to 100.0"), ("11.1\u00a0%", "-")]
+    assert as_good_as_best(results) == ["glcf"]
+    assert stands_above_control(dataclasses.replace(results[0], control=behind)) is False
 
 
 def test_page_when_rendered_then_shows_every_detector_beside_each_other_and_needs_nothing_else(compared):
