@@ -129,6 +129,9 @@ class Cell(BaseModel):
         created_at: UTC, ISO 8601.
         verdicts: at the thresholds that good frames gave: held-out good frames first, then test frames by kind.
         variant: of the plan.
+        git_revision: commit of the sources that measured it, with "+changes" where files differed; None outside a
+            checkout and in older cells.
+        backbone_digest: SHA-256 of the backbone's weights; None without a backbone and in older cells.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -154,6 +157,8 @@ class Cell(BaseModel):
     verdicts: tuple[VerdictRow, ...] = ()
     variant: str = ""
     total_cpu_s: float | None = None
+    git_revision: str | None = None
+    backbone_digest: str | None = None
 
     @property
     def title(self) -> str:
@@ -410,6 +415,8 @@ def _cell_of(plan: CellPlan, finished: FinishedRun, digest: str, total: tuple[fl
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         verdicts=line.verdicts,
         variant=plan.variant,
+        git_revision=finished.manifest.git_revision,
+        backbone_digest=None if finished.manifest.backbone is None else finished.manifest.backbone.digest,
     )
 
 

@@ -15,14 +15,14 @@ from service.contract.bundle import LineName
 from service.errors import ParameterInvalid
 from training.calibrate import read_region_of_interest
 from training.compare import Cell, CellPlan, Means, complete, control_of, data_digest
-from training.compare_page import TABLE_COLUMNS, pair_controls, render_comparison, table_rows
+from training.compare_page import TABLE_COLUMNS, Settings, pair_controls, render_comparison, table_rows
 from training.config import ConfigFault, load_config
 from training.data.detect import read_dataset
 from training.data.samples import ANOMALOUS, NORMAL, DatasetFault
 from training.fit import FitStopped
 from training.jobs import layouts_of, masks_of, name_and_path
 from training.progress import Reporter, choose_reporter
-from training.weights import read_weights_option
+from training.weights import UNTRAINED, read_weights_option
 
 PAGE = "comparison.html"
 _CELLS = "cells"
@@ -81,10 +81,18 @@ def compare_detectors(wishes: Wishes, threads: int | None) -> None:
         rows = table_rows([result for result in results if result.plan.line == line])
         reporter.table(line, TABLE_COLUMNS, rows)
     page = wishes.folder / PAGE
-    page.write_text(render_comparison(results, cells), encoding="utf-8")
+    page.write_text(render_comparison(results, cells, _settings_of(wishes)), encoding="utf-8")
     reporter.note(f"{page} is written; open it in a browser.")
     if not all(isinstance(outcome, Cell) for outcome in outcomes):
         raise typer.Exit(_SOME_FAILED)
+
+
+def _settings_of(wishes: Wishes) -> Settings:
+    if wishes.weights == UNTRAINED:
+        weights = "random, not pretrained"
+    else:
+        weights = "of each backbone's name" if wishes.weights is None else wishes.weights
+    return Settings(wishes.config, tuple(wishes.settings), weights)
 
 
 def _plans(wishes: Wishes, reporter: Reporter) -> Iterator[CellPlan]:

@@ -5,6 +5,7 @@ bundles, so that a page can be written again without measuring anything.
 """
 
 import base64
+import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from service.contract.policy import Policy, Verdict, inspected_mask, judge
 from service.contract.regions import draw_outlines, outline_mask
 from service.contract.tiling import Run, by_tiles
 from training.bootstrap import FEWEST_FRAMES, auroc_interval
-from training.compare import Cell, CellFailed, CellPlan, auroc_difference, auroc_resamples, cell_directory
+from training.compare import Cell, CellFailed, CellPlan, auroc_difference, auroc_resamples, cell_directory, data_digest
 from training.data.detect import read_dataset
 from training.data.loader import load_mask
 from training.data.samples import ANOMALOUS, NORMAL, UNKNOWN, Sample
@@ -74,6 +75,36 @@ class Ranked(NamedTuple):
         return "-" if self.bounds is None else f"{100 * self.bounds[0]:.1f} to {100 * self.bounds[1]:.1f}"
 
 
+class Settings(NamedTuple):
+    """What the command was told of all detectors.
+
+    Attributes:
+        configuration: name of the one that every detector has.
+        changes: `key=value` that were changed by hand, in order.
+        weights: that were asked for, in words.
+    """
+
+    configuration: str
+    changes: tuple[str, ...]
+    weights: str
+
+
+class ComparedLine(NamedTuple):
+    """Which frames a line's figures are of.
+
+    Attributes:
+        name: of the line.
+        folder: of its frames.
+        data: SHA-256 over them.
+        mask: SHA-256 of the region of interest's file, or None where everything was inspected.
+    """
+
+    name: str
+    folder: Path
+    data: str
+    mask: str | None
+
+
 class ShownOverlay(NamedTuple):
     """One detector's answer to one frame: verdict, score, and base64 JPEG."""
 
@@ -119,12 +150,13 @@ def table_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
     return [_table_row(result) for result in _best_first(results)]
 
 
-def render_comparison(results: Sequence[Result], folder: Path) -> str:
+def render_comparison(results: Sequence[Result], folder: Path, settings: Settings) -> str:
     """Return the page.
 
     Args:
         results: of all lines and detectors.
         folder: that keeps the cells and their bundles.
+        settings: of all detectors.
     """
     by_line: Mapping[str, list[Result]] = defaultdict(list)
     for result in results:
@@ -148,6 +180,12 @@ def render_comparison(results: Sequence[Result], folder: Path) -> str:
         {
             "lines": lines,
             "detectors": detectors,
+            "settings": settings,
+            "rates": sorted({(r.plan.config.review_rate, r.plan.config.fail_rate) for r in results}),
+            "seeds": sorted({r.plan.config.seed for r in results}),
+            "data": [_compared_line(of_line[0].plan) for of_line in by_line.values()],
+            "configurations": {r.plan.config.detector: r.plan.config.to_yaml() for r in results},
+            "measured": [cell for r in results for cell in (r.cell, r.control) if cell is not None],
             "means": _means(results),
             "has_controls": any(result.control is not None for result in results),
             "cpus": sorted({r.cell.speed.cpu for r in results if r.cell is not None and r.cell.speed is not None}),
@@ -322,6 +360,16 @@ def _means(results: Sequence[Result]) -> list[tuple[str, dict[str, float], float
             known[result.cell.detector][result.plan.line] = result.cell.metrics["i_auroc"].value
     rows = [(name, of, sum(of.values()) / len(of)) for name, of in known.items() if set(of) == lines]
     return sorted(rows, key=lambda row: -row[2])
+
+
+def _compared_line(plan: CellPlan) -> ComparedLine:
+    mask = plan.region_of_interest
+    return ComparedLine(
+        plan.line,
+        plan.folder,
+        data_digest(plan.folder, plan.layout),
+        None if mask is None else hashlib.sha256(mask.read_bytes()).hexdigest(),
+    )
 
 
 def _reasons(results: Sequence[Result]) -> list[str]:

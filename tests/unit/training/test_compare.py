@@ -1,6 +1,8 @@
 """Promises of a comparison: every cell is measured once, beside a control that learnt nothing; one page shows all."""
 
 import dataclasses
+import hashlib
+import html
 import json
 import re
 import shutil
@@ -27,6 +29,7 @@ from training.compare import (
     complete,
     control_of,
     count_parameters,
+    data_digest,
     keep_cell,
     read_cells,
     sources_digest,
@@ -34,6 +37,7 @@ from training.compare import (
 from training.compare_jobs import Wishes, compare_detectors
 from training.compare_page import (
     Result,
+    Settings,
     as_good_as_best,
     pair_controls,
     ranked,
@@ -313,7 +317,8 @@ def test_page_when_rendered_then_shows_every_detector_beside_each_other_and_need
     results = pair_controls(outcomes, plans)
     results.append(Result(twin, outcomes[0].model_copy(update={"detector": "glcf"})))
 
-    page = render_comparison(results, means.folder)
+    settings = Settings("small", ("hyperparameters.recipe.iterations=3", "review_rate=0.2"), "random")
+    page = render_comparison(results, means.folder, settings)
 
     sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page)
     shown = 3 + 2  # of the one kind of defect the middle, hardest and clearest; of good frames the worst and the middle
@@ -321,6 +326,12 @@ def test_page_when_rendered_then_shows_every_detector_beside_each_other_and_need
     assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
     assert not re.search(r"<script|<link|@import|@font-face|https?://", page)
     assert outcomes[2].sentence.split(";")[0] in page
+    # Who reads the page months later can tell how its figures came about, and make them again.
+    assert all(f"<code>{change}</code>" in page for change in settings.changes)
+    assert f"<code>{data_digest(plans[0].folder, None)}</code>" in page
+    assert f"<code>{hashlib.sha256(plans[0].region_of_interest.read_bytes()).hexdigest()}</code>" in page
+    assert f"<code>{outcomes[0].git_revision or 'not known'}</code>" in page
+    assert html.escape(plans[0].config.to_yaml(), quote=False) in html.unescape(page)
     assert {"glcf", "inp_former"} <= set(re.findall(r'<div class="head">(\w+)</div>', page))
 
 
