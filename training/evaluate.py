@@ -418,7 +418,7 @@ def _figures_of_kinds(
     inspected: NDArray[np.bool_] | None,
     by_kind: dict[str, Metric],
 ) -> dict[str, Metric]:
-    """Return sPRO of each kind of anomaly and the headlines of MVTec LOCO, which are means over kinds, not pooled.
+    """Return sPRO and image AUROC of each kind of anomaly, and MVTec LOCO's headlines: means over kinds, not pooled.
 
     Empty for lines whose defects have no masks of their own.
     """
@@ -428,6 +428,7 @@ def _figures_of_kinds(
     return {
         **{f"spro_{kind}": metric for kind, metric in of_kind.items()},
         "spro": _mean(of_kind),
+        **{f"i_auroc_{kind}": metric for kind, metric in by_kind.items()},
         "i_auroc_of_kinds": _mean(by_kind),
     }
 
@@ -435,8 +436,11 @@ def _figures_of_kinds(
 def _figures_of_pieces(samples: Sequence[Sample], scores: NDArray[np.float32]) -> dict[str, Metric]:
     """Return Real-IAD's S-AUROC: a piece scores as its worst frame, and is anomalous where any of its frames is.
 
-    Empty for lines whose test frames each show a piece of their own.
+    Empty for data sets whose makers don't measure it (the frames of a piece in MVTec AD 2 are lights, each judged
+    alone), and for lines whose test frames each show a piece of their own.
     """
+    if not any(sample.s_auroc for sample in samples):
+        return {}
     pieces: dict[str, tuple[float, int]] = {}
     for sample, score in zip(samples, scores, strict=True):
         piece = sample.group or str(sample.path)

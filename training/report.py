@@ -622,10 +622,17 @@ def _base64_jpeg(pixels: NDArray[np.uint8]) -> str:
 # ---- words
 
 
+_SPRO = "as AUPRO@0.05, but covering as much of a defect as its kind asks for is enough"
 _METRIC_NAMES = {
     "i_auroc": ("Image AUROC", "chance that a random defective frame scores higher than a random good one"),
     "i_ap": ("Image AP", "average share of right alarms, over all thresholds"),
     "i_f1max": ("Image F1-max", "best balance of found defects and right alarms, at a threshold only the labels know"),
+    "i_auroc_logical_anomalies": ("Image AUROC, logical anomalies", "that of this kind against all good frames"),
+    "i_auroc_structural_anomalies": ("Image AUROC, structural anomalies", "that of this kind against all good frames"),
+    "i_auroc_of_kinds": ("Image AUROC, mean of kinds", "mean of those of all kinds"),
+    "spro_logical_anomalies": ("sPRO@0.05, logical anomalies", _SPRO),
+    "spro_structural_anomalies": ("sPRO@0.05, structural anomalies", _SPRO),
+    "spro": ("sPRO@0.05, mean of kinds", "mean of those of all kinds"),
     "s_auroc": ("Sample AUROC", "the same as image AUROC, for pieces that several frames show; the worst frame counts"),
     "p_auroc": ("Pixel AUROC", "the same as image AUROC, for pixels"),
     "p_ap": ("Pixel AP", "the same as image AP, for pixels; the strictest figure of localisation"),

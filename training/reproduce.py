@@ -298,4 +298,6 @@ def _listing(line: Category) -> str:
     ]
     if needs_held_out(samples):
         rows.append("SegF1")  # cells from before this figure lack it
+    if any(sample.channels for sample in samples):
+        rows.append("I-AUROC of each kind")  # likewise
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()

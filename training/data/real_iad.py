@@ -91,9 +91,9 @@ def _sample(folder: Path, row: _Row, split: Literal["train", "test"], normal_cla
     group = None if piece is None else piece.group(1)
     is_normal = split == "train" or row.mask_path is None or row.anomaly_class == normal_class
     if is_normal:
-        return Sample(folder / row.image_path, split, NORMAL, GOOD, group=group)
+        return Sample(folder / row.image_path, split, NORMAL, GOOD, group=group, s_auroc=True)
     mask = folder / str(row.mask_path)
-    return Sample(folder / row.image_path, split, ANOMALOUS, row.anomaly_class, mask, group=group)
+    return Sample(folder / row.image_path, split, ANOMALOUS, row.anomaly_class, mask, group=group, s_auroc=True)
 
 
 def _table_path(root: Path, splits: str) -> Path:

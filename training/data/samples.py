@@ -68,6 +68,7 @@ class Sample:
         channels: mask files where each defect of the image has its own (MVTec LOCO); then `mask_path` is None.
         saturations: of every kind of defect that the channels may mark.
         group: pieces that belong together (views of one part) share it; they must not be split.
+        s_auroc: whether the data set's makers measure S-AUROC, that of pieces whose views share a group.
         aupro_limit: the rate of false positives up to which the data set's makers integrate AUPRO, in (0, 1].
         seg_f1: whether the data set's makers measure SegF1, the F1 of pixels at a threshold from good frames alone.
     """
@@ -80,6 +81,7 @@ class Sample:
     channels: tuple[Path, ...] = ()
     saturations: tuple[Saturation, ...] = ()
     group: str | None = None
+    s_auroc: bool = False
     aupro_limit: float = AUPRO_LIMIT
     seg_f1: bool = False
 

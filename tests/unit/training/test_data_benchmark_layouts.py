@@ -363,6 +363,7 @@ def test_read_real_iad_trusts_the_json_for_masks_and_groups_views(tmp_path):
         "toy_brick_0002_NG_QS_C2_20230101_mask.png",
     ]
     assert {s.group for s in anomalous} == {"toy_brick_0002_NG_QS"}
+    assert all(s.s_auroc for s in anomalous)
     assert {s.kind for s in anomalous} == {"QS"}
 
 

@@ -99,13 +99,16 @@ def test_evaluate_when_several_frames_show_a_piece_then_it_scores_as_its_worst_f
     views = [replace(good[0], group="a"), replace(good[1], group="a")]
     # Labelled by its piece, a view without the defect looks as good as it is.
     views += [replace(bad[0], group="b"), replace(bad[0], path=good[2].path, group="b")]
+    lights, views = views, [replace(view, s_auroc=True) for view in views]
 
     pieces = evaluate(_ask(views), make_policy(), _RULE, make_input())
+    by_light = evaluate(_ask(lights), make_policy(), _RULE, make_input())
     alone = evaluate(_ask([replace(view, group=None) for view in views]), make_policy(), _RULE, make_input())
 
     assert pieces.metrics["s_auroc"].value == 1.0
     assert pieces.metrics["i_auroc"].value < 1.0
     assert "s_auroc" not in alone.metrics
+    assert "s_auroc" not in by_light.metrics  # in MVTec AD 2 the frames of a piece are lights
 
 
 def test_evaluate_when_the_makers_integrate_aupro_elsewhere_then_both_figures_are_told(tmp_path):
@@ -294,6 +297,7 @@ def test_evaluate_when_defects_have_masks_of_their_own_then_spro_is_the_mean_of_
     assert found["spro"].value == pytest.approx(sum(kinds) / 2)
     assert all(0.9 < value <= 1 for value in kinds)
     assert found["i_auroc_of_kinds"].value == 1.0
+    assert found["i_auroc_logical_anomalies"].value == found["i_auroc_structural_anomalies"].value == 1.0
 
 
 def test_evaluate_when_maps_are_blank_then_spro_is_that_of_chance(tmp_path):

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -368,6 +369,34 @@ def test_pages_tell_ours_published_differences_and_failures(tmp_path):
         assert "was not measured here" in page
     assert "a &lt;b> \\| warning" in pages[0]
     assert "<script" not in pages[1]
+
+
+def test_pages_tell_what_a_spread_is_and_name_the_figures_of_kinds(tmp_path):
+    """No reader has to guess what stands behind the sign, nor what an identifier means."""
+    kinds = {f"{figure}_{kind}_anomalies": 0.5 for figure in ("spro", "i_auroc") for kind in ("logical", "structural")}
+    plan = _whole_plan(tmp_path, data="mvtec_loco", seeds=(1, 2), names=["pushpins"])
+    cells = [_cell("pushpins", seed, spro=0.5, i_auroc=seed / 4, **kinds) for seed in (1, 2)]
+
+    several = summarise(plan, cells, "loco", [])
+    one = summarise(replace(plan, seeds=(1,)), cells[:1], "loco", [])
+
+    for page in to_markdown(several), to_html(several):
+        assert "“±” the standard deviation between them" in page
+        for title in ("I-AUROC, logical anomalies", "I-AUROC, structural anomalies", "sPRO@0.05, logical anomalies"):
+            assert title in page
+        assert "_anomalies" not in page
+    assert "±" not in to_markdown(one)
+
+
+def test_summarise_of_mvtec_ad2_with_an_older_cell_leaves_out_the_figure_of_lights(tmp_path):
+    """The frames of a piece are lights there, and nobody publishes a figure of them together."""
+    lights, views = (
+        summarise(_whole_plan(tmp_path, data=data, names=[name]), [_cell(name, 1, i_auroc=0.9, s_auroc=0.8)], data, [])
+        for data, name in (("mvtec_ad2", "vial"), ("real_iad", "toy"))
+    )
+
+    assert [row.metric for row in views.by_category] == ["i_auroc", "s_auroc"]
+    assert "s_auroc" not in {row.metric for row in (*lights.means, *lights.by_category)}
 
 
 def test_differences_of_configuration_tell_every_option_that_leaves_the_paper():
