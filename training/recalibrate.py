@@ -5,6 +5,7 @@ a new version in the same store; the old one stays as it is, and so do the other
 policy, golden frames and figures are carried over.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,15 +25,27 @@ from service.contract.frames import FrameLimits
 from service.contract.golden import read_golden
 from service.contract.policy import Policy
 from service.contract.tiling import by_tiles
-from service.errors import ParameterInvalid
+from service.errors import CalibrationRefused, ParameterInvalid
 from training.bundles import bundle_files, verify_bundle
-from training.calibrate import Calibrated, calibrate, read_region_of_interest, refuse_other_shape
+from training.calibrate import (
+    Calibrated,
+    calibrate,
+    read_region_of_interest,
+    refuse_other_shape,
+    refuse_unsupported_rates,
+)
 from training.data.check import check_dataset
 from training.data.folders import good_samples
-from training.data.samples import ANOMALOUS, NORMAL, Dataset, DatasetFault, Sample
+from training.data.samples import ANOMALOUS, NORMAL, Dataset, DatasetFault, Sample, parts_of
 from training.data.split import HoldOut, name_parts
 from training.evaluate import Answers, Evaluation, ask, evaluate, inspected_share, to_records
 from training.export import GraphRun
+from training.fitted_frames import (
+    carry_fitted_frames_over,
+    read_fitted_frames,
+    remembers_fitted_frames,
+    those_fitted_on,
+)
 from training.golden import GoldenChooser, carry_golden_over, contrast_asked_for, golden_files
 from training.progress import Reporter
 from training.report import Fact, LineReport, ReportData, RunFacts, carry_over, collect, render
@@ -52,10 +65,12 @@ class CheckedFrames:
     Attributes:
         samples: one a frame.
         record: of the folder that they come from.
+        content: SHA-256 in hex of each frame's file.
     """
 
     samples: tuple[Sample, ...]
     record: FramesRecord
+    content: Mapping[Path, str]
 
 
 def read_good_folder(folder: Path, group_by: str | None, bit_depth: int, reporter: Reporter) -> CheckedFrames:
@@ -92,7 +107,7 @@ def read_good_folder(folder: Path, group_by: str | None, bit_depth: int, reporte
     if checked.copies:
         reporter.note(f"{len(checked.copies)} frames are copies of others; they say nothing new and are left out.")
     record = FramesRecord(name=dataset.name, digest=checked.digest, copies_left_out=len(checked.copies))
-    return CheckedFrames(checked.distinct.validation_good, record)
+    return CheckedFrames(checked.distinct.validation_good, record, checked.content)
 
 
 def pattern_of_parts(bundle: Bundle, line: str, given: str | None) -> str | None:
@@ -115,6 +130,65 @@ def pattern_of_parts(bundle: Bundle, line: str, given: str | None) -> str | None
     return pattern
 
 
+def without_fitted(good: CheckedFrames, fitted: frozenset[str] | None, reporter: Reporter) -> CheckedFrames:
+    """Return good frames without those that fitting saw, and without the other views of their parts.
+
+    Args:
+        good: the frames that were given.
+        fitted: what the bundle remembers of its fitted frames; None where it does not.
+        reporter: says how many are left out.
+
+    Raises:
+        DatasetFault: if none is left.
+    """
+    if fitted is None:
+        reporter.note(
+            "The bundle does not know which frames its detector was fitted on. See to it that none of these good "
+            "frames is among them, or more good parts will be stopped than promised."
+        )
+        return good
+    seen = set(those_fitted_on(good.samples, good.content, fitted))
+    parts = {sample.group for sample in seen if sample.group is not None}
+    left = tuple(sample for sample in good.samples if sample not in seen and sample.group not in parts)
+    if not seen:
+        return good
+    if not left:
+        raise DatasetFault(
+            f"The detector was fitted on all good frames of {good.record.name}; give good frames that fitting never "
+            "saw."
+        )
+    count = len(good.samples) - len(left)
+    reporter.note(
+        f"The detector was fitted on good frames of {good.record.name}, or on other views of their parts; {count} are "
+        "left out, because thresholds rest on good parts that fitting never saw."
+    )
+    return replace(good, samples=left, record=good.record.model_copy(update={"fitted_left_out": count}))
+
+
+def refuse_known_test_frames(tested: CheckedFrames, good: CheckedFrames, fitted: frozenset[str] | None) -> None:
+    """Refuse test frames that calibrate as well, or that fitting saw: figures would be measured on what was learnt.
+
+    Raises:
+        DatasetFault: naming the files.
+    """
+    calibrating = {good.content[sample.path]: sample.path for sample in good.samples}
+    twins = [(sample.path, calibrating.get(tested.content[sample.path])) for sample in tested.samples]
+    faults = [
+        f"{path} is a test frame, and {twin} of the same content calibrates; take one away, or the figures would be "
+        "measured on what set the thresholds."
+        for path, twin in twins
+        if twin is not None
+    ]
+    learnt = those_fitted_on(tested.samples, tested.content, fitted or frozenset())
+    faults += [
+        f"{sample.path} is a test frame, and the detector was fitted on it; take it away, or the figures would be "
+        "measured on what was learnt."
+        for sample in learnt
+    ]
+    if faults:
+        raise DatasetFault(*faults)
+
+
 def recalibrate(
     bundle: Bundle,
     line: str,
@@ -132,7 +206,7 @@ def recalibrate(
     Args:
         bundle: verified.
         line: one of the bundle's.
-        good: good frames that fitting never saw.
+        good: good frames; those that fitting saw are left out, as far as the bundle knows them.
         tested: labelled test frames to measure the new verdicts on, or None.
         reporter: shows how far the work is.
         review_rate: wanted share of good parts that are at least `REVIEW`.
@@ -147,6 +221,7 @@ def recalibrate(
     Raises:
         StoreRefused, StoreFailed: if the bundle's store can't be written.
         CalibrationRefused: if there are too few good parts for a rate.
+        DatasetFault: if fitting saw all good frames, or a test frame calibrates as well or was fitted on.
         GoldenFailed: if no golden frame is clear of the new thresholds.
         FlawlineError: if a frame or mask can't be read, the mask was not drawn on frames of the line, or it leaves too
             little to inspect.
@@ -157,6 +232,7 @@ def recalibrate(
     old, record = bundle.policies[line], manifest.by_line[line]
     spec, rule = manifest.input, manifest.output.score_rule
     region = old.region_of_interest if region_of_interest is None else read_region_of_interest(region_of_interest)
+    good = _unseen_frames(bundle, good, tested, reporter, review_rate=review_rate, fail_rate=fail_rate)
     graph = GraphRun(bundle.model, threads)
     whole = by_tiles(graph, spec, rule)
     held_out = ask(whole, good.samples, spec, reporter, title="good frames", line_index=index)
@@ -226,7 +302,9 @@ def recalibrate(
     )
     facts = _line_facts(record_again, manifest.version, is_measured=evaluation is not None)
     section = collect(line, facts, (), calibrated, held_out, evaluation, rule, spec)
-    section = section.model_copy(update={"metrics": metrics or section.metrics})
+    section = section.model_copy(
+        update={"metrics": metrics or section.metrics, "is_unseen": remembers_fitted_frames(bundle)}
+    )
     report = ReportData(
         run=_facts(bundle, again, line),
         resolution=manifest.evaluation_resolution,
@@ -238,7 +316,7 @@ def recalibrate(
     )
     calibrations = {**bundle.calibrations, line: calibrated.calibration}
     policies = {**bundle.policies, line: calibrated.policy}
-    files = bundle_files(bundle.model, calibrations, policies, golden)
+    files = bundle_files(bundle.model, calibrations, policies, golden) | carry_fitted_frames_over(bundle)
     path = publish(
         store,
         again,
@@ -247,6 +325,33 @@ def recalibrate(
         page=lambda version: render(report, version),
     )
     return path, report
+
+
+def _unseen_frames(
+    bundle: Bundle,
+    good: CheckedFrames,
+    tested: CheckedFrames | None,
+    reporter: Reporter,
+    *,
+    review_rate: float,
+    fail_rate: float,
+) -> CheckedFrames:
+    """Return the good frames that thresholds may rest on; before the first one is asked about."""
+    fitted = read_fitted_frames(bundle)
+    unseen = without_fitted(good, fitted, reporter)
+    _refuse_too_few(unseen, review_rate, fail_rate)
+    if tested is not None:
+        refuse_known_test_frames(tested, unseen, fitted)
+    return unseen
+
+
+def _refuse_too_few(good: CheckedFrames, review_rate: float, fail_rate: float) -> None:
+    try:
+        refuse_unsupported_rates(len(set(parts_of(good.samples))), review_rate, fail_rate, frames=len(good.samples))
+    except CalibrationRefused as error:
+        count = good.record.fitted_left_out
+        without = f"Good frames that fitting saw, {count}, do not count. " if count else ""
+        raise CalibrationRefused(f"{without}{error.sentence}") from error
 
 
 def _with_filters_of(old: Policy, calibrated: Calibrated) -> Calibrated:
@@ -280,7 +385,11 @@ def _carried_section(bundle: Bundle, line: str) -> LineReport:
     manifest = bundle.manifest
     policy = bundle.policies[line]
     share = inspected_share(policy, manifest.map_size, manifest.input)
-    return carry_over(line, manifest.version, policy, bundle.calibrations[line], manifest.by_line[line], share)
+    record = manifest.by_line[line]
+    section = carry_over(line, manifest.version, policy, bundle.calibrations[line], record, share)
+    # Runs hold out what they calibrate on; of frames that came later, only a bundle that remembers can tell.
+    of_run = record.data.calibration_frames is None and record.data.fitted_on > 0
+    return section.model_copy(update={"is_unseen": of_run or remembers_fitted_frames(bundle)})
 
 
 def _line_facts(record: LineRecord, parent: str, *, is_measured: bool) -> tuple[Fact, ...]:
@@ -290,6 +399,7 @@ def _line_facts(record: LineRecord, parent: str, *, is_measured: bool) -> tuple[
         raise ValueError("a line that was calibrated again has the frames of that")
     of_parts = "" if data.calibrated_parts == data.calibrated_on else f" that show {data.calibrated_parts} parts"
     without = f", {frames.copies_left_out} left out as copies" if frames.copies_left_out else ""
+    without += f", {frames.fitted_left_out} left out because fitting saw them" if frames.fitted_left_out else ""
     facts = {
         "Calibrated on": f"{data.calibrated_on} good frames of {frames.name}{of_parts}{without}",
         "Digest of these": frames.digest,

@@ -224,6 +224,7 @@ class LineReport(_Record):
         peaks_at_rim: how many of them lie at the rim, where that sets the thresholds; else None.
         inspected: what is, where that is not the whole frame.
         rules: the line's policy; None in reports that are older than this.
+        is_unseen: whether it is known that fitting saw none of the frames that thresholds rest on.
     """
 
     line: str
@@ -245,6 +246,7 @@ class LineReport(_Record):
     peaks_at_rim: int | None = None
     inspected: Inspected | None = None
     rules: Rules | None = None
+    is_unseen: bool = True
 
     @property
     def held_out_frames(self) -> int:
@@ -662,7 +664,7 @@ _GLOSSARY = {
     "line": "One product seen by one camera pose.",
     "frame": "One camera image.",
     "good part": "A part without defect. The detector learns from these alone.",
-    "held out": "Good frames that fitting never saw; thresholds rest on them.",
+    "held out": "Good frames that thresholds rest on; the detector must not have been fitted on them.",
     "anomaly map": "For each place of the frame, how unlike good parts it is. Drawn as a heatmap on a fixed scale.",
     "score": "One number a frame; larger is more anomalous. It has no unit and no upper end.",
     "threshold": "From this score on a part is at least REVIEW, or FAIL.",

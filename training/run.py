@@ -51,6 +51,7 @@ from training.detectors import (
 from training.evaluate import ask, evaluate, spread
 from training.export import DetectorRun, GraphRun, check_parity, export_graph
 from training.fit import CheckpointPlan, FitReport, FitSettings, fit
+from training.fitted_frames import fitted_frames_file
 from training.golden import GoldenChooser, GoldenFrame, golden_files, plant_defect
 from training.import_checkpoint import adopt_released
 from training.lines import GatheredLine, GatheredLines, gather_lines
@@ -192,7 +193,7 @@ def train(
     masks = _leave_rims_out(measured, directory, spec, reporter, how_to_leave_out or partial(_export_with, directory))
     keep_results(directory, manifest, report, page, {line.name: line.answers for line in measured}, masks)
     calibrations = {line.name: line.calibrated.calibration for line in measured}
-    files = bundle_files(model, calibrations, policies, golden)
+    files = bundle_files(model, calibrations, policies, golden) | fitted_frames_file(gathered.lines)
     try:
         bundle = publish(
             request.store,
@@ -477,4 +478,6 @@ def _choose_golden(graph: Run, index: int, line: MeasuredLine, rule: ScoreRule, 
 
 def _report_line(line: MeasuredLine, rule: ScoreRule, spec: InputSpec) -> LineReport:
     facts, warnings = tell_line_facts(line), line.gathered.data.warnings
-    return collect(line.name, facts, warnings, line.calibrated, line.held_out, line.evaluation, rule, spec)
+    section = collect(line.name, facts, warnings, line.calibrated, line.held_out, line.evaluation, rule, spec)
+    # What the authors of a released detector fitted it on is not known.
+    return section.model_copy(update={"is_unseen": bool(line.gathered.fitted_on)})

@@ -30,6 +30,7 @@ from training.config import ConfigFault, RunConfig
 from training.detectors import PreparedDetector, prepare_detector
 from training.evaluate import to_records, without_test_frames
 from training.export import DetectorRun, GraphRun, check_parity, export_graph
+from training.fitted_frames import write_fitted_frames
 from training.golden import GoldenChooser, GoldenFrame, golden_files, plant_defect
 from training.lines import lines_given_up, refuse_taken_lines
 from training.procedural.textures import draw_texture
@@ -158,6 +159,8 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
         warnings=warnings,
     )
     files = bundle_files(model, {}, {request.name: policy}, golden_files(made.golden))
+    if request.fitted_for is None:  # nothing was fitted; of other lines' frames only their run knew
+        files |= write_fitted_frames(())
 
     def check(path: Path) -> Bundle:
         return verify_bundle(path, graph)

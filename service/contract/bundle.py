@@ -1,11 +1,12 @@
 """The bundle: the one contract between training and service.
 
 `STORE/<name>/<version>/` holds `manifest.json`, `manifest.sha256`, `model.onnx`, `calibration.npz`, `policy.json`,
-`golden/`, `report.html` and what the report shows. A network that was fitted on several lines keeps a calibration and a
-policy of each, as `lines/<line>/calibration.npz` and `lines/<line>/policy.json`. The manifest names the SHA-256 of
-every other file; the sidecar names the manifest's own. Whoever signs the bundle adds `model.sig`, a signature of the
-manifest (`signature.py`). The service owns this schema, because it is the party that must
-refuse a wrong bundle; training writes through the same class and so can't write what the service would refuse.
+`golden/`, `report.html` and, where frames were fitted on, `fitted_frames.txt`, by which a later calibration tells them
+from new ones. A network that was fitted on several lines keeps a calibration and a policy of each, as
+`lines/<line>/calibration.npz` and `lines/<line>/policy.json`. The manifest names the SHA-256 of every other file; the
+sidecar names the manifest's own. Whoever signs the bundle adds `model.sig`, a signature of the manifest
+(`signature.py`). The service owns this schema, because it is the party that must refuse a wrong bundle; training writes
+through the same class and so can't write what the service would refuse.
 
 Order of reading: hash first, then parse the very bytes that were hashed. A file that the manifest does not name, a link
 or a path that leaves the directory is refused, except for `engines/`, whose plans are built on the target and checked
@@ -37,6 +38,7 @@ POLICY_FILE = "policy.json"
 GOLDEN_FILE = "golden/expected.json"
 GOLDEN_MAPS_FILE = "golden/maps.npz"
 REPORT_FILE = "report.html"
+FITTED_FRAMES_FILE = "fitted_frames.txt"
 ENGINES_DIRECTORY = "engines"
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -87,11 +89,13 @@ class FramesRecord(_Record):
         name: of their folder.
         digest: SHA-256 over the sorted relative paths and contents.
         copies_left_out: frames that were not used, because others have the same content.
+        fitted_left_out: frames that were not used, because fitting saw them or another view of their part.
     """
 
     name: str
     digest: Digest
     copies_left_out: int = Field(default=0, ge=0)
+    fitted_left_out: int = Field(default=0, ge=0)
 
 
 class DataRecord(_Record):

@@ -153,8 +153,9 @@ def test_evaluate_when_the_bundle_serves_several_lines_then_measures_the_named_o
 
 def test_calibrate_when_one_line_is_named_then_all_of_the_others_is_carried_over(bundle, place):
     """New good parts of one line change its thresholds, its golden verdicts and its figures, and no other's."""
+    more = write_line(place / "more", good=GOOD + 24, tested=False, roughness=40, size=(60, 80))
     result = _invoke(
-        *("calibrate", bundle.path, place / ROUGH / "train/good", "--line", ROUGH, "--fail-rate", "0.03"),
+        *("calibrate", bundle.path, more / "train/good", "--line", ROUGH, "--fail-rate", "0.03"),
         *("--line-folder", place / ROUGH),
     )
 
@@ -167,7 +168,8 @@ def test_calibrate_when_one_line_is_named_then_all_of_the_others_is_carried_over
         assert again.files[f"lines/{ROUGH}/{name}"] != bundle.files[f"lines/{ROUGH}/{name}"]
     assert again.manifest.by_line[CALM] == bundle.manifest.by_line[CALM]
     rough = again.manifest.by_line[ROUGH]
-    assert (rough.fail_rate, rough.review_rate, rough.data.calibrated_on) == (0.03, 0.1, GOOD)
+    assert (rough.fail_rate, rough.review_rate, rough.data.calibrated_on) == (0.03, 0.1, GOOD // 2 + 24)
+    assert rough.data.calibration_frames.fitted_left_out == GOOD // 2
     kept = [answer.model_copy(update={"file": ""}) for answer in read_golden(again).answers if answer.line == CALM]
     before = [answer.model_copy(update={"file": ""}) for answer in read_golden(bundle).answers if answer.line == CALM]
     assert kept == before

@@ -285,13 +285,13 @@ def test_export_when_another_precision_is_asked_for_then_the_bundle_is_calibrate
 
 
 def test_calibrate_when_other_good_parts_come_then_publishes_a_new_version(finished, line):
-    """The network stays, thresholds and policy version change, and the golden set gets its new verdicts."""
+    """The network stays, thresholds and policy version change, the golden set is judged anew, fitted frames are out."""
     result = _invoke(
         "calibrate",
         finished.bundle,
         line / "train" / "good",
         "--fail-rate",
-        "0.03",
+        "0.04",
         "--line-folder",
         line,
         "--threads",
@@ -302,7 +302,8 @@ def test_calibrate_when_other_good_parts_come_then_publishes_a_new_version(finis
     first, again = load_bundle(finished.bundle), _published(result.output)
     assert again.model == first.model
     assert again.policies["bottle"].version == "2"
-    assert again.manifest.by_line["bottle"].data.calibrated_on == GOOD
+    data = again.manifest.by_line["bottle"].data
+    assert (data.calibrated_on, data.calibration_frames.fitted_left_out) == (GOOD // 2, GOOD // 2)
     replay(again, read_golden(again), make_runner(again.model))
 
 

@@ -197,9 +197,9 @@ def test_read_good_folder_with_copies_of_one_frame_counts_it_once(tmp_path):
         _write(tmp_path / f"{index:02d}.png", encode_png(_picture(40)))
     reporter = _Notes()
 
-    good = read_good_folder(tmp_path, 16, reporter)
+    good = read_good_folder(tmp_path, None, 16, reporter)
 
-    assert [sample.path.name for sample in good] == ["00.png"]
+    assert [sample.path.name for sample in good.samples] == ["00.png"]
     assert "19 frames are copies" in reporter.notes[-1]
 
 

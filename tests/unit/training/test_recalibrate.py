@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from service.contract.bundle import FramesRecord, MetricRecord, ParentRecord, load_bundle
+from service.contract.bundle import FITTED_FRAMES_FILE, FramesRecord, MetricRecord, ParentRecord, load_bundle
 from service.contract.frames import fit_to_input
 from service.contract.pictures import contrast_of
 from service.contract.policy import policy_digest
 from tests.factories import REFERENCE, encode, make_bundle, make_frame, make_line_record
 from training.__main__ import commands
+from training.fitted_frames import write_fitted_frames
 from training.golden import contrast_asked_for
 
 GOOD = 24
@@ -144,3 +145,97 @@ def test_calibrate_when_good_parts_have_far_less_contrast_then_the_new_bundle_do
 
     assert max(contrasts) < contrast_asked_for(first, "demo_line")
     assert min(contrasts) > contrast_asked_for(again, "demo_line") > 0
+
+
+def _remembering(store, digests, **options):
+    """Return a bundle that was fitted on files of these digests."""
+    files = write_fitted_frames(digests)
+    return load_bundle(make_bundle(store, extra_files=files, **options))
+
+
+def _digests(paths):
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+
+
+def _refused(bundle, good, *options):
+    done = CliRunner().invoke(commands, ["calibrate", str(bundle.path), str(good), *map(str, options)])
+    assert done.exit_code != 0
+    assert not (bundle.path.parent / "2").exists()
+    return re.sub(r"\s+", " ", done.output)
+
+
+def test_calibrate_when_frames_were_fitted_on_then_they_are_left_out_and_counted(tmp_path, good):
+    """Thresholds rest on what fitting never saw, also where somebody gives the folder of the run."""
+    fitted = _digests(sorted(good.iterdir())[:4])
+    bundle = _remembering(tmp_path / "store", fitted)
+
+    again = _calibrate(bundle, good)
+
+    data = again.manifest.by_line["demo_line"].data
+    assert (data.calibrated_on, data.calibration_frames.fitted_left_out) == (GOOD - 4, 4)
+    assert again.files[FITTED_FRAMES_FILE] == bundle.files[FITTED_FRAMES_FILE]
+    assert "4 left out because fitting saw them" in _page(again)
+    assert f"rests on {GOOD - 4} good frames that fitting never saw" in _page(again)
+
+
+def test_calibrate_when_a_view_of_a_part_was_fitted_on_then_its_other_views_are_left_out(tmp_path, good):
+    """Another view of what was learnt is none of an unseen part."""
+    for path in sorted(good.iterdir())[GOOD:]:
+        path.unlink()
+    for index, path in enumerate(sorted(good.iterdir())):
+        path.rename(good / f"{index // 2:02d}_C{index % 2}.png")
+    bundle = _remembering(tmp_path / "store", _digests([good / "00_C0.png"]))
+
+    again = _calibrate(bundle, good, "--group-by", "^(.*)_C[0-9]", "--fail-rate", "0.1", "--review-rate", "0.2")
+
+    data = again.manifest.by_line["demo_line"].data
+    assert (data.calibrated_on, data.calibrated_parts) == (GOOD - 2, GOOD // 2 - 1)
+    assert data.calibration_frames.fitted_left_out == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "sentence"),
+    [
+        (GOOD, "fitted on all good frames of good_of_june"),
+        (GOOD - 5, f"Good frames that fitting saw, {GOOD - 5}, do not count. A false-reject rate of 0.05 needs"),
+    ],
+)
+def test_calibrate_when_too_few_unseen_frames_are_left_then_it_refuses(tmp_path, good, count, sentence):
+    """What is left can't support the rate, so nothing is published."""
+    bundle = _remembering(tmp_path / "store", _digests(sorted(good.iterdir())[:count]))
+
+    assert sentence in _refused(bundle, good)
+
+
+def test_calibrate_when_test_frames_calibrate_or_were_fitted_on_then_it_refuses(tmp_path, good):
+    """Figures are measured neither on what set the thresholds nor on what was learnt, as in a run."""
+    line = tmp_path / "line"
+    for folder in ("train/good", "test/good"):
+        (line / folder).mkdir(parents=True)
+    (line / "train/good/0.png").write_bytes(encode(make_frame(seed=300)))
+    tested = line / "test/good/0.png"
+    tested.write_bytes((good / "003.png").read_bytes())
+    bundle = _remembering(tmp_path / "store", _digests([good / "005.png"]))
+
+    assert "003.png of the same content calibrates" in _refused(bundle, good, "--line-folder", line)
+
+    tested.write_bytes((good / "005.png").read_bytes())
+    assert "the detector was fitted on it" in _refused(bundle, good, "--line-folder", line)
+
+
+def test_calibrate_when_the_bundle_forgot_its_frames_then_the_page_does_not_call_others_unseen(first, good):
+    """Of a bundle that is older than the list nobody can tell, and the page says so; the next version neither."""
+    again = _calibrate(first, good)
+    third = _calibrate(again, good)
+
+    for bundle in (again, third):
+        assert FITTED_FRAMES_FILE not in bundle.files
+        assert "fitting never saw." not in _page(bundle).replace("then calibrate on frames that fitting never saw.", "")
+        assert "Which frames the detector was fitted on is not known here" in _page(bundle)
+
+
+def test_calibrate_when_the_list_of_fitted_frames_is_none_then_it_refuses(tmp_path, good):
+    """A list that can't be read recognises nothing, which must not pass for a list without these frames."""
+    bundle = load_bundle(make_bundle(tmp_path / "store", extra_files={FITTED_FRAMES_FILE: b"000.png\n"}))
+
+    assert "fitted_frames.txt is no list of digests" in _refused(bundle, good)
