@@ -36,6 +36,7 @@ from training.calibrate import (
 )
 from training.data.check import check_dataset
 from training.data.folders import good_samples
+from training.data.passed_over import tell_passed_over
 from training.data.samples import ANOMALOUS, NORMAL, Dataset, DatasetFault, Sample, parts_of
 from training.data.split import HoldOut, name_parts
 from training.evaluate import Answers, Evaluation, ask, evaluate, inspected_share, to_records
@@ -94,9 +95,10 @@ def read_good_folder(folder: Path, group_by: str | None, bit_depth: int, reporte
     if (folder / "test").is_dir() or (folder / "train").is_dir():
         raise DatasetFault(f"{folder} is a whole line; give the folder with its new good frames alone.")
     samples = good_samples(folder, "validation")
+    notes = tell_passed_over(folder, (sample.path for sample in samples), str(folder))
     if not samples:
-        raise DatasetFault(f"{folder} holds no image; give the folder with good frames that fitting never saw.")
-    dataset = Dataset(folder.resolve().name, folder, "plain", tuple(samples))
+        raise DatasetFault(f"{folder} holds no image; give the folder with good frames that fitting never saw.", *notes)
+    dataset = Dataset(folder.resolve().name, folder, "plain", tuple(samples), notes)
     if group_by is not None:
         try:
             dataset = name_parts(dataset, HoldOut(rule="groups", group_by=group_by))

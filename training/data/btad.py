@@ -8,10 +8,11 @@ the name without its suffix. Mishra et al., "VT-ADL", ISIE 2021, arXiv:2104.1003
 
 from pathlib import Path
 
-from training.data.folders import anomalous_samples, find_images, good_samples
-from training.data.samples import Dataset, DatasetFault, make_dataset
+from training.data.folders import anomalous_samples, find_images, good_samples, told_dataset
+from training.data.samples import Dataset, DatasetFault
 
 _OK, _KO = "ok", "ko"
+_PLACES = "train/ok, test/ok and test/ko, masks from ground_truth/ko,"
 
 
 def is_btad(root: Path) -> bool:
@@ -29,4 +30,5 @@ def read_btad(root: Path) -> Dataset:
     if find_images(root / "test" / _KO) and not find_images(masks):
         raise DatasetFault(f"{masks} holds no mask; expected one for each image in {root / 'test' / _KO}, by its name.")
     samples = good_samples(root / "train" / _OK, "train") + good_samples(root / "test" / _OK, "test")
-    return make_dataset(root, "btad", samples + anomalous_samples(root / "test" / _KO, masks), "train/ok")
+    samples += anomalous_samples(root / "test" / _KO, masks)
+    return told_dataset(root, "btad", samples, _PLACES, "train/ok")

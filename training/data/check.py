@@ -17,13 +17,18 @@ from numpy.typing import NDArray
 
 from service.contract.frames import FrameLimits, decode_image, decode_mask_values, is_deep
 from service.errors import FlawlineError
-from training.data.samples import ANOMALOUS, Dataset, DatasetFault, Sample
+from training.data.samples import ANOMALOUS, NORMAL, Dataset, DatasetFault, Sample
 from training.progress import Reporter
 
 # A JPEG is decoded at an eighth of its size: all its bytes are still read, so a truncated one is found.
 _SMALLEST = (1, 1)
 # A quarter of the range, or less, is all that such frames use.
 _MANY_EMPTY_BITS = 2
+# Beyond these ratios to the usual frame, one is squeezed, or blown up from next to nothing, to another picture.
+_LARGEST_RATIO_OF_ASPECTS = 2.0
+_LARGEST_RATIO_OF_SIDES = 4.0
+# Where fewer have the commonest size, frames are cut to their part, and no size is usual.
+_SHARE_OF_USUAL_SIZE = 0.25
 # One damaged recording can bring hundreds of the same; a report names them all.
 _TOLD_WARNINGS = 5
 
@@ -125,8 +130,11 @@ def check_dataset(
         counts=dict(sorted(counts.items())),
         frame_sizes=tuple(size for size, _ in Counter(finding.frame_size for finding in findings).most_common()),
         warnings=(
+            *dataset.notes,
             *(finding.warning for finding in findings if finding.warning),
             *_empty_bits(findings, bit_depth),
+            *_other_shapes(findings),
+            *_missing_good(dataset),
             *(contradictions or _repetitions(findings)),
         ),
         copies=frozenset(other.path for _, *others in _same_content(findings) for other in others),
@@ -175,6 +183,34 @@ def _empty_bits(findings: Sequence[_Finding], bit_depth: int) -> Iterator[str]:
         yield (
             f"The frames have {bit_depth} bits a pixel and no value that needs more than {used}, so they are nearly "
             f"black; if the camera has 10 or 12 bits, say so: --set input.bit_depth={max(8, used + used % 2)}."
+        )
+
+
+def _other_shapes(findings: Sequence[_Finding]) -> Iterator[str]:
+    """Say that some frames have quite another shape than most, as those of another camera or a thumbnail have."""
+    ((height, width), count), *_ = Counter(finding.frame_size for finding in findings).most_common(1)
+    others = [finding for finding in findings if _is_other_shape(finding.frame_size, (height, width))]
+    if others and count >= _SHARE_OF_USUAL_SIZE * len(findings):
+        yield (
+            f"Of {len(findings)} frames {len(others)} are of quite another shape than the usual {height}x{width} "
+            f"(height x width), like {others[0].sample.path} with {others[0].frame_size[0]}x"
+            f"{others[0].frame_size[1]}; all are resized to one input, so crop them to a like shape or take them away."
+        )
+
+
+def _is_other_shape(size: tuple[int, int], usual: tuple[int, int]) -> bool:
+    """Tell whether aspect ratios differ by more than a factor of two, or a side is below a quarter of the usual."""
+    height_ratio, width_ratio = size[0] / usual[0], size[1] / usual[1]
+    squeezed = max(height_ratio, width_ratio) / min(height_ratio, width_ratio)
+    return squeezed > _LARGEST_RATIO_OF_ASPECTS or min(height_ratio, width_ratio) * _LARGEST_RATIO_OF_SIDES < 1
+
+
+def _missing_good(dataset: Dataset) -> Iterator[str]:
+    labels = {sample.label for sample in dataset.test}
+    if ANOMALOUS in labels and NORMAL not in labels:
+        yield (
+            "There are defective test frames and no good ones, so no figure like AUROC can be measured, nor how many "
+            "good parts would be stopped; put good frames that are not trained on into test/good."
         )
 
 

@@ -5,16 +5,20 @@
     test/good/**, test/<kind>/**         optional
     ground_truth/<kind>/**               masks, optional: `<stem>_mask.*` or `<stem>.*`
 
-Images are paired with masks by their name, never by sorted order.
+Images are paired with masks by their name, never by sorted order. `good` may be written in capitals. A test folder with
+another common word for good parts is refused, since its frames would count as defects.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from training.data.samples import ANOMALOUS, NORMAL, DatasetFault, Sample, Split
+from training.data.passed_over import IMAGE_SUFFIXES, tell_passed_over
+from training.data.samples import ANOMALOUS, NORMAL, Dataset, DatasetFault, Sample, Split, make_dataset
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 GOOD = "good"
+PLACES = "train/good, validation/good, test/good and test/<kind>, masks from ground_truth/<kind>,"
+# What plants call good parts; German ones say "in Ordnung".
+_OTHER_WORDS_FOR_GOOD = frozenset({"ok", "pass", "normal", "gut", "io", "i.o."})
 _VALIDATION_FOLDERS = ("validation", "val")
 _MASK_ENDING = "_mask"
 
@@ -57,6 +61,25 @@ def _visible(folder: Path) -> list[Path]:
     return found
 
 
+def told_dataset(
+    root: Path, layout: str, samples: Sequence[Sample], places: str, good_folder: str = "train/good"
+) -> Dataset:
+    """Make a data set of a layout that takes every image of a line's folder, with a note on the files that it did not.
+
+    Args:
+        root: as of `make_dataset`, like the others.
+        layout: name of the reader.
+        samples: in any order.
+        places: where this layout has its frames, for the note.
+        good_folder: where it keeps its good frames for training.
+
+    Raises:
+        DatasetFault: as `make_dataset`.
+    """
+    taken = [path for sample in samples for path in (sample.path, *sample.mask_paths)]
+    return make_dataset(root, layout, samples, good_folder, tell_passed_over(root, taken, places))
+
+
 def good_samples(folder: Path, split: Split) -> list[Sample]:
     """Return every image of a folder as a good frame."""
     return [Sample(path, split, NORMAL, GOOD) for path in find_images(folder)]
@@ -66,19 +89,42 @@ def read_split_folders(root: Path) -> list[Sample]:
     """Read the folders named in this file's docstring; missing ones are empty.
 
     Raises:
-        DatasetFault: if a mask belongs to no image or to a good one, or an image and its mask can't be paired clearly.
+        DatasetFault: if a mask belongs to no image or to a good one, an image and its mask can't be paired clearly, or
+            a test folder's name is another word for good.
     """
-    samples = good_samples(root / "train" / GOOD, "train")
+    samples = [one for folder in good_folders(root / "train") for one in good_samples(folder, "train")]
     for name in _VALIDATION_FOLDERS:
-        samples += good_samples(root / name / GOOD, "validation")
-    kinds = subfolders(root / "test")
+        samples += [one for folder in good_folders(root / name) for one in good_samples(folder, "validation")]
+    samples += [one for folder in good_folders(root / "test") for one in good_samples(folder, "test")]
+    kinds = defect_folders(root / "test")
     for kind in kinds:
-        if kind.name == GOOD:
-            samples += good_samples(kind, "test")
-        else:
-            samples += anomalous_samples(kind, root / "ground_truth" / kind.name)
+        samples += anomalous_samples(kind, root / "ground_truth" / kind.name)
     _refuse_stray_masks(root, {kind.name for kind in kinds})
     return samples
+
+
+def good_folders(folder: Path) -> list[Path]:
+    """Return the folders of good frames in a folder: `good`, however capitalised; mostly one, perhaps none."""
+    return [path for path in subfolders(folder) if path.name.casefold() == GOOD]
+
+
+def defect_folders(folder: Path) -> list[Path]:
+    """Return the other folders in a folder of test frames, one for each kind of defect.
+
+    Raises:
+        DatasetFault: if one with frames has another word for good as its name.
+    """
+    kinds = [path for path in subfolders(folder) if path.name.casefold() != GOOD]
+    doubtful = [kind for kind in kinds if kind.name.casefold() in _OTHER_WORDS_FOR_GOOD and find_images(kind)]
+    if doubtful:
+        raise DatasetFault(
+            *(
+                f"{kind} is named as if its frames were good, and they would count as defects; if they are good, put "
+                f"them into {kind.parent / GOOD}, else name the folder after the defect."
+                for kind in doubtful
+            )
+        )
+    return kinds
 
 
 def anomalous_samples(images: Path, masks: Path) -> list[Sample]:
@@ -98,9 +144,10 @@ def anomalous_samples(images: Path, masks: Path) -> list[Sample]:
     image_of = by_name(images, find_images(images), "")
     stray = sorted(set(mask_of) - set(image_of))
     if stray:
-        raise DatasetFault(
-            *(f"{mask_of[key]} is a mask without an image; add {images / key} or remove the mask." for key in stray)
+        first, *others = (
+            f"{mask_of[key]} is a mask without an image; add {images / key} or remove the mask." for key in stray
         )
+        raise DatasetFault(first, *tell_passed_over(images, image_of.values(), str(images)), *others)
     return [Sample(path, "test", ANOMALOUS, images.name, mask_of.get(key)) for key, path in image_of.items()]
 
 
@@ -122,7 +169,7 @@ def by_name(folder: Path, files: Iterable[Path], ending: str) -> dict[str, Path]
 def _refuse_stray_masks(root: Path, kinds: set[str]) -> None:
     for folder in subfolders(root / "ground_truth"):
         masks = find_images(folder)
-        if masks and folder.name == GOOD:
+        if masks and folder.name.casefold() == GOOD:
             raise DatasetFault(f"{masks[0]} is a mask for a good image; remove it, or move the image to its defect.")
         if masks and folder.name not in kinds:
             raise DatasetFault(

@@ -16,7 +16,7 @@ from service.contract.frames import FrameLimits, decode_mask, fit_to_input, read
 from service.contract.geometry import InputSpec
 from service.contract.tiling import cut_tiles
 from service.errors import FlawlineError
-from training.data.folders import GOOD, anomalous_samples, subfolders
+from training.data.folders import anomalous_samples, defect_folders
 from training.data.samples import DatasetFault, Sample
 
 
@@ -50,7 +50,7 @@ def read_labelled_defects(root: Path, spec: InputSpec, limits: FrameLimits, know
         DatasetFault: if there is no frame, a frame has no mask or one that does not fit or marks nothing, a file can't
             be read, or a frame has the content of a known one.
     """
-    kinds = [folder for folder in subfolders(root / "test") if folder.name != GOOD]
+    kinds = defect_folders(root / "test")
     samples = [one for kind in kinds for one in anomalous_samples(kind, root / "ground_truth" / kind.name)]
     if not samples:
         raise DatasetFault(

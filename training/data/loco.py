@@ -13,11 +13,20 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from training.data.folders import GOOD, find_images, good_samples, subfolders
-from training.data.samples import ANOMALOUS, Dataset, DatasetFault, Sample, Saturation, make_dataset
+from training.data.folders import (
+    PLACES,
+    defect_folders,
+    find_images,
+    good_folders,
+    good_samples,
+    subfolders,
+    told_dataset,
+)
+from training.data.samples import ANOMALOUS, Dataset, DatasetFault, Sample, Saturation, Split
 
 LOGICAL, STRUCTURAL = "logical_anomalies", "structural_anomalies"
 _CONFIG = "defects_config.json"
+_SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 class _Defect(BaseModel):
@@ -40,13 +49,12 @@ def read_loco(root: Path) -> Dataset:
             masks do not fit together.
     """
     saturations = _read_saturations(root / _CONFIG)
-    samples = good_samples(root / "train" / GOOD, "train") + good_samples(root / "validation" / GOOD, "validation")
-    for kind in subfolders(root / "test"):
-        if kind.name == GOOD:
-            samples += good_samples(kind, "test")
-        else:
-            samples += _anomalous_samples(kind, root / "ground_truth" / kind.name, saturations)
-    return make_dataset(root, "loco", samples)
+    samples: list[Sample] = []
+    for split in _SPLITS:
+        samples += [one for folder in good_folders(root / split) for one in good_samples(folder, split)]
+    for kind in defect_folders(root / "test"):
+        samples += _anomalous_samples(kind, root / "ground_truth" / kind.name, saturations)
+    return told_dataset(root, "loco", samples, PLACES)
 
 
 def _read_saturations(path: Path) -> tuple[Saturation, ...]:

@@ -9,13 +9,13 @@ Frames may be grey and may differ in size.
 
 from pathlib import Path
 
-from training.data.folders import GOOD, read_split_folders
-from training.data.samples import Dataset, make_dataset
+from training.data.folders import PLACES, good_folders, read_split_folders, told_dataset
+from training.data.samples import Dataset
 
 
 def is_mvtec(root: Path) -> bool:
     """Tell whether a folder has this layout: good frames to train on, and test folders."""
-    return (root / "train" / GOOD).is_dir() and (root / "test").is_dir()
+    return bool(good_folders(root / "train")) and (root / "test").is_dir()
 
 
 def read_mvtec(root: Path) -> Dataset:
@@ -24,4 +24,4 @@ def read_mvtec(root: Path) -> Dataset:
     Raises:
         DatasetFault: if there is no good frame, or a mask does not fit to the images.
     """
-    return make_dataset(root, "mvtec", read_split_folders(root))
+    return told_dataset(root, "mvtec", read_split_folders(root), PLACES)

@@ -10,8 +10,16 @@ Where `abnormal/` exists, a fifth of the normal frames goes to the test split, i
 
 from pathlib import Path
 
-from training.data.folders import GOOD, find_images, good_samples, read_split_folders
-from training.data.samples import ANOMALOUS, Dataset, Sample, make_dataset
+from training.data.folders import (
+    GOOD,
+    PLACES,
+    find_images,
+    good_folders,
+    good_samples,
+    read_split_folders,
+    told_dataset,
+)
+from training.data.samples import ANOMALOUS, Dataset, Sample
 from training.data.split import HoldOut, hold_out
 
 _TEST_RULE = HoldOut(fraction=0.2)
@@ -19,7 +27,7 @@ _TEST_RULE = HoldOut(fraction=0.2)
 
 def is_plain(root: Path) -> bool:
     """Tell whether a folder has one of these variants."""
-    if (root / "train" / GOOD).is_dir():
+    if good_folders(root / "train"):
         return not (root / "test").is_dir()
     return (root / "normal").is_dir() or bool(find_images(root, nested=False))
 
@@ -30,13 +38,12 @@ def read_plain(root: Path) -> Dataset:
     Raises:
         DatasetFault: if there is no good frame.
     """
-    if (root / "train" / GOOD).is_dir():
-        samples = read_split_folders(root)
-    elif (root / "normal").is_dir():
-        samples = _read_flat(root)
-    else:
-        samples = [Sample(path, "train", 0, GOOD) for path in find_images(root, nested=False)]
-    return make_dataset(root, "plain", samples)
+    if good_folders(root / "train"):
+        return told_dataset(root, "plain", read_split_folders(root), PLACES)
+    if (root / "normal").is_dir():
+        return told_dataset(root, "plain", _read_flat(root), "normal and abnormal", "normal")
+    samples = [Sample(path, "train", 0, GOOD) for path in find_images(root, nested=False)]
+    return told_dataset(root, "plain", samples, f"{root} itself, not from folders in it,")
 
 
 def _read_flat(root: Path) -> list[Sample]:

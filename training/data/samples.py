@@ -106,12 +106,14 @@ class Dataset:
         root: folder that holds all files.
         layout: name of the reader.
         samples: sorted by path.
+        notes: what the reader saw that is allowed but worth knowing, one sentence each.
     """
 
     name: str
     root: Path
     layout: str
     samples: tuple[Sample, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def train_good(self) -> tuple[Sample, ...]:
@@ -135,7 +137,9 @@ class Dataset:
         return bool(anomalous) and all(s.mask_paths for s in anomalous)
 
 
-def make_dataset(root: Path, layout: str, samples: Sequence[Sample], good_folder: str = "train/good") -> Dataset:
+def make_dataset(
+    root: Path, layout: str, samples: Sequence[Sample], good_folder: str = "train/good", notes: tuple[str, ...] = ()
+) -> Dataset:
     """Sort the samples and refuse a set that nothing can be learnt from.
 
     Args:
@@ -143,22 +147,24 @@ def make_dataset(root: Path, layout: str, samples: Sequence[Sample], good_folder
         layout: name of the reader.
         samples: in any order.
         good_folder: where this layout keeps its good frames for training, for the message.
+        notes: as `Dataset.notes`; a refusal says them, too.
 
     Raises:
         DatasetFault: if there is no good frame to train on, or some anomalous frames have masks and others have none.
     """
-    dataset = Dataset(root.resolve().name, root, layout, tuple(sorted(samples, key=lambda s: s.path.as_posix())))
+    dataset = Dataset(root.resolve().name, root, layout, tuple(sorted(samples, key=lambda s: s.path.as_posix())), notes)
     if not dataset.train_good:
-        raise DatasetFault(f"{root} has no good frame to train on; put at least one image into {root / good_folder}.")
+        raise DatasetFault(
+            f"{root} has no good frame to train on; put at least one image into {root / good_folder}.", *notes
+        )
     anomalous = [s for s in dataset.test if s.label == ANOMALOUS]
     if any(s.mask_paths for s in anomalous):
         bare = [s for s in anomalous if not s.mask_paths]
         if bare:
-            raise DatasetFault(
-                *(
-                    f"{s.path} is anomalous and has no mask, while others have one; add the mask, or take the "
-                    "ground_truth folder away to measure images only."
-                    for s in bare
-                )
+            first, *others = (
+                f"{s.path} is anomalous and has no mask, while others have one; add the mask, or take the "
+                "ground_truth folder away to measure images only."
+                for s in bare
             )
+            raise DatasetFault(first, *notes, *others)
     return dataset

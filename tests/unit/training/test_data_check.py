@@ -52,6 +52,45 @@ def test_check_of_a_sound_line_counts_frames_by_kind(root):
     assert len(checked.digest) == 64
 
 
+def test_check_of_files_that_the_reader_passed_over_warns_of_them(root):
+    """What the reader notes reaches the run's report and page."""
+    _write(root / "train/good/2.pgm", b"P5 1 1 255 x")
+
+    assert ["1 .pgm in" in warning for warning in _check(root).warnings] == [True]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "told"),
+    [(16, 25, True), (33, 12, True), (3, 2, True), (16, 23, False), (32, 24, False)],
+    ids=["wide", "tall", "tiny", "less than twice as wide", "larger"],
+)
+def test_check_of_a_frame_of_quite_another_shape_names_it(root, height, width, told):
+    """Resized to the one input it would show another part; a zoom or a slight crop would not."""
+    _write(root / "train/good/odd.png", encode_png(_picture(200, height, width)))
+
+    warnings = _check(root).warnings
+
+    assert bool(warnings) is told
+    if told:
+        assert "Of 5 frames 1 are of quite another shape than the usual 16x12" in warnings[0]
+        assert f"train/good/odd.png with {height}x{width}" in warnings[0]
+
+
+def test_check_of_frames_that_are_cut_to_their_part_warns_of_no_shape(tmp_path):
+    """Where hardly two frames have one size, as of magnetic tiles, no shape is the usual one."""
+    for value, (height, width) in enumerate([(16, 40), (16, 14), (40, 16), (18, 16), (30, 16)]):
+        _write(tmp_path / f"train/good/{value}.png", encode_png(_picture(value, height, width)))
+
+    assert _check(tmp_path).warnings == ()
+
+
+def test_check_of_defective_test_frames_without_good_ones_says_so(root):
+    """Without a good test frame nobody learns how many good parts would be stopped."""
+    shutil.rmtree(root / "test/good")
+
+    assert ["no good ones" in warning for warning in _check(root).warnings] == [True]
+
+
 def test_digest_depends_on_content_and_relative_names_only(root, tmp_path_factory):
     """A copy elsewhere has the same digest; another name, image or mask has another one."""
     before = _check(root).digest
@@ -189,6 +228,19 @@ def test_gather_lines_when_the_check_warns_then_it_is_said_with_the_lines_name(t
     gather_lines(make_request(line, tmp_path / "store"), reporter)
 
     assert any(re.match(r"tex: .*has the same content as", note) for note in reporter.notes)
+
+
+def test_read_good_folder_with_files_of_another_format_counts_them(tmp_path):
+    """A bound that rests on fewer parts than the folder holds must not go unexplained; without any, neither."""
+    _write(tmp_path / "day/0.pgm", b"P5 1 1 255 x")
+    reporter = _Notes()
+
+    with pytest.raises(DatasetFault, match=r"holds no image.*1 file is passed over: 1 .pgm in .*day"):
+        read_good_folder(tmp_path, None, 16, reporter)
+    _write(tmp_path / "1.png", encode_png(_picture(40)))
+    read_good_folder(tmp_path, None, 16, reporter)
+
+    assert ["1 .pgm in" in note for note in reporter.notes] == [True]
 
 
 def test_read_good_folder_with_copies_of_one_frame_counts_it_once(tmp_path):

@@ -53,6 +53,13 @@ def test_defects_when_read_then_frames_and_masks_have_the_networks_size(root):
     assert defects.masks.sum(axis=(1, 2)).max() <= 16
 
 
+def test_good_folder_when_it_is_in_capitals_then_is_left_out(root):
+    """Good frames never become defects to learn from by the case of their folder."""
+    (root / "test/good").rename(root / "test/Good")
+
+    assert _read(root).marked == 2
+
+
 def test_mask_when_it_is_thinner_than_a_pixel_of_the_input_then_stays(root):
     """A scratch of one pixel in a frame of twice the size does not vanish."""
     _write(root / "ground_truth/hole/0_mask.png", _mask(5, 9, size=1))

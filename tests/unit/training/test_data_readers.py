@@ -1,5 +1,6 @@
 """Promises of the data-set readers and of the choice among them."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,128 @@ def test_read_dataset_passes_over_what_is_no_image(tmp_path):
     dataset = read_dataset(tmp_path)
 
     assert _names(tmp_path, dataset.train_good) == ["train/good/0.png", "train/good/deeper/1.tif"]
+
+
+def test_read_dataset_of_good_folders_in_capitals_takes_their_frames_for_good(tmp_path):
+    """A folder's case is a habit of whoever made it; good parts never become defects by it."""
+    _put(tmp_path, "train/Good/0.png", "validation/GOOD/1.png", "test/Good/2.png", "test/good/3.png", "test/hole/4.png")
+
+    dataset = read_dataset(tmp_path)
+
+    assert dataset.layout == "mvtec"
+    assert _names(tmp_path, dataset.train_good) == ["train/Good/0.png"]
+    assert _names(tmp_path, dataset.validation_good) == ["validation/GOOD/1.png"]
+    assert [(s.path.name, s.label, s.kind) for s in dataset.test] == [
+        ("2.png", NORMAL, "good"),
+        ("3.png", NORMAL, "good"),
+        ("4.png", ANOMALOUS, "hole"),
+    ]
+
+
+def test_read_dataset_of_good_frames_in_capitals_without_test_frames_is_plain(tmp_path):
+    """The plain layout knows the folder by the same name."""
+    _put(tmp_path, "train/GOOD/0.png")
+
+    dataset = read_dataset(tmp_path)
+
+    assert (dataset.layout, len(dataset.train_good)) == ("plain", 1)
+
+
+@pytest.mark.parametrize("word", ["ok", "OK", "Pass", "gut", "normal", "IO", "i.O."])
+@pytest.mark.parametrize("beside", [["test/good/1.png"], []], ids=["beside good", "instead of good"])
+def test_read_dataset_of_a_test_folder_with_another_word_for_good_refuses(tmp_path, word, beside):
+    """Its frames would count as defects that the detector misses, and no figure would be right."""
+    _put(tmp_path, "train/good/0.png", f"test/{word}/2.png", "test/hole/3.png", *beside)
+
+    sentence = f"test/{word} is named as if its frames were good.*put them into .*test/good"
+    with pytest.raises(DatasetFault, match=sentence):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["n.i.o.", "not_ok", "nok", "passivation"])
+def test_read_dataset_of_a_defect_whose_name_holds_a_word_for_good_reads_it(tmp_path, kind):
+    """Only the whole name is such a word; an empty folder of that name harms nobody."""
+    _put(tmp_path, "train/good/0.png", "test/good/1.png", f"test/{kind}/2.png")
+    (tmp_path / "test/ok").mkdir()
+
+    assert [s.kind for s in read_dataset(tmp_path).test if s.label == ANOMALOUS] == [kind]
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (
+            ["train/good/1.pgm", "train/good/2.pgm", "train/good/3"],
+            "3 files are .*: 2 .pgm, 1 without suffix in",
+        ),
+        (["train/1.png", "test/2.png"], "2 files are .*: 1 .png in .*/test; 1 .png in .*/train. Frames are read from"),
+        (["train/bad/1.png"], "1 file is passed over: 1 .png in .*/train/bad"),
+        (["val/1.png"], "1 file is passed over: 1 .png in .*/val"),
+        ([f"{index}/1.png" for index in range(8)], "8 files are .* 1 .png in .*/4; and those of 3 more folders"),
+    ],
+    ids=["suffixes", "beside the folders", "a kind of training frames", "validation", "many folders"],
+)
+def test_read_dataset_says_which_files_it_passes_over(tmp_path, files, told):
+    """No frame is lost in silence: whoever has them in another place or format learns of it."""
+    _put(tmp_path, "train/good/0.png", "test/good/0.png", *files)
+
+    (note,) = read_dataset(tmp_path).notes
+
+    assert re.match(told, note)
+
+
+def test_read_dataset_of_a_flat_folder_says_that_folders_in_it_are_passed_over(tmp_path):
+    """Frames of a second day in a folder of their own are not fitted on."""
+    _put(tmp_path, "0.png", "1.png", "day2/2.png")
+
+    dataset = read_dataset(tmp_path)
+
+    assert len(dataset.train_good) == 2
+    assert ["1 .png in" in note and "not from folders in it" in note for note in dataset.notes] == [True]
+
+
+def test_read_dataset_minds_no_side_files(tmp_path):
+    """Tables, texts, hidden files and what file browsers leave are no frames; a linked folder is read once."""
+    _put(tmp_path, "train/good/0.png", "test/good/1.png", "test/hole/2.png", "ground_truth/hole/2_mask.png")
+    for name in ("boxes.csv", "LICENSE", "readme.md", "train/good/Thumbs.db", ".DS_Store", ".cache/3.pgm"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "again").symlink_to(tmp_path / "train")
+
+    assert read_dataset(tmp_path).notes == ()
+
+
+def test_read_dataset_takes_jfif_for_jpeg(tmp_path):
+    """Browsers and mail programs save JPEG under this suffix."""
+    _put(tmp_path, "train/good/0.jfif", "train/good/1.JFIF")
+
+    dataset = read_dataset(tmp_path)
+
+    assert (len(dataset.train_good), dataset.notes) == (2, ())
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        (["train/good/1.pgm"], "has no good frame to train on.*1 file is passed over: 1 .pgm in .*train/good"),
+        (
+            ["train/good/0.png", *(f"test/hole/{index}.png" for index in range(8)), "ground_truth/hole/0.png"]
+            + [f"ground_truth/hole/{index}.pgm" for index in range(1, 8)],
+            "has no mask, while others.*7 files are passed over: 7 .pgm in .*ground_truth/hole",
+        ),
+        (
+            ["train/good/0.png", "test/hole/0.png", "test/hole/1.pgm", "ground_truth/hole/1.png"],
+            "is a mask without an image.*1 file is passed over: 1 .pgm in .*test/hole",
+        ),
+    ],
+    ids=["good frames", "masks", "defects"],
+)
+def test_read_dataset_without_what_it_passes_over_says_so_in_the_refusal(tmp_path, files, sentence):
+    """Whoever sees the files in their folder must not be told only that they are missing."""
+    _put(tmp_path, "test/good/9.png", *files)
+
+    with pytest.raises(DatasetFault, match=sentence):
+        read_dataset(tmp_path, "mvtec")
 
 
 @pytest.mark.parametrize("folder", ["val", "validation"])

@@ -1,0 +1,66 @@
+"""Which files of a line's folder no reader took, told in one sentence, so that no frame is lost in silence.
+
+Hidden files, what a file browser leaves behind, and texts and tables beside the frames are not minded.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp"})
+_SIDE_SUFFIXES = frozenset(
+    {".txt", ".md", ".pdf", ".html", ".csv", ".tsv", ".xlsx", ".json", ".yaml", ".yml", ".xml", ".log", ".db", ".ini"}
+)
+_SIDE_NAMES = frozenset({"license", "licence", "readme", "copying", "notice"})
+# How many folders one message names; the rest is counted.
+_NAMED_FOLDERS = 5
+
+
+def tell_passed_over(root: Path, taken: Iterable[Path], places: str) -> tuple[str, ...]:
+    """Say how many files of each kind nobody took, folder by folder, and where frames are looked for.
+
+    Args:
+        root: a line's folder, or one of its folders.
+        taken: frames and masks that were read.
+        places: where this layout has its frames, for the sentence.
+
+    Returns:
+        One sentence, or none where everything was taken.
+    """
+    real_of = {path.resolve() for path in taken}
+    left: dict[Path, Counter[str]] = {}
+    for path in _files_below(root):
+        if not _is_side_file(path) and path.resolve() not in real_of:
+            left.setdefault(path.parent, Counter())[path.suffix.lower() or "without suffix"] += 1
+    if not left:
+        return ()
+    told = [
+        f"{', '.join(f'{count} {suffix}' for suffix, count in sorted(suffixes.items()))} in {folder}"
+        for folder, suffixes in list(left.items())[:_NAMED_FOLDERS]
+    ]
+    if (more := len(left) - _NAMED_FOLDERS) > 0:
+        told.append(f"and those of {more} more folders")
+    count = sum(suffixes.total() for suffixes in left.values())
+    sentence = (
+        f"{count} {'file is' if count == 1 else 'files are'} passed over: {'; '.join(told)}. Frames are read from "
+        f"{places} where their names end in {', '.join(sorted(IMAGE_SUFFIXES))}; move or convert what belongs there."
+    )
+    return (sentence,)
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Yield visible files at any depth, those of a folder that several links lead to once."""
+    seen: set[str] = set()
+    for folder, names, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            names.clear()
+            continue
+        seen.add(real)
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _is_side_file(path: Path) -> bool:
+    return path.suffix.lower() in _SIDE_SUFFIXES or path.stem.lower() in _SIDE_NAMES
