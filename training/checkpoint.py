@@ -9,7 +9,6 @@ Backbone weights are not kept: they never change, and the identity says which on
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from training.whole_files import write_whole
 
 _SCHEMA_VERSION = 1
 _STATE_FILE = "checkpoint.json"
@@ -74,6 +75,9 @@ def save_checkpoint(directory: Path, state: TrainingState, identity: Mapping[str
         directory: made where it is missing.
         state: what to keep.
         identity: what must be equal for the state to make sense: digests of configuration, data and backbone weights.
+
+    Raises:
+        OSError: naming the file, if one can't be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {f"detector/{name}": value for name, value in state.detector.items()}
@@ -92,9 +96,9 @@ def save_checkpoint(directory: Path, state: TrainingState, identity: Mapping[str
         "optimiser_scalars": dict(state.optimiser_scalars),
         "losses": [[point.stage, point.step, point.terms] for point in state.losses],
     }
-    _write(directory / tensor_file, data)
-    _write(directory / _STATE_FILE, json.dumps(record).encode())
-    for path in directory.glob("checkpoint-*.safetensors"):
+    write_whole(directory / tensor_file, data)
+    write_whole(directory / _STATE_FILE, json.dumps(record).encode())
+    for path in _tensor_files(directory):
         if path.name != tensor_file:
             path.unlink()
 
@@ -145,7 +149,7 @@ def load_checkpoint(directory: Path, identity: Mapping[str, str], *, only_named:
 def remove_checkpoint(directory: Path) -> None:
     """Delete a checkpoint, once the bundle is in the store; other files of the directory stay."""
     (directory / _STATE_FILE).unlink(missing_ok=True)
-    for path in directory.glob("checkpoint-*.safetensors"):
+    for path in _tensor_files(directory):
         path.unlink()
 
 
@@ -219,14 +223,10 @@ def _damaged(directory: Path) -> CheckpointRefused:
     return CheckpointRefused(f"The checkpoint in {directory} is damaged; start without resuming.")
 
 
+def _tensor_files(directory: Path) -> list[Path]:
+    """Return the tensors of all states, those included at which a process was killed while it wrote them."""
+    return [*directory.glob("checkpoint-*.safetensors"), *directory.glob(".checkpoint-*.safetensors.writing")]
+
+
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -152,7 +152,7 @@ def faults_as_sentences(*, shares_work: bool = False) -> Iterator[None]:
         raise _leave(str(error), _CALLERS) from error
     except OSError as error:
         code = _OURS if is_machines_fault(error) else _CALLERS
-        raise _leave(f"{error.filename or 'A file'}: {error.strerror or error}.", code, own=True) from error
+        raise _leave(_tell_fault(error), code, own=True) from error
 
 
 def train_lines(line_folder: Path | None, wishes: Wishes, threads: int | None) -> None:
@@ -555,19 +555,29 @@ def _run(
     try:
         finished = train(request, directory, reporter, beginning, peers)
     except (FitStopped, KeyboardInterrupt) as stop:
-        by_torchrun = "" if peers is None or peers.count == 1 else ", by torchrun again or without it"
-        again = f" To go on where it stood: flawline train --resume {directory}{by_torchrun}"
-        if has_report(directory):
-            again = f" All but publishing is done: {_export_of(directory)}"
-        if beginning == "export":
-            again = " The run is as it was; give the same command again."
-        raise _leave(f"Stopped.{again if any(directory.iterdir()) else ''}", _STOPPED) from stop
+        raise _leave(f"Stopped.{_how_to_go_on(directory, beginning, peers)}", _STOPPED) from stop
+    except OSError as error:
+        if not is_machines_fault(error):
+            raise
+        raise _leave(f"{_tell_fault(error)}{_how_to_go_on(directory, beginning, peers)}", _OURS) from error
     finally:
         # A run that was refused before it began leaves nothing behind.
         if directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()
     places = {"bundle": finished.bundle, "report": finished.bundle / REPORT_FILE, "run": directory}
     _tell(finished.report, reporter, places)
+
+
+def _how_to_go_on(directory: Path, beginning: Beginning, peers: Peers | None) -> str:
+    """Return what to do about a run that ended before its time, after a space; nothing where it left nothing."""
+    if not any(directory.iterdir()):
+        return ""
+    if beginning == "export":
+        return " The run is as it was; give the same command again."
+    if has_report(directory):
+        return f" All but publishing is done: {_export_of(directory)}"
+    by_torchrun = "" if peers is None or peers.count == 1 else ", by torchrun again or without it"
+    return f" To go on where it stood: {shlex.join(('flawline', 'train', '--resume', str(directory)))}{by_torchrun}"
 
 
 def _help(request: RunRequest, directory: Path, beginning: Beginning, peers: Peers) -> None:
@@ -736,6 +746,10 @@ def _line_name(name: str) -> str:
             f"{name!r} can't name a line or bundle; give a name of letters, digits, dots, dashes and underscores, at "
             "most 64."
         ) from error
+
+
+def _tell_fault(error: OSError) -> str:
+    return f"{error.filename or 'A file'}: {error.strerror or error}."
 
 
 def _use_threads(threads: int | None) -> None:

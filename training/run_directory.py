@@ -25,6 +25,7 @@ from service.contract.bundle import LineName, Manifest, line_file
 from training.config import ConfigFault, RunConfig, parse_config
 from training.evaluate import Answers
 from training.report import ReportData
+from training.whole_files import write_whole
 
 REPORT_FILE = "report.html"
 _REQUEST_FILE = "run.json"
@@ -161,9 +162,9 @@ def keep_results(
         place = (directory / line_file(line, manifest.lines, "metrics.json")).parent
         place.mkdir(parents=True, exist_ok=True)
         _write(place / "metrics.json", json.dumps(figures, indent=2))
-        (place / "scores.npz").write_bytes(_scores(by_set))
+        write_whole(place / "scores.npz", _scores(by_set))
     for line, mask in masks.items():
-        mask_path(directory, line, manifest.lines).write_bytes(mask)
+        write_whole(mask_path(directory, line, manifest.lines), mask)
     _write(directory / _REPORT_DATA_FILE, report.model_dump_json())
     _write(directory / REPORT_FILE, page)
 
@@ -174,8 +175,8 @@ def mask_path(directory: Path, line: str, lines: Sequence[str]) -> Path:
 
 
 def has_report(directory: Path) -> bool:
-    """Tell whether a run came to its report, which is written when all but publishing is done."""
-    return (directory / _REPORT_DATA_FILE).is_file()
+    """Tell whether a run came to its report's page, which is written last, when all but publishing is done."""
+    return (directory / REPORT_FILE).is_file()
 
 
 def read_report(directory: Path) -> ReportData:
@@ -204,6 +205,4 @@ def _scores(answers: Mapping[str, Answers]) -> bytes:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, text.encode())

@@ -486,9 +486,16 @@ def test_run_when_its_configuration_was_only_written_otherwise_then_is_as_it_was
     assert read_request(tmp_path) == make_request(line, tmp_path / "store")
 
 
-@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 1), (errno.EACCES, 2)])
+@pytest.mark.parametrize(
+    ("command", "number", "code", "advice"),
+    [
+        ("export", errno.ENOSPC, 1, " The run is as it was; give the same command again."),
+        ("train --resume", errno.ENOSPC, 1, " To go on where it stood: flawline train --resume {}"),
+        ("export", errno.EACCES, 2, ""),
+    ],
+)
 def test_commands_when_a_file_can_not_be_written_then_the_code_tells_whose_fault_it_is(
-    line, tmp_path, monkeypatch, number, code
+    line, tmp_path, monkeypatch, command, number, code, advice
 ):
     """A full disk is the machine's, a place that may not be written the caller's."""
 
@@ -498,9 +505,10 @@ def test_commands_when_a_file_can_not_be_written_then_the_code_tells_whose_fault
     keep_request(tmp_path, make_request(line, tmp_path / "store"))
     monkeypatch.setattr("training.jobs.train", refuse)
 
-    result = _invoke("export", tmp_path)
+    result = _invoke(*command.split(), tmp_path)
 
-    assert (result.exit_code, result.output.strip()) == (code, "runs/scores.npz: why.")
+    told = f"runs/scores.npz: why.{advice.format(tmp_path)}"
+    assert (result.exit_code, result.output.strip()) == (code, told)
 
 
 def test_train_command_when_the_store_can_not_be_one_then_refuses_before_fitting(line, tmp_path):

@@ -1,6 +1,8 @@
 """Promises of checkpoints: complete or absent, of this run or refused."""
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,11 +70,33 @@ def test_checkpoint_saved_again_replaces_the_old_one(tmp_path):
 
 
 def test_checkpoint_whose_writing_was_cut_short_leaves_the_old_one(tmp_path):
-    """Tensors of a newer state without its JSON change nothing."""
+    """Tensors of a newer state without its JSON change nothing, and the next state takes their place."""
     save_checkpoint(tmp_path, _state(3), _IDENTITY)
     (tmp_path / "checkpoint-0123.safetensors").write_bytes(b"half")
     (tmp_path / ".checkpoint.json.writing").write_bytes(b"{")
 
+    (tmp_path / ".checkpoint-0123.safetensors.writing").write_bytes(b"half")
+
+    assert load_checkpoint(tmp_path, _IDENTITY).step == 3
+    save_checkpoint(tmp_path, _state(4), _IDENTITY)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_checkpoint_when_the_disk_is_full_then_names_its_file_and_leaves_the_old_one_alone(tmp_path, monkeypatch):
+    """A write knows no name of its own, and what it left half done would keep the disk full."""
+    save_checkpoint(tmp_path, _state(3), _IDENTITY)
+    before = sorted(tmp_path.iterdir())
+
+    def sync(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("training.whole_files.os.fsync", sync)
+    with pytest.raises(OSError, match="No space left") as refused:
+        save_checkpoint(tmp_path, _state(4), _IDENTITY)
+
+    assert Path(refused.value.filename).parent == tmp_path
+    assert Path(refused.value.filename).match("checkpoint-*.safetensors")
+    assert sorted(tmp_path.iterdir()) == before
     assert load_checkpoint(tmp_path, _IDENTITY).step == 3
 
 
