@@ -272,6 +272,7 @@ def _line_record(line: MeasuredLine, config: RunConfig) -> LineRecord:
             tested_on_normal=labels.count(NORMAL),
             tested_on_anomalous=labels.count(ANOMALOUS),
             shots=() if config.shots is None else _names_of(line.gathered),
+            frame_sizes=line.gathered.data.frame_sizes,
         ),
         review_rate=config.review_rate,
         fail_rate=config.fail_rate,

@@ -186,14 +186,19 @@ def refuse_other_shape(path: Path, frame_sizes: Sequence[tuple[int, int]]) -> No
         ParameterInvalid: if its aspect ratio is none of the frames', but for a pixel of each side.
     """
     height, width = _read_mask(path).shape
-    lowest, highest = _aspect_ratios(height, width)
-    ratios = [_aspect_ratios(*size) for size in frame_sizes]
-    if highest < min(low for low, _ in ratios) or lowest > max(high for _, high in ratios):
+    if not has_shape_of((height, width), frame_sizes):
         frame_height, frame_width = frame_sizes[0]
         raise ParameterInvalid(
             f"The region-of-interest mask {path} has {width}x{height} pixels and the frames {frame_width}x"
             f"{frame_height}, which is another aspect ratio; draw it on a frame."
         )
+
+
+def has_shape_of(size: tuple[int, int], frame_sizes: Sequence[tuple[int, int]]) -> bool:
+    """Tell whether `(height, width)` has the aspect ratio of frames, or one between theirs, but for a pixel a side."""
+    lowest, highest = _aspect_ratios(*size)
+    ratios = [_aspect_ratios(*frame_size) for frame_size in frame_sizes]
+    return highest >= min(low for low, _ in ratios) and lowest <= max(high for _, high in ratios)
 
 
 def _aspect_ratios(height: int, width: int) -> tuple[float, float]:

@@ -635,7 +635,7 @@ def _frames_to_test(
     if not samples:
         raise DatasetFault(f"{line_folder} has no test frames; put some into test/good and test/<kind>.")
     record = FramesRecord(name=checked.dataset.name, digest=checked.digest)
-    return CheckedFrames(samples, record, checked.content), checked.dataset.validation_good
+    return CheckedFrames(samples, record, checked.content, checked.frame_sizes), checked.dataset.validation_good
 
 
 def _rate(name: str, given: float | None, old: float | None) -> float:

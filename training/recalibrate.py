@@ -30,6 +30,7 @@ from training.bundles import bundle_files, verify_bundle
 from training.calibrate import (
     Calibrated,
     calibrate,
+    has_shape_of,
     read_region_of_interest,
     refuse_other_shape,
     refuse_unsupported_rates,
@@ -67,11 +68,13 @@ class CheckedFrames:
         samples: one a frame.
         record: of the folder that they come from.
         content: SHA-256 in hex of each frame's file.
+        frame_sizes: `(height, width)` in pixels that frames have, the most common one first.
     """
 
     samples: tuple[Sample, ...]
     record: FramesRecord
     content: Mapping[Path, str]
+    frame_sizes: tuple[tuple[int, int], ...]
 
 
 def read_good_folder(folder: Path, group_by: str | None, bit_depth: int, reporter: Reporter) -> CheckedFrames:
@@ -109,7 +112,7 @@ def read_good_folder(folder: Path, group_by: str | None, bit_depth: int, reporte
     if checked.copies:
         reporter.note(f"{len(checked.copies)} frames are copies of others; they say nothing new and are left out.")
     record = FramesRecord(name=dataset.name, digest=checked.digest, copies_left_out=len(checked.copies))
-    return CheckedFrames(checked.distinct.validation_good, record, checked.content)
+    return CheckedFrames(checked.distinct.validation_good, record, checked.content, checked.frame_sizes)
 
 
 def pattern_of_parts(bundle: Bundle, line: str, given: str | None) -> str | None:
@@ -191,6 +194,43 @@ def refuse_known_test_frames(tested: CheckedFrames, good: CheckedFrames, fitted:
         raise DatasetFault(*faults)
 
 
+def refuse_other_frames(
+    bundle: Bundle, line: str, good: CheckedFrames, reporter: Reporter, *, keeps_region: bool
+) -> None:
+    """Refuse frames of another shape than the line's where its region of interest is laid over them, else tell of them.
+
+    Args:
+        bundle: verified.
+        line: one of the bundle's.
+        good: frames that shall calibrate it.
+        reporter: says of frames of another size that they are.
+        keeps_region: whether a region of interest that was drawn on the line's frames before is carried over.
+
+    Raises:
+        ParameterInvalid: if a frame has another aspect ratio, and the region would cover other places of the part.
+    """
+    recorded = bundle.manifest.by_line[line].data.frame_sizes
+    known = recorded or _sizes_of_golden(bundle, line)
+    if not known:
+        return
+    of_other_shape = [size for size in good.frame_sizes if not has_shape_of(size, known)]
+    # Golden frames are stored smaller than the camera's, so only their shape tells something.
+    others = of_other_shape or [size for size in good.frame_sizes if recorded and size not in recorded]
+    if not others:
+        return
+    height, width = others[0]
+    told = f"{width}x{height} pixels and those of the line {line} before {known[0][1]}x{known[0][0]}"
+    if of_other_shape and keeps_region:
+        raise ParameterInvalid(
+            f"The new frames have {told}, which is another aspect ratio, so the line's region of interest would lie on "
+            "other places of the part; give frames of this line, or with --roi a mask that is drawn on the new ones."
+        )
+    reporter.note(
+        f"New frames have {told}. See to it that they are of this line; thresholds from frames of another product or "
+        "camera are none for it."
+    )
+
+
 def recalibrate(
     bundle: Bundle,
     line: str,
@@ -225,8 +265,8 @@ def recalibrate(
         CalibrationRefused: if there are too few good parts for a rate.
         DatasetFault: if fitting saw all good frames, or a test frame calibrates as well or was fitted on.
         GoldenFailed: if no golden frame is clear of the new thresholds.
-        FlawlineError: if a frame or mask can't be read, the mask was not drawn on frames of the line, or it leaves too
-            little to inspect.
+        FlawlineError: if a frame or mask can't be read, the mask was not drawn on frames of the line, nor the bundle's
+            region on frames of this shape, or it leaves too little to inspect.
     """
     manifest, index = bundle.manifest, bundle.manifest.lines.index(line)
     store = bundle.path.parent.parent
@@ -234,6 +274,7 @@ def recalibrate(
     old, record = bundle.policies[line], manifest.by_line[line]
     spec, rule = manifest.input, manifest.output.score_rule
     region = old.region_of_interest if region_of_interest is None else read_region_of_interest(region_of_interest)
+    refuse_other_frames(bundle, line, good, reporter, keeps_region=region_of_interest is None and region is not None)
     good = _unseen_frames(bundle, good, tested, reporter, review_rate=review_rate, fail_rate=fail_rate)
     graph = GraphRun(bundle.model, threads)
     whole = by_tiles(graph, spec, rule)
@@ -329,6 +370,17 @@ def recalibrate(
     return path, report
 
 
+def _sizes_of_golden(bundle: Bundle, line: str) -> tuple[tuple[int, int], ...]:
+    if not bundle.manifest.by_line[line].is_calibrated:  # generated frames were all there was
+        return ()
+    golden = read_golden(bundle)
+    return tuple(
+        (frame.height, frame.width)
+        for answer, frame in zip(golden.answers, golden.frames, strict=True)
+        if answer.line == line
+    )
+
+
 def _unseen_frames(
     bundle: Bundle,
     good: CheckedFrames,
@@ -365,16 +417,17 @@ def _next_version(version: str) -> str:
     return str(int(version) + 1) if version.isdecimal() else f"{version[:60]}.1"
 
 
-def _data_again(calibrated: Calibrated, held_out: Answers, good: CheckedFrames) -> dict[str, int | FramesRecord | None]:
+def _data_again(calibrated: Calibrated, held_out: Answers, good: CheckedFrames) -> dict[str, object]:
     """Return what is new of a line's data: the frames that now set its thresholds."""
     return {
         "calibrated_on": len(held_out.samples),
         "calibrated_parts": calibrated.calibration.good_parts,
         "calibration_frames": good.record,
+        "frame_sizes": good.frame_sizes,
     }
 
 
-def _tested_again(evaluation: Evaluation, tested: CheckedFrames) -> dict[str, int | FramesRecord | None]:
+def _tested_again(evaluation: Evaluation, tested: CheckedFrames) -> dict[str, object]:
     labels = evaluation.answers.labels
     return {
         "tested_on_normal": int((labels == NORMAL).sum()),

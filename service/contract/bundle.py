@@ -115,6 +115,8 @@ class DataRecord(_Record):
         calibration_frames: what `calibrated_on` counts, where the line was calibrated again on other frames than the
             data set's; else None.
         test_frames: what `tested_on_normal` and `tested_on_anomalous` count, where they were measured then; else None.
+        frame_sizes: `(height, width)` in pixels that frames of the line have, the most common one first; of the data
+            set, or of `calibration_frames` where there are such. Empty in bundles that are older than this.
     """
 
     name: str
@@ -128,6 +130,7 @@ class DataRecord(_Record):
     shots: tuple[str, ...] = ()
     calibration_frames: FramesRecord | None = None
     test_frames: FramesRecord | None = None
+    frame_sizes: tuple[tuple[int, int], ...] = ()
 
 
 class LabelledDefectsRecord(_Record):

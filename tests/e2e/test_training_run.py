@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from service.contract.bundle import load_bundle, versions_of
+from service.contract.bundle import FITTED_FRAMES_FILE, load_bundle, versions_of
 from service.contract.frames import FrameLimits, decode_image
 from service.contract.golden import read_golden, replay
 from service.contract.policy import inspected_mask, policy_digest
@@ -73,6 +73,8 @@ def test_train_when_it_ends_then_the_bundle_is_one_that_the_service_accepts(fini
     assert (manifest.name, manifest.lines, manifest.version) == ("bottle", ("bottle",), "1")
     record = manifest.by_line["bottle"]
     assert (record.data.fitted_on, record.data.calibrated_on) == (GOOD // 2, GOOD // 2)
+    assert record.data.frame_sizes == ((72, 80),)
+    assert len(bundle.files[FITTED_FRAMES_FILE].split()) == GOOD // 2
     assert (record.data.tested_on_normal, record.data.tested_on_anomalous) == (TEST_GOOD, DEFECTS)
     assert manifest.hyperparameters["hyperparameters"]["heads"] == 2
     assert record.metrics["p_auroc"].value is not None

@@ -239,3 +239,53 @@ def test_calibrate_when_the_list_of_fitted_frames_is_none_then_it_refuses(tmp_pa
     bundle = load_bundle(make_bundle(tmp_path / "store", extra_files={FITTED_FRAMES_FILE: b"000.png\n"}))
 
     assert "fitted_frames.txt is no list of digests" in _refused(bundle, good)
+
+
+_REGION = {"region_of_interest": (((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)),)}
+
+
+def _frames_of(folder, height, width):
+    folder.mkdir()
+    for index in range(GOOD):
+        (folder / f"{index:03d}.png").write_bytes(encode(make_frame(height, width, seed=400 + index)))
+    return folder
+
+
+def test_calibrate_when_frames_of_another_shape_meet_the_old_region_then_it_refuses(tmp_path, good):
+    """The region was drawn on other frames and would leave out other places of the part, which nobody asked for."""
+    height, width = make_frame().shape[:2]
+    bundle = load_bundle(make_bundle(tmp_path / "store", policy=_REGION))
+    wide = _frames_of(tmp_path / "wide", height, 2 * width)
+
+    said = _refused(bundle, wide)
+
+    assert f"The new frames have {2 * width}x{height} pixels and those of the line demo_line before" in said
+    assert "with --roi a mask that is drawn on the new ones" in said
+    mask = np.full((height, 2 * width), 255, np.uint8)
+    mask[:, : width // 2] = 0
+    (tmp_path / "roi.png").write_bytes(encode(mask))
+    again = _calibrate(bundle, wide, "--roi", tmp_path / "roi.png")
+    assert again.manifest.by_line["demo_line"].data.frame_sizes == ((height, 2 * width),)
+    third = _calibrate(again, wide)  # whose region was drawn on these
+    assert third.policies["demo_line"].region_of_interest == again.policies["demo_line"].region_of_interest
+    done = CliRunner().invoke(commands, ["calibrate", str(third.path), str(good)])
+    assert "which is another aspect ratio" in re.sub(r"\s+", " ", done.output)
+
+
+def test_calibrate_when_frames_have_another_size_then_it_says_so(tmp_path, good):
+    """A larger sensor is allowed, and without a region so is another shape, but nobody overlooks it."""
+    height, width = make_frame().shape[:2]
+    data = make_line_record().data.model_copy(update={"frame_sizes": ((height, width),)})
+    bundle = load_bundle(make_bundle(tmp_path / "store", by_line={"demo_line": make_line_record(data=data)}))
+    for place, size in (("large", (2 * height, 2 * width)), ("wide", (height, 2 * width))):
+        folder = _frames_of(tmp_path / place, *size)
+        done = CliRunner().invoke(commands, ["calibrate", str(bundle.path), str(folder)])
+
+        assert done.exit_code == 0, done.output
+        said = re.sub(r"\s+", " ", done.output)
+        assert (
+            f"New frames have {size[1]}x{size[0]} pixels and those of the line demo_line before {width}x{height}"
+            in said
+        )
+    done = CliRunner().invoke(commands, ["calibrate", str(bundle.path), str(good)])
+    assert "New frames have" not in done.output
