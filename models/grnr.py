@@ -20,9 +20,11 @@ Deviations, each with its reason:
   positions x N x channels;
 * the eight neighbours are turned by an orthogonal matrix first, into their mean and seven differences: the solution
   is the same, and float32 keeps the digits of differences that a large common part would drown;
-* the image is reflected outwards by the margin that is cut off the map later, so that all of the part is judged; with
-  `border_mode="crop"` the margin is the image's own, as in the demo, and the map's rim holds the map's least value
-  instead of being cut off, because maps are laid over whole frames;
+* the image is reflected outwards by the margin that is cut off the map later, so that all of the part is judged, and by
+  `context` more, which only the backbone sees: the zeros that its convolutions pad with reach seven cells inwards, far
+  more than the margin, and would make every good texture's rim the oddest place of its map. With `border_mode="crop"`
+  there is no such context and the margin is the image's own, as in the demo, and the map's rim holds the map's least
+  value instead of being cut off, because maps are laid over whole frames;
 * thresholds from good parts are this project's, with a stated bound, not the 99.5th percentile.
 The demo shows no image score: it is the map's largest value.
 
@@ -58,6 +60,8 @@ class GrnrConfig:
         image_size: `(height, width)` of the images; the demo's canvas of 320 less the margin.
         margin: pixels of the canvas on each side whose map is not used (32).
         border_mode: `reflect_pad` adds the margin to the image; `crop` takes it from the image, as the demo does.
+        context: pixels that `reflect_pad` adds beyond the margin for the backbone alone, a multiple of its coarsest
+            stride; not in the demo. With the margin, as far as the backbone's padding reaches.
         support: N, how many typical features are averaged, at each scale (40).
         support_slope: half the width of the slope at which the choice of typical features ends, in ranks and as a
             fraction of N; 0 ends it sharply.
@@ -76,6 +80,7 @@ class GrnrConfig:
     image_size: tuple[int, int] = (256, 256)
     margin: int = 32
     border_mode: Literal["reflect_pad", "crop"] = "reflect_pad"
+    context: int = 96
     support: int = 40
     support_slope: float = 0.25
     regularisation: float = 5.0
@@ -259,11 +264,14 @@ class Grnr(nn.Module):
             RuntimeError: if the backbone has no weights.
         """
         require_image_size(images, self.image_size)
+        pool, context = self.config.pool, 0
         if self.config.border_mode == "reflect_pad":
-            images = functional.pad(images, (self.config.margin,) * 4, mode="reflect")
-        # Zeros behind the border count, as in the demo; the rim that they darken is cut.
-        pool = self.config.pool
-        return [functional.avg_pool2d(layer, pool, stride=1, padding=pool // 2) for layer in self.backbone(images)]
+            context = self.config.context
+            images = functional.pad(images, (self.config.margin + context,) * 4, mode="reflect")
+        # Zeros behind the border count, as in the demo; the rim that they darken is dropped or cut.
+        smoothed = [functional.avg_pool2d(layer, pool, stride=1, padding=pool // 2) for layer in self.backbone(images)]
+        cells = [context // stride for stride in self.backbone.strides]
+        return [_drop_rim(layer, width) for layer, width in zip(smoothed, cells, strict=True)]
 
     def forward(self, images: Tensor) -> AnomalyOutput:
         """Judge images `(B, 3, H, W)` float32 in [0, 1].
@@ -285,6 +293,11 @@ class Grnr(nn.Module):
 def _slope_ranks(config: GrnrConfig) -> int:
     """Return half the width of the slope in ranks; a slope that is wanted has one at least."""
     return math.ceil(config.support_slope * config.support)
+
+
+def _drop_rim(features: Tensor, cells: int) -> Tensor:
+    """Drop a rim of cells of features `(B, C, H, W)`."""
+    return features if cells == 0 else features[:, :, cells:-cells, cells:-cells]
 
 
 def _cut_rim(grid: Tensor, cells: int) -> Tensor:
@@ -310,8 +323,13 @@ def _refuse_contradictions(
         raise ValueError(f"the canvas of {canvas[0]} x {canvas[1]} is not a multiple of the stride {coarsest}")
     if config.pool % 2 == 0:
         raise ValueError(f"features are smoothed over an odd number of cells, not {config.pool}")
-    if config.border_mode == "reflect_pad" and config.margin >= min(config.image_size):
-        raise ValueError(f"an image of {config.image_size} can't be reflected over {config.margin} pixels")
+    if config.border_mode == "reflect_pad":
+        if config.context % coarsest:
+            raise ValueError(f"a context of {config.context} pixels is not a multiple of the stride {coarsest}")
+        if (added := config.margin + config.context) >= min(config.image_size):
+            raise ValueError(
+                f"an image of {config.image_size} can't be reflected over margin and context, {added} pixels"
+            )
     for cells, grid, stride in zip(config.cut, grids, strides, strict=True):
         if cells * stride > config.margin:
             raise ValueError(f"a cut of {cells} cells of {stride} pixels reaches beyond the margin of {config.margin}")

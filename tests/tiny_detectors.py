@@ -98,6 +98,7 @@ TINY: Mapping[str, Any] = {
         layers=(1, 2),
         image_size=(64, 64),
         margin=16,
+        context=32,
         support=10,
     ),
     "inp_former-vit": InpFormerConfig(

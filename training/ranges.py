@@ -15,7 +15,7 @@ from typing import Any
 from models.detector import Recipe
 
 # Places, seeds, and cells or pixels that are left out.
-_FROM_ZERO = frozenset({"layers", "reference_frame", "margin", "cut", "seed", "deal_seed"})
+_FROM_ZERO = frozenset({"layers", "reference_frame", "margin", "context", "cut", "seed", "deal_seed"})
 # A cosine, and a number of standard deviations above a mean.
 _SIGNED = frozenset({("rb_ae", "margin"), ("ami_net", "mask_deviations")})
 

@@ -19,6 +19,8 @@ from models.grnr import (
     typical_weights,
 )
 from tests.tiny_detectors import TINY, make_detector
+from training.config import load_config
+from training.weights import resolve_weights
 
 
 class _FilterBank(nn.Module):
@@ -246,6 +248,34 @@ def test_map_when_the_texture_is_clean_then_its_border_is_not_hot():
     assert clean.max() < 0.1 * score
 
 
+@pytest.fixture(scope="module")
+def embedded() -> Grnr:
+    """The small configuration with the weights that come with the package, whose convolutions pad with zeros."""
+    config = load_config("small", "grnr", ["product=texture"]).detector_config()
+    detector = Grnr(config)
+    detector.load_backbone_weights(resolve_weights("embedded").state_dict)
+    return detector.eval()
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_forward_when_a_real_backbone_sees_one_grey_then_its_padding_is_no_defect(embedded, level):
+    """What a network's zeros make of the border never reaches the map."""
+    _, score = _judge(embedded, torch.full((1, 3, 256, 256), level))
+
+    assert float(score) < 1e-3
+
+
+def test_map_when_a_real_backbone_sees_noise_then_the_border_is_as_usual_as_the_middle(embedded):
+    """A texture that fills the frame has no rim, so neither has its map; with the margin alone it was 2.7 to 5.3."""
+    noise = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+
+    maps = _judge(embedded, noise)[0].mean(dim=0)
+
+    middle = maps[48:-48, 48:-48].mean()
+    sides = (maps[:16], maps[-16:], maps[:, :16], maps[:, -16:])
+    assert all(0.7 < float(side.mean() / middle) < 1.4 for side in sides)
+
+
 def test_forward_when_built_twice_then_maps_are_the_same_to_the_bit():
     """Nothing is drawn at construction."""
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -344,6 +374,7 @@ def test_stages_when_asked_then_there_is_none():
         ({"margin": 18}, "multiple of the stride"),
         ({"pool": 2}, "odd number of cells"),
         ({"margin": 64}, "can't be reflected"),
+        ({"context": 36}, "a context of 36 pixels is not a multiple"),
         ({"cut": (3, 3)}, "beyond the margin"),
         ({"support": 144}, "144 typical features"),
         ({"support": 0}, "0 typical features"),
