@@ -49,6 +49,7 @@ from service.schemas import InspectionAnswer, InspectionOptions, LinesAnswer, Li
 MEDIA_TYPES = {
     ".jpg": "image/jpeg",
     ".jpeg": "image/jpeg",
+    ".jfif": "image/jpeg",
     ".png": "image/png",
     ".bmp": "image/bmp",
     ".tif": "image/tiff",

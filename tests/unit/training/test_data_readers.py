@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from service.client import MEDIA_TYPES
 from service.contract.frames import encode_png
 from tests.shared_material import require_shared
 from training.data.detect import LAYOUTS, read_dataset
+from training.data.passed_over import IMAGE_SUFFIXES
 from training.data.samples import ANOMALOUS, NORMAL, DatasetFault
 
 
@@ -158,6 +160,11 @@ def test_read_dataset_takes_jfif_for_jpeg(tmp_path):
     dataset = read_dataset(tmp_path)
 
     assert (len(dataset.train_good), dataset.notes) == (2, ())
+
+
+def test_suffixes_that_are_trained_on_are_those_that_the_client_sends():
+    """Frames that a detector was fitted on can be inspected from the same files."""
+    assert MEDIA_TYPES.keys() == IMAGE_SUFFIXES
 
 
 @pytest.mark.parametrize(

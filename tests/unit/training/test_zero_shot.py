@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.contract.bundle import FramesRecord, load_bundle
+from service.contract.bundle import load_bundle
 from service.contract.golden import read_golden, replay
 from service.contract.policy import Verdict, judge
 from service.errors import FrameNotComparable, ParameterInvalid
@@ -14,10 +14,9 @@ from tests.factories import make_bundle, make_input, make_runner
 from tests.tiny_line import TINY_RUN, fit_only, make_config, make_request, write_line
 from training.checkpoint import CheckpointRefused, TrainingState, detector_tensors, save_checkpoint
 from training.config import ConfigFault, RunConfig
-from training.data.folders import good_samples
 from training.detectors import prepare_detector
 from training.progress import SilentReporter
-from training.recalibrate import CheckedFrames, recalibrate
+from training.recalibrate import read_good_folder, recalibrate
 from training.run_directory import read_request
 from training.zero_shot import ZeroShotRequest, generate_frames, make_zero_shot, zero_shot_config
 
@@ -127,12 +126,13 @@ def test_report_when_no_frame_made_the_bundle_then_says_so_and_what_to_do(kind, 
 
 def test_calibrate_when_the_bundle_has_none_then_it_becomes_an_ordinary_one(measured_by_itself, tmp_path):
     """Good parts give thresholds, rates, p-values, and golden frames of the line itself, with verdicts."""
-    good = good_samples(write_line(tmp_path / "leather", good=24, tested=False) / "train/good", "validation")
+    folder = write_line(tmp_path / "leather", good=24, tested=False) / "train/good"
+    good = read_good_folder(folder, None, 16, SilentReporter())
 
     path, report = recalibrate(
         load_bundle(measured_by_itself),
         "leather",
-        CheckedFrames(tuple(good), FramesRecord(name="leather", digest="a" * 64)),
+        good,
         None,
         SilentReporter(),
         review_rate=0.1,
