@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.contract.calibration import Calibration, Threshold, needed_good_parts, reachable_rate
-from service.contract.frames import decode_mask
+from service.contract.frames import decode_region_mask
 from service.contract.policy import Policy, ScoreRule, image_score, inspected_mask, refuse_unfit_region
 from service.contract.regions import Polygon, Window, outline_mask_with_holes
 from service.errors import CalibrationRefused, ParameterInvalid, UnreadableFrame
@@ -159,7 +159,8 @@ def _without_thresholds(version: str, region_of_interest: tuple[Polygon, ...] | 
 def read_region_of_interest(path: Path) -> tuple[Polygon, ...]:
     """Read a mask image, white where parts are inspected, as polygons in fractions of the frame.
 
-    Black places inside a white one are left out as well, as the hole of a washer. Specks of either are not minded.
+    Greys count as the nearer of the two. Black places inside a white one are left out as well, as the hole of a washer.
+    Specks of either are not minded.
 
     Raises:
         UnreadableFrame: if the file can't be decoded or marks nothing.
@@ -167,7 +168,9 @@ def read_region_of_interest(path: Path) -> tuple[Polygon, ...]:
     mask = _read_mask(path)
     polygons = outline_mask_with_holes(mask, _SMALLEST_ROI_FRACTION * mask.size)
     if not polygons:
-        raise UnreadableFrame(f"The region-of-interest mask {path} is black; paint white where parts are inspected.")
+        raise UnreadableFrame(
+            f"The region-of-interest mask {path} has no white; paint white where parts are inspected."
+        )
     # Outlines run along pixel edges, to an eighth of a pixel, and may so leave the frame by a hair.
     return tuple(tuple((min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)) for x, y in polygon) for polygon in polygons)
 
@@ -208,6 +211,6 @@ def _aspect_ratios(height: int, width: int) -> tuple[float, float]:
 
 def _read_mask(path: Path) -> NDArray[np.bool_]:
     try:
-        return decode_mask(path.read_bytes())
+        return decode_region_mask(path.read_bytes())
     except OSError as error:
         raise UnreadableFrame(f"The region-of-interest mask {path} can't be read.") from error

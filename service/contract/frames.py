@@ -81,6 +81,7 @@ _PNG_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2,
 _PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _INFLATE_STEP_BYTES = 2**16
 _JPEG_END = b"\xff\xd9"
+_WHITES = (1, 2**8 - 1, 2**16 - 1)
 _JPEG_FILLER = 128  # what libjpeg draws where the data ended early
 
 
@@ -235,7 +236,7 @@ def is_grey(pixels: NDArray[np.uint8]) -> bool:
 
 
 def decode_mask(data: bytes) -> NDArray[np.bool_]:
-    """Decode a ground-truth or region-of-interest mask: every value above zero is True.
+    """Decode a ground-truth mask: every value above zero is True.
 
     Returns:
         `(h, w)` bool.
@@ -244,6 +245,25 @@ def decode_mask(data: bytes) -> NDArray[np.bool_]:
         UnreadableFrame: if it can't be decoded.
     """
     marked: NDArray[np.bool_] = decode_mask_values(data) > 0
+    return marked
+
+
+def decode_region_mask(data: bytes) -> NDArray[np.bool_]:
+    """Decode a region-of-interest mask: what is nearer to white than to black is True.
+
+    A JPEG's black is not 0 beside an edge, and a brush with soft edges leaves greys. White is the end of the range of 8
+    bits, of 16 where a value is above that, or 1 where none is above it, as programs write masks.
+
+    Returns:
+        `(h, w)` bool.
+
+    Raises:
+        UnreadableFrame: if it can't be decoded.
+    """
+    values = decode_mask_values(data)
+    largest = values.max()
+    white = next((white for white in _WHITES if largest <= white), largest)
+    marked: NDArray[np.bool_] = values > white / 2
     return marked
 
 

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from service.contract import frames
-from service.contract.frames import FrameLimits, decode_image, decode_mask, fit_to_input, read_header
+from service.contract.frames import (
+    FrameLimits,
+    decode_image,
+    decode_mask,
+    decode_region_mask,
+    fit_to_input,
+    read_header,
+)
 from service.contract.geometry import Tiling
 from service.contract.jpeg_segments import START_OF_SCAN, segments
 from service.errors import CallerError, FrameTooLarge, MediaTypeNotAllowed, UnreadableFrame
@@ -569,6 +576,27 @@ def test_mask_when_any_layout_stores_it_is_true_where_colours_are_above_zero(mod
     image = Image.fromarray(marked.astype(np.uint8) * 255).convert(mode)
 
     np.testing.assert_array_equal(decode_mask(saved(image, "PNG")), marked)
+    np.testing.assert_array_equal(decode_region_mask(saved(image, "PNG")), marked)
+
+
+@pytest.mark.parametrize(("white", "kind"), [(1, np.uint8), (255, np.uint8), (65535, np.uint16)])
+def test_region_mask_when_it_has_another_range_is_cut_at_the_middle_of_it(white, kind):
+    """What is nearer to black is left out, however many bits say so."""
+    values = np.array([[0, white // 2, white // 2 + 1, white]], kind)
+
+    decoded = decode_region_mask(saved(Image.fromarray(values), "PNG"))
+
+    np.testing.assert_array_equal(decoded, values > white / 2)
+
+
+def test_region_mask_when_a_jpeg_blurs_its_edges_leaves_out_what_was_painted_black():
+    """A codec's ringing beside an edge inspects nothing; marked defects are read as ever, to the last pixel."""
+    painted = np.zeros((64, 80), np.uint8)
+    painted[5:43, 7:51] = 255
+    data = saved(Image.fromarray(painted), "JPEG", quality=50)
+
+    assert (decode_mask(data) & (painted == 0)).sum() > 100
+    np.testing.assert_array_equal(decode_region_mask(data), painted > 0)
 
 
 def test_mask_when_damaged_is_refused():
