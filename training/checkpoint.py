@@ -119,14 +119,7 @@ def load_checkpoint(directory: Path, identity: Mapping[str, str], *, only_named:
     Raises:
         CheckpointRefused: if there is none, its identity is another one, or its files are damaged.
     """
-    try:
-        record = json.loads((directory / _STATE_FILE).read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointRefused(f"{directory} holds no checkpoint; start without resuming.") from error
-    except ValueError as error:
-        raise _damaged(directory) from error
-    if not isinstance(record, dict) or record.get("schema_version") != _SCHEMA_VERSION:
-        raise CheckpointRefused(f"{directory} was written by another version; start without resuming.")
+    record = _read_record(directory)
     found = record["identity"]
     _refuse_stranger(directory, {name: found.get(name) for name in identity} if only_named else found, identity)
     try:
@@ -144,6 +137,16 @@ def load_checkpoint(directory: Path, identity: Mapping[str, str], *, only_named:
         optimiser_scalars=record["optimiser_scalars"],
         losses=tuple(LossPoint(*point) for point in record["losses"]),
     )
+
+
+def kept_identity(directory: Path) -> Mapping[str, str]:
+    """Return the identity that a checkpoint was saved with.
+
+    Raises:
+        CheckpointRefused: if there is none, or its file is damaged.
+    """
+    identity: Mapping[str, str] = _read_record(directory)["identity"]
+    return identity
 
 
 def remove_checkpoint(directory: Path) -> None:
@@ -210,17 +213,29 @@ def restore_optimiser(optimiser: Optimizer, state: TrainingState) -> None:
     optimiser.load_state_dict({"state": values, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
+def _read_record(directory: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((directory / _STATE_FILE).read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointRefused(f"{directory} holds no checkpoint; begin another run.") from error
+    except ValueError as error:
+        raise _damaged(directory) from error
+    if not isinstance(record, dict) or record.get("schema_version") != _SCHEMA_VERSION:
+        raise CheckpointRefused(f"{directory} was written by another version; begin another run.")
+    return record
+
+
 def _refuse_stranger(directory: Path, found: Mapping[str, str | None], wanted: Mapping[str, str]) -> None:
     differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
     if differing:
         raise CheckpointRefused(
-            f"{directory} belongs to a run with another {', '.join(differing)}; start without resuming, or restore "
-            "what was changed."
+            f"{directory} belongs to a run with another {', '.join(differing)}; put back what was changed, or begin "
+            "another run."
         )
 
 
 def _damaged(directory: Path) -> CheckpointRefused:
-    return CheckpointRefused(f"The checkpoint in {directory} is damaged; start without resuming.")
+    return CheckpointRefused(f"The checkpoint in {directory} is damaged; begin another run.")
 
 
 def _tensor_files(directory: Path) -> list[Path]:

@@ -84,6 +84,12 @@ class GatheredLines:
         return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
     @property
+    def fitting_digest(self) -> str:
+        """SHA-256 in hex over names and contents of the frames that fitting sees, in order; of no other frame."""
+        lines = [[line.name, [line.data.content[sample.path] for sample in line.fitted_on]] for line in self.lines]
+        return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+
+    @property
     def fitted_on(self) -> list[Path]:
         """The files to fit on, line by line."""
         return [sample.path for line in self.lines for sample in line.fitted_on]

@@ -34,7 +34,7 @@ from training.bundles import (
     verify_bundle,
 )
 from training.calibrate import calibrate
-from training.checkpoint import load_checkpoint
+from training.checkpoint import kept_identity, load_checkpoint
 from training.config import RunConfig
 from training.data.labelled_defects import LabelledDefects, read_labelled_defects
 from training.data.loader import FileFrames, load_frame
@@ -71,6 +71,7 @@ _FEWEST_PARITY_FRAMES = 4
 # What decides how a detector is fitted; other keys may change between a run and its export.
 _FITTING_KEYS = {"detector", "backbone", "hyperparameters", "input", "seed", "hold_out"}
 _DEEPEST_BITS = 16
+_OLD_DATA = "data"
 _SHOT_KEYS = {"shots", "shot_seed", "shot_views"}
 
 # On which the ranges of activations are found.
@@ -266,7 +267,7 @@ def _fit(
     fitting = json.dumps(_deciding(config), sort_keys=True)
     identity = {
         "configuration": hashlib.sha256(fitting.encode()).hexdigest(),
-        "data": gathered.digest,
+        "set of fitted frames": gathered.fitting_digest,
         "backbone": "none" if prepared.backbone is None else prepared.backbone.digest,
     }
     if defects is not None:
@@ -276,6 +277,10 @@ def _fit(
         identity["treatment of copied frames"] = f"{copies} left out"
     if request.processes > 1:
         identity["processes"] = str(request.processes)
+    if beginning in ("resume", "export") and _OLD_DATA in kept_identity(directory):
+        # Older releases kept a digest of all frames, those that fitting never saw included.
+        del identity["set of fitted frames"]
+        identity[_OLD_DATA] = gathered.digest
     if beginning == "import":
         adopt_released(prepared.detector, directory, identity)
     if beginning == "export":

@@ -209,7 +209,7 @@ def test_resume_when_the_lines_changed_places_then_refuses(trained, tmp_path):
     result = _invoke("train", "--resume", tmp_path)
 
     assert result.exit_code == 2
-    assert "belongs to a run with another data" in result.stderr
+    assert "belongs to a run with another set of fitted frames" in result.stderr
 
 
 def test_train_when_another_bundle_serves_a_line_then_refuses_before_fitting(bundle, place):

@@ -1,6 +1,7 @@
 """A whole run on a tiny line: from a folder of frames to a bundle that the service would serve."""
 
 import errno
+import hashlib
 import json
 import re
 import shutil
@@ -284,6 +285,63 @@ def test_export_when_another_precision_is_asked_for_then_the_bundle_is_calibrate
     assert half.manifest.parity.frames > GOOD // 2 + TEST_GOOD + DEFECTS  # and planted defects
     replay(half, read_golden(half), make_runner(half.model))
     assert read_request(directory) == read_request(finished.directory)  # the next export is none of that precision
+
+
+def _copy_of(finished, line, folder):
+    """Copy a finished run and its line, to change them; return both directories."""
+    directory, frames = shutil.copytree(finished.directory, folder / "run"), shutil.copytree(line, folder / "bottle")
+    keep_request(directory, make_request(frames, folder / "store"))
+    return directory, frames
+
+
+def test_export_when_a_test_frame_came_since_then_measures_it_with_the_same_network(finished, line, tmp_path):
+    """Fitting never saw test frames, so whoever finds another one for them keeps his run."""
+    directory, frames = _copy_of(finished, line, tmp_path)
+    (frames / "test/good/900.png").write_bytes(encode(make_frame(72, 80, seed=900)))
+
+    result = _invoke("export", directory, "--threads", "1")
+
+    assert result.exit_code == 0, result.output
+    again = _published(result.output)
+    assert again.model == load_bundle(finished.bundle).model
+    assert again.manifest.by_line["bottle"].data.tested_on_normal == TEST_GOOD + 1
+
+
+@pytest.mark.parametrize("change", ["one more", "one less", "another picture"])
+def test_export_when_other_frames_would_be_fitted_on_then_refuses(finished, line, tmp_path, change):
+    """The split would hold out what the network has learnt."""
+    directory, frames = _copy_of(finished, line, tmp_path)
+    good = frames / "train/good"
+    if change == "one less":
+        (good / "000.png").unlink()
+    for path in {"one more": [good / "0000.png"], "another picture": sorted(good.iterdir())}.get(change, []):
+        path.write_bytes(encode(make_frame(72, 80, seed=900 + int(path.stem))))
+
+    result = _invoke("export", directory, "--threads", "1")
+
+    assert result.exit_code == 2
+    assert "another set of fitted frames; put back what was changed" in result.stderr
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(("changed", "code"), [(False, 0), (True, 2)])
+def test_export_when_an_older_release_fitted_the_run_then_is_held_to_all_of_its_frames(
+    finished, line, tmp_path, changed, code
+):
+    """Its checkpoint says nothing of the fitted ones by themselves."""
+    directory, frames = _copy_of(finished, line, tmp_path)
+    record = json.loads((directory / "checkpoint.json").read_bytes())
+    del record["identity"]["set of fitted frames"]
+    digest = finished.manifest.by_line["bottle"].data.digest
+    record["identity"]["data"] = hashlib.sha256(json.dumps([["bottle", digest]]).encode()).hexdigest()
+    (directory / "checkpoint.json").write_text(json.dumps(record))
+    if changed:
+        (frames / "test/good/900.png").write_bytes(encode(make_frame(72, 80, seed=900)))
+
+    result = _invoke("export", directory, "--threads", "1")
+
+    assert result.exit_code == code, result.output
+    assert ("another data; put back" in result.stderr) == changed
 
 
 def test_calibrate_when_other_good_parts_come_then_publishes_a_new_version(finished, line):
