@@ -68,6 +68,7 @@ from training.zero_shot import Calibration, ZeroShotRequest, make_zero_shot, zer
 Device = Literal["auto", "cpu", "cuda"]
 
 _OURS, _CALLERS, _STOPPED = 1, 2, 130
+_NAMED_LINE = "--line NAME=FOLDER"
 # The demo's own, beside those of every run.
 _FAULTS_OF_OURS: tuple[type[Exception], ...] = (ClientFault, DemoFailed, *OURS)
 
@@ -240,7 +241,7 @@ def import_released(
 
 def _named_or_not(given: str) -> LineRequest:
     name, path = name_and_path(given)
-    return LineRequest(name=_line_name(name or path.name), folder=path)
+    return LineRequest(name=_line_name(name or path.name, _NAMED_LINE), folder=path)
 
 
 def refuse_beside_resume(options: Collection[str], directory: Path) -> None:
@@ -662,7 +663,12 @@ def _named_lines(wishes: Wishes) -> tuple[LineRequest, ...]:
     names = [name for name, _ in pairs]
     masks, layouts = masks_of(names, wishes.regions_of_interest), layouts_of(names, wishes.layouts)
     return tuple(
-        LineRequest(name=_line_name(name), folder=folder, region_of_interest=masks.get(name), layout=layouts.get(name))
+        LineRequest(
+            name=_line_name(name, _NAMED_LINE),
+            folder=folder,
+            region_of_interest=masks.get(name),
+            layout=layouts.get(name),
+        )
         for name, folder in pairs
     )
 
@@ -738,13 +744,13 @@ def _line_of(bundle: Bundle, wanted: str | None) -> str:
     return wanted
 
 
-def _line_name(name: str) -> str:
+def _line_name(name: str, option: str = "--name NAME") -> str:
     try:
         return TypeAdapter(LineName).validate_python(name)
     except ValidationError as error:
         raise ParameterInvalid(
             f"{name!r} can't name a line or bundle; give a name of letters, digits, dots, dashes and underscores, at "
-            "most 64."
+            f"most 64: {option}."
         ) from error
 
 

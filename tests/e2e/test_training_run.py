@@ -589,7 +589,8 @@ def test_train_command_when_the_store_can_not_be_one_then_refuses_before_fitting
         (["train", "nowhere", "--line", "a=nowhere"], 2, "or several with --line"),
         (["train", "--line", "a=nowhere", "--line", "b=elsewhere"], 2, "give its name with --name"),
         (["train", "--line", "a"], 2, "write NAME=PATH"),
-        (["train", "--line", "a/b=nowhere"], 2, "can't name a line"),
+        (["train", "--line", "a/b=nowhere"], 2, "at most 64: --line NAME=FOLDER."),
+        (["train", "my parts ü"], 2, "at most 64: --name NAME."),
         (["train", "--line", "a=nowhere", "--roi", "b=mask.png"], 2, "there is no line b"),
         (
             ["train", "--line", "a=nowhere", "--line", "b=nowhere", "--name", "both", "--roi", "mask.png"],
