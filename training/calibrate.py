@@ -42,7 +42,7 @@ class Calibrated:
 
 
 def refuse_unsupported_rates(
-    good_parts: int, review_rate: float, fail_rate: float, *, frames: int | None = None
+    good_parts: int, review_rate: float, fail_rate: float, *, frames: int | None = None, splits: bool = True
 ) -> None:
     """Refuse rates that so many held-out good parts can't support; asked before fitting, not an hour later.
 
@@ -51,10 +51,16 @@ def refuse_unsupported_rates(
         review_rate: wanted share of good parts that are at least `REVIEW`.
         fail_rate: wanted share of good parts that are `FAIL`.
         frames: of these parts; None where each has one.
+        splits: whether the parts are a share of more, which could be a larger one.
 
     Raises:
         CalibrationRefused: with the number of good parts that would do, or what is wrong with the rates.
     """
+    if 0 < review_rate < fail_rate < 1:
+        raise CalibrationRefused(
+            f"The fail rate, {fail_rate:g}, must not be above the review rate, {review_rate:g}: a part that fails "
+            f"would also be reviewed. Give --review-rate {fail_rate:g} or above as well, or a lower --fail-rate."
+        )
     if not 0 < fail_rate <= review_rate < 1:
         raise CalibrationRefused(
             "The fail rate must be above 0 and not above the review rate, which must be below 1: a part that fails "
@@ -64,11 +70,12 @@ def refuse_unsupported_rates(
     if good_parts < needed:
         lowest = reachable_rate(good_parts)
         also = f" with --review-rate {lowest:g}" if lowest > review_rate else ""
+        share = ", hold out a larger share," if splits else ""
         views = "" if frames in (None, good_parts) else f", in {frames} frames that show them several times"
         raise CalibrationRefused(
             f"A false-reject rate of {fail_rate:g} needs at least {needed} good parts that fitting never saw, and "
             f"{good_parts} {'is' if good_parts == 1 else 'are'} held out{views}; add good "
-            f"{'parts' if views else 'frames'}, hold out a larger share, or accept a higher rate: --fail-rate "
+            f"{'parts' if views else 'frames'}{share} or accept a higher rate: --fail-rate "
             f"{lowest:g}{also}, or above."
         )
 

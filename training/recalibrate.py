@@ -401,7 +401,8 @@ def _unseen_frames(
 
 def _refuse_too_few(good: CheckedFrames, review_rate: float, fail_rate: float) -> None:
     try:
-        refuse_unsupported_rates(len(set(parts_of(good.samples))), review_rate, fail_rate, frames=len(good.samples))
+        parts = len(set(parts_of(good.samples)))
+        refuse_unsupported_rates(parts, review_rate, fail_rate, frames=len(good.samples), splits=False)
     except CalibrationRefused as error:
         count = good.record.fitted_left_out
         without = f"Good frames that fitting saw, {count}, do not count. " if count else ""

@@ -74,7 +74,9 @@ def test_calibrate_when_parts_have_several_views_then_rests_on_parts():
         (98, 0.1, 0.01, "needs at least 99 good parts"),
         (18, 0.1, 0.05, "accept a higher rate: --fail-rate 0.0527, or above"),
         (2, 0.1, 0.05, "--fail-rate 0.334 with --review-rate 0.334, or above"),
-        (500, 0.05, 0.1, "not above the review rate"),
+        (500, 0.05, 0.1, "must not be above the review rate, 0.05"),
+        (500, 0.1, 0.2, "Give --review-rate 0.2 or above as well, or a lower --fail-rate."),
+        (500, 0.1, 0, "for example use 0.05 and 0.1"),
     ],
 )
 def test_refuse_unsupported_rates_when_good_parts_cannot_carry_them_then_says_how_many_would(
@@ -83,6 +85,17 @@ def test_refuse_unsupported_rates_when_good_parts_cannot_carry_them_then_says_ho
     """The refusal comes before fitting and names the number that would do."""
     with pytest.raises(CalibrationRefused) as caught:
         refuse_unsupported_rates(good_parts, review, fail)
+
+    assert words in caught.value.sentence
+
+
+@pytest.mark.parametrize(
+    ("splits", "words"), [(True, "frames, hold out a larger share, or"), (False, "frames or accept")]
+)
+def test_refuse_unsupported_rates_when_all_parts_are_used_already_then_asks_for_no_larger_share(splits, words):
+    """Only a run splits its good parts; a new calibration takes all that it is given."""
+    with pytest.raises(CalibrationRefused) as caught:
+        refuse_unsupported_rates(18, 0.1, 0.05, splits=splits)
 
     assert words in caught.value.sentence
 
