@@ -43,6 +43,7 @@ from training.evaluate import Evaluation, ask, evaluate, inspected_share, needs_
 from training.export import GraphRun
 from training.faults import CALLERS, OURS
 from training.fit import FitStopped
+from training.fitted_frames import read_fitted_frames, those_fitted_on
 from training.golden import contrast_asked_for
 from training.import_checkpoint import keep_released, read_released, tell_softened
 from training.peers import Peers, meet_peers, process_number, refuse_company
@@ -416,6 +417,11 @@ def evaluate_bundle(
     name = _line_of(bundle, line)
     checked, kept_out = _frames_to_test(line_folder, layout, manifest.input, reporter)
     tested = checked.samples
+    if learnt := those_fitted_on(tested, checked.content, read_fitted_frames(bundle) or frozenset()):
+        reporter.note(
+            f"The detector was fitted on {len(learnt)} of the {len(tested)} test frames, for one {learnt[0].path}; "
+            "figures are better than those of new frames would be."
+        )
     spec, rule = manifest.input, manifest.output.score_rule
     run, index = by_tiles(GraphRun(bundle.model, threads), spec, rule), manifest.lines.index(name)
     answers = ask(run, tested, spec, reporter, title="test frames", line_index=index)

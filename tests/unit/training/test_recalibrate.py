@@ -289,3 +289,18 @@ def test_calibrate_when_frames_have_another_size_then_it_says_so(tmp_path, good)
         )
     done = CliRunner().invoke(commands, ["calibrate", str(bundle.path), str(good)])
     assert "New frames have" not in done.output
+
+
+def test_evaluate_when_test_frames_were_fitted_on_then_it_says_how_many(tmp_path, good):
+    """Other people's data sets may have a frame in both places, so this is told and not refused."""
+    line = tmp_path / "line"
+    for folder, seeds in (("train/good", [300]), ("test/good", [50, 51, 301])):
+        (line / folder).mkdir(parents=True)
+        for seed in seeds:
+            (line / folder / f"{seed}.png").write_bytes(encode(make_frame(seed=seed)))
+    bundle = _remembering(tmp_path / "store", _digests(sorted(good.iterdir())[:2]))
+
+    done = CliRunner().invoke(commands, ["evaluate", str(bundle.path), str(line)])
+
+    assert done.exit_code == 0, done.output
+    assert "The detector was fitted on 2 of the 3 test frames" in re.sub(r"\s+", " ", done.output)
