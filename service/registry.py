@@ -334,7 +334,9 @@ class Registry(LoadedVersions):
 
     def _ask_store(self) -> bool:
         if self._catalogue.refresh():
-            self._telemetry.store_read()
+            self._hidden.intersection_update(self._catalogue.names())
+            if not self._hidden:
+                self._telemetry.store_read()
             return True
         self._telemetry.store_unreachable()
         return False
@@ -377,7 +379,10 @@ class Registry(LoadedVersions):
                 self._hidden.add(name)
                 _log.error("a folder of the store can't be read", extra={"bundle": name, "reason": error.strerror})
             return False
-        self._hidden.discard(name)
+        if name in self._hidden:
+            self._hidden.discard(name)
+            if not self._hidden:
+                self._telemetry.store_read()
         return True
 
     def _scan(self) -> list[tuple[str, str]]:
@@ -392,6 +397,7 @@ class Registry(LoadedVersions):
             except OSError as error:
                 _log.exception("a folder of the store can't be read", extra={"bundle": name})
                 self._hidden.add(name)
+                self._telemetry.store_unreachable()
                 lines = self._catalogue.wanted_of((name,))
                 self._refuse(name, lines, f"Its folder can't be read: {error.strerror}.")
                 known.update(lines)

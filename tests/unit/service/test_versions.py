@@ -278,10 +278,14 @@ def test_rescan_when_one_folder_can_not_be_read_then_its_line_goes_on_and_that_i
     with rights_of_an_ordinary_user():
         registry.rescan()
         registry.rescan()
+        hidden = shelf.metrics()
     folder.chmod(0o700)
+    registry.rescan()
 
     assert registry.is_ready
-    assert "flawline_store_unreachable_total 2.0" in shelf.metrics()
+    assert "flawline_store_unreachable_total 2.0" in hidden
+    assert "flawline_store_reachable 0.0" in hidden
+    assert "flawline_store_reachable 1.0" in shelf.metrics()
     assert [record.message for record in caplog.records].count("a folder of the store can't be read") == 1
 
 
