@@ -111,7 +111,7 @@ _TINY = {
     "detector": "grnr",
     "backbone": "test_resnet",
     "input": {"height": 64, "width": 64, "resize_height": 64, "resize_width": 64},
-    "hyperparameters": {"layers": [1, 2], "margin": 16, "support": 10},
+    "hyperparameters": {"layers": [1, 2], "margin": 16, "context": 32, "support": 10},
     "golden_frames": 4,
 }
 
