@@ -177,7 +177,8 @@ def test_server_when_told_to_stop_under_load_then_accepted_frames_are_answered_a
     answers: list[httpx.Response] = []
     cut_off: list[Exception] = []
     stopping = threading.Event()
-    frames = {"PASS": make_frame(600, 800, seed=1), "FAIL": make_frame(600, 800, seed=1, defect=True)}
+    small = {"PASS": make_frame(60, 80, seed=1), "FAIL": make_frame(60, 80, seed=1, defect=True)}
+    frames = {verdict: frame.repeat(10, axis=0).repeat(10, axis=1) for verdict, frame in small.items()}
 
     def camera(expected: str) -> None:
         frame, part = encode(frames[expected]), {"X-Part-Id": expected}
@@ -223,8 +224,12 @@ def test_server_when_told_to_stop_under_load_then_accepted_frames_are_answered_a
     [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT, signal.SIGTERM), (signal.SIGHUP,)],
     ids=lambda signals: "-".join(one.name for one in signals),
 )
-def test_server_when_it_is_told_to_stop_in_any_way_and_again_then_what_was_accepted_is_answered(tmp_path, signals):
+def test_server_when_it_is_told_to_stop_in_any_way_and_again_then_what_was_accepted_is_answered(
+    tmp_path, signals, request
+):
     """Impatience and a closed terminal cost nobody a verdict; the end is bounded by the time for draining."""
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a server under nohup, as these tests may be, ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, inherited))
     make_bundle(tmp_path / "store")
     go_on = tmp_path / "go-on"
     patient = dict.fromkeys(
