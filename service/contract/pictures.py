@@ -6,9 +6,8 @@ nothing odd about that: where nothing is, nothing differs. So such a frame is no
 Measured is the contrast, the standard deviation of the grey levels that the network takes (of the green channel, which
 every sensor samples most). Good parts say how much there must be: a quarter of what the least of the bundle's good
 golden frames has. Golden frames are a handful, chosen over the whole range of scores, so that the quarter leaves room
-for good parts with less. On the magnetic tiles, boards and solar cells of the measurements no test frame, good or
-defective, is below it, for any of 2000 draws of eight golden frames; at a half, one good tile in 3000 is, and one
-defective in 140. A black or white frame has none, sensor noise of a few levels about two, the tiles' bound is three.
+for good parts with less. On magnetic tiles, boards and solar cells no test frame, good or defective, is below it, for
+any of 2000 draws of eight good frames (tests/unit/service/contract/test_pictures.py). A black or white frame has none.
 
 What it can't tell: a covered lens behind whose frame something else is drawn, such as a time in large digits, and parts
 whose good frames have hardly any contrast themselves.

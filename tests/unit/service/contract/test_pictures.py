@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from service.contract.bundle import load_bundle
-from service.contract.frames import fit_to_input
+from service.contract.frames import FrameLimits, decode_image, fit_to_input
 from service.contract.golden import least_contrast_of, read_golden
 from service.contract.pictures import contrast_of, least_contrast, refuse_blank
 from service.errors import FrameNotComparable
-from tests.factories import make_bundle, make_frame
+from tests.factories import make_bundle, make_frame, make_input
+from tests.shared_material import require_shared
 
 
 @pytest.mark.parametrize(
@@ -73,3 +74,20 @@ def test_bundle_when_no_golden_frame_passes_then_all_of_them_say_how_much_there_
     bundle = load_bundle(make_bundle(tmp_path, policy={"review_threshold": 0.0, "fail_threshold": 0.0}))
 
     assert least_contrast_of(bundle, read_golden(bundle)) > 0.5
+
+
+@pytest.mark.parametrize("line", ["magnetic_tile", "pcb", "solar_cell"])
+def test_frames_of_a_real_line_show_a_picture_whichever_good_ones_say_how_much_that_is(line):
+    """No test frame, good or defective, is refused, for any of 2000 draws of eight good ones; a black one is."""
+    folder = require_shared(f"data/{line}")
+    spec = make_input(height=256, width=256)
+
+    def contrasts(pattern):
+        frames = [decode_image(path.read_bytes(), FrameLimits()).pixels for path in sorted(folder.glob(pattern))]
+        return np.array([contrast_of(fit_to_input(frame, spec)) for frame in frames])
+
+    good, tested = contrasts("train/good/*"), contrasts("test/*/*")
+    draws = np.random.default_rng(0).choice(good, (2000, 8))
+
+    assert tested.min() >= 0.25 * draws.min(axis=1).max()
+    assert 0.25 * draws.min() > 0
