@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.contract.bundle import MODEL_FILE, POLICY_FILE, Manifest, load_bundle, load_policy
+from service.contract.bundle import POLICY_FILE, Manifest, load_bundle, load_policy
 from service.contract.frames import FrameLimits, decode_image, encode_jpeg, fit_to_input, resize_mask, resize_pixels
 from service.contract.heatmaps import overlay
 from service.contract.policy import Policy, Verdict, inspected_mask, judge
@@ -279,7 +279,7 @@ class _Artist(NamedTuple):
     def load(cls, cell: Cell, path: Path) -> "_Artist":
         bundle = load_bundle(path)
         manifest = bundle.manifest
-        graph = GraphRun((path / MODEL_FILE).read_bytes())
+        graph = GraphRun(bundle.model)
         run = by_tiles(graph, manifest.input, manifest.output.score_rule)
         return cls(cell.detector, run, manifest, load_policy(path / POLICY_FILE))
 

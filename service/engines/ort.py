@@ -280,6 +280,8 @@ def _open_session(model: bytes, options: EngineOptions, providers: Sequence[Any]
     session_options.inter_op_num_threads = 1
     session_options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     session_options.log_severity_level = _ERRORS_ONLY
+    # Else the runtime goes by a mark in the bytes, and could find another network in them than `onnx` looked into.
+    session_options.add_session_config_entry("session.load_model_format", "ONNX")
     session_options.enable_cpu_mem_arena = options.memory_arena != "off"
     session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session_options.add_session_config_entry("session.inter_op.allow_spinning", "0")

@@ -131,6 +131,63 @@ def test_graph_when_an_operator_is_foreign_is_refused_wherever_it_stands(place):
         verify_graph(hide(HIDDEN_OPERATORS[place]))
 
 
+@pytest.mark.parametrize("place", ["graph", "subgraph"])
+def test_graph_when_an_operator_only_looks_standard_is_refused(place):
+    """Some runtimes look an operator that they don't know up among plug-ins, whatever its domain."""
+    node = onnx.NodeProto(op_type="RunShell", output=["hidden"])
+    hidden = node if place == "graph" else constant(body={"g": subgraph(node)})
+
+    with pytest.raises(BundleRefused, match="'RunShell'"):
+        verify_graph(hide(lambda model: model.graph.node.append(hidden)))
+
+
+def test_graph_when_it_defines_a_standard_operator_anew_is_refused():
+    """Whether such a definition counts is another thing in each runtime."""
+    with pytest.raises(BundleRefused, match="'Identity' itself"):
+        verify_graph(hide(lambda model: model.functions.append(onnx.FunctionProto(name="Identity", node=[constant()]))))
+
+
+@pytest.mark.parametrize("second", ["", "ai.onnx"])
+def test_graph_when_it_names_two_standard_operator_sets_is_refused(second):
+    """Which of them counts would be the runtime's choice."""
+    with pytest.raises(BundleRefused, match="one standard operator set alone"):
+        verify_graph(hide(lambda model: model.opset_import.append(helper.make_opsetid(second, 7))))
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        pytest.param(lambda data: b"\xa2\x1f\x03any" + data, id="field that ONNX does not know, in front"),
+        pytest.param(lambda data: data + b"\xa2\x1f\x03any", id="field that ONNX does not know, behind"),
+        pytest.param(lambda data: b"\x08\x03" + data, id="field that stands there twice"),
+        pytest.param(lambda data: b"\x08\x8a\x00" + data[2:], id="number written longer than it is"),
+        pytest.param(lambda data: data[2:] + data[:2], id="fields in another order"),
+    ],
+)
+def test_graph_when_its_bytes_hold_more_than_was_read_is_refused(add):
+    """Another reader might find another graph in what this one passes over."""
+    data = make_graph()
+    assert onnx.load_from_string(add(data)).graph == onnx.load_from_string(data).graph
+
+    with pytest.raises(BundleRefused, match="another reader"):
+        verify_graph(add(data))
+
+
+def test_graph_when_it_brings_settings_is_refused():
+    """ONNX Runtime would obey them where its environment says so; how a session runs is the operator's business."""
+    with pytest.raises(BundleRefused, match="settings for ONNX Runtime"):
+        verify_graph(hide(lambda model: model.metadata_props.add(key="ort_config", value="{}")))
+
+
+def test_graph_when_it_carries_the_mark_of_another_format_is_refused():
+    """ONNX Runtime takes bytes with this mark for its own format, and would run another network."""
+    data = hide(lambda model: setattr(model, "producer_name", "ORTM and a network of its own"))
+    assert data[4:8] == b"ORTM"
+
+    with pytest.raises(BundleRefused, match="ONNX Runtime's own format"):
+        verify_graph(data)
+
+
 @pytest.mark.parametrize("domain", ["ai.onnx.ml", "com.microsoft", "ai.onnx.training", "AI.ONNX"])
 def test_graph_when_the_domain_is_a_cousin_of_the_standard_one_is_refused(domain):
     """Only the standard operators run on every device."""

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 
 from service.contract.bundle import Bundle, load_bundle
@@ -17,6 +18,7 @@ from tests.factories import HEIGHT, WIDTH, make_bundle, make_frame, make_graph
 pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
 
 OPTIONS = EngineOptions(device="openvino", instances=2)
+OTHER_FORMAT = '<?xml version="1.0"?><net name="other" version="11"><layers></layers><edges></edges></net>'
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,17 @@ def test_run_when_it_is_alone_then_more_threads_say_the_same(bundle):
     engine.close()
     with pytest.raises(EngineFailed, match="unloaded"):
         engine.alone.run(frames, line_index)
+
+
+def test_engine_when_bytes_look_like_another_format_then_runs_the_graph_that_was_looked_into(bundle, engine):
+    """OpenVINO finds its own format in whatever bytes begin with it; what `onnx` reads is what runs."""
+    model = onnx.load_from_string(bundle.model)
+    model.producer_name = OTHER_FORMAT
+    frames, line_index = frames_of(2)
+
+    answer = open_engine(replace(bundle, model=model.SerializeToString()), OPTIONS).run(frames, line_index)
+
+    np.testing.assert_array_equal(answer.scores, engine.run(frames, line_index).scores)
 
 
 def test_engine_when_a_lone_run_may_take_no_more_threads_then_there_is_one_way(engine):

@@ -13,7 +13,7 @@ from service.engines.engine import EngineOptions
 from service.engines.opening import open_engine
 from service.engines.ort import OrtEngine
 from service.errors import BundleRefused, EngineFailed
-from tests.factories import HEIGHT, WIDTH, make_bundle, make_frame, make_graph, make_runner
+from tests.factories import HEIGHT, WIDTH, make_bundle, make_frame, make_graph, make_runner, make_two_faced
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +197,17 @@ def test_engine_when_graph_is_broken_then_refuses(bundle):
 
     with pytest.raises(BundleRefused, match="can't load"):
         OrtEngine(replace(bundle, model=model.SerializeToString()))
+
+
+def test_engine_when_bytes_look_like_another_format_then_runs_the_graph_that_was_looked_into(bundle):
+    """What `onnx` reads is what runs, even where somebody left the check of the bundle out."""
+    two_faced = make_two_faced(bundle.model, make_graph(reference=0.0))
+    assert onnx.load_from_string(two_faced).graph == onnx.load_from_string(bundle.model).graph
+    frames, line_index = frames_of(2)
+
+    answer = OrtEngine(replace(bundle, model=two_faced)).run(frames, line_index)
+
+    np.testing.assert_array_equal(answer.scores, OrtEngine(bundle).run(frames, line_index).scores)
 
 
 def test_engine_when_device_is_not_there_then_fails_and_does_not_fall_back(bundle):
