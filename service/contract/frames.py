@@ -31,6 +31,7 @@ from service.contract.geometry import InputSpec, NetworkInput
 from service.contract.jpeg import PixelsMadeUp, decode_clean, demand_whole
 from service.contract.jpeg_restarts import restarts_fit
 from service.contract.jpeg_segments import has_all_scans, is_progressive
+from service.contract.png_checks import chunks_are_sound, holds_all_rows
 from service.contract.second_image import another_follows
 from service.contract.tiff_layout import JPEG, TiffPage
 from service.errors import FrameTooLarge, MediaTypeNotAllowed, UnreadableFrame
@@ -75,11 +76,6 @@ _TIFF_BITS_PER_SAMPLE = 258
 # LZMA and Zstandard. Fax and JPEG's old style are drawn on with whatever fits.
 _TIFF_COMPRESSIONS = frozenset({1, 5, 7, 8, 32773, 32946, 34925, 50000})
 _PNG_DEPTH_AT = 24
-_PNG_CHUNKS_AT = 8
-# Adam7's passes as (first column, first row, column step, row step); ISO/IEC 15948, section 8.2.
-_PNG_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-_INFLATE_STEP_BYTES = 2**16
 _JPEG_END = b"\xff\xd9"
 _WHITES = (1, 2**8 - 1, 2**16 - 1)
 _JPEG_FILLER = 128  # what libjpeg draws where the data ended early
@@ -175,8 +171,7 @@ def decode_image(
     with _open(data, limits) as image:
         header = _header_of(image, data)
         try:
-            if header.format == "TIFF":
-                _demand_whole_pieces(TiffPage(data))
+            _demand_sound(data, image)
             decoded = _decode_jpeg(data, image, header, target) if header.format == "JPEG" else None
             if decoded is None:
                 decoded = _decode(image)
@@ -278,8 +273,13 @@ def decode_mask_values(data: bytes) -> NDArray[Any]:
     """
     with _open(data, FrameLimits()) as image:
         try:
+            _demand_sound(data, image)
+            if image.format == "JPEG":
+                _decode_jpeg(data, image, ImageHeader("JPEG", image.height, image.width, image.mode), None)
             # Only colours mark: an alpha channel says nothing of a mask.
             values = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "LA", "RGBA") else image)
+            if not _is_complete(data, image, values, None):
+                raise PixelsMadeUp("Rows or blocks are missing.")
         except _CODEC_ERRORS as error:
             raise UnreadableFrame("The mask image is damaged or truncated.") from error
     largest: NDArray[Any] = values.reshape(*values.shape[:2], -1).max(axis=2)
@@ -400,6 +400,14 @@ def _decode_jpeg(
     return pixels
 
 
+def _demand_sound(data: bytes, image: ImageFile.ImageFile) -> None:
+    """Refuse what the file itself tells to be damaged, where the codec does not ask it."""
+    if image.format == "PNG" and not chunks_are_sound(data):
+        raise PixelsMadeUp("A chunk is another than was written, or the end is missing.")
+    if image.format == "TIFF":
+        _demand_whole_pieces(TiffPage(data))
+
+
 def _demand_whole_pieces(page: TiffPage) -> None:
     """Refuse a TIFF of which pieces are not listed, or are JPEGs that its codec draws to the end without their data."""
     if not page.lists_all:
@@ -451,12 +459,13 @@ def _holds_several(image: ImageFile.ImageFile) -> bool:
 def _is_complete(data: bytes, image: ImageFile.ImageFile, pixels: NDArray[Any], target: tuple[int, int] | None) -> bool:
     """Tell whether the file held every pixel, in the cases where Pillow fills in the rest without a word.
 
-    A PNG's compressed stream may end early and leave the last rows zero; a JPEG's may end early, before a proper end
-    marker, and leave the last blocks middle grey. Both are looked at closely only where the last pixels look like that.
-    A JPEG that lost what lies between two restart markers is middle grey there, wherever that is; markers tell.
+    A PNG's compressed stream may be closed early, every checksum right, and leave the last rows zero; a JPEG's may end
+    early, before a proper end marker, and leave the last blocks middle grey. Both are looked at closely only where the
+    last pixels look like that. A JPEG that lost what lies between two restart markers is middle grey there, wherever
+    that is; markers tell.
     """
     if image.format == "PNG" and (image.info.get("interlace") or not _last_row(image).any()):
-        return _png_holds_all_rows(data)
+        return holds_all_rows(data)
     if image.format == "JPEG":
         is_filled = bool((pixels[-1, -1] == _JPEG_FILLER).all())
         return restarts_fit(data, closely=is_filled) and not (is_filled and not _jpeg_ends_late(data, target, pixels))
@@ -466,27 +475,6 @@ def _is_complete(data: bytes, image: ImageFile.ImageFile, pixels: NDArray[Any], 
 def _last_row(image: ImageFile.ImageFile) -> NDArray[Any]:
     """Return the last row as it is stored, without a copy of the others."""
     return np.asarray(image.crop((0, image.height - 1, image.width, image.height)))
-
-
-def _png_holds_all_rows(data: bytes) -> bool:
-    width, height, depth, colour_type = struct.unpack_from(">IIBB", data, 16)
-    bits = depth * _PNG_SAMPLES[colour_type]
-    passes = _PNG_PASSES if data[28] else ((0, 0, 1, 1),)
-    missing = 0
-    for left, top, step_x, step_y in passes:
-        columns, rows = -(-(width - left) // step_x), -(-(height - top) // step_y)
-        if columns > 0 and rows > 0:
-            missing += rows * (1 + -(-columns * bits // 8))  # each row starts with its filter's byte
-    inflater = zlib.decompressobj()
-    at = _PNG_CHUNKS_AT
-    while at + 8 <= len(data) and missing > 0:
-        length, kind = struct.unpack_from(">I4s", data, at)
-        packed = data[at + 8 : at + 8 + length] if kind == b"IDAT" else b""
-        while packed and missing > 0 and not inflater.eof:
-            missing -= len(inflater.decompress(packed, _INFLATE_STEP_BYTES))
-            packed = inflater.unconsumed_tail
-        at += length + 12
-    return missing <= 0
 
 
 def _jpeg_ends_late(data: bytes, target: tuple[int, int] | None, pixels: NDArray[Any]) -> bool:

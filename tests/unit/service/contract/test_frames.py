@@ -22,6 +22,7 @@ from service.contract.frames import (
 )
 from service.contract.geometry import Tiling
 from service.contract.jpeg_segments import START_OF_SCAN, segments
+from service.contract.png_checks import PASSES
 from service.errors import CallerError, FrameTooLarge, MediaTypeNotAllowed, UnreadableFrame
 from tests.factories import encode, make_frame, make_input
 from tests.strategies import images
@@ -316,6 +317,50 @@ def test_decoding_when_a_png_stream_ends_early_is_refused(interlaced, kept):
         decode_image(png(5, 4, 8, 2, rows, interlaced=interlaced), LIMITS)
 
 
+def whole_png(kind):
+    """Return a sound PNG of one of the kinds that are accepted."""
+    pixels = make_frame(24, 40, seed=5)
+    if kind == "interlaced":
+        passes = (pixels[top::step_y, left::step_x] for left, top, step_x, step_y in PASSES)
+        return png(40, 24, 8, 2, b"".join(png_rows(one, np.uint8) for one in passes), interlaced=True)
+    if kind == "I;16":
+        return encode(pixels[:, :, 0].astype(np.uint16) * 257)
+    return saved(Image.fromarray(pixels).convert(kind), "PNG")
+
+
+PNG_KINDS = ["1", "L", "P", "RGB", "I;16", "interlaced"]
+
+
+@pytest.mark.parametrize("kind", PNG_KINDS)
+def test_decoding_when_any_byte_of_a_png_is_changed_is_refused(kind):
+    """Each byte belongs to a checksum, that of the pixels included, and every checksum is held against its bytes."""
+    data = whole_png(kind)
+    decode_image(data, LIMITS)
+
+    for at in range(len(data)):
+        changed = bytearray(data)
+        changed[at] ^= 1 << at % 8
+        with pytest.raises(CallerError):
+            decode_image(bytes(changed), LIMITS)
+
+
+@pytest.mark.parametrize("kind", PNG_KINDS)
+def test_decoding_when_a_stretch_of_a_png_is_zeros_is_refused(kind):
+    """A file that was laid out before it was copied, or lost a block with the power, makes no black rows."""
+    data = whole_png(kind)
+
+    for at in range(50, len(data), 7):
+        for count in (32, len(data)):
+            with pytest.raises(UnreadableFrame):
+                decode_image(data[:at] + bytes(len(data[at : at + count])) + data[at + count :], LIMITS)
+
+
+def test_decoding_when_a_png_does_not_say_that_it_ends_is_refused():
+    """Every row is there, and still nobody knows what else was."""
+    with pytest.raises(UnreadableFrame, match="damaged or truncated"):
+        decode_image(whole_png("L").removesuffix(png_chunk(b"IEND", b"")), LIMITS)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "I;16"])
 def test_decoding_when_a_whole_png_is_black_returns_it(mode):
     """The look for missing rows takes no black picture for a cut one."""
@@ -329,7 +374,7 @@ def test_decoding_when_a_png_is_interlaced_returns_the_very_pixels():
     pixels = make_frame(11, 7, seed=6)
     passes = b"".join(
         png_rows(pixels[top::step_y, left::step_x], np.uint8)
-        for left, top, step_x, step_y in frames._PNG_PASSES
+        for left, top, step_x, step_y in PASSES
         if pixels[top::step_y, left::step_x].size
     )
 
@@ -605,6 +650,19 @@ def test_mask_when_damaged_is_refused():
 
     with pytest.raises(UnreadableFrame):
         decode_mask(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
+@pytest.mark.parametrize("decode", [decode_mask, decode_region_mask])
+def test_mask_when_its_end_was_lost_is_refused(decode, image_format):
+    """Rows that a codec makes black would be rows that nobody inspects."""
+    data = encode(np.random.default_rng(7).integers(0, 2, (64, 64), np.uint8) * 255, image_format)
+
+    for kept in range(len(data) // 2, len(data), 97):
+        with pytest.raises(UnreadableFrame):
+            decode(data[:kept] + bytes(len(data) - kept))
+        with pytest.raises(UnreadableFrame):
+            decode(data[:kept] + b"\xff\xd9")
 
 
 @pytest.mark.parametrize("channels", [3, None], ids=["rgb", "grey"])
