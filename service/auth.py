@@ -22,7 +22,8 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, V
 from service.contract.bundle import Digest, LineName
 from service.errors import NotAuthenticated, NotAuthorised, QuotaExceeded
 
-Action = Literal["inspect", "read", "metrics", "admin"]
+# `choose` goes beside `inspect`: naming what judges, where it is not what would judge anyway.
+Action = Literal["inspect", "choose", "read", "metrics", "admin"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
 EVERY_LINE = "*"
 

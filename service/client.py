@@ -220,7 +220,7 @@ class Client:
             deadline_ms: from this call to its end, all tries together; the answer of a server that is late itself is
                 waited for a quarter of a second longer.
             heatmap: which one `heatmap` may fetch afterwards.
-            policy: version of the line's policy.
+            policy: version of the line's policy; one that is not live wants a key with the action `choose`.
         """
         patience = _Patience(self._clock)
         try:

@@ -87,7 +87,13 @@ def inspect(
     deadline_ms: Deadline = DEFAULT_DEADLINE_MS,
     connections: Annotated[int, typer.Option(help="Frames under way at a time.", min=1, max=256)] = 4,
     overlays: Annotated[Path | None, typer.Option(help="Folder that receives a picture of each frame.")] = None,
-    policy: Annotated[str | None, typer.Option(help="Version of the line's policy.", show_default="live")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="Version of the line's policy; others than the live one want a key that may choose.",
+            show_default="live",
+        ),
+    ] = None,
     authority: Authority = None,
     certificate: Certificate = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document a frame instead of a table.")] = False,

@@ -40,13 +40,15 @@ Examples:
 
 flawline keys new --name "press 4" --lines cap,bottle --actions inspect
 
+flawline keys new --name "quality manager" --lines cap --actions inspect,choose,read
+
 flawline keys new --name prometheus --actions metrics --keys-file keys.json
 """
 )
 def new(
     name: Annotated[str, typer.Option(help="Who gets it; logged, unlike the key.")],
     lines: Annotated[str, typer.Option(help="Lines that it covers, with commas; * covers all.")] = "*",
-    actions: Annotated[str, typer.Option(help="inspect, read, metrics, admin; with commas.")] = "inspect,read",
+    actions: Annotated[str, typer.Option(help="inspect, choose, read, metrics, admin; with commas.")] = "inspect,read",
     quota_per_minute: Annotated[int | None, typer.Option(help="Frames a minute.", show_default="none")] = None,
     keys_file: Annotated[
         Path, typer.Option(envvar="FLAWLINE_KEYS_FILE", help="Receives its digest; made if absent.")

@@ -34,6 +34,9 @@ class _Wire(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+_CHOICE = "The live one where absent; a key needs the action `choose` to name another."
+
+
 class InspectionOptions(_Wire):
     """What a request may say beside the frame; each as a query parameter or as a header, and the query wins.
 
@@ -54,8 +57,8 @@ class InspectionOptions(_Wire):
     deadline_ms: float | None = Field(default=None, gt=0, le=600_000, allow_inf_nan=False)
     priority: Literal["normal", "low"] = "normal"
     heatmap: HeatmapKind = "none"
-    policy: Name | None = None
-    bundle_version: Version | None = None
+    policy: Name | None = Field(default=None, description=f"By which policy to judge. {_CHOICE}")
+    bundle_version: Version | None = Field(default=None, description=f"Which version shall judge. {_CHOICE}")
 
 
 class RawFrameOptions(_Wire):

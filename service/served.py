@@ -120,6 +120,16 @@ class ServedLines(ABC):
             raise LineNotReady("The line is unhealthy and waits for a restart; the part has no verdict.")
         return serving
 
+    def is_what_judges(self, line: LiveLine, policy_version: str | None) -> bool:
+        """Tell whether a version of a line, with a policy, is what judges whoever names neither.
+
+        Args:
+            line: as `serving` or `find` returned it.
+            policy_version: None takes the default one.
+        """
+        live = self._state.live.get(line.name)
+        return live is not None and live.key == line.key and policy_version in (None, live.default_policy)
+
     def shadow_of(self, line: str, bundle_version: str, policy_version: str) -> tuple[LiveLine, LiveLine] | None:
         """Return what serves a line and what is tried beside it, for a frame that was judged.
 

@@ -14,6 +14,8 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from service.auth import Caller, Keyring, MountedKeyring
+from service.errors import NotAuthorised
+from service.live import Found, LiveLine
 from service.pipeline import Pipeline
 from service.records import Records
 from service.registry import Registry
@@ -227,3 +229,39 @@ def caller_of(request: Request) -> Caller:
     refuse_repeated(request.scope["headers"])
     headers = request.headers
     return context_of(request).keyring.identify(headers.get("authorization"), headers.get("x-api-key"))
+
+
+def find_for(
+    caller: Caller, context: Context, line: str, bundle_version: str | None, policy_version: str | None
+) -> Found:
+    """Return what judges a frame of a caller who may inspect on the line.
+
+    Raises:
+        NotAuthorised: if the caller may not choose it.
+        FlawlineError: whatever `ServedLines.find` raises.
+    """
+    found = context.registry.find(line, bundle_version, policy_version)
+    if bundle_version is not None or policy_version is not None:
+        refuse_choice(caller, context, found.line, policy_version)
+    return found
+
+
+def refuse_choice(caller: Caller, context: Context, line: LiveLine, policy_version: str | None) -> None:
+    """Refuse whoever names another version or policy than judges the line, and has no right to.
+
+    What lies in the store for a trial would else be a switch to `PASS` in the hand of every camera.
+
+    Args:
+        caller: who asks.
+        context: the service's parts.
+        line: what was found for the version that the caller named, or did not.
+        policy_version: that the caller named; None where it did not.
+
+    Raises:
+        NotAuthorised: if that is a choice, and the key does not allow it on the line.
+    """
+    if not caller.may("choose", line.name) and not context.registry.is_what_judges(line, policy_version):
+        raise NotAuthorised(
+            "Another version or policy judges this line, and this key may not choose; name neither, or ask for a key "
+            "that allows the action 'choose' as well."
+        )

@@ -21,7 +21,7 @@ from service.inspection import Inspection, InspectionRequest
 from service.routes import answers
 from service.routes.accounting import TRACE_PARENT_HEADER, Counting, count_later, in_time, record_later, unless_left
 from service.routes.bodies import Upload, comes_at_once, receive_frame, receive_frames, usable
-from service.routes.context import Context, FrameRequest, caller_of, connection_of, context_of
+from service.routes.context import Context, FrameRequest, caller_of, connection_of, context_of, find_for
 from service.routes.headers import OPTION_HEADERS
 from service.routes.identity import identify, received_at_of, with_id
 from service.routes.openapi import BATCH_OPERATION, FRAME_OPERATION, HEATMAP_ANSWERS
@@ -85,7 +85,7 @@ async def inspect(request: Request, line: str) -> Response:
         caller = caller_of(request)
         caller.demand("inspect", line)
         options = _read_options(request)
-        found = context.registry.find(line, options.bundle_version, options.policy)
+        found = find_for(caller, context, line, options.bundle_version, options.policy)
         caller.spend_frame()
         # No body is taken that can't be judged, or not in time.
         deadline_s, priority = _deadline_s(options), _PRIORITIES[options.priority]
@@ -94,7 +94,7 @@ async def inspect(request: Request, line: str) -> Response:
         upload = await receive_frame(request, context.settings.frame_limits, _time_left_s(request, options))
         asked = _ask(request, line, options, upload)
         if not is_next:  # another version may have become live meanwhile, and what was found been closed
-            found = context.registry.find(line, options.bundle_version, options.policy)
+            found = find_for(caller, context, line, options.bundle_version, options.policy)
         # Where receiving it let nobody else come first, what was found of the queue still holds.
         inspection = await unless_left(request, context.pipeline.inspect_by(found, asked, is_hopeful=is_next))
         return await (_picture if _wants_picture(request) else _answer)(context, inspection)
@@ -159,7 +159,7 @@ async def inspect_batch(request: Request, line: str) -> Response:
         caller = caller_of(request)
         caller.demand("inspect", line)
         options = _read_options(request)
-        context.registry.find(line, options.bundle_version, options.policy)  # no body is taken that can't be judged
+        find_for(caller, context, line, options.bundle_version, options.policy)  # no body is taken that can't be judged
         uploads = await receive_frames(
             request,
             "frames",
@@ -290,9 +290,10 @@ async def _item(
 ) -> Inspection | FlawlineError:
     """Inspect one frame of several; what goes wrong with it stays with it."""
     try:
-        frame = usable(upload)
+        frame, context = usable(upload), context_of(request)
         caller.spend_frame()
-        return await context_of(request).pipeline.inspect(_ask(request, line, options, frame, index))
+        found = find_for(caller, context, line, options.bundle_version, options.policy)
+        return await context.pipeline.inspect_by(found, _ask(request, line, options, frame, index))
     except FlawlineError as error:
         return error
     except Exception as error:  # noqa: BLE001 - the outermost handler of this frame, so that no neighbour fails with it

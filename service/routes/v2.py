@@ -27,7 +27,7 @@ from service.open_inference import JSON_LENGTH_HEADER, Coding, InferAnswer, Infe
 from service.registry import Registry
 from service.routes.accounting import TRACE_PARENT_HEADER, Counting, in_time, record_later, unless_left
 from service.routes.bodies import receive_body
-from service.routes.context import Context, caller_of, context_of
+from service.routes.context import Context, caller_of, context_of, find_for, refuse_choice
 from service.routes.identity import received_at_of
 from service.routes.problems import request_id_of
 from service.settings import Settings
@@ -181,11 +181,13 @@ async def infer(request: Request, model: str) -> Response:
         caller = caller_of(request)
         caller.demand("inspect", model)
         line = context.registry.serving(model, bundle_version)
+        refuse_choice(caller, context, line, None)
         caller.spend_frame()
         asked = await _receive(request, _spec(line, context.settings))
         counted.frames = len(asked.frames)
         for _ in asked.frames[1:]:
             caller.spend_frame()
+        find_for(caller, context, model, bundle_version, asked.policy)  # which policy is named stands in the body
         works = _works(request, model, bundle_version, asked)
         inspections = await unless_left(request, _together(context, works))
         return await _answer(request, asked, inspections)

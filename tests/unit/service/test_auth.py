@@ -94,6 +94,7 @@ def test_empty_keys_file_when_loaded_then_nobody_gets_in(tmp_path: Path):
         (("cap",), "read", "cap", False),
         (("*",), "inspect", "hazelnut", True),
         (("*",), "admin", "hazelnut", False),
+        (("cap",), "choose", "cap", False),
     ],
 )
 def test_right_when_demanded_then_granted_only_for_line_and_action_of_the_key(lines, action, line, allowed):
