@@ -5,11 +5,11 @@
         if outcome.verdict is Verdict.PASS: ...
 
 The rule of this file: `PASS` needs a complete answer with status 200 that fits the schema, to the very request that was
-sent, for the line, part and policy that it named, with the verdict that its own score and thresholds give. Each try has
-a request id of its own, which the server's answer repeats, and where a proxy has put its own in place, the answer names
-the digest of the frame: so neither a cache nor an answer that comes a request late is taken for this part's. No
-exception leaves `inspect`, because a caller who forgets to catch one must not pass the part; what nobody foresaw is
-logged and becomes a problem like any other.
+sent, for the line, part and policy that it named, with the verdict that its own score and thresholds give, before the
+deadline: once that has passed, only reasons are listened for. Each try has a request id of its own, which the server's
+answer repeats, and where a proxy has put its own in place, the answer names the digest of the frame: so neither a cache
+nor an answer that comes a request late is taken for this part's. No exception leaves `inspect`, because a caller who
+forgets to catch one must not pass the part; what nobody foresaw is logged and becomes a problem like any other.
 
 What only the moment refused (429, 503, no connection) is tried again, never before `Retry-After` and never where the
 answer would come after the deadline; each try tells the server how much time is left. A frame that was sent and not
@@ -58,7 +58,7 @@ MEDIA_TYPES = {
 }
 
 DEFAULT_DEADLINE_MS = 2000.0
-# The server answers 504 at the deadline itself; so much longer is listened, to hear its reason.
+# The server answers 504 at the deadline itself; so much longer is listened, to hear its reason. No verdict is, by then.
 _GRACE_S = 0.25
 _SHORTEST_WAIT_S = 0.001
 _FIRST_PAUSE_S = 0.02
@@ -217,8 +217,8 @@ class Client:
                 is `"0815"`.
             view: echoed and recorded, without blanks before and after it.
             sequence: echoed and recorded.
-            deadline_ms: from this call to its end, all tries together; the answer of a server that is late itself is
-                waited for a quarter of a second longer.
+            deadline_ms: from this call to its end, all tries together; a verdict that comes later is none. Why a server
+                that is late itself has none is listened for a quarter of a second longer.
             heatmap: which one `heatmap` may fetch afterwards.
             policy: version of the line's policy; one that is not live wants a key with the action `choose`.
         """
@@ -496,8 +496,12 @@ class _Patience:
         }
 
     def close(self, outcome: Outcome) -> Outcome:
-        """Note tries and time."""
-        return replace(outcome, tries=self._tries, elapsed_ms=(self._clock() - self._started_at) * 1e3)
+        """Note tries and time, and take away a verdict that came too late, however it did: the part is gone by then."""
+        elapsed_s = self._clock() - self._started_at
+        if outcome.answer is not None and elapsed_s > self.deadline_s:
+            sentence = "The answer came after the deadline; the part has no verdict."
+            outcome = _without_verdict(Problem("deadline_passed", sentence, _OK, outcome.answer.request_id))
+        return replace(outcome, tries=self._tries, elapsed_ms=elapsed_s * 1e3)
 
 
 def _heard_in(state: tenacity.RetryCallState) -> _Heard:

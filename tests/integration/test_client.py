@@ -568,6 +568,48 @@ def test_client_when_the_engine_hangs_then_it_returns_at_the_deadline(store, kin
     assert took_s >= 0.2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("took_s", "verdict"), [(0.25, Verdict.PASS), (0.2501, Verdict.NO_VERDICT)], ids=str)
+def test_client_when_the_answer_comes_after_the_deadline_then_it_is_no_verdict(passing, kind, took_s, verdict):
+    """The part has gone by then: what is listened for after the deadline is why there is no verdict, and no verdict."""
+    outcome, request_id = _answered_after(kind, took_s, _told(passing))
+
+    assert (outcome.verdict, outcome.elapsed_ms) == (verdict, took_s * 1000)
+    assert (outcome.answer is not None) == (verdict is Verdict.PASS)
+    if verdict is Verdict.NO_VERDICT:
+        assert outcome.problem is not None
+        assert (outcome.problem.code, outcome.problem.request_id) == ("deadline_passed", request_id)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_client_when_a_refusal_comes_after_the_deadline_then_its_reason_is_heard(kind):
+    """The server says at the deadline itself why it has nothing to say, which is later for whoever waits."""
+    refusal = _http("504 Gateway Timeout", b'{"code":"deadline_passed","detail":"The engine is stuck."}')
+
+    outcome, _ = _answered_after(kind, 0.4, lambda _: refusal)
+
+    assert outcome.verdict is Verdict.NO_VERDICT
+    assert outcome.problem is not None
+    assert (outcome.problem.status, outcome.problem.sentence) == (504, "The engine is stuck.")
+
+
+def _answered_after(kind: str, took_s: float, tell: Callable[[bytes], bytes]) -> tuple[Outcome, str]:
+    """Return what a client with a deadline of a quarter of a second makes of an answer, and its request's id."""
+    now = [0.0]
+
+    def tell_late(head: bytes) -> bytes:
+        now[0] = took_s
+        return tell(head)
+
+    async def ask(url: str) -> Outcome:
+        async with AsyncClient(url, deadline_ms=250, clock=lambda: now[0]) as client:
+            return await client.inspect("demo_line", GOOD)
+
+    with _stranger(tell_late) as (url, asked), Client(url, deadline_ms=250, clock=lambda: now[0]) as client:
+        outcome = client.inspect("demo_line", GOOD) if kind == "sync" else asyncio.run(ask(url))
+    return outcome, _header(asked[0], b"x-request-id").decode()
+
+
 def test_client_when_the_answer_drips_then_it_stops_listening(url):
     """A byte now and then keeps each wait short; their sum is bounded all the same."""
     now = [0.0]
