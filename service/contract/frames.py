@@ -28,12 +28,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from service.contract.geometry import InputSpec, NetworkInput
-from service.contract.jpeg import PixelsMadeUp, decode_clean, demand_whole
+from service.contract.jpeg import PixelsMadeUp, decode_clean
 from service.contract.jpeg_restarts import restarts_fit
 from service.contract.jpeg_segments import has_all_scans, is_progressive
 from service.contract.png_checks import chunks_are_sound, holds_all_rows
 from service.contract.second_image import another_follows
-from service.contract.tiff_layout import JPEG, TiffPage
+from service.contract.tiff_checks import demand_whole_pieces
+from service.contract.tiff_layout import TiffPage
 from service.errors import FrameTooLarge, MediaTypeNotAllowed, UnreadableFrame
 
 FORMAT_OF_MEDIA_TYPE = {
@@ -73,7 +74,7 @@ _CODEC_ERRORS = (
 
 _TIFF_BITS_PER_SAMPLE = 258
 # Of which the codec says what is missing, or we find out: none, LZW, JPEG, Deflate by both of its numbers, PackBits,
-# LZMA and Zstandard. Fax and JPEG's old style are drawn on with whatever fits.
+# LZMA and Zstandard (service/contract/tiff_checks.py). Fax and JPEG's old style are drawn on with whatever fits.
 _TIFF_COMPRESSIONS = frozenset({1, 5, 7, 8, 32773, 32946, 34925, 50000})
 _PNG_DEPTH_AT = 24
 _JPEG_END = b"\xff\xd9"
@@ -405,21 +406,7 @@ def _demand_sound(data: bytes, image: ImageFile.ImageFile) -> None:
     if image.format == "PNG" and not chunks_are_sound(data):
         raise PixelsMadeUp("A chunk is another than was written, or the end is missing.")
     if image.format == "TIFF":
-        _demand_whole_pieces(TiffPage(data))
-
-
-def _demand_whole_pieces(page: TiffPage) -> None:
-    """Refuse a TIFF of which pieces are not listed, or are JPEGs that its codec draws to the end without their data."""
-    if not page.lists_all:
-        raise PixelsMadeUp("A piece is missing.")
-    if page.compression != JPEG:
-        return
-    for piece in page.pieces():
-        # The tables come without pixels, as a JPEG of their own.
-        whole = page.jpeg_tables[:-2] + piece.data[2:] if page.jpeg_tables else piece.data
-        demand_whole(whole, piece.height, piece.full_height, piece.width)
-        if not has_all_scans(whole):
-            raise PixelsMadeUp("A scan is missing.")
+        demand_whole_pieces(TiffPage(data))
 
 
 def _to_eight_bits(pixels: NDArray[Any], data: bytes, header: ImageHeader, bit_depth: int) -> NDArray[np.uint8]:

@@ -29,12 +29,14 @@ class Piece(NamedTuple):
         height: rows that it holds at least.
         full_height: rows that others hold; some write as many into a last strip that needs fewer.
         width: pixels a row.
+        most_bytes: that `full_height` rows take without compression.
     """
 
     data: bytes
     height: int
     full_height: int
     width: int
+    most_bytes: int
 
 
 class _Entry(NamedTuple):
@@ -78,20 +80,22 @@ class TiffPage:
             self._rows, self._columns = max(1, min(self._one(_ROWS_PER_STRIP, self._height), self._height)), width
         planes = self._one(_SAMPLES, 1) if self._one(_PLANES, 1) == _SEPARATE else 1
         self._each = max(1, -(-self._height // self._rows))  # of a plane, from top to bottom
+        row_bytes = -(-self._columns * self._one(_SAMPLES, 1) * max(self._all(_BITS), default=1) // 8)
+        self._piece_bytes = self._rows * row_bytes
         self._needed = planes * self._each * -(-width // max(1, self._columns))
         self._places = list(zip(offsets, counts, strict=False))
         self.end = max([self.end, *(offset + count for offset, count in self._places)])
         self.lists_all = len(self._places) >= self._needed
         if self.compression == UNCOMPRESSED:  # of which the codec asks the size alone, and not the counts
             self.lists_all = len(offsets) >= self._needed
-            row_bytes = -(-self._columns * self._one(_SAMPLES, 1) * max(self._all(_BITS), default=1) // 8)
             needed = enumerate(offsets[: self._needed])
             self.end = max([self.end, *(offset + row_bytes * self._rows_of(index) for index, offset in needed)])
 
     def pieces(self) -> Iterator[Piece]:
         """Yield strips or tiles as far as the page needs them, those of every plane included."""
         for index, (offset, count) in enumerate(self._places[: self._needed]):
-            yield Piece(self._data[offset : offset + count], self._rows_of(index), self._rows, self._columns)
+            data = self._data[offset : offset + count]
+            yield Piece(data, self._rows_of(index), self._rows, self._columns, self._piece_bytes)
 
     def _rows_of(self, index: int) -> int:
         """Return how many rows a strip or tile holds; the last strip of a plane may hold fewer than others."""

@@ -228,6 +228,63 @@ def test_decoding_when_a_jpeg_inside_a_tiff_lost_data_is_refused(strip, damage):
         decode_image(tiff(strips, 7, 96, 160, 32, counts=counts), LIMITS)
 
 
+@pytest.mark.parametrize("compression", [8, 32946], ids=["deflate", "deflate by its old number"])
+@pytest.mark.parametrize("strip", [0, 2])
+def test_decoding_when_any_byte_of_a_deflated_strip_is_changed_is_refused(strip, compression):
+    """The checksum at the end of each strip is looked at, though the codec stops at the last pixel."""
+    pixels = make_frame(48, 32, seed=4)[:, :, 0]
+    rows = [pixels[top : top + 16].tobytes() for top in (0, 16, 32)]
+    strips = [zlib.compress(one) for one in rows]
+    data = tiff(strips, compression, 48, 32, 16)
+    begin, refused = data.index(strips[strip]), 0
+    np.testing.assert_array_equal(decode_image(data, LIMITS).pixels[:, :, 0], pixels)
+
+    for at in range(begin, begin + len(strips[strip])):
+        changed = bytearray(data)
+        changed[at] ^= 1 << at % 8
+        try:
+            still = decode_image(bytes(changed), LIMITS).pixels[:, :, 0]
+        except UnreadableFrame:
+            refused += 1
+        else:
+            np.testing.assert_array_equal(still, pixels)
+
+    assert refused >= len(strips[strip]) - 3  # before and after the pixels some bits say other things
+
+
+@pytest.mark.parametrize("damage", ["zeros to the end", "a page of zeros", "no checksum", "more than its pixels"])
+@pytest.mark.parametrize("strip", [0, 2])
+def test_decoding_when_a_deflated_strip_is_not_what_was_written_is_refused(strip, damage):
+    """Zeros inflate to something, and so does what is left over."""
+    pixels = make_frame(48, 32, seed=4)[:, :, 0]
+    rows = [pixels[top : top + 16].tobytes() for top in (0, 16, 32)]
+    strips = [zlib.compress(one) for one in rows]
+    whole = strips[strip]
+    strips[strip] = {
+        "zeros to the end": whole[:100] + bytes(len(whole) - 100),
+        "a page of zeros": whole[:100] + bytes(64) + whole[164:],
+        "no checksum": whole[:-4],
+        "more than its pixels": zlib.compress(rows[strip] + bytes(10_000_000)),
+    }[damage]
+
+    with pytest.raises(UnreadableFrame, match="damaged or truncated"):
+        decode_image(tiff(strips, 8, 48, 32, 16), LIMITS)
+
+
+@pytest.mark.parametrize("kind", ["L", "RGB", "1", "P", "I;16"])
+@pytest.mark.parametrize("rows", [None, 7, 16])
+def test_decoding_when_a_deflated_tiff_is_whole_returns_its_pixels(kind, rows):
+    """The look for a strip's checksum refuses no sound TIFF, whatever its strips."""
+    pixels = make_frame(45, 37, seed=4)
+    image = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 257) if kind == "I;16" else Image.fromarray(pixels)
+    image = image if kind == "I;16" else image.convert(kind)
+    information = {} if rows is None else {278: rows}
+
+    frame = decode_image(saved(image, "TIFF", compression="tiff_adobe_deflate", tiffinfo=information), LIMITS)
+
+    np.testing.assert_array_equal(frame.pixels, decode_image(saved(image, "TIFF"), LIMITS).pixels)
+
+
 @pytest.mark.parametrize("compression", [1, 8], ids=["none", "deflate"])
 def test_decoding_when_a_tiff_does_not_list_all_strips_is_refused(compression):
     """Rows that no strip holds are not left black."""
