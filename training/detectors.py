@@ -160,7 +160,12 @@ def _build(config: RunConfig, own: Any) -> Any:
     try:
         return build_detector(config.detector, own)
     except ValueError as error:
-        raise ConfigFault(f"The detector {config.detector} can't be built: {error}.") from error
+        size = f"input.height {config.input.height} and input.width {config.input.width}"
+        stands_on = "" if config.backbone is None else f", the backbone {config.backbone}"
+        raise ConfigFault(
+            f"The detector {config.detector} can't be built: {error}. The configuration has {size}{stands_on}; change "
+            "what does not fit with --set, or take all of --config paper."
+        ) from error
     except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
         # What a detector does not refuse in words of its own, such as a size that torch can't make a layer of.
         given = ", ".join(

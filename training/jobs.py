@@ -63,7 +63,7 @@ from training.run_directory import (
 )
 from training.stops import termination_interrupts
 from training.store import is_machines_fault
-from training.weights import read_weights_option
+from training.weights import read_weights_option, refuse_idle_folder
 from training.zero_shot import Calibration, ZeroShotRequest, make_zero_shot, zero_shot_config
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -163,6 +163,7 @@ def train_lines(line_folder: Path | None, wishes: Wishes, threads: int | None) -
     if wishes.name is None and len(lines) > 1:
         raise ParameterInvalid("Several lines make one bundle; give its name with --name.")
     config = load_config(wishes.config, wishes.detector, wishes.settings)
+    refuse_idle_folder(wishes.weights, config.backbone)
     weights, weight_folders = read_weights_option(wishes.weights)
     peers = meet_peers(wishes.device)
     request = RunRequest(

@@ -239,6 +239,8 @@ def _prepare(request: RunRequest, reporter: Reporter) -> tuple[GatheredLines, La
     if request.labelled_defects is not None:
         refuse_labelled_defects(config)
     prepared = prepare_detector(config, request.weights, request.weight_folders, device, len(request.lines))
+    if prepared.backbone is not None:
+        reporter.note(f"backbone {prepared.backbone.name}, weights: {prepared.backbone.source}")
     gathered = gather_lines(request, reporter)
     defects = _read_defects(request.labelled_defects, gathered, config.frame_input)
     if defects is not None:

@@ -112,6 +112,12 @@ def known_files(name: str) -> list[str]:
     return [entry.file for entry in read_lock().values() if name in (entry.name, *entry.aliases)]
 
 
+def name_of_file(file: str) -> str:
+    """Return the backbone whose weights the project's lock expects in a file, or the file's stem."""
+    stem = file.removesuffix(".safetensors")
+    return next((entry.name for entry in read_lock().values() if entry.file == file), stem)
+
+
 def how_to_get(name: str) -> str:
     """Say which command brings weights of this name, for the person who misses them."""
     try:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from models.backbones import BackboneUnavailable, fetch_pretrained, untrained_weights
-from training.weight_lock import SHIPPED_FOLDER, how_to_get, known_files, refuse_changed_file
+from training.weight_lock import SHIPPED_FOLDER, how_to_get, known_files, name_of_file, refuse_changed_file
 
 UNTRAINED: Literal["untrained"] = "untrained"
 
@@ -67,9 +67,8 @@ def resolve_weights(
         return _from_memory(untrained_weights(backbone, seed), UNTRAINED)
     if isinstance(weights, Path):
         return _from_file(weights)
-    names = [f"{backbone}.safetensors", *known_files(backbone)]
     for folder in (*search, SHIPPED_FOLDER):
-        for name in names:
+        for name in _file_names(backbone):
             if (folder / name).is_file():
                 refuse_changed_file(folder / name)
                 return _from_file(folder / name)
@@ -95,6 +94,34 @@ def read_weights_option(given: str | None) -> tuple[Path | Literal["untrained"] 
         return UNTRAINED, usual
     path = Path(given).resolve()
     return (None, (path, *usual)) if path.is_dir() else (path, usual)
+
+
+def refuse_idle_folder(given: str | None, backbone: str | None) -> None:
+    """Refuse a folder that a person names for a run but that holds no weights of its backbone.
+
+    Others would be found elsewhere, and nobody would see that the folder was for nothing.
+
+    Args:
+        given: what the person says of weights.
+        backbone: of the run's configuration.
+
+    Raises:
+        WeightsUnavailable: naming what the folder holds, and how to choose it.
+    """
+    if given is None or backbone is None or not (folder := Path(given)).is_dir():
+        return
+    if any((folder / name).is_file() for name in _file_names(backbone)):
+        return
+    held = ", ".join(sorted({name_of_file(file.name) for file in folder.glob("*.safetensors")}))
+    raise WeightsUnavailable(
+        f"{folder} holds no weights of {backbone}, the backbone that this configuration has"
+        + (f"; it holds {held}. Choose with --backbone NAME or --config paper," if held else ";")
+        + " or leave --weights out."
+    )
+
+
+def _file_names(backbone: str) -> list[str]:
+    return [f"{backbone}.safetensors", *known_files(backbone)]
 
 
 def _from_file(path: Path) -> ResolvedWeights:

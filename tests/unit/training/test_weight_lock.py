@@ -1,12 +1,15 @@
 """The lock of weights: what arrives is what was packed, and whoever misses a file is told the command."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 from models.backbones import EMBEDDED, BackboneUnavailable
+from training import weight_lock
 from training.backbone_commands import weights as weights_commands
 from training.config import RunConfig, load_config
 from training.weight_lock import (
@@ -23,6 +26,7 @@ from training.weight_lock import (
 )
 from training.weights import resolve_weights
 
+_CONFIGS = Path(weight_lock.__file__).with_name("configs")
 _SMALL = "vit_small_patch14_reg4_dinov2"
 
 
@@ -53,6 +57,14 @@ def test_project_lock_when_read_then_names_the_backbones_of_the_documents():
     assert all(entry.source and entry.licence for entry in lock.values())
     names = [name for entry in lock.values() for name in (entry.name, *entry.aliases)]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("path", sorted(_CONFIGS.glob("**/*.yaml")), ids=lambda path: str(path.relative_to(_CONFIGS)))
+def test_project_lock_when_a_configuration_has_a_backbone_then_it_can_be_packed(path):
+    """What a configuration stands on can be carried to a machine without internet."""
+    backbone = yaml.safe_load(path.read_text(encoding="utf-8")).get("backbone")
+
+    assert backbone is None or find_locked(backbone).name == backbone
 
 
 @pytest.mark.parametrize(
