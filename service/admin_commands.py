@@ -13,11 +13,13 @@ import typer
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from service.administrator import DEFAULT_TIMEOUT_S, Administrator
 from service.client import Client, ClientFault
 from service.connection_options import USAGE, Authority, Certificate, KeyFile, connect, leave, read_key, tls_context
+from service.contract.legible import legible
 from service.schemas import BundleAnswer, ChangedBundleAnswer, ChangedLineAnswer, LineSummary, Name, Version
 
 _NOT_NOW, _REFUSED = 1, 3
@@ -242,7 +244,8 @@ def _tell(context: typer.Context, answer: BaseModel, head: Sequence[str], rows: 
         return
     table = Table(*head, box=SIMPLE_HEAD)
     for row in rows:
-        table.add_row(*(f"[{_COLOURS[cell]}]{cell}[/]" if cell in _COLOURS else cell for cell in row))
+        # Reasons may name files of the store, whose names anybody may have chosen who can write there.
+        table.add_row(*(f"[{_COLOURS[cell]}]{cell}[/]" if cell in _COLOURS else escape(legible(cell)) for cell in row))
     Console().print(table)
 
 

@@ -38,6 +38,7 @@ from service.connection_options import Authority, Certificate, KeyFile, Url, con
 from service.contract.bundle import load_bundle, newest_bundles, promised_lines
 from service.contract.frames import FrameLimits, decode_image, encode_jpeg, encode_png
 from service.contract.golden import read_golden
+from service.contract.legible import legible
 from service.contract.policy import Verdict
 from service.errors import FlawlineError
 
@@ -407,7 +408,7 @@ def _tell(file: Path, seen: _Seen, console: Console, *, as_json: bool) -> None:
     if unpainted is not None:
         said += f"; no overlay: {unpainted.sentence}"
     console.print(f"{verdict} {outcome.elapsed_ms:7.1f} ms  ", end="", highlight=False)
-    console.print(f"{file}  {said}", markup=False, highlight=False, soft_wrap=True)
+    console.print(legible(f"{file}  {said}"), markup=False, highlight=False, soft_wrap=True)
 
 
 def _exit_code(verdicts: Counter[Verdict]) -> int:

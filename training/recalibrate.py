@@ -38,7 +38,7 @@ from training.calibrate import (
 from training.data.check import check_dataset
 from training.data.folders import good_samples
 from training.data.passed_over import tell_passed_over
-from training.data.samples import ANOMALOUS, NORMAL, Dataset, DatasetFault, Sample, parts_of
+from training.data.samples import ANOMALOUS, NORMAL, Dataset, DatasetFault, Sample, parts_of, refuse_illegible
 from training.data.split import HoldOut, name_parts
 from training.evaluate import Answers, Evaluation, ask, evaluate, inspected_share, to_records
 from training.export import GraphRun
@@ -102,6 +102,7 @@ def read_good_folder(folder: Path, group_by: str | None, bit_depth: int, reporte
     if not samples:
         raise DatasetFault(f"{folder} holds no image; give the folder with good frames that fitting never saw.", *notes)
     dataset = Dataset(folder.resolve().name, folder, "plain", tuple(samples), notes)
+    refuse_illegible(dataset)
     if group_by is not None:
         try:
             dataset = name_parts(dataset, HoldOut(rule="groups", group_by=group_by))

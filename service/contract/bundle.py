@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from service.contract.calibration import Calibration
 from service.contract.geometry import InputSpec
 from service.contract.graph import verify_graph
+from service.contract.legible import is_legible, legible
 from service.contract.policy import Policy, PolicyFile, ScoreRule
 from service.contract.signature import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, Trust, refuse_unsigned
 from service.errors import BundleNotLoaded, BundleRefused
@@ -453,15 +454,19 @@ def _required_files(manifest: Manifest) -> Iterator[str]:
 
 
 def _refuse_strangers(path: Path, manifest: Manifest) -> None:
+    odd = sorted(name for name in manifest.files if not is_legible(name))
+    if odd:
+        raise BundleRefused(f"{MANIFEST_FILE} names {legible(odd[0])}, which can't be shown; export the bundle again.")
     known = {*manifest.files, MANIFEST_FILE, MANIFEST_DIGEST_FILE, SIGNATURE_FILE}
     for entry in path.rglob("*"):
         relative = entry.relative_to(path).as_posix()
+        shown = legible(relative)
         if entry.is_symlink():
-            raise BundleRefused(f"{relative} is a link; a bundle holds plain files only.")
+            raise BundleRefused(f"{shown} is a link; a bundle holds plain files only.")
         if not (entry.is_file() or entry.is_dir()):
-            raise BundleRefused(f"{relative} is no plain file; a bundle holds plain files only.")
+            raise BundleRefused(f"{shown} is no plain file; a bundle holds plain files only.")
         if entry.is_file() and relative not in known and not relative.startswith(f"{ENGINES_DIRECTORY}/"):
-            raise BundleRefused(f"{relative} is not named by {MANIFEST_FILE}; remove it or export the bundle again.")
+            raise BundleRefused(f"{shown} is not named by {MANIFEST_FILE}; remove it or export the bundle again.")
 
 
 def _read_signature(path: Path) -> bytes | None:

@@ -104,6 +104,20 @@ def test_line_when_unloaded_and_loaded_then_told(served):
     assert "load it again" in " ".join(states[0].split())
 
 
+def test_policy_when_refused_then_the_name_of_its_file_is_shown_legibly(served):
+    """Who may write into the store writes nothing on the administrator's terminal."""
+    odd = served.store / "paused" / "policies" / "\x1b[2J[bold].json"
+    odd.parent.mkdir(exist_ok=True)
+    odd.write_text("{}")
+
+    rescanned = _flawline(served, "rescan")
+    odd.unlink()
+
+    assert rescanned.exit_code == 3
+    assert r"\x1b[2J[bold]" in "".join(rescanned.stdout.split())
+    assert "\x1b[2J" not in rescanned.stdout
+
+
 def test_version_when_refused_then_exit_code_three_and_what_was_live_still_is(served):
     """A script can tell a version that does not hold from a wrong command."""
 

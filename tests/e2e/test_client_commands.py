@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from service.client_commands import commands
+from service.contract.legible import legible
 from service.settings import Settings
 from tests.factories import encode, make_bundle, make_frame
 from tests.servers import PATIENCE_S, serve_in_thread, wait_until_ready
@@ -65,6 +66,17 @@ def test_inspect_when_given_a_folder_then_tells_each_part_and_draws_it(url, fram
         "FAIL_b_bad.png.png",
         "PASS_a_good.png.png",
     ]
+
+
+@pytest.mark.parametrize("odd", ["\x1b[2J", "\udcff"], ids=ascii)
+def test_inspect_when_a_file_is_named_as_a_terminal_would_obey_then_its_name_is_shown_legibly(url, tmp_path, odd):
+    """A folder of pictures from anywhere writes nothing on the terminal but its names."""
+    (tmp_path / f"{odd}.png").write_bytes(encode(make_frame()))
+
+    result = _flawline("inspect", tmp_path, "--line", "demo_line", "--url", url)
+
+    assert legible(odd) in result.stdout
+    assert odd not in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from service.contract.legible import legible
+
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp"})
 _SIDE_SUFFIXES = frozenset(
     {".txt", ".md", ".pdf", ".html", ".csv", ".tsv", ".xlsx", ".json", ".yaml", ".yml", ".xml", ".log", ".db", ".ini"}
@@ -46,7 +48,7 @@ def tell_passed_over(root: Path, taken: Iterable[Path], places: str) -> tuple[st
         f"{count} {'file is' if count == 1 else 'files are'} passed over: {'; '.join(told)}. Frames are read from "
         f"{places} where their names end in {', '.join(sorted(IMAGE_SUFFIXES))}; move or convert what belongs there."
     )
-    return (sentence,)
+    return (legible(sentence),)
 
 
 def _files_below(root: Path) -> Iterator[Path]:

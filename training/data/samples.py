@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from service.contract.legible import is_legible, legible
+
 Split = Literal["train", "validation", "test"]
 Label = Literal[0, 1, -1]
 
@@ -36,8 +38,8 @@ class DatasetFault(Exception):
     def __init__(self, *faults: str) -> None:
         left = len(faults) - _NAMED_FAULTS
         more = [f"And {left} more like these."] if left > 0 else []
-        super().__init__(" ".join([*faults[:_NAMED_FAULTS], *more]))
-        self.faults = faults
+        self.faults = tuple(legible(fault) for fault in faults)
+        super().__init__(" ".join([*self.faults[:_NAMED_FAULTS], *more]))
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,11 @@ def make_dataset(
         notes: as `Dataset.notes`; a refusal says them, too.
 
     Raises:
-        DatasetFault: if there is no good frame to train on, or some anomalous frames have masks and others have none.
+        DatasetFault: if there is no good frame to train on, some anomalous frames have masks and others have none, or a
+            name can't be shown.
     """
     dataset = Dataset(root.resolve().name, root, layout, tuple(sorted(samples, key=lambda s: s.path.as_posix())), notes)
+    refuse_illegible(dataset)
     if not dataset.train_good:
         raise DatasetFault(
             f"{root} has no good frame to train on; put at least one image into {root / good_folder}.", *notes
@@ -168,3 +172,19 @@ def make_dataset(
             )
             raise DatasetFault(first, *notes, *others)
     return dataset
+
+
+def refuse_illegible(dataset: Dataset) -> None:
+    """Refuse names that must not be shown: runs, reports and bundles tell of frames and kinds of defects by them.
+
+    Raises:
+        DatasetFault: if a file, a folder or a kind has one.
+    """
+    names = {dataset.name}
+    for sample in dataset.samples:
+        names.update((str(sample.path), *(str(path) for path in sample.mask_paths), sample.kind, sample.group or ""))
+    odd = sorted(name for name in names if not is_legible(name))
+    if odd:
+        raise DatasetFault(
+            *(f"{name} holds characters that a terminal would obey, or that are no text; rename it." for name in odd)
+        )

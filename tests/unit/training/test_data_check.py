@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from service.contract.frames import FrameLimits, encode_jpeg, encode_png
+from service.contract.legible import is_legible, legible
 from tests.factories import encode
 from tests.tiny_line import make_request, write_line
 from training.data.check import check_dataset
@@ -50,6 +51,42 @@ def test_check_of_a_sound_line_counts_frames_by_kind(root):
     assert checked.counts == {"test/good": 1, "test/hole": 1, "train/good": 2}
     assert checked.warnings == ()
     assert len(checked.digest) == 64
+
+
+@pytest.mark.parametrize("place", ["train/good/{}.png", "test/{}/0.png", "test/{}/deep/0.png"], ids=str)
+@pytest.mark.parametrize("odd", ["\x1b[31m", "a\nb", "\x9b2J", "\udcff"], ids=ascii)
+def test_reading_of_a_name_that_a_terminal_would_obey_is_refused_and_shown_legibly(tmp_path, place, odd):
+    """Reports, bundles and terminals name frames and kinds of defects."""
+    _write(tmp_path / "train/good/0.png", encode_png(_picture(0)))
+    _write(tmp_path / place.format(odd), encode_png(_picture(1)))
+
+    with pytest.raises(DatasetFault, match="rename it") as refused:
+        read_dataset(tmp_path)
+
+    assert legible(place.format(odd)) in str(refused.value)
+    assert is_legible(str(refused.value))
+
+
+def test_reading_of_a_mask_whose_name_a_terminal_would_obey_is_refused(root):
+    """A mask is told of like its frame."""
+    (root / "test/hole/0.png").rename(root / "test/hole/\x07.png")
+    (root / "ground_truth/hole/0_mask.png").rename(root / "ground_truth/hole/\x07_mask.png")
+
+    with pytest.raises(DatasetFault, match=r"\\x07_mask\.png .*rename it.*\\x07\.png"):
+        read_dataset(root)
+
+
+def test_fault_of_a_folder_whose_name_a_terminal_would_obey_is_legible(tmp_path):
+    """Whichever reader complains of whatever file."""
+    with pytest.raises(DatasetFault, match=r"\\x1bc is no folder"):
+        read_dataset(tmp_path / "\x1bc")
+
+
+def test_check_of_files_that_the_reader_passed_over_shows_their_names_legibly(root):
+    """What is no frame does not stop a run, and writes on no terminal."""
+    _write(root / "train/good/2.p\x1bm", b"P5 1 1 255 x")
+
+    assert ["1 .p\\x1bm in" in warning for warning in _check(root).warnings] == [True]
 
 
 def test_check_of_files_that_the_reader_passed_over_warns_of_them(root):
@@ -228,6 +265,14 @@ def test_gather_lines_when_the_check_warns_then_it_is_said_with_the_lines_name(t
     gather_lines(make_request(line, tmp_path / "store"), reporter)
 
     assert any(re.match(r"tex: .*has the same content as", note) for note in reporter.notes)
+
+
+def test_read_good_folder_with_a_name_that_a_terminal_would_obey_is_refused(tmp_path):
+    """Frames of a later calibration are told of by their names, too."""
+    _write(tmp_path / "\x1bc.png", encode_png(_picture(40)))
+
+    with pytest.raises(DatasetFault, match=r"\\x1bc\.png .*rename it"):
+        read_good_folder(tmp_path, None, 16, _Notes())
 
 
 def test_read_good_folder_with_files_of_another_format_counts_them(tmp_path):

@@ -23,6 +23,7 @@ from service.contract.bundle import (
     versions_of,
 )
 from service.contract.golden import read_golden
+from service.contract.legible import is_legible
 from service.contract.policy import Verdict
 from service.errors import BundleRefused
 from tests.factories import (
@@ -171,6 +172,21 @@ def test_loading_when_there_is_a_file_that_the_manifest_does_not_name_is_refused
 
     with pytest.raises(BundleRefused, match="is not named by manifest"):
         load_bundle(bundle)
+
+
+@pytest.mark.parametrize("is_named", [False, True], ids=["stranger", "named"])
+def test_loading_when_a_file_is_named_as_a_terminal_would_obey_is_refused_and_shown_legibly(bundle, is_named):
+    """Who verifies a bundle from elsewhere reads its names, and nothing of it writes on the terminal."""
+    write_files(bundle, {"\x1b[2J": b"x"})
+    if is_named:
+        record = Manifest.model_validate_json((bundle / MANIFEST).read_bytes())
+        write_files(bundle, seal(record, {name: (bundle / name).read_bytes() for name in (*record.files, "\x1b[2J")}))
+
+    with pytest.raises(BundleRefused) as refused:
+        load_bundle(bundle)
+
+    assert r"\x1b[2J" in str(refused.value)
+    assert is_legible(str(refused.value))
 
 
 def test_loading_when_plans_were_built_on_the_target_accepts_them(bundle):
