@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.auth import Keyring, KeysFileInvalid, MountedKeyring
+from service.body_budget import BodyBudget
 from service.choices import why_unusable
 from service.contract.signature import refuse_unusable
 from service.engines.opening import open_engine
@@ -223,7 +224,8 @@ def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[
         clock=clock,
     )
     traces = _trace_to(settings, telemetry)
-    context = Context(settings, keyring, registry, pipeline, records, shadows, telemetry, clock, traces)
+    bodies = BodyBudget(settings.body_budget_bytes)
+    context = Context(settings, keyring, registry, pipeline, records, shadows, telemetry, clock, bodies, traces)
     telemetry.watch_readiness(lambda: not context.reasons_not_ready())
     if isinstance(keyring, MountedKeyring):
         telemetry.watch_keys(keyring.oldest_made_at, keyring.is_in_force)

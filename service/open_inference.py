@@ -22,7 +22,7 @@ import re
 import struct
 import zlib
 from base64 import b64decode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -59,6 +59,7 @@ _CODINGS: dict[str, Coding] = {"gzip": "gzip", "deflate": "deflate"}
 _WINDOW_BITS: dict[Coding, int] = {"gzip": 31, "deflate": 15}  # of zlib: 16 more than 15 means a gzip header
 _FAST = 1
 _PRINTED_AT_ONCE = 2**13  # numbers; a millisecond or two
+_INFLATED_AT_ONCE = 2**20
 _LARGEST_ENTRIES = 16  # inputs, and outputs, of one request
 _IDENTIFIER: TypeAdapter[str] = TypeAdapter(Identifier)
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
@@ -255,23 +256,38 @@ def wanted_coding(accept_encoding: str | None) -> Coding | None:
     return _CODINGS.get((accept_encoding or "").strip().lower())
 
 
-def decompress(body: bytes, coding: Coding, max_bytes: int) -> bytes:
+def decompress(body: bytes, coding: Coding, max_bytes: int, hold: Callable[[int], None]) -> bytes:
     """Decompress a body without ever holding more than its limit.
+
+    Args:
+        body: as it came.
+        coding: how it is compressed.
+        max_bytes: the largest one.
+        hold: called with how large it has become, again and again while it grows; raises where that is too much now.
 
     Raises:
         FrameTooLarge: if it is larger than `max_bytes`.
         ParameterInvalid: if it is damaged or incomplete.
     """
     inflater = zlib.decompressobj(_WINDOW_BITS[coding])
-    try:
-        data = inflater.decompress(body, max_bytes + 1)
-    except zlib.error as error:
-        raise ParameterInvalid(f"The body is no {coding} data, or damaged.") from error
-    if len(data) > max_bytes:
-        raise FrameTooLarge(f"The body is over the limit of {max_bytes} bytes once it is decompressed.")
-    if not inflater.eof or inflater.unused_data:
+    pieces, size, read = [], 0, 0
+    while read < len(body) and not inflater.eof:
+        rest, is_full = body[read : read + _INFLATED_AT_ONCE], False
+        read += len(rest)
+        while (rest or is_full) and not inflater.eof:
+            most = min(_INFLATED_AT_ONCE, max_bytes + 1 - size)
+            hold(size + most)  # a few kilobytes may become the largest body
+            try:
+                piece = inflater.decompress(rest, most)
+            except zlib.error as error:
+                raise ParameterInvalid(f"The body is no {coding} data, or damaged.") from error
+            pieces.append(piece)
+            size, rest, is_full = size + len(piece), inflater.unconsumed_tail, len(piece) == most
+            if size > max_bytes:
+                raise FrameTooLarge(f"The body is over the limit of {max_bytes} bytes once it is decompressed.")
+    if not inflater.eof or inflater.unused_data or read < len(body):
         raise ParameterInvalid(f"The {coding} data is truncated, or something follows it.")
-    return data
+    return b"".join(pieces)
 
 
 def compress(body: bytes, coding: Coding) -> bytes:

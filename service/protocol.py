@@ -124,7 +124,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body."""
         self._has_moved = True
-        if not (self.parser.should_upgrade() or self.cycle.response_complete):
+        if not self.parser.should_upgrade():
             self.cycle.take(body)
 
     def on_message_complete(self) -> None:
@@ -202,11 +202,14 @@ class _Cycle(RequestResponseCycle):
         self._bytes = 0
         self._is_length_known = b"content-length" in [name for name, _ in self.scope["headers"]]
         self._waits_for_all = False
+        self._is_wanted = True
         self._when_left: Callable[[], None] | None = None
         self.scope["extensions"] = {CONNECTION_EXTENSION: self}  # type: ignore[dict-item]  # ASGI knows tables alone
 
     def take(self, piece: bytes) -> None:
         """Take a piece of the body, and wake whoever reads it unless it waits for all of it."""
+        if not self._is_wanted:
+            return
         self._pieces.append(piece)
         self._bytes += len(piece)
         if not self._waits_for_all:
@@ -214,12 +217,17 @@ class _Cycle(RequestResponseCycle):
 
     def hold_back(self) -> None:
         """Take no more for as long as nobody reads a body of which much has come, and more is to come."""
-        is_read = self._waits_for_all or self.response_complete  # by somebody, or to be thrown away
+        is_read = self._waits_for_all or not self._is_wanted  # by somebody, or to be thrown away
         if self._bytes > HIGH_WATER_LIMIT and self.more_body and not is_read:
             self.flow.pause_reading()
 
+    def _throw_away(self) -> None:
+        """Keep nothing of the body that has come, nor of what still comes: its memory counts as given back."""
+        self._is_wanted, self._pieces, self._bytes = False, [], 0
+
     def leave(self) -> None:
         """Tell whoever works for the caller that it has left."""
+        self._throw_away()
         if self.response_complete:
             return
         self.disconnected = True
@@ -249,11 +257,15 @@ class _Cycle(RequestResponseCycle):
         self._waits_for_all = self._is_length_known
         if self._waits_for_all and self.more_body:
             self.message_event.clear()
-        if not self.disconnected and not self.response_complete:
+        if self._is_wanted:
             self.flow.resume_reading()
-            await self.message_event.wait()
+            try:
+                await self.message_event.wait()
+            except asyncio.CancelledError:  # whoever read it has no more time
+                self._throw_away()
+                raise
             self.message_event.clear()
-        if self.disconnected or self.response_complete:
+        if not self._is_wanted:
             return {"type": "http.disconnect"}
         body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces, self._bytes = [], 0
@@ -278,6 +290,7 @@ class _Cycle(RequestResponseCycle):
                 self.keep_alive = False
         lines += (b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n", body)
         self.response_started = self.response_complete = True
+        self._throw_away()
         self._wire.write(b"".join(lines))
         self.message_event.set()
         if not self.keep_alive:
@@ -288,6 +301,8 @@ class _Cycle(RequestResponseCycle):
     async def send(self, message: Any) -> None:
         """Send an answer's head or the next piece of its body."""
         await super().send(message)
+        if self.response_complete:
+            self._throw_away()
         if message["type"] == "http.response.body":
             self._together.flush()
 

@@ -24,6 +24,9 @@ PREFIX = "FLAWLINE_"
 _CGROUP = Path("/sys/fs/cgroup")
 # Threads of one run wait for each other after every operator, so that more bring less and less.
 _MOST_THREADS_ALONE = 4
+# The rest is for engines, and for what frames become once they are decoded.
+_BODIES_SHARE = 4
+_MOST_BODY_BYTES = 2**30
 
 
 class SettingsInvalid(ValueError):
@@ -47,6 +50,21 @@ def usable_cpus(cgroup: Path = _CGROUP) -> int:
     except (OSError, ValueError):  # no control groups, or the quota is `max`
         return affinity
     return affinity if allowed <= 0 else max(1, min(affinity, math.ceil(allowed)))
+
+
+def usable_memory_bytes(cgroup: Path = _CGROUP) -> int:
+    """Return how much memory this process may take: the machine's, or its container's limit where that is less.
+
+    Args:
+        cgroup: root of the control groups as this process sees them.
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            return min(machine, int((cgroup / name).read_text()))
+        except (OSError, ValueError):  # no such group, or the limit is `max`
+            continue
+    return machine
 
 
 def default_engine_cache() -> Path:
@@ -106,6 +124,9 @@ class Settings(BaseSettings):
         default_deadline_s: from the arrival of a request to its answer, where the caller names none.
         max_deadline_s: the longest that a caller may name.
         max_body_bytes: the largest body.
+        max_body_bytes_held: memory of all bodies, from their first bytes until they are answered, of which one key (one
+            line, where there are no keys) gets half at most. Absent means a quarter of the machine's or container's
+            memory, or 1 GiB where that is less.
         max_pixels: the largest image, width times height.
         formats: accepted codecs, separated by commas.
         max_frames_per_request: in one call of `inspect-batch`.
@@ -160,6 +181,7 @@ class Settings(BaseSettings):
     default_deadline_s: float = Field(default=2, gt=0, le=600)
     max_deadline_s: float = Field(default=10, gt=0, le=600)
     max_body_bytes: int = Field(default=64 * 2**20, ge=1024, le=2**30)
+    max_body_bytes_held: int = Field(default=0, ge=0)
     max_pixels: int = Field(default=50_000_000, ge=1, le=2**30)
     formats: Annotated[frozenset[str], NoDecode] = FRAME_FORMATS
     max_frames_per_request: int = Field(default=16, ge=1, le=1024)
@@ -211,6 +233,12 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _largest_body_fits(self) -> Self:
+        if 0 < self.max_body_bytes_held < self.max_body_bytes:
+            raise ValueError("max_body_bytes_held must not be below max_body_bytes, or such bodies are never taken")
+        return self
+
+    @model_validator(mode="after")
     def _administration_is_guarded(self) -> Self:
         if self.admin_port is not None and self.keys_file is None:
             raise ValueError("admin_port needs keys_file, with a key that allows the action admin")
@@ -245,6 +273,12 @@ class Settings(BaseSettings):
     def frame_limits(self) -> FrameLimits:
         """What a caller may send."""
         return FrameLimits(self.max_body_bytes, self.max_pixels, self.formats)
+
+    @property
+    def body_budget_bytes(self) -> int:
+        """Memory that bodies may take together; two of the largest at least."""
+        share = min(usable_memory_bytes() // _BODIES_SHARE, _MOST_BODY_BYTES)
+        return self.max_body_bytes_held or max(share, 2 * self.max_body_bytes)
 
     @property
     def runners_per_engine(self) -> int:

@@ -20,11 +20,11 @@ from service.auth import Caller
 from service.errors import BundleRefused, FlawlineError, NotAuthorised, ParameterInvalid, VersionRefused
 from service.live import LineStatus
 from service.registry import Registry
-from service.routes.bodies import receive_body
+from service.routes.bodies import receive_small_body
 from service.routes.context import caller_of, context_of
 from service.routes.lines import summary_of
 from service.routes.problems import request_id_of, responses
-from service.routes.v2 import SMALL_BODY_BYTES, index_of
+from service.routes.v2 import index_of
 from service.schemas import (
     AdminLineAnswer,
     AdminLinesAnswer,
@@ -239,7 +239,7 @@ class _LoadRequest(BaseModel):
 
 
 async def _parameters(request: Request) -> dict[str, Any]:
-    body = await receive_body(request, SMALL_BODY_BYTES, context_of(request).settings.default_deadline_s)
+    body = await receive_small_body(request)
     try:
         return _LoadRequest.model_validate_json(body or b"{}").parameters
     except ValidationError as error:

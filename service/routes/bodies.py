@@ -1,7 +1,8 @@
 """Receives bodies: bounded while they arrive, in memory, and never longer than their deadline.
 
 Before: the caller is known and its parameters are read. After: the bytes of one frame (or of several) and their kind.
-A body that promises too much is refused before it is read, one that turns out too large as soon as it is.
+A body that promises too much is refused before it is read, one that turns out too large as soon as it is; and so is one
+that would take more memory than all bodies, or all of its caller's, may take together.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from service.body_budget import Holding
 from service.contract.frames import FORMAT_OF_MEDIA_TYPE, FrameLimits
 from service.errors import (
     DeadlinePassed,
@@ -24,7 +26,7 @@ from service.errors import (
     UnreadableFrame,
 )
 from service.inspection import RawLayout
-from service.routes.context import connection_of
+from service.routes.context import connection_of, context_of
 from service.routes.headers import RAW_HEADERS, refuse_repeated
 from service.routes.problems import sentence_of
 from service.schemas import RawFrameOptions
@@ -32,9 +34,11 @@ from service.schemas import RawFrameOptions
 RAW_MEDIA_TYPE = "application/x-raw-frame"
 MULTIPART_MEDIA_TYPE = "multipart/form-data"
 BYTES_MEDIA_TYPE = "application/octet-stream"
+SMALL_BODY_BYTES = 64 * 2**10
 # What programs write when they do not know the kind of a file; the decoder looks at the bytes anyway.
 _UNKNOWN_MEDIA_TYPES = frozenset({BYTES_MEDIA_TYPE, ""})
 _DISCARDED_BODIES = 4  # times the limit
+_SMALL_BODIES = "small bodies"  # have one share together, whoever sends them
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,18 @@ class Upload:
     raw: RawLayout | None
 
 
-async def receive_frame(request: Request, limits: FrameLimits, timeout_s: float) -> Upload:
+async def receive_frame(request: Request, limits: FrameLimits, timeout_s: float, holding: Holding) -> Upload:
     """Receive one frame: the raw body, or the file field `frame` of a multipart body.
 
     Args:
         request: whose body has not been read.
         limits: byte bound and accepted formats.
         timeout_s: how long the body may take to arrive.
+        holding: counts what it takes.
 
     Raises:
         FrameTooLarge: if the body is, or promises to be, over the limit.
+        Overloaded: if there is no memory for it now.
         MediaTypeNotAllowed: if its kind is not accepted.
         ParameterInvalid: if the layout of raw pixels, or the form, does not fit.
         UnreadableFrame: if a multipart body is broken.
@@ -67,31 +73,46 @@ async def receive_frame(request: Request, limits: FrameLimits, timeout_s: float)
     """
     media_type = _media_type(request.headers)
     if media_type == MULTIPART_MEDIA_TYPE:
-        return usable((await receive_frames(request, "frame", 1, limits, timeout_s))[0])
+        return usable((await receive_frames(request, "frame", 1, limits, timeout_s, holding))[0])
     raw = _layout(media_type, request.headers, limits)
-    return Upload(await receive_body(request, limits.max_bytes, timeout_s), raw)
+    return Upload(await receive_body(request, limits.max_bytes, timeout_s, holding), raw)
 
 
-async def receive_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
+async def receive_body(request: Request, max_bytes: int, timeout_s: float, holding: Holding) -> bytes:
     """Receive a body, whatever it holds.
 
     Args:
         request: whose body has not been read.
         max_bytes: the largest body.
         timeout_s: how long it may take to arrive.
+        holding: counts what it takes.
 
     Raises:
         FrameTooLarge: if the body is, or promises to be, over the limit.
+        Overloaded: if there is no memory for it now.
         DeadlinePassed: if it did not arrive in time.
     """
-    _refuse_promise(request, max_bytes)
+    _refuse_promise(request, max_bytes, holding)
     if _has_body(request):  # nothing to wait for, and so no need of a timer
-        return await _read(request, max_bytes)
+        return await _read(request, max_bytes, holding)
     try:
         async with asyncio.timeout(timeout_s):
-            return await _read(request, max_bytes)
+            return await _read(request, max_bytes, holding)
     except TimeoutError as error:
         raise _not_in_time() from error
+
+
+async def receive_small_body(request: Request) -> bytes:
+    """Receive the body of a request that brings no frame, within the default deadline.
+
+    Raises:
+        FrameTooLarge: if the body is, or promises to be, over the limit of such bodies.
+        Overloaded: if there is no memory for it now.
+        DeadlinePassed: if it did not arrive in time.
+    """
+    context = context_of(request)
+    with context.bodies.of(_SMALL_BODIES) as body:
+        return await receive_body(request, SMALL_BODY_BYTES, context.settings.default_deadline_s, body)
 
 
 def comes_at_once(request: Request) -> bool:
@@ -104,7 +125,7 @@ def _has_body(request: Request) -> bool:
     return connection is not None and connection.has_body()
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
+async def _read(request: Request, max_bytes: int, holding: Holding) -> bytes:
     pieces: list[bytes] = []
     received = 0
     while True:
@@ -115,12 +136,13 @@ async def _read(request: Request, max_bytes: int) -> bytes:
         received += len(pieces[-1])
         if received > max_bytes:
             raise _too_many_bytes(max_bytes)
+        holding.hold(received)
         if not message.get("more_body", False):
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 async def receive_frames(
-    request: Request, field: str, max_frames: int, limits: FrameLimits, timeout_s: float
+    request: Request, field: str, max_frames: int, limits: FrameLimits, timeout_s: float, holding: Holding
 ) -> list[Upload | FlawlineError]:
     """Receive a multipart body whose every part is a file of the same field.
 
@@ -130,12 +152,14 @@ async def receive_frames(
         max_frames: how many files it may hold.
         limits: byte bound of the body, and accepted formats.
         timeout_s: how long the body may take to arrive.
+        holding: counts what it takes.
 
     Returns:
         One entry a file, in order: its frame, or what is wrong with its kind.
 
     Raises:
         FrameTooLarge: if the body is, or promises to be, over the limit, or holds more frames.
+        Overloaded: if there is no memory for it now.
         MediaTypeNotAllowed: if the body is not multipart.
         ParameterInvalid: if there is no file, or a field of another name.
         UnreadableFrame: if the body is broken.
@@ -143,7 +167,8 @@ async def receive_frames(
     """
     if _media_type(request.headers) != MULTIPART_MEDIA_TYPE:
         raise MediaTypeNotAllowed(f"Send multipart/form-data with a file field named `{field}`.")
-    parser = _FormParser(request.headers, _bounded(request, limits.max_bytes), max_files=max_frames, max_fields=0)
+    pieces = _bounded(request, limits.max_bytes, holding)
+    parser = _FormParser(request.headers, pieces, max_files=max_frames, max_fields=0)
     parser.spool_max_size = limits.max_bytes + 1  # files never reach the disk: what bounds the body bounds the memory
     try:
         async with asyncio.timeout(timeout_s):
@@ -194,18 +219,19 @@ async def _upload_of(file: UploadFile, headers: Mapping[str, str], limits: Frame
     return Upload(await file.read(), raw)
 
 
-async def _bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
-    _refuse_promise(request, max_bytes)
+async def _bounded(request: Request, max_bytes: int, holding: Holding) -> AsyncGenerator[bytes, None]:
+    _refuse_promise(request, max_bytes, holding)
     received = 0
     async for chunk in request.stream():
         received += len(chunk)
         if received > max_bytes:
             raise _too_many_bytes(max_bytes)
+        holding.hold(received)
         yield chunk
 
 
-def _refuse_promise(request: Request, max_bytes: int) -> None:
-    """Refuse a body that promises to be too large, before any of it is read."""
+def _refuse_promise(request: Request, max_bytes: int, holding: Holding) -> None:
+    """Refuse a body that promises to be too large, for itself or beside others, before any of it is read."""
     promised = request.headers.get("content-length", "")
     length = int(promised) if promised.isdigit() else None
     # A client that can only write before it reads never sees an answer on a connection that is closed under it. So what
@@ -214,6 +240,7 @@ def _refuse_promise(request: Request, max_bytes: int) -> None:
         request.state.must_close = True
     if length is not None and length > max_bytes:
         raise _too_many_bytes(max_bytes)
+    holding.hold(length or 0)
 
 
 def _not_in_time() -> DeadlinePassed:

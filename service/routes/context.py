@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from service.auth import Caller, Keyring, MountedKeyring
+from service.body_budget import BodyBudget, Holding
 from service.errors import NotAuthorised
 from service.live import Found, LiveLine
 from service.pipeline import Pipeline
@@ -146,6 +147,7 @@ class Context:
 
     Attributes:
         clock: seconds, monotonic; the one that deadlines are measured with.
+        bodies: the memory that they may take.
         traces: None where no collector is named.
     """
 
@@ -157,10 +159,15 @@ class Context:
     shadows: Shadows
     telemetry: Telemetry
     clock: Callable[[], float]
+    bodies: BodyBudget
     traces: Traces | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     after_answers: AfterAnswers = field(default_factory=AfterAnswers)
     changes: Changes = field(default_factory=Changes)
+
+    def body_of(self, caller: Caller, line: str) -> Holding:
+        """Return what counts the body of one request: towards its key, or its line where everybody is anybody."""
+        return self.bodies.of(line if self.keyring.is_open else caller.name)
 
     def reasons_not_ready(self) -> list[dict[str, str]]:
         """Say what keeps the service from being ready; empty when it is."""

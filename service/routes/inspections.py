@@ -91,12 +91,14 @@ async def inspect(request: Request, line: str) -> Response:
         deadline_s, priority = _deadline_s(options), _PRIORITIES[options.priority]
         context.pipeline.refuse_hopeless(found, received_at_of(request), deadline_s, priority)
         is_next = comes_at_once(request)
-        upload = await receive_frame(request, context.settings.frame_limits, _time_left_s(request, options))
-        asked = _ask(request, line, options, upload)
-        if not is_next:  # another version may have become live meanwhile, and what was found been closed
-            found = find_for(caller, context, line, options.bundle_version, options.policy)
-        # Where receiving it let nobody else come first, what was found of the queue still holds.
-        inspection = await unless_left(request, context.pipeline.inspect_by(found, asked, is_hopeful=is_next))
+        limits, left_s = context.settings.frame_limits, _time_left_s(request, options)
+        with context.body_of(caller, line) as body:
+            upload = await receive_frame(request, limits, left_s, body)
+            asked = _ask(request, line, options, upload)
+            if not is_next:  # another version may have become live meanwhile, and what was found been closed
+                found = find_for(caller, context, line, options.bundle_version, options.policy)
+            # Where receiving it let nobody else come first, what was found of the queue still holds.
+            inspection = await unless_left(request, context.pipeline.inspect_by(found, asked, is_hopeful=is_next))
         return await (_picture if _wants_picture(request) else _answer)(context, inspection)
 
 
@@ -160,16 +162,13 @@ async def inspect_batch(request: Request, line: str) -> Response:
         caller.demand("inspect", line)
         options = _read_options(request)
         find_for(caller, context, line, options.bundle_version, options.policy)  # no body is taken that can't be judged
-        uploads = await receive_frames(
-            request,
-            "frames",
-            context.settings.max_frames_per_request,
-            context.settings.frame_limits,
-            _time_left_s(request, options),
-        )
-        counted.frames = len(uploads)
-        frames = (_item(request, caller, line, options, upload, index) for index, upload in enumerate(uploads))
-        outcomes = await unless_left(request, _side_by_side(frames))
+        limits, left_s = context.settings.frame_limits, _time_left_s(request, options)
+        most = context.settings.max_frames_per_request
+        with context.body_of(caller, line) as body:
+            uploads = await receive_frames(request, "frames", most, limits, left_s, body)
+            counted.frames = len(uploads)
+            frames = (_item(request, caller, line, options, upload, index) for index, upload in enumerate(uploads))
+            outcomes = await unless_left(request, _side_by_side(frames))
         # Written and counted together, as they are answered: whoever left has got none of them.
         items = [_write_item(request, line, outcome) for outcome in outcomes]
     head = b'{"request_id":' + to_json(request_id_of(request)) + b',"items":['

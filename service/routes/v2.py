@@ -20,13 +20,14 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from service import open_inference
+from service.body_budget import Holding
 from service.errors import LineNotCalibrated, LineNotReady, NotAuthorised, UnknownLine
 from service.inspection import Inspection, InspectionRequest
 from service.live import NOT_CALIBRATED, LineStatus, LiveLine
 from service.open_inference import JSON_LENGTH_HEADER, Coding, InferAnswer, InferRequest, ModelSpec, Values
 from service.registry import Registry
 from service.routes.accounting import TRACE_PARENT_HEADER, Counting, in_time, record_later, unless_left
-from service.routes.bodies import receive_body
+from service.routes.bodies import receive_body, receive_small_body
 from service.routes.context import Context, caller_of, context_of, find_for, refuse_choice
 from service.routes.identity import received_at_of
 from service.routes.problems import request_id_of
@@ -37,7 +38,6 @@ router = APIRouter(prefix="/v2", include_in_schema=False)
 PLATFORM = "onnxruntime_onnx"
 
 _NOT_A_MODEL = "stats"  # the protocol gives this address to the statistics of all models
-SMALL_BODY_BYTES = 64 * 2**10
 
 
 @router.get("/health/live")
@@ -156,8 +156,7 @@ async def index_of(request: Request, may_know: Callable[[str], bool]) -> list[di
         may_know: says of which lines.
     """
     context = context_of(request)
-    body = await receive_body(request, SMALL_BODY_BYTES, context.settings.default_deadline_s)
-    ready_only = open_inference.wants_ready_only(body)
+    ready_only = open_inference.wants_ready_only(await receive_small_body(request))
     models = [status for status in context.registry.statuses() if may_know(status.line)]
     entries = await asyncio.to_thread(lambda: [entry for model in models for entry in _index(context.registry, model)])
     return [entry for entry in entries if entry["state"] == "READY" or not ready_only]
@@ -183,13 +182,14 @@ async def infer(request: Request, model: str) -> Response:
         line = context.registry.serving(model, bundle_version)
         refuse_choice(caller, context, line, None)
         caller.spend_frame()
-        asked = await _receive(request, _spec(line, context.settings))
-        counted.frames = len(asked.frames)
-        for _ in asked.frames[1:]:
-            caller.spend_frame()
-        find_for(caller, context, model, bundle_version, asked.policy)  # which policy is named stands in the body
-        works = _works(request, model, bundle_version, asked)
-        inspections = await unless_left(request, _together(context, works))
+        with context.body_of(caller, model) as body:
+            asked = await _receive(request, _spec(line, context.settings), body)
+            counted.frames = len(asked.frames)
+            for _ in asked.frames[1:]:
+                caller.spend_frame()
+            find_for(caller, context, model, bundle_version, asked.policy)  # which policy is named stands in the body
+            works = _works(request, model, bundle_version, asked)
+            inspections = await unless_left(request, _together(context, works))
         return await _answer(request, asked, inspections)
 
 
@@ -263,17 +263,20 @@ def _entry(name: str, version: str, state: str, reason: str) -> dict[str, str]:
     return {"name": name, "version": version, "state": state, "reason": reason}
 
 
-async def _receive(request: Request, spec: ModelSpec) -> InferRequest:
+async def _receive(request: Request, spec: ModelSpec, holding: Holding) -> InferRequest:
     """Receive and read a request; in a thread, because decompressing and parsing may take as long as a run."""
     settings = context_of(request).settings
     max_bytes = settings.max_body_bytes
     coding = open_inference.coding_of(request.headers.get("content-encoding"))
     # How long the caller allows stands in the body, so the body itself gets the longest time there is.
     left_s = received_at_of(request) + settings.max_deadline_s - context_of(request).clock()
-    body = await receive_body(request, max_bytes, left_s)
+    body = await receive_body(request, max_bytes, left_s, holding)
+
+    def hold(plain_bytes: int) -> None:
+        holding.hold(len(body) + plain_bytes)
 
     def read() -> InferRequest:
-        plain = body if coding is None else open_inference.decompress(body, coding, max_bytes)
+        plain = body if coding is None else open_inference.decompress(body, coding, max_bytes, hold)
         return open_inference.parse_request(plain, request.headers.get(JSON_LENGTH_HEADER), spec)
 
     async with in_time(context_of(request), received_at_of(request) + settings.max_deadline_s, "the request was read"):

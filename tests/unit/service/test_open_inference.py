@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.errors import FlawlineError, FrameTooLarge, MediaTypeNotAllowed, ParameterInvalid
+from service.errors import FlawlineError, FrameTooLarge, MediaTypeNotAllowed, Overloaded, ParameterInvalid
 from service.open_inference import (
     MAX_JSON_BYTES,
     MAX_JSON_MARKS,
@@ -428,9 +428,9 @@ def test_answer_when_no_id_was_sent_then_none_is_made_up():
 )
 def test_compression_when_another_program_is_at_the_other_end_then_both_ways_agree(coding, pack, unpack):
     """What others compress is read, and others read what is compressed here."""
-    data = bytes(range(256)) * 20
+    data = np.random.default_rng(0).bytes(3 * 2**20 + 1)  # as large as compressed ones are, and read in several goes
 
-    assert decompress(pack(data), coding, len(data)) == data
+    assert decompress(pack(data), coding, len(data), lambda _: None) == data
     assert unpack(compress(data, coding)) == data
 
 
@@ -441,7 +441,7 @@ def test_bomb_when_decompressed_then_it_ends_at_the_limit(coding):
 
     tracemalloc.start()
     with pytest.raises(FrameTooLarge):
-        decompress(bomb, coding, 10_000)
+        decompress(bomb, coding, 10_000, lambda _: None)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 
@@ -449,11 +449,27 @@ def test_bomb_when_decompressed_then_it_ends_at_the_limit(coding):
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
+def test_body_when_decompressed_then_memory_is_asked_for_before_it_is_taken(coding):
+    """A few kilobytes that become megabytes are told of while they grow, and end where there is no more."""
+    grown = []
+
+    def hold(size):
+        grown.append(size)
+        if size > 8 * 2**20:
+            raise Overloaded("no more")
+
+    with pytest.raises(Overloaded):
+        decompress(compress(bytes(50_000_000), coding), coding, 50_000_000, hold)
+
+    assert grown == [2**20 * (number + 1) for number in range(9)]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
 @pytest.mark.parametrize("damage", [lambda x: x[:-1], lambda x: x + b"x", lambda _: b"", lambda _: b"nonsense"])
 def test_compressed_body_when_damaged_then_refused(coding, damage):
     """Truncated, lengthened and foreign data are the caller's fault, and say so."""
     with pytest.raises(ParameterInvalid):
-        decompress(damage(compress(b"data", coding)), coding, 100)
+        decompress(damage(compress(b"data", coding)), coding, 100, lambda _: None)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from service.contract.frames import FRAME_FORMATS
-from service.settings import Settings, SettingsInvalid, read_settings, usable_cpus
+from service.settings import Settings, SettingsInvalid, read_settings, usable_cpus, usable_memory_bytes
 
 
 def test_settings_when_nothing_is_set_then_serve_safely():
@@ -106,3 +106,34 @@ def test_usable_cpus_when_container_has_a_quota_then_counts_it(tmp_path, files, 
         (tmp_path / name).write_text(text)
 
     assert usable_cpus(tmp_path) == (limit or len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        pytest.param({}, None, id="no control groups"),
+        pytest.param({"memory.max": "max\n"}, None, id="v2, no limit"),
+        pytest.param({"memory.max": "1048576\n"}, 2**20, id="v2, a MiB"),
+        pytest.param({"memory/memory.limit_in_bytes": "9223372036854771712\n"}, None, id="v1, no limit"),
+        pytest.param({"memory/memory.limit_in_bytes": "1048576\n"}, 2**20, id="v1, a MiB"),
+    ],
+)
+def test_usable_memory_when_container_has_a_limit_then_counts_it(tmp_path, files, limit):
+    """A pod's bodies take a part of the pod's memory, not of the node's."""
+    import os
+
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    assert usable_memory_bytes(tmp_path) == (limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def test_bodies_when_nothing_is_said_of_their_memory_then_two_of_the_largest_fit():
+    """However small the machine is, the largest frame is taken, and another one's beside it."""
+    settings = Settings(max_body_bytes=2**30)
+
+    assert settings.body_budget_bytes >= 2**31
+    assert Settings(max_body_bytes=2**20, max_body_bytes_held=2**20).body_budget_bytes == 2**20
+    with pytest.raises(ValueError, match="max_body_bytes_held"):
+        Settings(max_body_bytes=2**20, max_body_bytes_held=2**20 - 1)
