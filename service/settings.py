@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.contract.bundle import LineName
-from service.contract.frames import FRAME_FORMATS, FrameLimits
+from service.contract.frames import DEFAULT_FORMATS, FRAME_FORMATS, FrameLimits
 from service.contract.signature import Trust
 from service.engines.engine import GPU_DEVICES, Device, EngineOptions, InferencePrecision, MemoryArena
 
@@ -128,7 +128,7 @@ class Settings(BaseSettings):
             line, where there are no keys) gets half at most. Absent means a quarter of the machine's or container's
             memory, or 1 GiB where that is less.
         max_pixels: the largest image, width times height.
-        formats: accepted codecs, separated by commas.
+        formats: accepted codecs, separated by commas; absent means all but WebP, of which lost data can't be noticed.
         max_frames_per_request: in one call of `inspect-batch`.
         max_heatmaps_kept: answers whose heatmap can still be fetched.
         max_heatmap_bytes_kept: memory that they may take.
@@ -183,7 +183,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=64 * 2**20, ge=1024, le=2**30)
     max_body_bytes_held: int = Field(default=0, ge=0)
     max_pixels: int = Field(default=50_000_000, ge=1, le=2**30)
-    formats: Annotated[frozenset[str], NoDecode] = FRAME_FORMATS
+    formats: Annotated[frozenset[str], NoDecode] = DEFAULT_FORMATS
     max_frames_per_request: int = Field(default=16, ge=1, le=1024)
     max_heatmaps_kept: int = Field(default=1000, ge=0, le=1_000_000)
     max_heatmap_bytes_kept: int = Field(default=256 * 2**20, ge=0)

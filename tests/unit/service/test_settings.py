@@ -13,7 +13,7 @@ def test_settings_when_nothing_is_set_then_serve_safely():
     settings = read_settings()
 
     assert (settings.host, settings.max_batch_size, settings.lines, settings.keys_file) == ("127.0.0.1", 1, None, None)
-    assert settings.frame_limits.formats == FRAME_FORMATS
+    assert settings.frame_limits.formats == FRAME_FORMATS - {"WEBP"}
     assert (settings.runners_per_engine, settings.decode_threads) == (usable_cpus(), 0)
 
 
@@ -23,6 +23,7 @@ def test_settings_when_nothing_is_set_then_serve_safely():
         ("STORE_DIRECTORY", "/data/store", Path("/data/store")),
         ("LINES", "screws, bottles", frozenset({"screws", "bottles"})),
         ("FORMATS", "JPEG,PNG", frozenset({"JPEG", "PNG"})),
+        ("FORMATS", "BMP,JPEG,PNG,TIFF,WEBP", FRAME_FORMATS),
         ("MAX_PIXELS", "1000", 1000),
         ("DEFAULT_DEADLINE_S", "0.25", 0.25),
         ("LOG_LEVEL", "warning", "WARNING"),
