@@ -29,7 +29,7 @@ class Mutant(NamedTuple):
 
 
 def originals(*, defect: bool) -> list[tuple[str, bytes]]:
-    """Return sound files of every codec that is accepted by default, and of several kinds of each, with their media types."""
+    """Return sound files of every codec that is accepted by default, of several kinds each, with their media types."""
     pixels = make_frame(defect=defect)
     grey = pixels[:, :, 0]
     return [

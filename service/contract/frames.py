@@ -45,8 +45,8 @@ FORMAT_OF_MEDIA_TYPE = {
     "image/webp": "WEBP",
 }
 FRAME_FORMATS = frozenset(FORMAT_OF_MEDIA_TYPE.values())
-# Of a WebP, which has neither a checksum nor an end that a decoder asks for, nothing tells what is lost: zeros, and bits
-# that were changed, are drawn as another picture. Whoever takes it knows that.
+# Of a WebP, which has neither a checksum nor an end that a decoder asks for, nothing tells what is lost: zeros, and
+# bits that were changed, are drawn as another picture. Whoever takes it knows that.
 DEFAULT_FORMATS = FRAME_FORMATS - {"WEBP"}
 DEEPEST_BITS = 16
 
