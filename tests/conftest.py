@@ -42,6 +42,7 @@ _KEPT_VARIABLES = frozenset(
 _CONNECTING = frozenset({"socket.connect", "socket.sendto"})
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as `flawline` does, before anything imports the runtime
+sys.modules.setdefault("openvino_telemetry", None)  # as the engine does; reporting wants the internet
 
 # The same examples on every run and machine: a failing change is the change's fault. Slow machines are no failure.
 settings.register_profile(

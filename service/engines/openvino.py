@@ -9,19 +9,25 @@ As in ONNX Runtime, frames side by side are the quickest way, and a frame that i
 """
 
 import io
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import openvino
 from numpy.typing import NDArray
-from openvino.frontend import FrontEndManager
 
 from service.contract.bundle import Bundle
 from service.engines.engine import EngineOptions, EngineOutput, LoneRun
 from service.engines.pool import Pool
 from service.engines.promise import Promise, Signature
 from service.errors import BundleRefused, EngineFailed
+
+# OpenVINO's import reports to its maker over the internet, unless this package of its own is missing; a factory did not
+# ask for that.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # so that importing it fails
+
+import openvino  # noqa: E402 - see above
+from openvino.frontend import FrontEndManager  # noqa: E402 - see above
 
 _NUMPY_NAMES = {"u8": "uint8", "i64": "int64", "f32": "float32"}
 _BFLOAT16 = "BF16"

@@ -1,5 +1,7 @@
 """Promises of the OpenVINO engine, kept by the real runtime on this machine's CPU."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -87,6 +89,17 @@ def test_engine_when_bytes_look_like_another_format_then_runs_the_graph_that_was
     answer = open_engine(replace(bundle, model=model.SerializeToString()), OPTIONS).run(frames, line_index)
 
     np.testing.assert_array_equal(answer.scores, engine.run(frames, line_index).scores)
+
+
+def test_engine_when_imported_then_openvino_reports_to_nobody():
+    """Its import tells its maker of it over the internet, from a process of its own, unless kept from it."""
+    program = (
+        "import sys, service.engines.openvino; print([m for m in sys.modules if m.startswith('openvino_telemetry.')])"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "[]"
 
 
 def test_engine_when_a_lone_run_may_take_no_more_threads_then_there_is_one_way(engine):
