@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -41,6 +41,7 @@ from service.contract.golden import read_golden
 from service.contract.legible import legible
 from service.contract.policy import Verdict
 from service.errors import FlawlineError
+from service.frame_files import find_files
 
 commands = typer.Typer()
 commands.add_typer(admin, name="admin")
@@ -53,7 +54,8 @@ _REFRESH_HZ = 2.0
 Deadline = Annotated[float, typer.Option(help="Milliseconds from sending a frame to its answer.", min=1)]
 _INSPECT_HELP = """Inspect image files, or every image in a folder, and tell the verdicts.
 
-The exit code is 0 if every part is PASS, 3 if one is REVIEW or FAIL, 1 if one has no verdict.
+The exit code is 0 if every part is PASS, 3 if one is REVIEW or FAIL, 1 if one has no verdict, or if a folder holds what
+can't be read. Links are followed.
 
 --overlays draws incoming/left/0001.jpg to overlays/left/FAIL_0001.jpg.png, in the place of an older picture of that
 file, whatever its verdict was. A picture that is missing changes no verdict, and its line says why.
@@ -100,7 +102,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document a frame instead of a table.")] = False,
 ) -> None:
     """Inspect files and end with an exit code that a script can use."""
-    files = list(_images(sources, overlays))
+    files = _images(sources, overlays)
     if not files:
         leave(f"There is no image in {', '.join(map(str, sources))}; known are files with {', '.join(MEDIA_TYPES)}.")
     if overlays is not None:
@@ -303,24 +305,36 @@ def _convert(frame: EncodedFrame, frame_format: FrameFormat) -> ClientFrame:
     )
 
 
-def _images(sources: Sequence[Path], overlays: Path | None = None) -> Iterator[Path]:
-    """Yield the files of sources; of a folder its images, without the pictures that were drawn into a folder in it."""
-    for source in sources:
-        if source.is_dir():
+def _images(sources: Sequence[Path], overlays: Path | None = None) -> list[Path]:
+    """Return the files of sources; of a folder its images, without the pictures that were drawn into a folder in it.
+
+    Files that are left out are told of, and the command ends where some might be that nobody can tell of.
+    """
+    images: list[Path] = []
+    others: Counter[str] = Counter()
+    try:
+        for source in sources:
+            if not source.is_dir():
+                images.append(source)
+                continue
             drawn = None if overlays is None or _lies_in(source, overlays) else overlays
-            yield from sorted(
-                file
-                for file in source.rglob("*")
-                if file.suffix.lower() in MEDIA_TYPES
-                and not file.is_dir()
-                and not (drawn is not None and _lies_in(file, drawn))
-            )
-        else:
-            yield source
+            for file in find_files(source, drawn):
+                suffix = file.suffix.lower()
+                if suffix in MEDIA_TYPES:
+                    images.append(file)
+                elif not file.name.startswith("."):
+                    others[suffix or "without suffix"] += 1
+    except OSError as error:
+        typer.echo(legible(f"{error.filename} can't be read: {error.strerror}; so no frame was sent."), err=True)
+        raise typer.Exit(_NO_VERDICT) from error
+    if others:
+        told = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+        typer.echo(legible(f"Passed over, as no images by their names: {told}."), err=True)
+    return images
 
 
 def _lies_in(place: Path, folder: Path) -> bool:
-    return Path(_place_of(place)).is_relative_to(_place_of(folder))
+    return Path(os.path.realpath(place)).is_relative_to(os.path.realpath(folder))
 
 
 def _root_of(sources: Sequence[Path]) -> str:

@@ -16,6 +16,7 @@ from service.client_commands import commands
 from service.contract.legible import legible
 from service.settings import Settings
 from tests.factories import encode, make_bundle, make_frame
+from tests.rights import rights_of_an_ordinary_user
 from tests.servers import PATIENCE_S, serve_in_thread, wait_until_ready
 
 
@@ -301,3 +302,80 @@ def test_command_when_it_can_not_begin_then_one_sentence_says_why(frames, store,
     assert said in " ".join(result.output.split())
     assert "demo_line  " not in result.output  # no table
     assert "schlüssel" not in result.output
+
+
+def _lock(frames: Path) -> str:
+    (frames / "left").mkdir()
+    (frames / "left/0001.png").write_bytes(encode(make_frame(defect=True)))
+    (frames / "left").chmod(0)
+    return "left"
+
+
+def _lose(frames: Path) -> str:
+    (frames / "right").symlink_to("unmounted")
+    return "right"
+
+
+def _go_round(frames: Path) -> str:
+    (frames / "ring").symlink_to("ring")
+    return "ring"
+
+
+@pytest.mark.parametrize("hide", [_lock, _lose, _go_round], ids=["locked", "leads nowhere", "ring"])
+@pytest.mark.parametrize(
+    "command", [("inspect", "{frames}"), ("camera", "--duration", "0.1", "--frames", "{frames}")], ids=lambda c: c[0]
+)
+def test_command_when_a_folder_can_not_be_looked_into_then_nothing_is_said_of_the_others(url, frames, command, hide):
+    """Who hears that all of a folder pass must not have been told so of what could be read of it."""
+    (frames / "b_bad.png").unlink()
+    name = hide(frames)
+
+    with rights_of_an_ordinary_user():
+        result = _flawline(*(word.format(frames=frames) for word in command), "--line", "demo_line", "--url", url)
+
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert f"{name} can't be read" in " ".join(result.output.split())
+    assert "PASS" not in result.output
+
+
+def test_inspect_when_folders_are_links_then_each_frame_in_them_is_inspected_once(url, frames, tmp_path):
+    """A link may lead to another disk, to a folder that is read anyway, or back to where it stands."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "0001.png").write_bytes(encode(make_frame(defect=True)))
+    (disk / "back").symlink_to(frames)
+    (frames / "station").symlink_to(disk)
+    (frames / "days").mkdir()
+    (frames / "days/0001.png").write_bytes(encode(make_frame()))
+    (frames / "again").symlink_to("days")
+
+    result = _flawline("inspect", frames, "--line", "demo_line", "--url", url, "--json")
+
+    documents = [json.loads(line) for line in result.stdout.splitlines()]
+    told = {str(Path(document["file"]).relative_to(frames)): document["verdict"] for document in documents}
+    assert result.exit_code == 3
+    assert len(documents) == len(told)
+    assert told == {"a_good.png": "PASS", "b_bad.png": "FAIL", "days/0001.png": "PASS", "station/0001.png": "FAIL"}
+
+
+def test_inspect_when_a_link_leads_to_the_pictures_then_they_are_not_inspected(url, frames, tmp_path):
+    """What was drawn is no frame, whichever way leads there."""
+    (frames / "drawn").symlink_to(tmp_path / "overlays")
+    (tmp_path / "overlays").mkdir()
+    arguments = ("inspect", frames, "--line", "demo_line", "--url", url, "--overlays", tmp_path / "overlays")
+
+    first, second = (_flawline(*arguments).stdout.splitlines()[-1] for _ in range(2))
+
+    assert first == second == "1 PASS, 1 FAIL"
+
+
+def test_inspect_when_files_have_no_suffix_of_an_image_then_they_are_told_of(url, frames):
+    """A frame of another kind is not left out without a word; hidden files are no frames."""
+    (frames / "0001.pgm").write_bytes(b"P5 1 1 255 x")
+    (frames / ".thumbnails").write_bytes(b"")
+
+    result = _flawline("inspect", frames, "--line", "demo_line", "--url", url)
+
+    assert result.stdout.splitlines()[-1] == "1 PASS, 1 FAIL"
+    assert "Passed over, as no images by their names: 1 .pgm, 1 .txt." in result.output
