@@ -15,6 +15,7 @@ against the verified graph. Nothing here is ever unpickled.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -458,7 +459,7 @@ def _refuse_strangers(path: Path, manifest: Manifest) -> None:
     if odd:
         raise BundleRefused(f"{MANIFEST_FILE} names {legible(odd[0])}, which can't be shown; export the bundle again.")
     known = {*manifest.files, MANIFEST_FILE, MANIFEST_DIGEST_FILE, SIGNATURE_FILE}
-    for entry in path.rglob("*"):
+    for entry in _entries_below(path):
         relative = entry.relative_to(path).as_posix()
         shown = legible(relative)
         if entry.is_symlink():
@@ -467,6 +468,23 @@ def _refuse_strangers(path: Path, manifest: Manifest) -> None:
             raise BundleRefused(f"{shown} is no plain file; a bundle holds plain files only.")
         if entry.is_file() and relative not in known and not relative.startswith(f"{ENGINES_DIRECTORY}/"):
             raise BundleRefused(f"{shown} is not named by {MANIFEST_FILE}; remove it or export the bundle again.")
+
+
+def _entries_below(path: Path) -> Iterator[Path]:
+    """Yield whatever lies in a bundle, at any depth.
+
+    Raises:
+        BundleNotLoaded: if a folder can't be looked into, so that nobody can tell what else is in it.
+    """
+
+    def fail(error: OSError) -> None:
+        folder = Path(error.filename).relative_to(path)
+        if folder.parts[:1] != (ENGINES_DIRECTORY,):  # where anything may lie
+            place = f"{folder.as_posix()!r} can't be read in the bundle {path.parent.name}/{path.name}"
+            raise BundleNotLoaded(f"{place}: {error.strerror}.") from error
+
+    for folder, folders, files in os.walk(path, onerror=fail):
+        yield from (Path(folder, name) for name in (*folders, *files))
 
 
 def _read_signature(path: Path) -> bytes | None:

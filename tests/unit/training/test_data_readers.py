@@ -8,6 +8,7 @@ import pytest
 
 from service.client import MEDIA_TYPES
 from service.contract.frames import encode_png
+from tests.rights import rights_of_an_ordinary_user
 from tests.shared_material import require_shared
 from training.data.detect import LAYOUTS, read_dataset
 from training.data.passed_over import IMAGE_SUFFIXES
@@ -130,6 +131,22 @@ def test_read_dataset_says_which_files_it_passes_over(tmp_path, files, told):
     (note,) = read_dataset(tmp_path).notes
 
     assert re.match(told, note)
+
+
+def test_read_dataset_says_which_folder_it_can_not_look_into(tmp_path):
+    """Nobody knows whether frames are in it; one that is read from ends the reading."""
+    _put(tmp_path, "train/good/0.png", "train/good/day/0.png", "old/1.png", "test/1.png")
+    (tmp_path / "old").chmod(0)
+
+    with rights_of_an_ordinary_user():
+        notes = read_dataset(tmp_path).notes
+        (tmp_path / "train/good/day").chmod(0)
+        with pytest.raises(PermissionError):
+            read_dataset(tmp_path)
+
+    files, folder = notes
+    assert re.match("1 file is passed over: 1 .png in .*/test", files)
+    assert re.match(r"1 folder can't be looked into: .*/old \(Permission denied\)", folder)
 
 
 def test_read_dataset_of_a_flat_folder_says_that_folders_in_it_are_passed_over(tmp_path):

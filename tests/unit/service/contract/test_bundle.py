@@ -25,7 +25,7 @@ from service.contract.bundle import (
 from service.contract.golden import read_golden
 from service.contract.legible import is_legible
 from service.contract.policy import Verdict
-from service.errors import BundleRefused
+from service.errors import BundleNotLoaded, BundleRefused
 from tests.factories import (
     bundle_files,
     make_bundle,
@@ -35,6 +35,7 @@ from tests.factories import (
     reseal,
     write_files,
 )
+from tests.rights import rights_of_an_ordinary_user
 from tests.strategies import manifests
 
 FILES = bundle_files()
@@ -187,6 +188,15 @@ def test_loading_when_a_file_is_named_as_a_terminal_would_obey_is_refused_and_sh
 
     assert r"\x1b[2J" in str(refused.value)
     assert is_legible(str(refused.value))
+
+
+def test_loading_when_a_folder_can_not_be_looked_into_does_not_call_the_bundle_whole(bundle):
+    """What lies in there is named by nobody; Python's own way to list files leaves such a folder out in silence."""
+    write_files(bundle, {"deep/er/file": b"x"})
+    (bundle / "deep/er").chmod(0)
+
+    with rights_of_an_ordinary_user(), pytest.raises(BundleNotLoaded, match="'deep/er' can't be read"):
+        load_bundle(bundle)
 
 
 def test_loading_when_plans_were_built_on_the_target_accepts_them(bundle):
