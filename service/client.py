@@ -26,6 +26,7 @@ import os
 import socket
 import ssl
 import time
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -93,10 +94,13 @@ class EncodedFrame:
     Attributes:
         data: the file's bytes.
         media_type: for example `image/jpeg`.
+        digest: SHA-256 of the bytes as the camera wrote them, in hexadecimal digits, where somebody noted it; None
+            takes that of `data`, which says nothing of what was lost before.
     """
 
     data: bytes
     media_type: str
+    digest: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -418,6 +422,7 @@ class _Sending:
     asked: _Asked
     url: str
     content: bytes
+    digest: bytes
     headers: Mapping[str, str]
 
     def one_try(self, left_s: float, request_id: str) -> dict[str, Any]:
@@ -571,6 +576,7 @@ def _prepare(frame: Frame, asked: _Asked) -> _Sending:
     """
     try:
         content, kind = _encode(frame)
+        digest = _digest_of(frame, content)
     except OSError as error:
         sentence = f"{error.filename or 'The frame'} can't be read: {error.strerror}."
         raise ClientFault(Problem("frame_unreadable", sentence)) from error
@@ -583,9 +589,29 @@ def _prepare(frame: Frame, asked: _Asked) -> _Sending:
         "X-Sequence": None if options.sequence is None else str(options.sequence),
         "X-Heatmap": options.heatmap,
         "X-Policy": options.policy,
+        "Content-Digest": f"sha-256=:{b64encode(digest).decode()}:",
     }
     headers = kind | {name: value for name, value in said.items() if value}
-    return _Sending(asked, f"/v1/lines/{asked.line}/inspect", content, headers)
+    return _Sending(asked, f"/v1/lines/{asked.line}/inspect", content, digest, headers)
+
+
+def _digest_of(frame: object, content: bytes) -> bytes:
+    """Return the SHA-256 that the server is told, so that it judges what was sent and nothing else.
+
+    It takes half a millisecond a megabyte, of the frame's own time.
+
+    Raises:
+        ValueError: if the caller's own can't be one.
+    """
+    if not isinstance(frame, EncodedFrame) or frame.digest is None:
+        return sha256(content).digest()
+    try:
+        digest = bytes.fromhex(frame.digest)
+    except (TypeError, ValueError):
+        digest = b""
+    if len(digest) != sha256().digest_size:
+        raise ValueError("The digest of an EncodedFrame is its SHA-256, 64 hexadecimal digits.")
+    return digest
 
 
 def _encode(frame: object) -> tuple[bytes, dict[str, str]]:
@@ -664,7 +690,7 @@ def _hear(response: httpx.Response, content: bytes, sending: _Sending, request_i
     except ClientFault as fault:
         return _Heard(_without_verdict(fault.problem))
     # Some proxies name requests anew, Envoy among them; then the answer must be about these very bytes.
-    if answer.request_id != request_id and answer.frame.digest != sha256(sending.content).hexdigest():
+    if answer.request_id != request_id and answer.frame.digest != sending.digest.hex():
         return _Heard(_without_verdict(_unusable("This is the answer to another request.")), is_strange=True)
     wrong = _contradiction(answer, sending.asked)
     return _Heard(Outcome(answer.verdict, answer, None) if wrong is None else _without_verdict(_unusable(wrong)))

@@ -11,6 +11,7 @@ from service.contract.frames import Frame
 from service.contract.policy import Judgement, Policy
 from service.contract.raw_frames import PixelFormat
 from service.contract.regions import Window
+from service.errors import UnreadableFrame
 from service.schedule import Priority
 
 HeatmapKind = Literal["none", "png", "overlay", "f16"]
@@ -56,6 +57,7 @@ class InspectionRequest:
             uint8 RGB row by row. It is neither decoded nor resized; then that is the frame whose pixels regions refer
             to.
         priority: how much the frame matters beside others.
+        told_digest: SHA-256 of `data` as its sender tells it, in hexadecimal digits; empty where none is told.
     """
 
     line: str
@@ -74,6 +76,7 @@ class InspectionRequest:
     trace_parent: str | None = None
     is_network_input: bool = False
     priority: Priority = Priority.NORMAL
+    told_digest: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,3 +135,11 @@ class Inspection:
     batch_number: int
     timings_s: Mapping[str, float]
     deadline_s: float
+
+
+def digest_differs() -> UnreadableFrame:
+    """Return what is said of bytes that are not those whose digest they were sent with."""
+    return UnreadableFrame(
+        "The bytes are not those that Content-Digest tells of, some were lost or changed on their way; send them as "
+        "the camera wrote them."
+    )

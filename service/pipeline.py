@@ -31,7 +31,7 @@ from service.contract.raw_frames import decode_raw
 from service.contract.regions import Window
 from service.contract.tiling import answer_of, cut_tiles
 from service.errors import DeadlinePassed, ParameterInvalid, UnreadableFrame
-from service.inspection import HeatmapKind, Inspection, InspectionRequest, RawLayout
+from service.inspection import HeatmapKind, Inspection, InspectionRequest, RawLayout, digest_differs
 from service.live import Found
 from service.registry import Registry
 from service.schedule import Priority
@@ -259,18 +259,20 @@ class _Work:
         """Decode the frame and make network inputs of it, once.
 
         Raises:
-            CallerError: if it can't be read, or shows no picture.
+            CallerError: if it is not what was sent, can't be read, or shows no picture.
         """
         if self._prepared is None:
             began_at = self._clock()
+            # Here, where it keeps nobody else waiting; after the answer, bodies would pile up in front of it. It takes
+            # half a millisecond a megabyte: a thirtieth of decoding a JPEG, a third of what sensor bytes need besides.
+            self.frame_digest = hashlib.sha256(self.request.data).hexdigest()
+            if self.request.told_digest not in ("", self.frame_digest):
+                raise digest_differs()
             if self.request.is_network_input:
                 prepared = _take_as_input(self.request.data, self._spec)
             else:
                 prepared = _decode_and_fit(self.request, self._spec, self._limits)
             refuse_blank(prepared.canvas, self._found.line.least_contrast)
-            # Here, where it keeps nobody else waiting; after the answer, bodies would pile up in front of it. It takes
-            # half a millisecond a megabyte: a thirtieth of decoding a JPEG, a third of what sensor bytes need besides.
-            self.frame_digest = hashlib.sha256(self.request.data).hexdigest()
             self._prepared = prepared
             self.prepare_s = self._clock() - began_at
         return self._prepared.inputs

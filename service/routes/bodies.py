@@ -26,6 +26,7 @@ from service.errors import (
     UnreadableFrame,
 )
 from service.inspection import RawLayout
+from service.routes.content_digest import demand_digest_of, told_digest
 from service.routes.context import connection_of, context_of
 from service.routes.headers import RAW_HEADERS, refuse_repeated
 from service.routes.problems import sentence_of
@@ -48,10 +49,12 @@ class Upload:
     Attributes:
         data: encoded image or raw pixels.
         raw: layout of raw pixels; None for an encoded image.
+        digest: SHA-256 of `data` that it was sent with, in hexadecimal digits; empty where it was sent without.
     """
 
     data: bytes
     raw: RawLayout | None
+    digest: str = ""
 
 
 async def receive_frame(request: Request, limits: FrameLimits, timeout_s: float, holding: Holding) -> Upload:
@@ -67,15 +70,16 @@ async def receive_frame(request: Request, limits: FrameLimits, timeout_s: float,
         FrameTooLarge: if the body is, or promises to be, over the limit.
         Overloaded: if there is no memory for it now.
         MediaTypeNotAllowed: if its kind is not accepted.
-        ParameterInvalid: if the layout of raw pixels, or the form, does not fit.
-        UnreadableFrame: if a multipart body is broken.
+        ParameterInvalid: if the layout of raw pixels, the form or the digest does not fit.
+        UnreadableFrame: if a multipart body is broken, or not the one that was sent.
         DeadlinePassed: if it did not arrive in time.
     """
     media_type = _media_type(request.headers)
     if media_type == MULTIPART_MEDIA_TYPE:
         return usable((await receive_frames(request, "frame", 1, limits, timeout_s, holding))[0])
     raw = _layout(media_type, request.headers, limits)
-    return Upload(await receive_body(request, limits.max_bytes, timeout_s, holding), raw)
+    digest = told_digest(request.headers)
+    return Upload(await receive_body(request, limits.max_bytes, timeout_s, holding), raw, digest)
 
 
 async def receive_body(request: Request, max_bytes: int, timeout_s: float, holding: Holding) -> bytes:
@@ -161,13 +165,13 @@ async def receive_frames(
         FrameTooLarge: if the body is, or promises to be, over the limit, or holds more frames.
         Overloaded: if there is no memory for it now.
         MediaTypeNotAllowed: if the body is not multipart.
-        ParameterInvalid: if there is no file, or a field of another name.
-        UnreadableFrame: if the body is broken.
+        ParameterInvalid: if there is no file, a field of another name, or a digest that can't be read.
+        UnreadableFrame: if the body is broken, or not the one that was sent.
         DeadlinePassed: if it did not arrive in time.
     """
     if _media_type(request.headers) != MULTIPART_MEDIA_TYPE:
         raise MediaTypeNotAllowed(f"Send multipart/form-data with a file field named `{field}`.")
-    pieces = _bounded(request, limits.max_bytes, holding)
+    pieces = demand_digest_of(_bounded(request, limits.max_bytes, holding), told_digest(request.headers))
     parser = _FormParser(request.headers, pieces, max_files=max_frames, max_fields=0)
     parser.spool_max_size = limits.max_bytes + 1  # files never reach the disk: what bounds the body bounds the memory
     try:
@@ -214,9 +218,10 @@ async def _upload_of(file: UploadFile, headers: Mapping[str, str], limits: Frame
         refuse_repeated(file.headers.raw)
         is_unknown = media_type in _UNKNOWN_MEDIA_TYPES and not _is_raw(media_type, headers)
         raw = None if is_unknown else _layout(media_type, headers, limits)
+        digest = told_digest(file.headers)
     except FlawlineError as error:
         return error
-    return Upload(await file.read(), raw)
+    return Upload(await file.read(), raw, digest)
 
 
 async def _bounded(request: Request, max_bytes: int, holding: Holding) -> AsyncGenerator[bytes, None]:

@@ -21,12 +21,14 @@ OPTION_HEADERS = {
     "policy": "X-Policy",
     "bundle_version": "X-Bundle-Version",
 }
+CONTENT_DIGEST_HEADER = "Content-Digest"
 RAW_HEADERS = {"pixel_format": "X-Pixel-Format", "width": "X-Width", "height": "X-Height", "stride": "X-Stride"}
 
 _SINGLE = {
     name.lower().encode(): name
     for name in (
         "Authorization",
+        CONTENT_DIGEST_HEADER,
         "Content-Type",
         "X-API-Key",
         JSON_LENGTH_HEADER,

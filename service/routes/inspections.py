@@ -253,6 +253,7 @@ def _ask(request: Request, line: str, options: InspectionOptions, upload: Upload
         line=line,
         data=upload.data,
         raw=upload.raw,
+        told_digest=upload.digest,
         part_id=options.part_id,
         view=options.view,
         sequence=None if options.sequence is None else options.sequence + index,

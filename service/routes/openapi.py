@@ -9,7 +9,7 @@ from pydantic.json_schema import models_json_schema
 from service.contract.frames import FORMAT_OF_MEDIA_TYPE
 from service.routes.answers import MEDIA_TYPE_OF_HEATMAP
 from service.routes.bodies import BYTES_MEDIA_TYPE, MULTIPART_MEDIA_TYPE, RAW_MEDIA_TYPE
-from service.routes.headers import OPTION_HEADERS, RAW_HEADERS
+from service.routes.headers import CONTENT_DIGEST_HEADER, OPTION_HEADERS, RAW_HEADERS
 from service.schemas import (
     BatchAnswer,
     InspectionAnswer,
@@ -137,6 +137,17 @@ def _parameters() -> list[dict[str, Any]]:
     return listed
 
 
+def _digest_parameter() -> dict[str, Any]:
+    return {
+        "name": CONTENT_DIGEST_HEADER,
+        "in": "header",
+        "required": False,
+        "description": "SHA-256 of the body as `sha-256=:<Base64>:` (RFC 9530), or of a part of a form among its own "
+        "headers. Where what came is something else, there is no verdict (`unreadable_frame`).",
+        "schema": {"type": "string"},
+    }
+
+
 def _raw_parameters() -> list[dict[str, Any]]:
     options = RawFrameOptions.model_json_schema()["properties"]
     return [
@@ -156,7 +167,7 @@ def _multipart(field: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 FRAME_OPERATION: dict[str, Any] = {
-    "parameters": _parameters() + _raw_parameters(),
+    "parameters": [*_parameters(), _digest_parameter(), *_raw_parameters()],
     "requestBody": {
         "required": True,
         "content": {
@@ -179,7 +190,7 @@ FRAME_OPERATION: dict[str, Any] = {
     },
 }
 BATCH_OPERATION: dict[str, Any] = {
-    "parameters": _parameters() + _raw_parameters(),
+    "parameters": [*_parameters(), _digest_parameter(), *_raw_parameters()],
     "requestBody": {
         "required": True,
         "content": {MULTIPART_MEDIA_TYPE: _multipart("frames", {"type": "array", "items": _BINARY["schema"]})},

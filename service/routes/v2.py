@@ -28,6 +28,7 @@ from service.open_inference import JSON_LENGTH_HEADER, Coding, InferAnswer, Infe
 from service.registry import Registry
 from service.routes.accounting import TRACE_PARENT_HEADER, Counting, in_time, record_later, unless_left
 from service.routes.bodies import receive_body, receive_small_body
+from service.routes.content_digest import demand_digest, told_digest
 from service.routes.context import Context, caller_of, context_of, find_for, refuse_choice
 from service.routes.identity import received_at_of
 from service.routes.problems import request_id_of
@@ -267,7 +268,7 @@ async def _receive(request: Request, spec: ModelSpec, holding: Holding) -> Infer
     """Receive and read a request; in a thread, because decompressing and parsing may take as long as a run."""
     settings = context_of(request).settings
     max_bytes = settings.max_body_bytes
-    coding = open_inference.coding_of(request.headers.get("content-encoding"))
+    coding, told = open_inference.coding_of(request.headers.get("content-encoding")), told_digest(request.headers)
     # How long the caller allows stands in the body, so the body itself gets the longest time there is.
     left_s = received_at_of(request) + settings.max_deadline_s - context_of(request).clock()
     body = await receive_body(request, max_bytes, left_s, holding)
@@ -276,6 +277,7 @@ async def _receive(request: Request, spec: ModelSpec, holding: Holding) -> Infer
         holding.hold(len(body) + plain_bytes)
 
     def read() -> InferRequest:
+        demand_digest(body, told)
         plain = body if coding is None else open_inference.decompress(body, coding, max_bytes, hold)
         return open_inference.parse_request(plain, request.headers.get(JSON_LENGTH_HEADER), spec)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.contract.frames import FRAME_FORMATS
 from service.settings import Settings
 from tests.factories import encode, make_bundle, make_frame
 from tests.servers import serve_in_thread, wait_until_ready
@@ -30,7 +31,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Of a ready server with the line that the examples ask."""
     store = tmp_path_factory.mktemp("store")
     make_bundle(store, "line")
-    with serve_in_thread(Settings(store_directory=store)) as http:
+    with serve_in_thread(Settings(store_directory=store, formats=FRAME_FORMATS)) as http:  # WebP is allowed here
         wait_until_ready(http)
         yield str(http.base_url).rstrip("/")
 

@@ -7,8 +7,10 @@ import os
 import socket
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from typing import Any
 
 import httpx
@@ -131,6 +133,49 @@ def _http(status: str, body: bytes, **headers: str) -> bytes:
     lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_client_when_the_camera_noted_a_digest_then_what_was_lost_since_has_no_verdict(url, kind):
+    """A frame of a format that notices nothing gets a verdict as it was written, and none once its end is zeros."""
+    pixels = make_frame(defect=True)
+    whole = encode(pixels, "BMP")
+    digest = sha256(whole).hexdigest()
+    damaged = whole[:2000] + bytes(len(whole) - 2000)
+
+    one, other = _ask(
+        kind,
+        url,
+        EncodedFrame(whole, "image/bmp", digest=digest),
+        EncodedFrame(damaged, "image/bmp", digest=digest),
+    )
+
+    assert one.verdict is Verdict.FAIL
+    assert other.verdict is Verdict.NO_VERDICT
+    assert other.problem is not None
+    assert (other.problem.code, other.tries) == ("unreadable_frame", 1)
+
+
+@pytest.mark.parametrize("frame", [GOOD, RawFrame(make_frame())], ids=["encoded", "raw"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_client_when_nobody_noted_a_digest_then_it_tells_that_of_what_it_sends(passing, kind, frame):
+    """Whatever changes a frame between client and server is noticed."""
+    content = frame.data if isinstance(frame, EncodedFrame) else frame.pixels.tobytes()
+    with _stranger(_told(passing)) as (address, asked):
+        _ask(kind, address, frame)
+
+    told = b"sha-256=:" + b64encode(sha256(content).digest()) + b":"
+    assert _header(asked[0], b"content-digest") == told
+
+
+@pytest.mark.parametrize("digest", ["", "ab", "g" * 64, 7], ids=["empty", "too short", "no digits", "no text"])
+def test_client_when_a_digest_can_be_none_then_the_part_has_no_verdict(digest):
+    """A digest that nothing could fit is told before anything is sent."""
+    [outcome] = _ask("sync", "http://127.0.0.1:9", EncodedFrame(GOOD.data, "image/png", digest=digest))
+
+    assert outcome.problem is not None
+    assert (outcome.problem.code, outcome.tries) == ("frame_unreadable", 0)
+    assert "64 hexadecimal digits" in outcome.problem.sentence
 
 
 @pytest.mark.parametrize(("frame", "verdict"), [(GOOD, Verdict.PASS), (DEFECT, Verdict.FAIL)], ids=["good", "defect"])
@@ -634,10 +679,10 @@ def test_client_when_every_wait_is_short_then_all_of_them_together_end_soon_afte
 
     async def ask(url: str) -> Outcome:
         async with AsyncClient(url) as client:
-            return await client.inspect("demo_line", frame, deadline_ms=50)
+            return await client.inspect("demo_line", frame, deadline_ms=500)
 
     with _dripping(takes_slowly=frame is not GOOD) as url, Client(url) as client:
-        outcome = client.inspect("demo_line", frame, deadline_ms=50) if kind == "sync" else asyncio.run(ask(url))
+        outcome = client.inspect("demo_line", frame, deadline_ms=500) if kind == "sync" else asyncio.run(ask(url))
 
     assert outcome.verdict is Verdict.NO_VERDICT
     assert outcome.problem is not None
