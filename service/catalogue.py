@@ -5,11 +5,12 @@ A folder that can't be read, or a store that can't be asked, never ends a look: 
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from service.contract.bundle import LINE_NAME, promised_lines, versions_of
 from service.errors import StoreUnreachable
-from service.stores.store import Store
+from service.stores.store import NOTHING, Needed, Store
 
 _log = logging.getLogger("flawline")
 
@@ -32,10 +33,14 @@ class Catalogue:
         self.why_unreadable: str | None = None
         self.why_stale: str | None = None
 
-    def refresh(self) -> bool:
-        """Have the store bring what is new, and say whether it could; else what it brought before is what there is."""
+    def refresh(self, needed: Needed = NOTHING) -> bool:
+        """Have the store bring what is new, and say whether it could; else what it brought before is what there is.
+
+        Args:
+            needed: what comes first, and stays, where the store has no room for all.
+        """
         try:
-            self._store.refresh()
+            self._store.refresh(needed)
         except StoreUnreachable as error:
             if error.sentence != self.why_stale:  # said once, however often the store is asked
                 _log.exception("the store can't be asked", extra={"reason": error.sentence})
@@ -77,6 +82,10 @@ class Catalogue:
             return self.versions(name)
         except OSError:  # whoever loads it says what is wrong
             return []
+
+    def absent(self, name: str) -> Mapping[str, str]:
+        """Return the versions of a name that the store has but could not bring here, each with why, in a sentence."""
+        return self._store.absent(name)
 
     def lines(self, name: str, version: str) -> tuple[str, ...]:
         """Return the wanted lines that a version means to serve."""

@@ -23,7 +23,8 @@ What changes anything blocks, one change after the other, and belongs into a thr
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from service.errors import (
@@ -45,6 +46,7 @@ from service.live import (
     VersionStatus,
 )
 from service.served import State
+from service.stores.store import Needed
 from service.versions import History, LoadedVersions, Refusal
 
 _TAKEN_OUT = "It was unloaded by an administrator; load it again."
@@ -202,7 +204,7 @@ class Registry(LoadedVersions):
             BundleRefused: if it does not hold; nothing has changed then.
             EngineFailed: if the device does not take it; nothing has changed then.
         """
-        with self._changing:
+        with self._called_for(name, version), self._changing:
             self._refuse_to_guess()
             self._go_live(self._loaded_or_load(self._stored(name, version)))
             self._hold_back_newer(name, version)
@@ -220,10 +222,10 @@ class Registry(LoadedVersions):
             BundleRefused: if it does not hold any more; nothing has changed then.
             EngineFailed: if the device does not take it; nothing has changed then.
         """
-        with self._changing:
+        with self._called_for(name, self._before(name)), self._changing:
             self._refuse_to_guess()
-            history = self._histories.get(name, History())
-            before = history.live[-2] if len(history.live) > 1 else self._older_than_live(name, history)
+            history = self._history(name)
+            before = self._before(name)
             if before is None:
                 self._demand_a_readable_store()
                 raise UnknownVersion("There is no version before this one.")
@@ -246,7 +248,7 @@ class Registry(LoadedVersions):
             EngineFailed: if the device does not take it.
             LineNotCalibrated: if it could give no verdict on any of its lines.
         """
-        with self._changing:
+        with self._called_for(name, version), self._changing:
             self._refuse_to_guess()
             key = self._stored(name, version)
             if self._history(name).live[-1:] == [version]:
@@ -333,13 +335,41 @@ class Registry(LoadedVersions):
     # The store.
 
     def _ask_store(self) -> bool:
-        if self._catalogue.refresh():
-            self._hidden.intersection_update(self._catalogue.names())
-            if not self._hidden:
-                self._telemetry.store_read()
-            return True
-        self._telemetry.store_unreachable()
-        return False
+        with self._asking:
+            if self._catalogue.refresh(self._needed()):
+                self._hidden.intersection_update(self._catalogue.names())
+                if not self._hidden:
+                    self._telemetry.store_read()
+                return True
+            self._telemetry.store_unreachable()
+            return False
+
+    def _needed(self) -> Needed:
+        """Return what a store that has no room for all must have here: also what a restart would begin with."""
+        chosen = self._choices.chosen.versions
+        histories = dict(self._histories)
+        serving = {VersionKey(name, history.live[-1]) for name, history in histories.items() if history.live}
+        serving |= {VersionKey(name, version.live) for name, version in chosen.items()}
+        serving |= {shadow.key for shadow in self._state.shadows.values()}
+        serving |= set(self._called)
+        befores = ((name, self._before(name)) for name in histories.keys() | chosen.keys())
+        previous = {VersionKey(name, before) for name, before in befores if before is not None}
+        return Needed(serving, previous, newest_waits=not self._options.activates_newest)
+
+    @contextmanager
+    def _called_for(self, name: str, version: str | None) -> Iterator[None]:
+        """Have the store bring a version that is not here, and keep it inside of the block."""
+        if version is None:
+            yield
+            return
+        key = VersionKey(name, version)
+        self._called.append(key)
+        try:
+            if key not in self._state.loaded and version not in self._catalogue.readable_versions(name):
+                self._ask_store()  # what became of it is told by whoever looks for it
+            yield
+        finally:
+            self._called.remove(key)
 
     def _load_all(self) -> dict[VersionKey, str | None]:
         """Load what is to begin with, and return each version with why it was refused, or None."""
@@ -411,8 +441,7 @@ class Registry(LoadedVersions):
             if lines and self._choices.why_unknown is not None:
                 self._refuse(name, lines, self._choices.why_unknown)
             elif lines and first not in versions:
-                chosen = f"An administrator chose version {first}, which is not in the store"
-                self._refuse(name, lines, f"{chosen}; put it back, or activate another one.")
+                self._refuse(name, lines, self._why_chosen_is_missing(name, first))
             elif lines:
                 candidates.append((name, first))
                 self._note(name, lines, "loading", "The line is loading; try again in a moment.")
@@ -420,6 +449,13 @@ class Registry(LoadedVersions):
         for missing in sorted((self._wanted or frozenset()) - known):
             self._refuse(missing, (missing,), why_missing)
         return candidates
+
+    def _why_chosen_is_missing(self, name: str, version: str) -> str:
+        chosen = f"An administrator chose version {version}"
+        why = self._catalogue.absent(name).get(version) or self._catalogue.why_stale
+        if why is not None:
+            return f"{chosen}, which could not be brought from the store. {why}"
+        return f"{chosen}, which is not in the store; put it back, or activate another one."
 
     def _refuse(self, name: str, lines: tuple[str, ...], reason: str) -> None:
         """Refuse lines before anything of them is loaded, and log why."""
@@ -431,6 +467,9 @@ class Registry(LoadedVersions):
         key = VersionKey(name, version)
         if key not in self._state.loaded and version not in self._catalogue.readable_versions(name):
             self._demand_a_readable_store()
+            why = self._catalogue.absent(name).get(version)
+            if why is not None:
+                raise StoreUnreachable(f"Version {version} could not be brought from the store. {why}")
             raise UnknownVersion("The store has no such version of this bundle.")
         return key
 
@@ -525,14 +564,20 @@ class Registry(LoadedVersions):
                 return version.lines[line]
         return self.serving(line, None)
 
-    def _older_than_live(self, name: str, history: History) -> str | None:
-        """Return the next older version in the store than the live one, or than the one that should be live."""
+    def _before(self, name: str) -> str | None:
+        """Return the version that was live before, or the next older one in the store where none was.
+
+        Older than the one that should be live, where none is.
+        """
+        history = self._histories.get(name, History())
+        if len(history.live) > 1:
+            return history.live[-2]
         stored = self._catalogue.readable_versions(name)
-        if not stored:
+        if not history.live and not stored:
             return None
         live = history.live[-1] if history.live else self._first(name, stored)
-        older = [version for version in stored if int(version) < int(live)]
-        return older[-1] if older else None
+        older = {version for version in (*stored, *self._catalogue.absent(name)) if int(version) < int(live)}
+        return max(older, key=int, default=None)
 
     def _bundle_of(self, line: str) -> str:
         """Return the name of the bundle that serves a line, or would if it were loaded."""

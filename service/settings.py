@@ -80,7 +80,8 @@ class Settings(BaseSettings):
         store_url: of an S3-compatible store, s3://bucket/prefix; absent means that the directory is the store.
         store_endpoint: of another service than Amazon's, for example https://minio.plant:9000.
         store_region: of the store.
-        max_store_bytes: disk that mirrored bundles may take; the oldest versions are left out.
+        max_store_bytes: disk that mirrored bundles may take; what serves or was chosen to is kept, then newer versions
+            come before older ones, and what is left out is fetched when an administrator asks for it.
         store_poll_s: seconds between two looks for new versions and policies; 0 looks only when told to.
         activate_newest: whether a new version in the store becomes live by itself once it is proved, or waits for an
             administrator; at the start, the newest one is live in any case.

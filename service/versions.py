@@ -135,6 +135,8 @@ class LoadedVersions(ServedLines):
         self._telemetry = telemetry
         self._fault: str | None = None
         self._changing = threading.Lock()
+        self._asking = threading.Lock()  # by whoever speaks with the store
+        self._called: list[VersionKey] = []  # versions that somebody asks for, to be brought from the store and kept
         self._histories: dict[str, History] = {}
         self._loading_now: VersionKey | None = None
         self._asked_again: set[str] = set()

@@ -1,9 +1,11 @@
 """A store that is a local directory, or a volume that is mounted as one."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from service.errors import StoreUnreachable
+from service.stores.store import NOTHING, Needed
 
 
 class DirectoryStore:
@@ -16,7 +18,7 @@ class DirectoryStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def refresh(self) -> None:
+    def refresh(self, needed: Needed = NOTHING) -> None:  # noqa: ARG002 - everything is there
         """Only see that the directory can be read: whoever writes into it has already brought what is new.
 
         Raises:
@@ -27,3 +29,7 @@ class DirectoryStore:
                 next(entries, None)
         except OSError as error:
             raise StoreUnreachable(f"The store can't be read: {error.strerror}.") from error
+
+    def absent(self, name: str) -> Mapping[str, str]:  # noqa: ARG002 - as every store is asked
+        """Return nothing: the directory is the store."""
+        return {}

@@ -5,8 +5,12 @@ a folder of another name and held against the manifest's digest, and the folder 
 that was cut short goes on where it was. What the manifest doesn't name is left where it is, but for the signature.
 
 Versions never change: one whose manifest is replaced in the bucket is not fetched again, and that is said. One that is
-removed there is removed here. Newer versions come first, and what has no room is left out and said. A version that
-does not hold keeps no other from coming, and is tried again when its objects have changed.
+removed there is removed here. A version that does not hold keeps no other from coming, and is tried again when its
+objects have changed.
+
+Where there is no room for all, what serves or was chosen to comes first and is never removed for others, then come the
+newest version of every name and the one that rolling back would take, and then the others, newer ones first. What has
+no room is left out and said, and comes when it is needed.
 """
 
 import hashlib
@@ -15,7 +19,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -27,6 +32,7 @@ from service.contract.bundle import LINE_NAME, MANIFEST_DIGEST_FILE, MANIFEST_FI
 from service.contract.signature import MAX_SIGNATURE_BYTES, SIGNATURE_FILE
 from service.errors import BundleRefused, StoreUnreachable
 from service.stores.objects import Listed, Objects
+from service.stores.store import NOTHING, Needed
 
 POLICIES_DIRECTORY = "policies"
 
@@ -49,12 +55,27 @@ class _Version(NamedTuple):
     objects: Mapping[str, Listed]
 
     @property
+    def key(self) -> tuple[str, str]:
+        return self.name, self.number
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(item.size for item in self.objects.values())
+
+    @property
     def manifest(self) -> Listed:
         return self.objects[MANIFEST_FILE]
 
     @property
     def tags(self) -> tuple[tuple[str, str], ...]:
         return tuple(sorted((path, listed.tag) for path, listed in self.objects.items()))
+
+
+class _Refused(NamedTuple):
+    """Why a version does not hold, and what its objects were then."""
+
+    tags: tuple[tuple[str, str], ...]
+    reason: str
 
 
 class Mirror:
@@ -73,11 +94,16 @@ class Mirror:
         self.directory = directory
         self._objects = objects
         self._max_bytes = max_bytes
-        self._refused: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {}
+        self._refused: dict[tuple[str, str], _Refused] = {}
+        self._crowded_out: Collection[tuple[str, str]] = ()
         self._said: set[str] = set()
+        self._absent: Mapping[tuple[str, str], str] = {}
 
-    def refresh(self) -> None:
+    def refresh(self, needed: Needed = NOTHING) -> None:
         """Bring what is new, remove what is gone.
+
+        Args:
+            needed: what comes first, and stays, where there is no room for all.
 
         Raises:
             StoreUnreachable: if the bucket can't be listed or read, or the directory not be written; what lies in it
@@ -89,11 +115,30 @@ class Mirror:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._remove_gone(versions)
             self._remove_policies(policies)
-            faults = list(islice(self._bring_all(self._fitting(versions), policies), _PATIENCE))
+            fitting = self._fitting(versions, needed)
+            faults = list(islice(self._bring_all(fitting, policies), _PATIENCE))
         except OSError as error:
             raise StoreUnreachable(f"{self.directory} can't be written: {error.strerror or error}.") from error
+        finally:
+            self._absent = dict(self._tell_absent(versions))
         if faults:
             raise faults[0]
+
+    def absent(self, name: str) -> Mapping[str, str]:
+        """Return the versions of a bundle that the bucket has and the directory has not, each with why."""
+        return {number: reason for (bundle, number), reason in self._absent.items() if bundle == name}
+
+    def _tell_absent(self, versions: Iterable[_Version]) -> Iterator[tuple[tuple[str, str], str]]:
+        for version in versions:
+            if self._folder(version).exists():
+                continue
+            refused = self._refused.get(version.key)
+            if refused is not None:
+                yield version.key, refused.reason
+            elif version.key in self._crowded_out:
+                yield version.key, f"There is no room for it in {self.directory}; raise FLAWLINE_MAX_STORE_BYTES."
+            else:
+                yield version.key, "It could not be fetched; the log says why."
 
     def _bring_all(self, versions: Iterable[_Version], policies: Mapping[str, Listed]) -> Iterator[StoreUnreachable]:
         """Bring everything, and yield each fault: one object that can't be read must not keep the others away."""
@@ -105,30 +150,47 @@ class Mirror:
             except StoreUnreachable as error:
                 yield error
 
-    def _fitting(self, versions: Iterable[_Version]) -> list[_Version]:
-        """Choose what there is room for, newest versions of every name first, and make that room."""
-        by_name: dict[str, list[_Version]] = {}
-        for version in sorted(versions, key=lambda version: int(version.number), reverse=True):
-            by_name.setdefault(version.name, []).append(version)
-        ranked = sorted(
-            ((rank, version) for found in by_name.values() for rank, version in enumerate(found)),
-            key=lambda pair: (pair[0], pair[1].name),
-        )
+    def _fitting(self, versions: Iterable[_Version], needed: Needed) -> list[_Version]:
+        """Choose what there is room for, most needed first, and make that room."""
         fitting: list[_Version] = []
         left = self._max_bytes
-        for _, version in ranked:
-            size = sum(item.size for item in version.objects.values())
-            if size > left:
-                self._say(f"{version.name} {version.number} has no room in {self.directory}; raise max_store_bytes.")
-                if self._folder(version).exists():
-                    self._remove(version.name, version.number)
+        crowded_out: list[_Version] = []
+        for version in self._by_need(versions, needed):
+            # What serves stays where it is, even where somebody has lowered the limit: a restart has to find it.
+            stays = version.key in needed.serving and self._folder(version).exists()
+            if version.size_bytes > left and not stays:
+                crowded_out.append(version)
                 continue
-            left -= size
+            left -= version.size_bytes
             fitting.append(version)
+        self._crowded_out = {version.key for version in crowded_out}
+        for version in crowded_out:
+            named = f"{version.name} {version.number}"
+            self._say(f"{named} has no room in {self.directory}; raise FLAWLINE_MAX_STORE_BYTES.")
+            shutil.rmtree(self._half(version), ignore_errors=True)
+            if self._folder(version).exists():
+                self._remove(version.name, version.number)
         return fitting
 
+    def _by_need(self, versions: Iterable[_Version], needed: Needed) -> list[_Version]:
+        """Sort by what should be there first: what serves and is there, the rest of it, the newest ones, and so on."""
+        newest_first = sorted(versions, key=lambda version: int(version.number), reverse=True)
+        seen: Counter[str] = Counter()
+        ranked: list[tuple[tuple[int, int, str], _Version]] = []
+        for version in newest_first:
+            if version.key in needed.serving:
+                need = 0 if self._folder(version).exists() else 1
+            elif version.key in needed.previous:
+                need = 2 if needed.newest_waits else 3
+            elif not seen[version.name]:
+                need = 3 if needed.newest_waits else 2
+            else:
+                need = 4
+            ranked.append(((need, seen[version.name], version.name), version))
+            seen[version.name] += 1
+        return [version for _, version in sorted(ranked, key=lambda pair: pair[0])]
+
     def _bring(self, version: _Version) -> None:
-        key = version.name, version.number
         if self._folder(version).exists():
             if self._tag_of(version) != version.manifest.tag:
                 self._say(
@@ -138,16 +200,17 @@ class Mirror:
             elif SIGNATURE_FILE in version.objects and not (self._folder(version) / SIGNATURE_FILE).exists():
                 self._bring_signature(version)
             return
-        if self._refused.get(key) == version.tags:
+        refused = self._refused.get(version.key)
+        if refused is not None and refused.tags == version.tags:
             return
         try:
             self._fetch(version)
         except BundleRefused as error:
-            self._refused[key] = version.tags
+            self._refused[version.key] = _Refused(version.tags, error.sentence)
             shutil.rmtree(self._half(version), ignore_errors=True)
             self._say(f"{version.name} {version.number} in the store is refused. {error.sentence}")
         else:
-            self._refused.pop(key, None)
+            self._refused.pop(version.key, None)
             _log.info("a version was mirrored", extra={"bundle": version.name, "version": version.number})
 
     def _fetch(self, version: _Version) -> None:
@@ -203,14 +266,14 @@ class Mirror:
         _write(self._tag_file(path), listed.tag.encode())
 
     def _remove_gone(self, versions: Iterable[_Version]) -> None:
-        there = {(version.name, version.number) for version in versions}
+        there = {version.key for version in versions}
         for folder in self.directory.glob("*/*"):
             name, number = folder.parent.name, folder.name.removeprefix(_FETCHING)
             if folder.is_dir() and _VERSION.fullmatch(number) and (name, number) not in there:
                 shutil.rmtree(folder)
                 self._tag_file(f"{name}/{number}").unlink(missing_ok=True)
                 _log.info("a version is gone from the store", extra={"bundle": name, "version": number})
-        self._refused = {key: tags for key, tags in self._refused.items() if key in there}
+        self._refused = {key: refused for key, refused in self._refused.items() if key in there}
 
     def _remove_policies(self, policies: Mapping[str, Listed]) -> None:
         for file in self.directory.glob(f"*/{POLICIES_DIRECTORY}/*.json"):

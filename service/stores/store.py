@@ -4,8 +4,27 @@ A store that lies elsewhere mirrors complete versions into that directory; what 
 bundle is verified when it is loaded, wherever it came from.
 """
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+
+class Needed(NamedTuple):
+    """What must not be missing where a store can't bring everything, as names and versions of bundles.
+
+    Attributes:
+        serving: what serves or was chosen to, and what somebody asks for; never given up for anything else.
+        previous: what rolling back would take.
+        newest_waits: whether newest versions come after what rolling back would take, because they become live only
+            when somebody asks for them.
+    """
+
+    serving: Collection[tuple[str, str]] = ()
+    previous: Collection[tuple[str, str]] = ()
+    newest_waits: bool = False
+
+
+NOTHING = Needed()
 
 
 class Store(Protocol):
@@ -20,13 +39,23 @@ class Store(Protocol):
         """Where the registry reads."""
         ...
 
-    def refresh(self) -> None:
+    def refresh(self, needed: Needed = NOTHING) -> None:
         """Bring what is new into the directory, each version whole or not at all: written aside, renamed last.
 
         Blocks, and is called from one thread at a time. What is being served may still be read; nothing that a version
         consists of is changed in place.
 
+        Args:
+            needed: what comes first, and stays, where there is no room for all.
+
         Raises:
             StoreUnreachable: if the store can't be asked; what lies in the directory stays as it is.
+        """
+        ...
+
+    def absent(self, name: str) -> Mapping[str, str]:
+        """Return the versions of a bundle that the store has and the directory has not, each with why, in a sentence.
+
+        Of the last look; may be asked by any thread.
         """
         ...

@@ -1,7 +1,8 @@
 """Promises of a store in a bucket, against a real S3 server: whole versions come, and nothing else changes anything."""
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,16 @@ import pytest
 from obstore.store import S3Store
 
 from service.contract.bundle import load_bundle, versions_of
+from service.engines.ort import OrtEngine
 from service.errors import StoreUnreachable
+from service.loading import BatcherOptions
+from service.registry import Registry
 from service.stores.mirror import Mirror
 from service.stores.objects import Location, Objects
 from service.stores.publishing import PublishingRefused, publish_to_bucket
+from service.stores.store import Needed
+from service.telemetry import Telemetry
+from service.versions import RegistryOptions
 from tests.cameras import Cameras
 from tests.factories import make_bundle, reseal
 from tests.s3 import BUCKET, CREDENTIALS, s3_server
@@ -187,6 +194,123 @@ def test_mirror_when_there_is_no_room_then_the_newest_versions_are_there(bucket,
     mirror.refresh()
 
     assert versions_of(mirror.directory / "demo_line") == ["2", "3"]
+
+
+def _room_for(made: Path, bundles: int) -> int:
+    size = sum(file.stat().st_size for file in (made / "1").rglob("*") if file.is_file())
+    return bundles * size + size // 2
+
+
+def test_mirror_when_there_is_no_room_then_what_serves_stays_and_what_is_needed_comes(bucket, made, tmp_path):
+    """Newer versions push out neither what serves nor, once it is needed, what was left out; each absence has why."""
+    mirror = bucket.mirror(tmp_path / "cache", room=_room_for(made, 1))
+    bucket.publish(made / "1")
+    mirror.refresh()
+    for version in ("2", "3"):
+        bucket.publish(made / version)
+
+    mirror.refresh(Needed(serving={("demo_line", "1")}))
+
+    assert versions_of(mirror.directory / "demo_line") == ["1"]
+    assert list(mirror.absent("demo_line")) == ["2", "3"]
+    assert "FLAWLINE_MAX_STORE_BYTES" in mirror.absent("demo_line")["3"]
+    mirror.refresh(Needed(serving={("demo_line", "2")}))
+    assert versions_of(mirror.directory / "demo_line") == ["2"]
+
+
+def test_mirror_when_there_is_room_for_two_then_the_newest_comes_before_the_one_to_roll_back_to(bucket, made, tmp_path):
+    """A mirror that is full of what serves and what did before still lets a new version in."""
+    mirror = bucket.mirror(tmp_path / "cache", room=_room_for(made, 2))
+    for version in ("1", "2"):
+        bucket.publish(made / version)
+    mirror.refresh()
+    bucket.publish(made / "3")
+
+    mirror.refresh(Needed(serving={("demo_line", "2")}, previous={("demo_line", "1")}))
+
+    assert versions_of(mirror.directory / "demo_line") == ["2", "3"]
+
+
+def test_mirror_when_the_limit_was_lowered_then_what_serves_is_not_removed(bucket, made, tmp_path):
+    """A restart finds what serves, whatever somebody set in between."""
+    bucket.publish(made / "3")
+    bucket.mirror(tmp_path / "cache").refresh()
+
+    bucket.mirror(tmp_path / "cache", room=2).refresh(Needed(serving={("demo_line", "3")}))
+
+    assert versions_of(tmp_path / "cache/demo_line") == ["3"]
+
+
+@pytest.fixture
+def chosen(bucket, made, tmp_path) -> Iterator[Callable[..., Registry]]:
+    """Return what starts a registry on the bucket with room for two versions, that waits for administrators."""
+    started: list[Registry] = []
+
+    def start(**options: Any) -> Registry:
+        registry = Registry(
+            bucket.mirror(tmp_path / "cache", room=_room_for(made, 2)),
+            None,
+            OrtEngine,
+            BatcherOptions(runners=1, max_batch_size=1, max_queue_size=4, stuck_after_s=20),
+            Telemetry(),
+            time.monotonic,
+            RegistryOptions(activates_newest=False, state_directory=tmp_path / "state", **options),
+        )
+        (tmp_path / "state").mkdir(exist_ok=True)
+        started.append(registry)
+        registry.load()
+        return registry
+
+    yield start
+    for registry in started:
+        registry.close()
+
+
+def test_registry_when_newer_versions_fill_the_mirror_then_the_one_that_was_chosen_serves_after_a_restart(
+    bucket, made, chosen
+):
+    """Whatever is published while an older version serves by choice, it is there when the pod starts again."""
+    bucket.publish(made / "1")
+    registry = chosen()
+    registry.activate("demo_line", "1")
+    for version in ("2", "3"):
+        bucket.publish(made / version)
+        registry.rescan()
+
+    again = chosen()
+
+    assert again.is_ready
+    assert again.serving("demo_line", None).bundle.manifest.version == "1"
+
+
+def test_registry_when_a_version_was_left_out_of_the_mirror_then_it_is_fetched_for_who_asks(bucket, made, chosen):
+    """Activating names any version of the bucket, and rolling back takes the one before though it was left out."""
+    for version in ("1", "2", "3"):
+        bucket.publish(made / version)
+    registry = chosen()
+    assert registry.serving("demo_line", None).bundle.manifest.version == "3"
+
+    registry.activate("demo_line", "1")
+
+    assert registry.serving("demo_line", None).bundle.manifest.version == "1"
+    assert chosen().serving("demo_line", None).bundle.manifest.version == "1"
+
+
+def test_registry_when_a_chosen_version_can_not_be_fetched_then_says_why(bucket, made, tmp_path, chosen):
+    """Nobody is told to put back what lies there."""
+    for version in ("1", "2"):
+        bucket.publish(made / version)
+    chosen().activate("demo_line", "1")
+    shutil.rmtree(tmp_path / "cache")
+    bucket.write("demo_line/1/report.html", b"another report")
+
+    registry = chosen()
+
+    reason = registry.status("demo_line").reason or ""
+    assert "could not be brought from the store" in reason
+    assert "report.html is not the file" in reason
+    with pytest.raises(StoreUnreachable, match=r"report\.html"):
+        registry.activate("demo_line", "1")
 
 
 def test_mirror_when_a_policy_comes_changes_and_goes_then_the_directory_follows(bucket, tmp_path):

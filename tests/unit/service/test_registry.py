@@ -167,7 +167,7 @@ def test_load_when_a_manifest_is_a_pipe_then_refused_and_the_others_are_served(s
 def test_load_when_the_store_can_not_be_asked_then_what_it_brought_before_is_served(shelf):
     """A bucket that is away takes no line down; where it never brought anything, that is the reason given."""
 
-    def refresh():
+    def refresh(_needed):
         raise StoreUnreachable("The bucket does not answer.")
 
     shelf.store.refresh = refresh
