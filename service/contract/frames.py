@@ -14,7 +14,9 @@ scaled JPEG decoding, and one resize. Pixel rules:
   Files in which nothing is amiss go a quicker way to the same pixels (`service/contract/jpeg.py`).
 - The resize is Pillow's bilinear filter with antialias on 8-bit pixels.
 
-Limits are arguments and are checked on the header, before any pixel is decoded.
+Limits are arguments and are checked on the header, before any pixel is decoded. A file of which a decoder would work
+longer than its pixels are worth, by scans, segments, chunks or tiles that no encoder writes, is refused before a codec
+sees it.
 """
 
 import io
@@ -30,8 +32,9 @@ from PIL import Image, ImageFile
 from service.contract.geometry import InputSpec, NetworkInput
 from service.contract.jpeg import PixelsMadeUp, decode_clean
 from service.contract.jpeg_restarts import restarts_fit
-from service.contract.jpeg_segments import has_all_scans, is_progressive
+from service.contract.jpeg_segments import has_all_scans, is_progressive, without_notes
 from service.contract.png_checks import chunks_are_sound, holds_all_rows
+from service.contract.png_chunks import chunks
 from service.contract.second_image import another_follows
 from service.contract.tiff_checks import demand_whole_pieces
 from service.contract.tiff_layout import TiffPage
@@ -80,6 +83,8 @@ _TIFF_BITS_PER_SAMPLE = 258
 # LZMA and Zstandard (service/contract/tiff_checks.py). Fax and JPEG's old style are drawn on with whatever fits.
 _TIFF_COMPRESSIONS = frozenset({1, 5, 7, 8, 32773, 32946, 34925, 50000})
 _PNG_DEPTH_AT = 24
+_BMP_INFO_AT, _BMP_WITH_PACKING = 14, 40  # where the info header begins, and how long one is that names a packing
+_BMP_RUN_LENGTHS = (1, 2)
 _JPEG_END = b"\xff\xd9"
 _WHITES = (1, 2**8 - 1, 2**16 - 1)
 _JPEG_FILLER = 128  # what libjpeg draws where the data ended early
@@ -141,6 +146,7 @@ def read_header(data: bytes, limits: FrameLimits) -> ImageHeader:
         MediaTypeNotAllowed: if the format is known but not accepted here.
         UnreadableFrame: if it is no image, empty, animated or of a pixel layout that is not accepted.
     """
+    data = _admit(data, limits)
     with _open(data, limits) as image:
         return _header_of(image, data)
 
@@ -172,6 +178,7 @@ def decode_image(
         MediaTypeNotAllowed: if the format is known but not accepted here.
         UnreadableFrame: if it can't be decoded completely, or a value has more bits than `bit_depth`.
     """
+    data = _admit(data, limits)
     with _open(data, limits) as image:
         header = _header_of(image, data)
         try:
@@ -275,7 +282,9 @@ def decode_mask_values(data: bytes) -> NDArray[Any]:
     Raises:
         UnreadableFrame: if it can't be decoded.
     """
-    with _open(data, FrameLimits()) as image:
+    limits = FrameLimits()
+    data = _admit(data, limits)
+    with _open(data, limits) as image:
         try:
             _demand_sound(data, image)
             if image.format == "JPEG":
@@ -330,7 +339,8 @@ def resize_pixels(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def _open(data: bytes, limits: FrameLimits) -> ImageFile.ImageFile:
+def _admit(data: bytes, limits: FrameLimits) -> bytes:
+    """Return what a codec may see of a file; refuse what asks for far more work than its pixels are worth."""
     if len(data) > limits.max_bytes:
         raise FrameTooLarge(
             f"The frame has {len(data)} bytes and the limit is {limits.max_bytes}; send a smaller or more strongly "
@@ -338,6 +348,28 @@ def _open(data: bytes, limits: FrameLimits) -> ImageFile.ImageFile:
         )
     if not data:
         raise UnreadableFrame("The image is empty: it has no byte.")
+    try:
+        if data.startswith(b"\xff\xd8\xff"):
+            return without_notes(data)
+        if data.startswith(b"\x89PNG"):
+            for _ in chunks(data):
+                pass
+        elif data.startswith((b"II", b"MM")):
+            TiffPage(data).demand_modest(limits.max_pixels)
+        elif data.startswith(b"BM") and _has_run_lengths(data):
+            raise UnreadableFrame("A BMP of run lengths is not accepted; write it without compression, or as PNG.")
+    except _CODEC_ERRORS as error:
+        raise UnreadableFrame("The image is damaged or truncated; send the complete file.") from error
+    return data
+
+
+def _has_run_lengths(bmp: bytes) -> bool:
+    """Tell whether a BMP's pixels are packed in a way that Pillow unpacks in Python, a microsecond for every two."""
+    info_bytes, packing = struct.unpack_from("<I12xI", bmp[_BMP_INFO_AT : _BMP_INFO_AT + 20].ljust(20, b"\0"))
+    return info_bytes >= _BMP_WITH_PACKING and packing in _BMP_RUN_LENGTHS
+
+
+def _open(data: bytes, limits: FrameLimits) -> ImageFile.ImageFile:
     try:
         image = Image.open(io.BytesIO(data), formats=sorted(FRAME_FORMATS))
     except _CODEC_ERRORS as error:

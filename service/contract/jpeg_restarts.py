@@ -9,9 +9,12 @@ head.
 
 import struct
 
-from service.contract.jpeg_segments import END, FRAMES, MARKER, START_OF_SCAN, segments
+import numpy as np
 
-_FIRST_RESTART, _RESTART_INTERVAL = 0xD0, 0xDD
+from service.contract.jpeg_segments import END, FRAMES, MOST_SEGMENTS, START_OF_SCAN, segments
+
+_RESTARTS, _RESTART_INTERVAL = bytes(range(0xD0, 0xD8)), 0xDD
+_ONLY_RESTARTS = bytes(value if value in _RESTARTS else 0 for value in range(256))
 _SEQUENTIAL = frozenset({0xC0, 0xC1})
 _BLOCK = 8
 
@@ -32,30 +35,36 @@ def restarts_fit(data: bytes, *, closely: bool) -> bool:
         elif marker == START_OF_SCAN:
             if interval == 0 and not closely:
                 return True
-            found = [int(match.group(1)[0]) - _FIRST_RESTART for match in MARKER.finditer(data, end)]
+            found = _markers(data, end)
             if kind in _SEQUENTIAL and end > start and data[start] == _components(frame):
                 return _fit_one_scan(found, -(-_units(frame) // interval) - 1 if interval else 0)
             return _are_in_order(found, interval)
     return False
 
 
-def _fit_one_scan(found: list[int], wanted: int) -> bool:
-    restarts = found[:wanted]
-    ends = found[wanted : wanted + 1] == [END - _FIRST_RESTART]
-    return ends and restarts == [index % 8 for index in range(wanted)]
+def _markers(data: bytes, begin: int) -> bytes:
+    """Return the second bytes of all markers; of a large file there may be millions."""
+    values = np.frombuffer(data, np.uint8, offset=min(begin, len(data)))
+    first, second = values[:-1], values[1:]
+    return bytes(second[(first == 0xFF) & (second != 0) & (second != 0xFF)])
 
 
-def _are_in_order(found: list[int], interval: int) -> bool:
+def _fit_one_scan(found: bytes, wanted: int) -> bool:
+    return found[: wanted + 1] == _count_on(wanted) + bytes([END])
+
+
+def _are_in_order(found: bytes, interval: int) -> bool:
     """Tell whether the restarts of every scan count on from zero; how many a scan needs is not asked."""
-    expected = 0
-    for marker in found:
-        if 0 <= marker < 8:
-            if interval == 0 or marker != expected % 8:
-                return False
-            expected += 1
-        else:
-            expected = 0
-    return True
+    if interval == 0:
+        return not any(restart in found for restart in _RESTARTS)
+    marked = found.translate(_ONLY_RESTARTS)
+    if marked.count(b"\0") > MOST_SEGMENTS:
+        return False
+    return all(scan == _count_on(len(scan)) for scan in marked.split(b"\0"))
+
+
+def _count_on(count: int) -> bytes:
+    return (_RESTARTS * (count // len(_RESTARTS) + 1))[:count]
 
 
 def _components(frame: bytes) -> int:

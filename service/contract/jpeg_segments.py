@@ -1,41 +1,88 @@
-"""How a JPEG is built: its segments, whether a scan is missing, and where it ends.
+"""How a JPEG is built: its segments, whether a scan is missing, where it ends, and how much work it asks for.
 
 A progressive JPEG comes in scans that make each other's pixels finer, and other JPEGs may have a scan a component. A
 decoder draws what is there: of a file that lost a scan, and was closed properly, it makes a coarse or a colourless
 picture and says nothing. So the scans are held against what the frame's head asks for.
+
+Each scan is a pass over all pixels, and may be a hundred bytes; a segment may be four, and codecs walk them one by one.
+So a small file can ask for minutes of work. Encoders write ten scans, of which those that search for the best cut make
+a few more, and some dozen segments, or a few hundred where a camera puts measured values beside the picture.
 (ITU-T T.81, sections B.1, B.2 and G.1.1.1.)
 """
 
 import re
 from collections.abc import Iterator
 
+from service.errors import UnreadableFrame
+
 START_OF_SCAN, END = 0xDA, 0xD9
 FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC9, 0xCA, 0xCB})
 _PROGRESSIVE = frozenset({0xC2, 0xCA})
+_ARITHMETIC = frozenset({0xC9, 0xCA, 0xCB})
 _COEFFICIENTS = 64
 _UNSENT = 255  # more bits than any scan leaves open
-MARKER = re.compile(rb"\xff([^\x00\xff])")
+MOST_SEGMENTS = 4096
+_MOST_SCANS, _MOST_FILLING = 32, 4096
+# What a decoder has no use for: EXIF, profiles, thumbnails, comments. JFIF's and Adobe's segment name the colours.
+_NOTES = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
 _WITH_SEGMENT = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # restarts have none; the end is found as well
 _ENDING = re.compile(rb"\xff\xd9")  # which a pattern finds in a third of the time that `find` takes
 
 
-def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+def segments(data: bytes, most: int = MOST_SEGMENTS) -> Iterator[tuple[int, int, int]]:
     """Yield marker, start and end of each segment in order; of a scan its head, and last the end of the image.
 
     Args:
-        data: a file that a decoder has taken for a JPEG. Where it ends before its end marker, so do the segments.
+        data: a file that begins like a JPEG. Where it ends before its end marker, so do the segments.
+        most: how many segments it may have.
+
+    Raises:
+        UnreadableFrame: where there are more scans or segments than any encoder writes.
     """
-    at = 2
-    while (match := _WITH_SEGMENT.search(data, at)) is not None:
+    at, scans = 2, 0
+    for _ in range(most):
+        match = _WITH_SEGMENT.search(data, at)
+        if match is None:
+            return
         marker, at = match.group(1)[0], match.end()
         if marker == END:
             yield marker, at, at
             return
         if at + 2 > len(data):
             return
+        if marker == START_OF_SCAN:
+            scans += 1
+            if scans > _MOST_SCANS:
+                raise UnreadableFrame(f"The JPEG has more than {_MOST_SCANS} scans; send it in one, as baseline.")
         start, end = at + 2, at + max(2, int.from_bytes(data[at : at + 2], "big"))
         yield marker, start, end
         at = end
+    raise UnreadableFrame(f"The JPEG has more than {most} segments; leave out what is no picture.")
+
+
+def without_notes(data: bytes) -> bytes:
+    """Return a JPEG without what says nothing of its pixels; the file itself where there is no such thing.
+
+    Codecs read all of that, some at great length, before a size can be held against a limit.
+
+    Args:
+        data: a file that begins like a JPEG.
+
+    Raises:
+        UnreadableFrame: if its head holds more between segments than padding, or as `segments` says.
+    """
+    kept, begin, at, filling = list[bytes](), 0, 2, 0
+    for marker, start, end in segments(data):
+        if marker in (START_OF_SCAN, END):
+            break
+        filling += start - 4 - at
+        if filling > _MOST_FILLING:
+            raise UnreadableFrame("The JPEG is padded without end; send it as the camera wrote it.")
+        if marker in _NOTES:
+            kept.append(data[begin : start - 4])
+            begin = end
+        at = end
+    return b"".join([*kept, data[begin:]]) if kept else data
 
 
 def is_progressive(data: bytes) -> bool:
@@ -43,12 +90,19 @@ def is_progressive(data: bytes) -> bool:
     return next((kind in _PROGRESSIVE for kind, _, _ in segments(data) if kind in FRAMES), False)
 
 
-def has_all_scans(data: bytes) -> bool:
-    """Tell whether every component of a JPEG is there, to the last bit of its last coefficient."""
+def has_all_scans(data: bytes, most_segments: int = MOST_SEGMENTS) -> bool:
+    """Tell whether every component of a JPEG is there, to the last bit of its last coefficient.
+
+    Raises:
+        UnreadableFrame: as `segments` does, and if it is coded arithmetically, where libjpeg reads zeros once the data
+            has ended and says nothing.
+    """
     unsent: dict[int, bytearray] = {}  # of each component, how many bits of each coefficient are still to come
     by_bits = False
-    for marker, start, end in segments(data):
+    for marker, start, end in segments(data, most_segments):
         segment = data[start:end]
+        if marker in _ARITHMETIC:
+            raise UnreadableFrame("Lost data can't be noticed in an arithmetically coded JPEG; send it Huffman coded.")
         if marker in FRAMES and len(segment) >= 6:
             by_bits = marker in _PROGRESSIVE
             unsent = {component: bytearray([_UNSENT]) * _COEFFICIENTS for component in segment[6::3][: segment[5]]}
@@ -59,8 +113,8 @@ def has_all_scans(data: bytes) -> bool:
             for component in segment[1 : 1 + 2 * segment[0] : 2]:
                 if component in unsent:
                     unsent[component][first : last + 1] = bytes([bits & 15]) * (last + 1 - first)
-            if not by_bits and not any(map(any, unsent.values())):
-                return True  # without a look for markers in all that follows
+            if not by_bits and segment[0] == len(unsent) and not any(map(any, unsent.values())):
+                return True  # of one scan, without a look for markers in all that follows
     return bool(unsent) and not any(map(any, unsent.values()))
 
 

@@ -1,9 +1,18 @@
-"""The chunks of a PNG (ISO/IEC 15948, section 5.3)."""
+"""The chunks of a PNG, and how many there may be.
+
+A chunk may hold nothing, and a compressed note a thousand times its size; codecs read each by itself. Encoders write a
+chunk of pixels for every few kilobytes, at worst one a row, and a handful of notes.
+(ISO/IEC 15948, section 5.)
+"""
 
 import struct
 from collections.abc import Iterator
 
+from service.errors import UnreadableFrame
+
 _FIRST_AT = 8
+_MOST_CHUNKS, _MOST_NOTES = 2**16, 256
+_NOTE = 0x20  # in the first letter of a kind: a decoder may do without such a chunk
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -11,10 +20,19 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
     Args:
         data: a file that begins like a PNG.
+
+    Raises:
+        UnreadableFrame: where there are more chunks than any encoder writes.
     """
-    at = _FIRST_AT
+    at, count, notes = _FIRST_AT, 0, 0
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
+        count += 1
+        notes += bool(kind[0] & _NOTE)
+        if count > _MOST_CHUNKS or notes > _MOST_NOTES:
+            raise UnreadableFrame(
+                f"The PNG has more than {_MOST_CHUNKS} chunks, or {_MOST_NOTES} that are no pixels; write it anew."
+            )
         yield kind, at + 8, at + 8 + length
         if kind == b"IEND":
             return

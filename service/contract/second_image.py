@@ -8,9 +8,10 @@ import re
 import struct
 
 from service.contract.jpeg_segments import end_of_jpeg
+from service.contract.png_chunks import chunks
 from service.contract.tiff_layout import TiffPage
 
-_PNG_CHUNKS_AT = 8
+_PNG_CHECK_BYTES = 4
 _BMP_INFO_AT = 14
 # How the accepted formats begin. The two letters of a BMP alone are found in any data: the kind of its header follows.
 _BEGINS = re.compile(
@@ -31,13 +32,7 @@ def another_follows(data: bytes, image_format: str) -> bool:
 
 
 def _end_of_png(data: bytes) -> int:
-    at = _PNG_CHUNKS_AT
-    while at + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        at += 12 + length
-        if kind == b"IEND":
-            break
-    return at
+    return max((end + _PNG_CHECK_BYTES for _, _, end in chunks(data)), default=len(data))
 
 
 def _end_of_bmp(data: bytes) -> int:

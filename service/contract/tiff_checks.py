@@ -13,6 +13,8 @@ from service.contract.tiff_layout import JPEG, Piece, TiffPage
 
 _DEFLATE = frozenset({8, 32946})
 _INFLATE_STEP_BYTES = 2**16
+# Of JPEGs in a TIFF, of which there may be thousands.
+_MOST_TABLE_BYTES, _MOST_SEGMENTS = 2**16, 96
 
 
 def demand_whole_pieces(page: TiffPage) -> None:
@@ -28,6 +30,8 @@ def demand_whole_pieces(page: TiffPage) -> None:
         for piece in page.pieces():
             _demand_inflated(piece)
     if page.compression == JPEG:
+        if len(page.jpeg_tables) > _MOST_TABLE_BYTES:
+            raise PixelsMadeUp("The tables are no tables.")
         for piece in page.pieces():
             _demand_whole_jpeg(piece, page.jpeg_tables)
 
@@ -50,6 +54,6 @@ def _demand_inflated(piece: Piece) -> None:
 def _demand_whole_jpeg(piece: Piece, tables: bytes) -> None:
     # The tables come without pixels, as a JPEG of their own.
     whole = tables[:-2] + piece.data[2:] if tables else piece.data
-    demand_whole(whole, piece.height, piece.full_height, piece.width)
-    if not has_all_scans(whole):
+    if not has_all_scans(whole, _MOST_SEGMENTS):
         raise PixelsMadeUp("A scan is missing.")
+    demand_whole(whole, piece.height, piece.full_height, piece.width)

@@ -2,6 +2,9 @@
 
 Only what is asked for: the pieces (strips or tiles) that hold the page, and where the page ends. Entries that run off
 the file are left out, since the codec refuses them.
+
+A directory may list more than any encoder writes, and a tile may be far larger than the image that it holds a corner
+of: both cost a decoder time and memory that the image's own size says nothing of, and are refused.
 (TIFF 6.0, sections 2, 7, 15 and 22; BigTIFF as libtiff has it.)
 """
 
@@ -9,16 +12,26 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from service.errors import FrameTooLarge, UnreadableFrame
+
 UNCOMPRESSED, JPEG = 1, 7
 _SEPARATE = 2  # planes, one after the other
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION = 256, 257, 258, 259
 _STRIP_OFFSETS, _SAMPLES, _ROWS_PER_STRIP, _STRIP_COUNTS, _PLANES = 273, 277, 278, 279, 284
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_COUNTS = 322, 323, 324, 325
 _JPEG_TABLES = 347
-_FURTHER_DIRECTORIES = (330, 34665, 34853, 40965)  # smaller copies, EXIF, GPS, interoperability
+_FURTHER_DIRECTORIES = (34665, 34853, 40965, 330)  # EXIF, GPS, interoperability; last, smaller copies
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _UNSIGNED = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
-_MOST_DIRECTORIES, _MOST_ENTRIES = 8, 4096
+_TEXT = frozenset({1, 2, 7})  # and bytes of any meaning, which no codec takes apart
+_MOST_DIRECTORIES, _MOST_ENTRIES, _MOST_PIECES = 8, 4096, 2**16
+_MOST_NUMBERS = 2**18  # of all fields of a directory: a place and a size of each piece, and a palette, twice over
+# What strips and tiles may hold beyond the largest image: those at its lower and right border are padded.
+_MOST_PADDING, _LEAST_PIXELS = 2, 2**22
+# A page is in strips or in tiles. Of one that says both, one decoder reads these and another one those.
+_OF_STRIPS = frozenset({_STRIP_OFFSETS, _STRIP_COUNTS})
+_OF_TILES = frozenset({_TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_COUNTS})
+_LAYOUT = _OF_STRIPS | _OF_TILES | {_WIDTH, _HEIGHT, _SAMPLES, _ROWS_PER_STRIP, _PLANES}
 
 
 class Piece(NamedTuple):
@@ -51,11 +64,15 @@ class TiffPage:
     """The first page of a TIFF.
 
     Args:
-        data: a file that a decoder has taken for a TIFF.
+        data: a file that begins like a TIFF.
+
+    Raises:
+        UnreadableFrame: if it lists more than any encoder writes, or contradicts itself.
 
     Attributes:
         compression: the number of its method.
         end: of all that belongs to the page.
+        padded_pixels: of all of its strips or tiles, of one plane.
         lists_all: whether as many pieces are listed as its size needs; a codec leaves black what is not.
         jpeg_tables: that its JPEG pieces share; empty where there are none.
     """
@@ -65,14 +82,19 @@ class TiffPage:
         self._order = "<" if data[:2] == b"II" else ">"
         self._is_big = self._number(data[2:4], "H") == 43
         self.end = 16 if self._is_big else 8
+        if self._is_big and self._order == ">":
+            raise UnreadableFrame("A BigTIFF can be read in little-endian order alone; write it in that.")
         first = self._number(data[8:16], "Q") if self._is_big else self._number(data[4:8], "I")
         self._page = self._read_directory(first)
         self._measure_further(self._page)
+        self._demand_one_layout()
         self.compression = self._one(_COMPRESSION, UNCOMPRESSED)
         self.jpeg_tables = self._bytes(self._page.get(_JPEG_TABLES))
         self._is_tiled = is_tiled = _TILE_OFFSETS in self._page
         offsets = self._all(_TILE_OFFSETS if is_tiled else _STRIP_OFFSETS)
         counts = self._all(_TILE_COUNTS if is_tiled else _STRIP_COUNTS)
+        if max(len(offsets), len(counts)) > _MOST_PIECES:
+            raise UnreadableFrame(f"The TIFF has more than {_MOST_PIECES} strips or tiles; write it in larger ones.")
         width, self._height = self._one(_WIDTH, 0), self._one(_HEIGHT, 0)
         if is_tiled:
             self._rows, self._columns = max(1, self._one(_TILE_HEIGHT, 0)), max(1, self._one(_TILE_WIDTH, 0))
@@ -80,9 +102,12 @@ class TiffPage:
             self._rows, self._columns = max(1, min(self._one(_ROWS_PER_STRIP, self._height), self._height)), width
         planes = self._one(_SAMPLES, 1) if self._one(_PLANES, 1) == _SEPARATE else 1
         self._each = max(1, -(-self._height // self._rows))  # of a plane, from top to bottom
-        row_bytes = -(-self._columns * self._one(_SAMPLES, 1) * max(self._all(_BITS), default=1) // 8)
+        samples = self._one(_SAMPLES, 1)
+        row_bytes = -(-self._columns * samples * max(self._all(_BITS)[:samples], default=1) // 8)
         self._piece_bytes = self._rows * row_bytes
-        self._needed = planes * self._each * -(-width // max(1, self._columns))
+        each_row = -(-width // max(1, self._columns))
+        self.padded_pixels = self._each * self._rows * each_row * self._columns
+        self._needed = planes * self._each * each_row
         self._places = list(zip(offsets, counts, strict=False))
         self.end = max([self.end, *(offset + count for offset, count in self._places)])
         self.lists_all = len(self._places) >= self._needed
@@ -90,6 +115,21 @@ class TiffPage:
             self.lists_all = len(offsets) >= self._needed
             needed = enumerate(offsets[: self._needed])
             self.end = max([self.end, *(offset + row_bytes * self._rows_of(index) for index, offset in needed)])
+
+    def demand_modest(self, max_pixels: int) -> None:
+        """Refuse strips or tiles that are far larger than an image may be.
+
+        Raises:
+            FrameTooLarge: if all of them together hold many more pixels than `max_pixels`.
+            UnreadableFrame: if they lie over each other, so that the same bytes would be decoded again and again.
+        """
+        if self.padded_pixels > max(_MOST_PADDING * max_pixels, _LEAST_PIXELS):
+            raise FrameTooLarge(
+                f"The TIFF's strips or tiles hold far more than {max_pixels} pixels; write it in smaller ones."
+            )
+        packed_bytes = sum(count for _, count in self._places[: self._needed])
+        if self.compression != UNCOMPRESSED and packed_bytes > len(self._data):
+            raise UnreadableFrame("The TIFF's strips or tiles lie over each other; write it anew.")
 
     def pieces(self) -> Iterator[Piece]:
         """Yield strips or tiles as far as the page needs them, those of every plane included."""
@@ -108,19 +148,32 @@ class TiffPage:
     def _read_directory(self, at: int) -> dict[int, _Entry]:
         head, each, value = (8, 20, 8) if self._is_big else (2, 12, 4)
         told = self._number(self._data[at : at + head], "Q" if self._is_big else "H")
-        count = min(told, _MOST_ENTRIES, max(0, len(self._data) - at - head) // each)
+        count = min(told, max(0, len(self._data) - at - head) // each)
+        if count > _MOST_ENTRIES:
+            raise _too_long()
         entries: dict[int, _Entry] = {}
+        numbers = 0
         for place in range(at + head, at + head + count * each, each):
             entry = self._data[place : place + each]
             tag, kind = self._number(entry, "H"), self._number(entry[2:], "H")
-            size = self._number(entry[4:], "Q" if self._is_big else "I") * _TYPE_BYTES.get(kind, 1)
+            values = self._number(entry[4:], "Q" if self._is_big else "I")
+            size = values * _TYPE_BYTES.get(kind, 1)
             inside = place + each - value
             start = inside if size <= value else self._number(entry[-value:], "Q" if self._is_big else "I")
             if start + size <= len(self._data):
+                numbers += values if kind not in _TEXT else 0
                 entries.setdefault(tag, _Entry(kind, start, start + size))
                 self.end = max(self.end, start + size)
+        if numbers > _MOST_NUMBERS:
+            raise _too_long()
         self.end = max(self.end, min(len(self._data), at + head + told * each + value))
         return entries
+
+    def _demand_one_layout(self) -> None:
+        """Refuse a page in strips and tiles, and one whose layout has values of which decoders think differently."""
+        is_read = all(entry.kind in _UNSIGNED for tag, entry in self._page.items() if tag in _LAYOUT)
+        if not is_read or (_OF_STRIPS & self._page.keys() and _OF_TILES & self._page.keys()):
+            raise UnreadableFrame("The TIFF contradicts itself about its strips or tiles; write it anew.")
 
     def _measure_further(self, directory: dict[int, _Entry]) -> None:
         """Count directories that this one names as parts of the page."""
@@ -150,3 +203,7 @@ class TiffPage:
 
     def _one(self, tag: int, absent: int) -> int:
         return next(iter(self._all(tag)), absent)
+
+
+def _too_long() -> UnreadableFrame:
+    return UnreadableFrame("The TIFF's directory is longer than that of any picture; leave out what is no picture.")
