@@ -179,7 +179,10 @@ class InspectionAnswer(_Wire):
 
 
 class ProblemDocument(BaseModel):
-    """RFC 9457; `code` is stable, `detail` says what to do, and the verdict is always `NO_VERDICT`."""
+    """RFC 9457; `code` is stable, `detail` says what to do, and the verdict is always `NO_VERDICT`.
+
+    What the caller named the part stands there where it fits, each by itself.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -191,6 +194,9 @@ class ProblemDocument(BaseModel):
     verdict: Literal["NO_VERDICT"]
     request_id: str
     line: str | None = None
+    part_id: str | None = None
+    view: str | None = None
+    sequence: int | None = None
 
 
 class BatchAnswer(_Wire):

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -14,7 +14,8 @@ from service.errors import DeadlinePassed, FlawlineError
 from service.inspection import Inspection
 from service.routes.context import Context, connection_of, context_of
 from service.routes.identity import received_at_of
-from service.routes.problems import request_id_of
+from service.routes.part_names import names_of
+from service.routes.problems import PartNames, note_part, request_id_of
 from service.telemetry import CALLER_LEFT
 
 TRACE_PARENT_HEADER = "traceparent"
@@ -30,13 +31,14 @@ class Counting:
         line: as it was asked for.
 
     Attributes:
-        frames: how many the request asks about; one, until more is known.
+        parts: names of what each frame shows; None until it is known which frames there are: then it counts as one, of
+            the part that the request itself names.
     """
 
     def __init__(self, request: Request, line: str) -> None:
         self._request = request
         self._line = line
-        self.frames = 1
+        self.parts: Sequence[PartNames] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -46,22 +48,26 @@ class Counting:
             return
         code = fault.code if isinstance(fault, FlawlineError) else FlawlineError.code
         reason = CALLER_LEFT if isinstance(fault, ClientDisconnect) else code
-        count_later(self._request, self._line, reason, self.frames)
+        named = names_of(self._request)
+        note_part(self._request, named)
+        count_later(self._request, self._line, reason, [named] if self.parts is None else self.parts)
 
 
-def count_later(request: Request, line: str, reason: str, frames: int = 1) -> None:
-    """Count and log frames without a verdict once the answer has been handed over."""
+def count_later(request: Request, line: str, reason: str, parts: Sequence[PartNames]) -> None:
+    """Count and log frames without a verdict, with the names of what each shows, once the answer is handed over."""
     context, now = context_of(request), time.time()
     total_s, request_id = round(context.clock() - received_at_of(request), 6), request_id_of(request)
 
     def count() -> None:
-        for _ in range(frames):
-            context.telemetry.not_inspected(line, reason, now, request_id=request_id, seconds={"total": total_s})
+        for part in parts:
+            context.telemetry.not_inspected(
+                line, reason, now, request_id=request_id, seconds={"total": total_s}, **part
+            )
 
     context.after_answers.later(count)
     if context.traces is not None:
         known, caller = context.telemetry.known_line(line), request.headers.get(TRACE_PARENT_HEADER)
-        for _ in range(frames):
+        for _ in parts:
             asyncio.get_running_loop().call_soon(context.traces.not_inspected, known, reason, caller, total_s)
 
 

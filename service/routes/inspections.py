@@ -25,8 +25,10 @@ from service.routes.context import Context, FrameRequest, caller_of, connection_
 from service.routes.headers import OPTION_HEADERS
 from service.routes.identity import identify, received_at_of, with_id
 from service.routes.openapi import BATCH_OPERATION, FRAME_OPERATION, HEATMAP_ANSWERS
+from service.routes.part_names import names_in
 from service.routes.problems import (
     REQUEST_ID_HEADER,
+    PartNames,
     answer_fault,
     problem_document,
     request_id_of,
@@ -166,11 +168,11 @@ async def inspect_batch(request: Request, line: str) -> Response:
         most = context.settings.max_frames_per_request
         with context.body_of(caller, line) as body:
             uploads = await receive_frames(request, "frames", most, limits, left_s, body)
-            counted.frames = len(uploads)
+            counted.parts = [names_in(options, index) for index in range(len(uploads))]
             frames = (_item(request, caller, line, options, upload, index) for index, upload in enumerate(uploads))
             outcomes = await unless_left(request, _side_by_side(frames))
         # Written and counted together, as they are answered: whoever left has got none of them.
-        items = [_write_item(request, line, outcome) for outcome in outcomes]
+        items = [_write_item(request, line, *one) for one in zip(counted.parts, outcomes, strict=True)]
     head = b'{"request_id":' + to_json(request_id_of(request)) + b',"items":['
     return Response(head + b",".join(items) + b"]}", media_type="application/json")
 
@@ -300,12 +302,12 @@ async def _item(
         return unexpected(request, error)
 
 
-def _write_item(request: Request, line: str, outcome: Inspection | FlawlineError) -> bytes:
+def _write_item(request: Request, line: str, part: PartNames, outcome: Inspection | FlawlineError) -> bytes:
     """Write what became of one frame of several, and have it counted once the answer is on its way."""
     if isinstance(outcome, Inspection):
         return _encode(context_of(request), outcome)[0]
-    count_later(request, line, outcome.code)
-    return to_json(problem_document(outcome.code, outcome.sentence, request_id_of(request), line))
+    count_later(request, line, outcome.code, [part])
+    return to_json(problem_document(outcome.code, outcome.sentence, request_id_of(request), line, part))
 
 
 def _encode(context: Context, inspection: Inspection) -> tuple[bytes, bytes]:

@@ -7,6 +7,7 @@ only the verdict can't take a fault for a good part. Unexpected exceptions say n
 import logging
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -23,6 +24,8 @@ from service.schemas import WORDS_OF_PATTERN
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 REQUEST_ID_HEADER = "X-Request-Id"
+# `part_id`, `view` and `sequence`, as far as they are known.
+PartNames = Mapping[str, str | int]
 
 _LINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _DEFAULT_RETRY_AFTER_S = 1.0
@@ -107,7 +110,7 @@ PROBLEMS: dict[str, Problem] = {
     "calibration_refused": Problem(500, "The calibration is refused", "Hold out more good frames."),
     "unavailable": Problem(503, "Not now", "Try again."),
     "overloaded": Problem(
-        503, "Overloaded", "The queue is full; slow down or try again after as long as Retry-After says."
+        503, "No place in time", "The queue is full; slow down or try again after as long as Retry-After says."
     ),
     "line_not_ready": Problem(503, "The line is not ready", "The line is unhealthy and waits for a restart."),
     "line_loading": Problem(503, "The line is loading", "The line is loading; try again in a moment."),
@@ -127,7 +130,9 @@ def status_of(code: str) -> int:
     return PROBLEMS.get(code, PROBLEMS["internal"]).status
 
 
-def problem_document(code: str, sentence: str, request_id: str, line: str | None) -> dict[str, Any]:
+def problem_document(
+    code: str, sentence: str, request_id: str, line: str | None, part: PartNames | None = None
+) -> dict[str, Any]:
     """Describe one fault as the members of a problem document.
 
     Args:
@@ -135,6 +140,7 @@ def problem_document(code: str, sentence: str, request_id: str, line: str | None
         sentence: what happened and what to do.
         request_id: of the request, so that its log line is found.
         line: that was asked for, where the address names one.
+        part: how the caller names what the frame shows.
     """
     problem = PROBLEMS.get(code, PROBLEMS["internal"])
     document: dict[str, Any] = {
@@ -148,7 +154,7 @@ def problem_document(code: str, sentence: str, request_id: str, line: str | None
     }
     if line is not None and _LINE.fullmatch(line):
         document["line"] = line
-    return document
+    return document | dict(part or {})
 
 
 def answer_fault(request: Request, error: FlawlineError) -> Response:
@@ -225,6 +231,11 @@ def request_id_of(request: Request) -> str:
     return str(request.scope.get("state", {}).get("request_id", ""))
 
 
+def note_part(request: Request, part: PartNames) -> None:
+    """Have the problem that a request is going to be answered with say which part it is about."""
+    request.scope["state"]["part"] = part
+
+
 def unexpected(request: Request, error: Exception) -> FlawlineError:
     """Log what nobody expected, and return the fault that tells nothing of it."""
     _log.error("unexpected fault", exc_info=error, extra={"request_id": request_id_of(request)})
@@ -249,5 +260,6 @@ def _answer(
         # The protocol's own form, whoever answers: its clients show this member and fail without it.
         status = _STATUS_UNDER_OPEN_INFERENCE.get(code, status_of(code))
         return Response(to_json({"error": sentence}), status, headers, "application/json")
-    document = problem_document(code, sentence, request_id, request.path_params.get("line"))
+    part = request.scope.get("state", {}).get("part")
+    document = problem_document(code, sentence, request_id, request.path_params.get("line"), part)
     return Response(to_json(document), status_of(code), headers, PROBLEM_MEDIA_TYPE)

@@ -185,7 +185,7 @@ async def infer(request: Request, model: str) -> Response:
         caller.spend_frame()
         with context.body_of(caller, model) as body:
             asked = await _receive(request, _spec(line, context.settings), body)
-            counted.frames = len(asked.frames)
+            counted.parts = [{} if part_id is None else {"part_id": part_id} for part_id in asked.part_ids]
             for _ in asked.frames[1:]:
                 caller.spend_frame()
             find_for(caller, context, model, bundle_version, asked.policy)  # which policy is named stands in the body
