@@ -218,3 +218,12 @@ def test_header_table_when_it_names_an_option_then_the_server_knows_it(url: str)
     named = set(re.findall(r"X-[A-Za-z-]+", text))
     assert named >= {"X-Part-Id", "X-Deadline-Ms"}
     assert {header for header in named if f'"{header}"' not in described} == set()
+
+
+def test_page_when_it_names_a_setting_with_its_default_then_it_is_the_servers() -> None:
+    """Whoever plans a cycle by this page must not learn of another limit at the line."""
+    text = (_ROOT / "service/clients.md").read_text(encoding="utf-8")
+
+    told = {name.lower(): int(value) for name, value in re.findall(r"`FLAWLINE_([A-Z_]+)`,? \(?(\d+)", text)}
+    assert told == {name: Settings.model_fields[name].default for name in told}
+    assert set(told) == {"max_deadline_s", "default_deadline_s", "max_heatmaps_kept", "max_frames_per_request"}
