@@ -6,7 +6,8 @@ Whoever takes frames is told all that was decided, and tells those whose frames 
 """
 
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -88,23 +89,49 @@ class Taken(NamedTuple, Generic[_Entry]):
 
 
 class Running:
-    """The batches that run in this process, whichever engines they run on; each runner enters for one batch.
+    """What runs in this process, whichever engines it runs on; each runner enters for as long as it has frames.
+
+    What can as well run later waits for a gap: that so little runs that one run more leaves a core for the next frame.
+
+    Args:
+        side_by_side: runs that the machine has cores for.
 
     Attributes:
-        count: of them, now.
+        count: of those that run now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, side_by_side: int = 1) -> None:
         self.count = 0
-        self._lock = threading.Lock()
+        self._few = max(1, side_by_side - 1)
+        self._fewer = threading.Condition(threading.Lock())
 
     def __enter__(self) -> None:
-        with self._lock:
+        with self._fewer:
             self.count += 1
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:
+        with self._fewer:
             self.count -= 1
+            self._fewer.notify_all()
+
+    def wait_for_gap(self, longest_s: float) -> bool:
+        """Block until there is a gap, and return whether there was one in so many seconds."""
+        with self._fewer:
+            return self._fewer.wait_for(self._is_gap, longest_s)
+
+    @contextmanager
+    def in_gap(self, longest_s: float) -> Iterator[None]:
+        """Enter at the next gap, or after so many seconds without one."""
+        with self._fewer:
+            self._fewer.wait_for(self._is_gap, longest_s)
+            self.count += 1
+        try:
+            yield
+        finally:
+            self.__exit__()
+
+    def _is_gap(self) -> bool:
+        return self.count < self._few
 
 
 class BatchQueue(Generic[_Entry]):

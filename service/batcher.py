@@ -15,11 +15,8 @@ as it is after a run that takes too long or a fault of its own. An unhealthy bat
 """
 
 import asyncio
-import contextlib
 import logging
 import math
-import os
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -38,11 +35,10 @@ from service.engines.engine import Engine, EngineOutput, LoneRun, RunBatch
 from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded
 from service.schedule import Priority, RunTimes, WaitingFrame, has_room
 from service.telemetry import EngineMeter
+from service.threads import BEHIND_THE_LOOP, stand_back
 
 # The loop's timers may fire a little early; looking again just after the moment saves a second look.
 _TIMER_SLACK_S = 0.001
-# Of runners beyond that of the process: a third of the event loop's weight where both want the same core.
-_NICENESS = 5
 
 # Each frame gets an instance of its own: one that is raised in several tasks would collect their tracebacks.
 _Fault = Callable[[], FlawlineError]
@@ -225,6 +221,17 @@ class Batcher:
     def has_spare_runner(self) -> bool:
         """Whether one more frame would run at once and leave nobody waiting."""
         return self.is_healthy and len(self._places) < self._runners
+
+    def wait_for_gap(self, longest_s: float) -> bool:
+        """Block until no frame of any engine has to wait for one that could as well run later; to be asked by a thread.
+
+        Args:
+            longest_s: to wait.
+
+        Returns:
+            False where there was no gap all the while.
+        """
+        return self._running.wait_for_gap(longest_s)
 
     def refuse_hopeless(
         self, deadline: float, *, line: str, weight: int = 1, priority: Priority = Priority.NORMAL
@@ -445,19 +452,20 @@ class Batcher:
 
     def _serve(self) -> None:
         """Run batches until told to end: the body of a runner's thread."""
-        _stand_back()
+        # Runners that keep every core busy would keep refusals and answers from the event loop.
+        stand_back(BEHIND_THE_LOOP)
         try:
             while (batch := self._inbox.get()) is not None:
-                while batch is not None:
-                    batch = self._run_batch(batch)
+                with self._running:  # to the last of those that follow at once: what gives way finds no gap in between
+                    while batch is not None:
+                        batch = self._run_batch(batch)
         except BaseException:  # noqa: BLE001 - a runner that ends takes its frames with it; they must hear of it
             _log.exception("a runner ended")
             self._post(self._lose, "A runner ended")
 
     def _run_batch(self, batch: Batch[_Entry]) -> Batch[_Entry] | None:
         """Run a batch, post what became of it, and return the one that this runner runs next."""
-        with self._running:
-            outcome = self._run(batch.entries)
+        outcome = self._run(batch.entries)
         taken: Taken[_Entry] = Taken()
         try:
             if outcome.is_engine_lost:
@@ -633,17 +641,6 @@ class _Holding:
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
         self._give_back(self._place)
-
-
-def _stand_back() -> None:
-    """Let the event loop come first: runners that keep every core busy would keep refusals and answers from it.
-
-    Priorities are a thread's own on Linux alone; elsewhere nothing is done.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            own = threading.get_native_id()
-            os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + _NICENESS)
 
 
 def _what_comes_of(step: Callable[[], Any]) -> Any:

@@ -2,6 +2,11 @@
 
 Whatever is wrong ends as one of `service.errors`, and what was opened on the way is closed again. Nothing here knows
 what is live; a version that comes out of here has answered its golden frames on this device.
+
+All of it takes one thread, which stands back behind the event loop as runners do; the threads that a runtime begins
+for its engine inherit that, so that they are as the runners whom they help. Beside lines that are served, runs are done
+in gaps between those of frames, in threads that stand back behind runners: where gaps are rare, a version takes longer
+to load, and no frame does.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,21 +14,27 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service.batch_queue import Running
 from service.batcher import Batcher
 from service.contract.bundle import Bundle, load_bundle
 from service.contract.golden import GoldenSet, least_contrast_of, read_golden_by_line, replay
 from service.contract.signature import Trust
 from service.contract.tiling import Run
-from service.engines.engine import Engine, LoneRun
+from service.engines.engine import Engine, EngineOutput, LoneRun, RunBatch
 from service.errors import BundleRefused, FlawlineError
 from service.line_policies import LinePolicies, fit_policy
 from service.live import LiveLine, LoadedBundle, LoadedVersion
 from service.telemetry import Telemetry
-from service.warm_up import LoneTrial, warm_up
+from service.threads import BEHIND_FRAMES, BEHIND_THE_LOOP, begin
+from service.warm_up import LoneTrial, TimedRun, at_once, warm_up
 
 # Golden frames of so many are kept in memory, whole lines of them: a bundle may have thousands.
 _FRAMES_TO_ASK_AGAIN = 4
+# For gaps, all runs of one load together: a service that has none for so long must still get its new version.
+_LONGEST_PATIENCE_S = 30.0
 
 OpenEngine = Callable[[Bundle], Engine]
 
@@ -66,21 +77,36 @@ class Loader:
         self._options = options
         self._telemetry = telemetry
         self._clock = clock
-        self._running = Running()
+        self._running = Running(options.runners)
         self._policies = LinePolicies(directory, telemetry)
 
-    def load(self, name: str, version: str, wanted: Callable[[tuple[str, ...]], tuple[str, ...]]) -> LoadedVersion:
+    def load(
+        self,
+        name: str,
+        version: str,
+        wanted: Callable[[tuple[str, ...]], tuple[str, ...]],
+        *,
+        gives_way: bool = False,
+    ) -> LoadedVersion:
         """Load one version.
 
         Args:
             name: of the bundle.
             version: of the bundle.
-            wanted: says which of the bundle's lines are served here.
+            wanted: says which of the bundle's lines are served here; called in another thread.
+            gives_way: whether frames are answered meanwhile, which come first.
 
         Raises:
             BundleRefused: if anything about it does not hold.
             EngineFailed: if the device does not take it.
         """
+        timed = _InGaps(self._running, self._clock) if gives_way else at_once(self._clock)
+        work = partial(self._load, name, version, wanted, timed)
+        return begin(work, name="flawline-load", niceness=BEHIND_THE_LOOP).result()
+
+    def _load(
+        self, name: str, version: str, wanted: Callable[[tuple[str, ...]], tuple[str, ...]], timed: TimedRun
+    ) -> LoadedVersion:
         started_at = self._clock()
         bundle = load_bundle(self._directory / name / version, self._trust)
         manifest = bundle.manifest
@@ -90,9 +116,9 @@ class Loader:
         engine = self._open_engine(bundle)
         try:
             run_times = warm_up(
-                engine, manifest, self._options.max_batch_size, self._options.warm_up_limit_s, self._clock
+                engine, manifest, self._options.max_batch_size, self._options.warm_up_limit_s, self._clock, timed
             )
-            known, alone, contrasts = self._prove(bundle, engine)
+            known, alone, contrasts = self._prove(bundle, engine, timed)
             own = {line: fit_policy(bundle.policies[line], manifest) for line in lines}
             offered = {line: self._policies.offered(line, manifest, policy) for line, policy in own.items()}
         except BaseException:
@@ -143,7 +169,9 @@ class Loader:
             return live
         return replace(live, policies=found.policies, refusals=found.refusals)
 
-    def _prove(self, bundle: Bundle, engine: Engine) -> tuple[list[GoldenSet], LoneRun | None, dict[str, float]]:
+    def _prove(
+        self, bundle: Bundle, engine: Engine, timed: TimedRun
+    ) -> tuple[list[GoldenSet], LoneRun | None, dict[str, float]]:
         """Replay the golden frames of every line.
 
         Returns:
@@ -152,10 +180,14 @@ class Loader:
         """
         kept: list[GoldenSet] = []
         contrasts: dict[str, float] = {}
-        trial = LoneTrial(engine, self._clock)
+        trial = LoneTrial(engine, self._clock, timed)
+
+        def run(frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
+            return timed(engine.run, frames, line_index)[0]
+
         for golden in read_golden_by_line(bundle):
             is_kept = sum(len(known.answers) for known in kept) < _FRAMES_TO_ASK_AGAIN
-            self._replay(bundle, golden, trial.run if is_kept else engine.run)
+            self._replay(bundle, golden, trial.run if is_kept else run)
             contrasts[golden.answers[0].line] = least_contrast_of(bundle, golden)
             if is_kept:
                 kept.append(golden)
@@ -176,6 +208,32 @@ class Loader:
         except FlawlineError:
             self._telemetry.golden_failed()
             raise
+
+
+class _InGaps:
+    """Does runs where those of frames leave room, in a thread that stands back behind runners.
+
+    Args:
+        running: the runs of this process.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, running: Running, clock: Callable[[], float]) -> None:
+        self._running = running
+        self._clock = clock
+        self._patience_s = _LONGEST_PATIENCE_S
+
+    def __call__(
+        self, run: RunBatch, frames: NDArray[np.uint8], line_index: NDArray[np.int64]
+    ) -> tuple[EngineOutput, float]:
+        asked_at = self._clock()
+        with self._running.in_gap(self._patience_s):
+            began_at = self._clock()
+            self._patience_s = max(0.0, self._patience_s - (began_at - asked_at))
+            # A thread for each, since a priority can't be taken back; it costs a tenth of a millisecond.
+            work = partial(run, frames, line_index)
+            output = begin(work, name="flawline-prove", niceness=BEHIND_FRAMES).result()
+            return output, self._clock() - began_at
 
 
 def _all(proofs: Iterable[Callable[[Run], None]], run: Run) -> None:

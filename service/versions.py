@@ -253,7 +253,13 @@ class LoadedVersions(ServedLines):
         self._telemetry.declare_engine(key.name)
         try:
             # Nobody makes room for what can't even be read.
-            loaded = self._loader.load(key.name, key.version, lambda lines: self._claim_and_make_room(key, lines))
+            loaded = self._loader.load(
+                key.name,
+                key.version,
+                lambda lines: self._claim_and_make_room(key, lines),
+                # At the start nothing is ready, and nothing keeps it from being so soon.
+                gives_way=bool(self._state.live) and not self._is_loading,
+            )
             try:
                 self._refuse_too_large(loaded)
             except BundleRefused:

@@ -4,6 +4,8 @@ Where an engine has a quicker way for a frame that is alone, that is tried here 
 
 The first run of a size allocates, chooses kernels and records graphs; a frame of a camera must never wait for that.
 Where time runs out, the larger sizes are given up rather than left cold: the schedule then never chooses them.
+
+When and where a run is done is said by whoever loads: beside lines that are served, their frames come first.
 """
 
 import logging
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.contract.bundle import Manifest
-from service.engines.engine import Engine, EngineOutput, LoneRun
+from service.engines.engine import Engine, EngineOutput, LoneRun, RunBatch
 from service.schedule import RunTimes
 
 # A start is a busy time, and the lone way, which needs every core, is the one that is held up; so it is asked again.
@@ -25,9 +27,28 @@ _RUNS = 3
 
 _log = logging.getLogger("flawline")
 
+# Does one run, at once or when its turn has come, and tells its answer and the seconds that it took itself.
+TimedRun = Callable[[RunBatch, NDArray[np.uint8], NDArray[np.int64]], tuple[EngineOutput, float]]
+
+
+def at_once(clock: Callable[[], float]) -> TimedRun:
+    """Return how runs are done that nobody is waiting behind."""
+
+    def timed(run: RunBatch, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> tuple[EngineOutput, float]:
+        began_at = clock()
+        output = run(frames, line_index)
+        return output, clock() - began_at
+
+    return timed
+
 
 def warm_up(
-    engine: Engine, manifest: Manifest, max_batch_size: int, limit_s: float, clock: Callable[[], float]
+    engine: Engine,
+    manifest: Manifest,
+    max_batch_size: int,
+    limit_s: float,
+    clock: Callable[[], float],
+    timed: TimedRun | None = None,
 ) -> RunTimes:
     """Warm an engine, smallest batches first, and learn what each size takes.
 
@@ -37,6 +58,7 @@ def warm_up(
         max_batch_size: the largest batch that is wanted.
         limit_s: seconds after which no further size is begun; a batch of one always runs.
         clock: monotonic seconds.
+        timed: how runs are done; None: at once.
 
     Returns:
         What was learned; its length is the largest batch that was warmed.
@@ -44,6 +66,7 @@ def warm_up(
     Raises:
         EngineFailed: if a run fails.
     """
+    timed = timed or at_once(clock)
     begun = clock()
     learned: list[float] = []
     for size in range(1, max_batch_size + 1):
@@ -55,11 +78,8 @@ def warm_up(
             break
         frames = np.zeros((size, manifest.input.height, manifest.input.width, 3), np.uint8)
         line_index = np.zeros(size, np.int64)
-        for _ in range(_RUNS):
-            started_at = clock()
-            engine.run(frames, line_index)
-            took = clock() - started_at
-        learned.append(took)
+        # The quickest of them: what else goes on just now tells nothing of the engine, and would refuse frames for it.
+        learned.append(min(timed(engine.run, frames, line_index)[1] for _ in range(_RUNS)))
     run_times = RunTimes.unknown(len(learned))
     for size, seconds in enumerate(learned, start=1):
         run_times = run_times.learn(size, seconds)
@@ -76,9 +96,11 @@ class LoneTrial:
     Args:
         engine: warm.
         clock: monotonic seconds.
+        timed: how runs are done; None: at once.
     """
 
-    def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
+    def __init__(self, engine: Engine, clock: Callable[[], float], timed: TimedRun | None = None) -> None:
+        self._timed = timed or at_once(clock)
         self._engine = engine
         self._clock = clock
         self._is_equal = True
@@ -91,20 +113,18 @@ class LoneTrial:
         Raises:
             EngineFailed: if the ordinary way fails.
         """
+        output, took_s = self._timed(self._engine.run, frames, line_index)
         if self._engine.alone is None:
-            return self._engine.run(frames, line_index)
+            return output
         self._last = frames, line_index
-        began_at = self._clock()
-        output = self._engine.run(frames, line_index)
-        ended_at = self._clock()
         try:
-            other = self._engine.alone.run(frames, line_index)
+            other, took_alone_s = self._timed(self._engine.alone.run, frames, line_index)
         except Exception:  # noqa: BLE001 - the edge: a runtime may raise anything
             _log.exception("the lone way failed")
             self._is_equal = False
             return output
-        self._quickest_alone_s = min(self._quickest_alone_s, (self._clock() - ended_at) / len(frames))
-        self._quickest_s = min(self._quickest_s, (ended_at - began_at) / len(frames))
+        self._quickest_alone_s = min(self._quickest_alone_s, took_alone_s / len(frames))
+        self._quickest_s = min(self._quickest_s, took_s / len(frames))
         self._is_equal &= all(map(np.array_equal, output, other))
         return output
 

@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
+import numpy as np
 import pytest
 
 from service.engines.engine import EngineOutput
@@ -28,14 +29,20 @@ def store(tmp_path_factory):
 
 
 class Watched:
-    """A registry whose engine can be spoilt, and what watches it."""
+    """A registry whose engine can be spoilt, and what watches it; nobody waits for its turns."""
 
     def __init__(self, store, every_s, stuck_after_s, max_queue_size):
         self.engine, self.telemetry = GatedEngine(), Telemetry()
+        self.waited = []  # seconds, and how many replays had passed by then
         driven = BatcherOptions(1, 1, max_queue_size, stuck_after_s)
         directory = DirectoryStore(store)
         self.registry = Registry(directory, None, self.engine.open, driven, self.telemetry, time.monotonic)
-        self.watch = GoldenWatch(self.registry, self.telemetry, every_s=every_s, clock=time.monotonic)
+        self.watch = GoldenWatch(
+            self.registry, self.telemetry, every_s=every_s, clock=time.monotonic, sleep=self._do_not_sleep
+        )
+
+    async def _do_not_sleep(self, seconds):
+        self.waited.append((round(seconds, -1), self.counted("passed")))
 
     def counted(self, outcome):
         """Return how many replays ended so."""
@@ -141,3 +148,47 @@ async def test_replay_when_the_engine_is_busy_then_it_is_skipped_and_nobody_is_t
 
         assert service.counted("skipped") == 1
         assert service.registry.is_ready
+
+
+@pytest.fixture(scope="module")
+def wide_store(tmp_path_factory):
+    """Return a store with four bundles of a line each."""
+    store = tmp_path_factory.mktemp("wide_store")
+    for name in ("north", "east", "south", "west"):
+        make_bundle(store, name)
+    return store
+
+
+@in_loop
+async def test_replay_when_there_are_many_bundles_then_one_after_another_spread_over_the_period(wide_store):
+    """Each engine has its own queue, and all share the cores: replays side by side take them from cameras."""
+    async with watched(wide_store, every_s=1000.0) as service:
+        await service.watch.look()
+
+        assert service.waited == [(250, 0), (500, 1), (750, 2), (1000, 3)]
+        assert service.counted("passed") == 4
+
+
+@in_loop
+async def test_replay_when_a_frame_of_another_line_runs_all_the_period_then_it_gives_way_and_is_skipped(wide_store):
+    """Priorities count within an engine; a golden frame of one must not take the core of a frame of another."""
+    async with watched(wide_store, every_s=0.05) as service:
+        live = service.registry.serving("north", None)
+        batcher, size = live.bundle.batcher, live.bundle.manifest.input
+        service.engine.hold()
+        with batcher.place(time.monotonic() + 20, line="north") as place:
+            frames = np.zeros((1, size.height, size.width, 3), np.uint8)
+            answer = asyncio.create_task(batcher.submit(place, frames, 0))
+            await asyncio.to_thread(service.engine.started.acquire)
+
+            await service.watch.look()
+
+            began_meanwhile = service.engine.started.acquire(blocking=False)
+            skipped = service.counted("skipped")
+            service.engine.release()
+            await answer
+        await service.watch.look()
+
+    assert not began_meanwhile
+    assert skipped == 4
+    assert (service.counted("passed"), service.counted("skipped")) == (4, 4)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.batch_queue import BatchQueue, Place
+from service.batch_queue import BatchQueue, Place, Running
 from service.schedule import Priority, RunTimes, WaitingFrame
+from service.threads import begin
 
 RUN_S = 1.0
 ONE_BY_ONE = RunTimes((RUN_S,))
@@ -141,3 +142,41 @@ def test_queue_when_several_threads_take_then_each_frame_leaves_once(dues, runne
 
     left.extend(entry.number for entry in queue.close())
     assert sorted(left) == list(range(len(frames)))
+
+
+def test_gap_when_what_runs_leaves_no_core_then_what_can_run_later_waits_for_its_end():
+    """A run that nobody waits for begins when a core is left beside it, and not before."""
+    running, order = Running(side_by_side=2), []
+
+    def run_later():
+        with running.in_gap(20.0):
+            order.append(f"later, {running.count} at a time")
+
+    with running:
+        later = begin(run_later, name="later")
+        is_gap = running.wait_for_gap(0.0)
+        order.append("frame")
+    later.result(20.0)
+
+    assert not is_gap
+    assert order == ["frame", "later, 1 at a time"]
+    assert (running.count, running.wait_for_gap(0.0)) == (0, True)
+
+
+def test_gap_when_the_machine_has_cores_for_more_then_one_is_kept_free():
+    """Of four cores two may be taken, so that the next frame finds one beside what can run later."""
+    running = Running(side_by_side=4)
+
+    with running, running:
+        assert running.wait_for_gap(0.0)
+        with running:
+            assert not running.wait_for_gap(0.0)
+
+
+def test_gap_when_there_is_none_for_too_long_then_runs_all_the_same():
+    """What can run later runs in the end, and counts as a run like others."""
+    running = Running()
+
+    with running, running.in_gap(0.0):
+        assert running.count == 2
+    assert running.count == 0

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import sys
+import threading
 import time
 
 import numpy as np
@@ -23,6 +25,7 @@ from service.loading import BatcherOptions
 from service.registry import Registry
 from service.stores.directory import DirectoryStore
 from service.telemetry import Telemetry
+from service.threads import begin
 from service.versions import RegistryOptions
 from tests.factories import make_bundle, make_graph, make_policy, network_of, reseal, write_policy
 from tests.fakes import in_loop
@@ -43,6 +46,7 @@ class Shelf:
         self.registry = None
         self.now = None  # the real time
         self.before_open = lambda _bundle: None
+        self.on_run = lambda: None
 
     def load(self, wanted=None, **options):
         """Load what lies there."""
@@ -101,19 +105,25 @@ class Shelf:
 
     def _open(self, bundle):
         self.before_open(bundle)
-        engine = Watched(bundle, self.sizes.get(bundle.manifest.name, 0))
+        engine = Watched(bundle, self.sizes.get(bundle.manifest.name, 0), self)
         self.engines.append(engine)
         return engine
 
 
 class Watched(OrtEngine):
-    """A real engine that notes its end, and says what size it is told to."""
+    """A real engine that tells of its runs, notes its end, and says what size it is told to."""
 
-    def __init__(self, bundle, size_bytes):
+    def __init__(self, bundle, size_bytes, shelf):
         super().__init__(bundle)
+        self.shelf = shelf
         self.size_bytes = size_bytes
         self.version = bundle.manifest.version
         self.is_closed = False
+
+    def run(self, frames, line_index):
+        """Tell of it, and run."""
+        self.shelf.on_run()
+        return super().run(frames, line_index)
 
     def close(self):
         """Note it."""
@@ -143,6 +153,51 @@ def test_rescan_when_a_version_came_then_it_is_live_and_the_old_one_is_kept(shel
     assert shelf.states() == {"1": "kept", "2": "live"}
     told = [line for line in shelf.metrics().splitlines() if line.startswith("flawline_model_info{")]
     assert [line.endswith('version="2"} 1.0') for line in told] == [True]
+
+
+def _priority():
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
+def test_rescan_when_a_version_is_loaded_beside_frames_then_it_stands_back_behind_them_on_one_core(shelf):
+    """At the start loading stands back behind the event loop alone, later on its runs do behind runners as well."""
+    opened, ran, own = [], [], _priority()
+    shelf.before_open = lambda _bundle: opened.append(_priority() - own)
+    shelf.on_run = lambda: ran.append((_priority() - own, shelf.registry._loader._running.count))
+    registry = shelf.load()
+    at_the_start, ran[:] = set(ran), []
+    shelf.add("2")
+
+    registry.rescan()
+
+    assert opened == [5, 5]  # what a runtime's own threads inherit
+    assert at_the_start == {(5, 0)}
+    assert set(ran) == {(10, 1)}
+
+
+def test_rescan_when_a_frame_runs_then_the_runs_of_a_new_version_wait_for_its_end(shelf):
+    """Proving a version takes longer where frames come, and no frame does."""
+    registry, order = shelf.load(), []
+    running = registry._loader._running
+    shelf.add("2")
+    shelf.before_open = lambda _bundle: order.append("opened")
+    shelf.on_run = lambda: order.append("proved")
+    waits = threading.Event()
+    in_gap = running.in_gap
+
+    def tell(longest_s):
+        waits.set()
+        return in_gap(longest_s)
+
+    running.in_gap = tell
+    with running:  # as a runner does that has a frame
+        looking = begin(registry.rescan, name="rescan")
+        assert waits.wait(20.0)
+        order.append("frame")
+
+    assert looking.result(20.0).activated == (("demo_line", "2"),)
+    assert order[:3] == ["opened", "frame", "proved"]
 
 
 def test_rescan_when_nothing_came_then_nothing_is_loaded_again(shelf):
