@@ -1,5 +1,7 @@
 """What administrators chose, kept through restarts: the live version, those held back, policies, unloaded lines.
 
+Where versions wait for an administrator, the one that serves first counts as chosen: a restart takes no other.
+
 A file in a directory of its own holds it, where one is named; it is replaced as a whole, so that nobody ever reads half
 of it, and carries its own digest. One that does not hold is never guessed at: a version that somebody stepped back from
 must not come back because a disk forgot. What can't be written counts all the same while the process lives, is told as
@@ -131,6 +133,22 @@ class Choices:
         """Note which version of a bundle is wanted live."""
         wanted = ChosenVersion(live=live, held_back=tuple(sorted(held_back, key=int)))
         self._change(lambda chosen: chosen.model_copy(update={"versions": {**chosen.versions, bundle: wanted}}))
+
+    def begin_with(self, bundle: str, live: str) -> None:
+        """Note which version of a bundle serves first, as if it were chosen, where nobody has chosen one yet."""
+        if bundle in self.chosen.versions:
+            return
+
+        def change(chosen: Chosen) -> Chosen:
+            before = chosen.versions.get(bundle)
+            if before is None:
+                return chosen.model_copy(update={"versions": {**chosen.versions, bundle: ChosenVersion(live=live)}})
+            if before.live != live:
+                told = {"bundle": bundle, "version": live, "other_version": before.live}
+                _log.warning("another process serves another version, which a restart takes as well", extra=told)
+            return chosen
+
+        self._change(change)
 
     def choose_policy(self, line: str, bundle: str, version: str, policy: str) -> None:
         """Note by which policy a line is judged while a version of its bundle is live."""

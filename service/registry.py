@@ -18,14 +18,17 @@ somebody stepped back from, on purpose, is held back until somebody asks for it 
 is not offered, and one that is gone is withdrawn; the line goes on with its others, but where the one that was chosen
 to judge is gone, it is refused. `service/line_policies.py` says which file may judge which bundle.
 
-What changes anything blocks, one change after the other, and belongs into a thread; what only reads takes no lock.
-`service/served.py` is what readers see, `service/versions.py` how versions get in and out of memory.
+What changes anything blocks and belongs into a thread; what only reads takes no lock. Looks at the store come one after
+another and may take long, for the store as well as for what is loaded. What administrators and frames want does not
+wait for them: it comes between two versions, or at once where nothing has to be loaded. `service/versions.py` says how
+that is kept apart, and how versions get in and out of memory; `service/served.py` is what readers see.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from service.errors import (
     BundleRefused,
@@ -150,8 +153,9 @@ class Registry(LoadedVersions):
     def load(self) -> None:
         """Load every wanted line of the store; whatever is wrong with a bundle refuses its lines and no others."""
         try:
-            with self._changing:
-                self._recall()
+            with self._looking:
+                with self._changing:
+                    self._recall()
                 self._ask_store()
                 self._load_all()
         except Exception:  # noqa: BLE001 - the edge of this thread: whoever asks must hear that loading has ended
@@ -168,7 +172,7 @@ class Registry(LoadedVersions):
             StoreUnreachable: if it can't be asked; nothing has changed then.
             BundleRefused: if nobody knows what administrators chose.
         """
-        with self._changing:
+        with self._looking:
             self._refuse_to_guess()
             if not self._ask_store():
                 raise StoreUnreachable(self._catalogue.why_stale or "The store can't be asked.")
@@ -177,7 +181,8 @@ class Registry(LoadedVersions):
             if refused:
                 give_back()
             reasons = {key: reason for key, reason in refused.items() if reason is not None}
-            seen = self._look_at_policies()
+            with self._changing:
+                seen = self._look_at_policies()
             return Rescanned(activated, reasons, tuple(seen.offered), tuple(seen.withdrawn), seen.refused)
 
     def try_again(self) -> None:
@@ -185,13 +190,13 @@ class Registry(LoadedVersions):
 
         Neither a frame nor an administrator has to ask: a pod that is not ready gets no frames.
         """
-        with self._changing:
+        with self._looking:
             if self._choices.why_unknown is not None:
                 return
             if not self._has_scanned:
                 loaded = self._load_late() if self._ask_store() else {}
             else:
-                loaded = self._load_each(self._overdue(name) for name in list(self._histories))
+                loaded = self._load_each(list(self._histories), self._overdue)
             if loaded:
                 give_back()
 
@@ -204,11 +209,18 @@ class Registry(LoadedVersions):
             BundleRefused: if it does not hold; nothing has changed then.
             EngineFailed: if the device does not take it; nothing has changed then.
         """
-        with self._called_for(name, version), self._changing:
+
+        def choose() -> VersionKey:
             self._refuse_to_guess()
-            self._go_live(self._loaded_or_load(self._stored(name, version)))
+            return self._stored(name, version)
+
+        def use(loaded: LoadedVersion) -> None:
+            self._go_live(loaded)
             self._hold_back_newer(name, version)
             self._choices.choose_version(name, version, self._history(name).held_back)
+
+        with self._called_for(name, version):
+            self._bring(choose, use)
 
     def roll_back(self, name: str) -> str:
         """Make the version live that was live before, or the next older one in the store where none was.
@@ -222,21 +234,28 @@ class Registry(LoadedVersions):
             BundleRefused: if it does not hold any more; nothing has changed then.
             EngineFailed: if the device does not take it; nothing has changed then.
         """
-        with self._called_for(name, self._before(name)), self._changing:
+
+        def choose() -> VersionKey:
             self._refuse_to_guess()
-            history = self._history(name)
             before = self._before(name)
             if before is None:
                 self._demand_a_readable_store()
                 raise UnknownVersion("There is no version before this one.")
+            return self._stored(name, before)
+
+        def use(loaded: LoadedVersion) -> str:
+            before, history = loaded.key.version, self._history(name)
             left = history.live[-1] if history.live else None
-            self._go_live(self._loaded_or_load(self._stored(name, before)))
+            self._go_live(loaded)
             if left is not None:
                 history.live = [version for version in history.live if version not in (left, before)] + [before]
                 self._keep_only_what_is_needed(name)
             self._hold_back_newer(name, before)
             self._choices.choose_version(name, before, self._history(name).held_back)
             return before
+
+        with self._called_for(name, self._before(name)):
+            return self._bring(choose, use)
 
     def start_shadow(self, name: str, version: str) -> None:
         """Load a version that looks at the frames of the live one and answers nobody.
@@ -248,18 +267,24 @@ class Registry(LoadedVersions):
             EngineFailed: if the device does not take it.
             LineNotCalibrated: if it could give no verdict on any of its lines.
         """
-        with self._called_for(name, version), self._changing:
+
+        def choose() -> VersionKey:
             self._refuse_to_guess()
             key = self._stored(name, version)
             if self._history(name).live[-1:] == [version]:
                 raise UnknownVersion("This version is live; a shadow is another one.")
-            shadow = self._loaded_or_load(key)
+            return key
+
+        def use(shadow: LoadedVersion) -> None:
             if not any(line.gives_verdicts for line in shadow.lines.values()):
                 self._keep_only_what_is_needed(name)
                 raise LineNotCalibrated(NOT_CALIBRATED)
             self._state = replace(self._state, shadows={**self._state.shadows, name: shadow})
             self._keep_only_what_is_needed(name)
             _log.info("shadow on", extra={"bundle": name, "version": version})
+
+        with self._called_for(name, version):
+            self._bring(choose, use)
 
     def stop_shadow(self, name: str) -> None:
         """Try no version beside the live one any more."""
@@ -297,20 +322,26 @@ class Registry(LoadedVersions):
             BundleRefused: if its bundle does not hold; nothing has changed then.
             EngineFailed: if the device does not take it; nothing has changed then.
         """
-        with self._changing:
-            self._refuse_to_guess()
-            self._ask_store()
+
+        def choose() -> VersionKey:
             name = self._bundle_of(line)
             live = self._history(name).live
             key = self._newer(name, asks_again=True) or (VersionKey(name, live[-1]) if live else None)
             if key is None:
                 raise UnknownLine("There is no bundle of this line in the store.")
-            version = self._loaded_or_load(key)
-            if line not in version.lines:
-                raise UnknownLine(f"Version {key.version} of {name} does not serve this line; activate one that does.")
+            return key
+
+        def use(loaded: LoadedVersion) -> None:
+            if line not in loaded.lines:
+                name, version = loaded.key
+                raise UnknownLine(f"Version {version} of {name} does not serve this line; activate one that does.")
             self._taken_out.discard(line)
-            self._go_live(version)
+            self._go_live(loaded)
             self._choices.load(line)
+
+        self._refuse_to_guess()
+        self._ask_store()
+        self._bring(choose, use)
 
     def unload_line(self, line: str) -> None:
         """Serve a line no longer, until it is loaded again; its engine goes with the last line that uses it.
@@ -352,6 +383,8 @@ class Registry(LoadedVersions):
         serving |= {VersionKey(name, version.live) for name, version in chosen.items()}
         serving |= {shadow.key for shadow in self._state.shadows.values()}
         serving |= set(self._called)
+        if self._loading_now is not None:
+            serving.add(self._loading_now)
         befores = ((name, self._before(name)) for name in histories.keys() | chosen.keys())
         previous = {VersionKey(name, before) for name, before in befores if before is not None}
         return Needed(serving, previous, newest_waits=not self._options.activates_newest)
@@ -373,7 +406,9 @@ class Registry(LoadedVersions):
 
     def _load_all(self) -> dict[VersionKey, str | None]:
         """Load what is to begin with, and return each version with why it was refused, or None."""
-        loaded = {VersionKey(*found): self._load_or_refuse(VersionKey(*found)) for found in self._scan()}
+        with self._changing:
+            first = {name: VersionKey(name, version) for name, version in self._scan()}
+        loaded = self._load_each(list(first), lambda name: None if self._history(name).live else first[name])
         if not self.statuses():
             _log.error("no line is served", extra={"reason": self.why_empty})
         return loaded
@@ -388,16 +423,22 @@ class Registry(LoadedVersions):
 
     def _load_new(self) -> dict[VersionKey, str | None]:
         """Load what has come since, and return each version with why it was refused, or None."""
-        readable = (name for name in self._catalogue.names() if self._can_be_looked_into(name))
-        return self._load_each(self._newer(name) or self._lost(name) for name in readable)
+        readable = [name for name in self._catalogue.names() if self._can_be_looked_into(name)]
+        return self._load_each(readable, lambda name: self._newer(name) or self._lost(name))
 
-    def _load_each(self, keys: Iterable[VersionKey | None]) -> dict[VersionKey, str | None]:
-        """Load versions but those whose lines are all taken out."""
-        return {
-            key: self._load_or_refuse(key)
-            for key in keys
-            if key is not None and not self._taken_out.issuperset(self._catalogue.lines(*key))
-        }
+    def _load_each(
+        self, names: Iterable[str], choose: Callable[[str], VersionKey | None]
+    ) -> dict[VersionKey, str | None]:
+        """Load a version of each bundle but where its lines are all taken out; others may change something between."""
+
+        def chosen(name: str) -> VersionKey | None:
+            key = choose(name)
+            return None if key is None or self._taken_out.issuperset(self._catalogue.lines(*key)) else key
+
+        found: dict[VersionKey, str | None] = {}
+        for name in names:
+            found |= self._load_if(partial(chosen, name))
+        return found
 
     def _can_be_looked_into(self, name: str) -> bool:
         """Tell whether new versions of a bundle would be found; what hides them is counted, and logged once."""
@@ -442,7 +483,7 @@ class Registry(LoadedVersions):
                 self._refuse(name, lines, self._choices.why_unknown)
             elif lines and first not in versions:
                 self._refuse(name, lines, self._why_chosen_is_missing(name, first))
-            elif lines:
+            elif lines and not self._history(name).live:
                 candidates.append((name, first))
                 self._note(name, lines, "loading", "The line is loading; try again in a moment.")
         why_missing = self._catalogue.why_unreadable or "There is no bundle of this line in the store."
@@ -533,6 +574,8 @@ class Registry(LoadedVersions):
 
     def _recall(self) -> None:
         """Take over what administrators chose before this start."""
+        if not self._options.activates_newest and self._options.state_directory is None:
+            _log.warning("versions wait for an administrator, and without a state directory a restart does not")
         self._choices.recall()
         chosen = self._choices.chosen
         self._taken_out |= set(chosen.unloaded)

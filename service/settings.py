@@ -84,7 +84,8 @@ class Settings(BaseSettings):
             come before older ones, and what is left out is fetched when an administrator asks for it.
         store_poll_s: seconds between two looks for new versions and policies; 0 looks only when told to.
         activate_newest: whether a new version in the store becomes live by itself once it is proved, or waits for an
-            administrator; at the start, the newest one is live in any case.
+            administrator. The first start takes the newest one; later ones do so again where no state directory keeps
+            which one that was.
         keep_previous: whether the version before the live one stays loaded, so that rolling back takes no time.
         state_directory: where administrators' choices (versions, policies, unloaded lines) are kept through restarts;
             made where it is missing, absent means that they end with the process.

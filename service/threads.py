@@ -8,8 +8,9 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import TypeVar
 
 # Of whatever runs beside the event loop: a third of its weight where both want the same core.
@@ -55,3 +56,29 @@ def begin(work: Callable[[], _Outcome], *, name: str, niceness: int = 0) -> Futu
 
     threading.Thread(target=body, name=name, daemon=True).start()
     return outcome
+
+
+class Turns:
+    """Lets one at a time do something long, and those first whom somebody waits for."""
+
+    def __init__(self) -> None:
+        self._free = threading.Condition()
+        self._is_taken = False
+        self._urgent = 0
+
+    @contextmanager
+    def take(self, *, is_urgent: bool) -> Iterator[None]:
+        """Wait for a turn, and hold it; one that is not urgent comes after all that are."""
+        with self._free:
+            self._urgent += is_urgent
+            try:
+                self._free.wait_for(lambda: not self._is_taken and (is_urgent or not self._urgent))
+                self._is_taken = True
+            finally:
+                self._urgent -= is_urgent
+        try:
+            yield
+        finally:
+            with self._free:
+                self._is_taken = False
+                self._free.notify_all()

@@ -1,17 +1,23 @@
 """How versions get into memory, become live in one assignment, and leave: the registry's hands.
 
-A version is loaded beside whatever is live, by `service/loading.py`. What is replaced is closed once nobody needs it
-and the last of its frames is answered. Whoever calls anything here that changes something holds the lock `_changing`;
-`tend`, `drain` and `close` belong where the event loop runs.
+A version is loaded beside whatever is live, by `service/loading.py`, one at a time: whoever loads has a turn of
+`_loading`, and an administrator or a frame gets the next one before a look at the store does. Whoever changes something
+holds the lock `_changing`, only to decide and to swap, and never while anything is loaded or a store is asked. So what
+was decided may be wrong by the time that it is loaded, and is decided again in the moment of the swap: a version that
+somebody has stepped back from meanwhile is closed, and does not become live. A turn is taken before the lock.
+
+What is replaced is closed once nobody needs it and the last of its frames is answered. `tend`, `drain` and `close`
+belong where the event loop runs.
 """
 
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from service.batcher import Batcher
 from service.catalogue import Catalogue
@@ -36,6 +42,7 @@ from service.memory import Resident, make_room
 from service.served import WHILE_LOADING_S, ServedLines, State
 from service.stores.store import Store
 from service.telemetry import Telemetry
+from service.threads import Turns
 
 _SHORTEST_RETRY_S = 1.0
 # Of a fault that may pass: each pause is twice the one before, up to this. What never was live is given up after so
@@ -46,13 +53,16 @@ _FEWER_LINES = "does not serve the line; activate a version that does, or take t
 
 _log = logging.getLogger("flawline")
 
+_Outcome = TypeVar("_Outcome")
+
 
 @dataclass(frozen=True)
 class RegistryOptions:
     """What is kept in memory, and what becomes live by itself; see `Settings`.
 
     Attributes:
-        activates_newest: whether a new version in the store becomes live without being asked for.
+        activates_newest: whether a new version in the store becomes live without being asked for; else a restart takes
+            the version that was live as well, where there is a state directory.
         keeps_previous: whether the version before the live one stays loaded.
         budget_bytes: memory of all engines together; None is no limit.
         pinned: lines whose engine is never unloaded.
@@ -134,9 +144,12 @@ class LoadedVersions(ServedLines):
         self._loader = Loader(store.directory, open_engine, driven, telemetry, clock, self._options.trust)
         self._telemetry = telemetry
         self._fault: str | None = None
-        self._changing = threading.Lock()
-        self._asking = threading.Lock()  # by whoever speaks with the store
+        # What is named first is taken first: looking at the store to the end, speaking with it, a turn, the change.
+        self._looking = threading.Lock()
+        self._asking = threading.Lock()
         self._called: list[VersionKey] = []  # versions that somebody asks for, to be brought from the store and kept
+        self._loading = Turns()
+        self._changing = threading.Lock()
         self._histories: dict[str, History] = {}
         self._loading_now: VersionKey | None = None
         self._asked_again: set[str] = set()
@@ -174,11 +187,38 @@ class LoadedVersions(ServedLines):
 
     # From the store into memory.
 
-    def _load_or_refuse(self, key: VersionKey) -> str | None:
-        """Load a version and make it live; return why not, where it is refused."""
+    def _load_if(
+        self, choose: Callable[[], VersionKey | None], *, is_urgent: bool = False
+    ) -> dict[VersionKey, str | None]:
+        """Load a version and make it live.
+
+        Args:
+            choose: says which, or that none is wanted any more; asked before it is loaded and again when it is.
+            is_urgent: whether somebody waits for it.
+
+        Returns:
+            It, with why it was refused, or None; nothing where none was wanted.
+        """
+        with self._changing:
+            if choose() is None:
+                return {}
+        with self._loading.take(is_urgent=is_urgent):
+            with self._changing:
+                key = choose()
+            return {} if key is None else self._load_or_refuse(key, choose)
+
+    def _load_or_refuse(self, key: VersionKey, choose: Callable[[], VersionKey | None]) -> dict[VersionKey, str | None]:
         looked = self._catalogue.looks(*key)
         try:
-            self._go_live(self._load_beside(key))
+            loaded = self._open(key)
+            with self._changing:
+                if choose() != key:
+                    _close(loaded)
+                    _log.info("version not wanted any more", extra=_named(key))
+                    return {}
+                self._go_live(self._take_in(loaded))
+                if not self._options.activates_newest:
+                    self._choices.begin_with(*key)
         except FlawlineError as error:
             fault = error
         except Exception as error:  # noqa: BLE001 - the edge: one bundle's fault must not keep the others from loading
@@ -186,10 +226,11 @@ class LoadedVersions(ServedLines):
             self._telemetry.version_refused(key.name)
             fault = _of_the_machine(error)
         else:
-            return None
-        self._remember_refusal(key, fault, looked)
-        self._tell_who_waits(key, fault)
-        return fault.sentence
+            return {key: None}
+        with self._changing:
+            self._remember_refusal(key, fault, looked)
+            self._tell_who_waits(key, fault)
+        return {key: fault.sentence}
 
     def _remember_refusal(self, key: VersionKey, fault: FlawlineError, looks: object) -> None:
         """Note why a version is not in use, and when it may be tried again: later and later."""
@@ -229,20 +270,59 @@ class LoadedVersions(ServedLines):
             and self._pause_s(status.bundle) == 0
         )
 
-    def _loaded_or_load(self, key: VersionKey) -> LoadedVersion:
-        loaded = self._state.loaded.get(key)
-        if loaded is not None and loaded.bundle.batcher.is_healthy:
-            self._loader.prove_again(loaded)
-            return loaded
-        looked = self._catalogue.looks(*key)
-        try:
-            return self._load_beside(key)
-        except FlawlineError as error:
-            self._remember_refusal(key, error, looked)
-            raise
+    def _bring(self, choose: Callable[[], VersionKey], use: Callable[[LoadedVersion], _Outcome]) -> _Outcome:
+        """Use a version that somebody waits for: at once where it is in memory, else after it was loaded.
 
-    def _load_beside(self, key: VersionKey) -> LoadedVersion:
-        """Load a version, beside whatever is live.
+        Args:
+            choose: says which; asked again when it is loaded, since others may have changed something.
+            use: called with it while nobody else changes anything.
+
+        Returns:
+            What that returns.
+
+        Raises:
+            FlawlineError: whatever choosing and using it raise.
+            BundleRefused: if it does not hold; nothing has changed then.
+            EngineFailed: if the device does not take it; nothing has changed then.
+        """
+        with self._changing:
+            loaded = self._at_hand(choose())
+            if loaded is not None:
+                return use(loaded)
+        with self._loading.take(is_urgent=True):
+            while True:
+                with self._changing:
+                    key = choose()
+                    loaded = self._at_hand(key)
+                    if loaded is not None:
+                        return use(loaded)
+                looked = self._catalogue.looks(*key)
+                try:
+                    loaded = self._open(key)
+                except FlawlineError as error:
+                    with self._changing:
+                        self._remember_refusal(key, error, looked)
+                    raise
+                with self._changing:
+                    try:
+                        is_chosen = choose() == key
+                    except FlawlineError:
+                        _close(loaded)
+                        raise
+                    if is_chosen:
+                        return use(self._take_in(loaded))
+                    _close(loaded)
+
+    def _at_hand(self, key: VersionKey) -> LoadedVersion | None:
+        """Return a version that is in memory, proved once more; None where it has to be loaded."""
+        loaded = self._state.loaded.get(key)
+        if loaded is None or not loaded.bundle.batcher.is_healthy:
+            return None
+        self._loader.prove_again(loaded)
+        return loaded
+
+    def _open(self, key: VersionKey) -> LoadedVersion:
+        """Load a version, beside whatever is live; nobody is served by it yet.
 
         Raises:
             BundleRefused: if it does not hold, or store or machine do not let it be loaded.
@@ -252,21 +332,32 @@ class LoadedVersions(ServedLines):
         self._loading_now = key
         self._telemetry.declare_engine(key.name)
         try:
-            # Nobody makes room for what can't even be read.
-            loaded = self._loader.load(
-                key.name,
-                key.version,
-                lambda lines: self._claim_and_make_room(key, lines),
-                # At the start nothing is ready, and nothing keeps it from being so soon.
-                gives_way=bool(self._state.live) and not self._is_loading,
-            )
-            try:
-                self._refuse_too_large(loaded)
-            except BundleRefused:
-                loaded.bundle.batcher.close()
-                loaded.bundle.engine.close()
-                raise
-        except Exception as error:  # whatever it is, it is counted, and whoever asked hears a sentence
+            with self._telling_of_refusals(key):
+                # Nobody makes room for what can't even be read.
+                loaded = self._loader.load(
+                    key.name,
+                    key.version,
+                    lambda lines: self._claim_and_make_room(key, lines),
+                    # At the start nothing is ready, and nothing keeps it from being so soon.
+                    gives_way=bool(self._state.live) and not self._is_loading,
+                )
+                try:
+                    with self._changing:
+                        self._refuse_too_large(loaded)
+                except BundleRefused:
+                    _close(loaded)
+                    raise
+        finally:
+            self._loading_now = None
+        self._history(key.name).load_s = max(_SHORTEST_RETRY_S, self._clock() - started_at)
+        return loaded
+
+    @contextmanager
+    def _telling_of_refusals(self, key: VersionKey) -> Iterator[None]:
+        """Count and log what keeps a version from being loaded; whatever it is, whoever asked hears a sentence."""
+        try:
+            yield
+        except Exception as error:
             fault = error if isinstance(error, FlawlineError) else _of_the_machine(error)
             if lacked_memory(error):  # which some runtimes tell as a graph that they can't load
                 fault = _of_the_machine(error)
@@ -276,11 +367,21 @@ class LoadedVersions(ServedLines):
             if fault is error:
                 raise
             raise fault from error
-        finally:
-            self._loading_now = None
-        history = self._history(key.name)
-        history.refusals.pop(key.version, None)
-        history.load_s = max(_SHORTEST_RETRY_S, self._clock() - started_at)
+
+    def _take_in(self, loaded: LoadedVersion) -> LoadedVersion:
+        """Have a version that was loaded in memory, to be asked for.
+
+        Raises:
+            BundleRefused: if another bundle has come to serve one of its lines meanwhile.
+        """
+        key = loaded.key
+        try:
+            with self._telling_of_refusals(key):
+                self._claim(key.name, loaded.bundle.manifest.lines)
+        except BundleRefused:
+            _close(loaded)
+            raise
+        self._history(key.name).refusals.pop(key.version, None)
         self._used_at[key] = self._clock()
         for line in loaded.lines:
             self._telemetry.declare_line(line)
@@ -298,8 +399,9 @@ class LoadedVersions(ServedLines):
         Raises:
             BundleRefused: if another bundle serves one of them.
         """
-        wanted = self._claim(key.name, lines)
-        self._make_room_for(key)
+        with self._changing:
+            wanted = self._claim(key.name, lines)
+            self._make_room_for(key)
         return wanted
 
     def _claim(self, name: str, lines: tuple[str, ...]) -> tuple[str, ...]:
@@ -539,14 +641,24 @@ class LoadedVersions(ServedLines):
         """Load a bundle again that was unloaded: the body of a thread."""
         try:
             with self._changing:
-                live = self._history(name).live
-                if live and VersionKey(name, live[-1]) not in self._state.loaded and self._pause_s(name) == 0:
-                    there = [status for status in self._state.not_live.values() if status.bundle == name]
-                    lines = tuple(status.line for status in there if self._waits(status))
+                lines = self._waiting_for(name)
+                if lines:
                     self._note(name, lines, "loading", "The line is loaded again; try again in a moment.")
-                    self._load_or_refuse(VersionKey(name, live[-1]))
+            self._load_if(lambda: self._absent(name), is_urgent=True)
         finally:
             self._asked_again.discard(name)
+
+    def _waiting_for(self, name: str) -> tuple[str, ...]:
+        """Return the lines that wait for a bundle to come back, which is not in memory."""
+        live = self._history(name).live
+        if not live or VersionKey(name, live[-1]) in self._state.loaded:
+            return ()
+        there = (status for status in self._state.not_live.values() if status.bundle == name)
+        return tuple(status.line for status in there if self._waits(status))
+
+    def _absent(self, name: str) -> VersionKey | None:
+        """Return the version of a bundle that lines wait for, which is not in memory."""
+        return VersionKey(name, self._history(name).live[-1]) if self._waiting_for(name) else None
 
     def _ask_again(self, name: str) -> None:
         if name in self._asked_again:
@@ -608,6 +720,12 @@ def _of_the_machine(error: Exception) -> FlawlineError:
             "or serve fewer lines here."
         )
     return BundleNotLoaded("Loading failed in a way that nobody foresaw; the log says how.")
+
+
+def _close(version: LoadedVersion) -> None:
+    """Close a version that nobody was ever served by."""
+    version.bundle.batcher.close()
+    version.bundle.engine.close()
 
 
 def _running(version: LoadedVersion) -> tuple[str, str, str, str, str]:

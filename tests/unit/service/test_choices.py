@@ -111,6 +111,49 @@ def test_roll_back_when_a_still_newer_version_came_meanwhile_then_that_one_serve
     assert live_version(plant.start(activates_newest=False)) == "1"
 
 
+def test_start_when_versions_wait_for_an_administrator_then_it_takes_the_one_that_served_first(plant):
+    """Nobody approved the newer one, so that no restart may bring it; nor another process that shares the directory."""
+    first = plant.start(activates_newest=False)
+    plant.add("3")
+    plant.add("1", "other_line")
+    first.rescan()
+
+    again = plant.start(activates_newest=False)
+    waiting = live_version(again)
+    again.activate("demo_line", "3")
+
+    assert (live_version(first), waiting, live_version(again)) == ("2", "2", "3")
+    assert live_version(plant.start(activates_newest=False)) == "3"
+    kept = json.loads((plant.state / CHOICES_FILE).read_text())["choices"]["versions"]
+    assert {name: version["live"] for name, version in kept.items()} == {"demo_line": "3", "other_line": "1"}
+
+
+def test_start_when_the_first_version_is_refused_then_it_is_not_kept_and_the_next_one_may_serve_first(plant):
+    """What never served was never live, and a line that waits for a version that holds must not wait for ever."""
+    model = plant.store / "demo_line" / "2" / "model.onnx"
+    model.write_bytes(b"half a model")
+    first = plant.start(activates_newest=False)
+    plant.add("3")
+
+    first.rescan()
+
+    assert live_version(first) == "3"
+    assert live_version(plant.start(activates_newest=False)) == "3"
+
+
+def test_start_when_another_process_began_with_another_version_then_that_one_is_kept_and_it_is_said(plant, caplog):
+    """Of two processes that begin at once with what each has found, one is kept, and the log names both."""
+    two = Choices(plant.state)
+    Choices(plant.state).begin_with("demo_line", "1")
+
+    two.begin_with("demo_line", "2")
+
+    again = Choices(plant.state)
+    again.recall()
+    assert again.chosen.versions["demo_line"].live == "1"
+    assert [(record.version, record.other_version) for record in caplog.records] == [("2", "1")]
+
+
 def test_version_when_it_was_chosen_and_is_gone_then_the_line_is_refused_until_somebody_chooses_again(plant):
     """An older version than the chosen one is no substitute that anybody asked for."""
     plant.add("3")
