@@ -89,7 +89,7 @@ class Taken(NamedTuple, Generic[_Entry]):
 
 
 class Running:
-    """What runs in this process, whichever engines it runs on; each runner enters for as long as it has frames.
+    """What runs in this process, whichever engines it runs on; each runner counts for as long as it has frames.
 
     What can as well run later waits for a gap: that so little runs that one run more leaves a core for the next frame.
 
@@ -105,11 +105,13 @@ class Running:
         self._few = max(1, side_by_side - 1)
         self._fewer = threading.Condition(threading.Lock())
 
-    def __enter__(self) -> None:
+    def begin(self) -> None:
+        """Count one more, until `end`."""
         with self._fewer:
             self.count += 1
 
-    def __exit__(self, *_: object) -> None:
+    def end(self) -> None:
+        """Count one less, and let those know that wait for a gap."""
         with self._fewer:
             self.count -= 1
             self._fewer.notify_all()
@@ -121,14 +123,14 @@ class Running:
 
     @contextmanager
     def in_gap(self, longest_s: float) -> Iterator[None]:
-        """Enter at the next gap, or after so many seconds without one."""
+        """Count one more from the next gap on, or after so many seconds without one."""
         with self._fewer:
             self._fewer.wait_for(self._is_gap, longest_s)
             self.count += 1
         try:
             yield
         finally:
-            self.__exit__()
+            self.end()
 
     def _is_gap(self) -> bool:
         return self.count < self._few

@@ -456,9 +456,9 @@ class Batcher:
         stand_back(BEHIND_THE_LOOP)
         try:
             while (batch := self._inbox.get()) is not None:
-                with self._running:  # to the last of those that follow at once: what gives way finds no gap in between
-                    while batch is not None:
-                        batch = self._run_batch(batch)
+                self._running.begin()
+                while batch is not None:
+                    batch = self._run_batch(batch)
         except BaseException:  # noqa: BLE001 - a runner that ends takes its frames with it; they must hear of it
             _log.exception("a runner ended")
             self._post(self._lose, "A runner ended")
@@ -473,6 +473,10 @@ class Batcher:
             else:
                 taken = self._queue.end_and_take(batch, outcome.run_s, self._clock())
         finally:
+            # Not between batches that follow at once, so that what gives way finds no gap there; and before those who
+            # wait hear of it, since they may send the next frame, which would not be alone.
+            if not taken.batches:
+                self._running.end()
             self._post(self._finish, batch, outcome, taken)
         return taken.batches[0] if taken.batches else None
 

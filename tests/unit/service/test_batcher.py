@@ -608,8 +608,9 @@ async def test_submit_when_another_engine_runs_then_the_lone_way_is_not_taken(ma
     wide, running = FakeEngine(), Running()
     bench = make_bench(runners=2, alone=LoneRun(wide.run, 2.0), running=running)
 
-    with running:
-        await bench.inspect()
+    running.begin()
+    await bench.inspect()
+    running.end()
     await bench.inspect()
 
     assert (bench.engine.batches, wide.batches) == ([1], [1])

@@ -191,10 +191,11 @@ def test_rescan_when_a_frame_runs_then_the_runs_of_a_new_version_wait_for_its_en
         return in_gap(longest_s)
 
     running.in_gap = tell
-    with running:  # as a runner does that has a frame
-        looking = begin(registry.rescan, name="rescan")
-        assert waits.wait(20.0)
-        order.append("frame")
+    running.begin()  # as a runner does that has a frame
+    looking = begin(registry.rescan, name="rescan")
+    assert waits.wait(20.0)
+    order.append("frame")
+    running.end()
 
     assert looking.result(20.0).activated == (("demo_line", "2"),)
     assert order[:3] == ["opened", "frame", "proved"]
