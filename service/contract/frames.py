@@ -33,6 +33,7 @@ from service.contract.geometry import InputSpec, NetworkInput
 from service.contract.jpeg import PixelsMadeUp, decode_clean
 from service.contract.jpeg_restarts import restarts_fit
 from service.contract.jpeg_segments import has_all_scans, is_progressive, without_notes
+from service.contract.jpeg_zeros import holds_lost_stretch
 from service.contract.png_checks import chunks_are_sound, holds_all_rows
 from service.contract.png_chunks import chunks
 from service.contract.second_image import another_follows
@@ -429,6 +430,8 @@ def _decode_jpeg(
         image.draft(None, (target[1], target[0]))
     if not has_all_scans(data):
         raise PixelsMadeUp("A scan is missing.")
+    if holds_lost_stretch(data):
+        raise PixelsMadeUp("A stretch is zeros.")
     size, wanted = (header.height, header.width), (image.height, image.width)
     pixels = decode_clean(data, size, wanted, is_grey=image.mode == "L")
     if pixels is None and is_progressive(data):  # nobody else tells what is missing of one

@@ -9,6 +9,7 @@ import zlib
 
 from service.contract.jpeg import PixelsMadeUp, demand_whole
 from service.contract.jpeg_segments import has_all_scans
+from service.contract.jpeg_zeros import holds_lost_stretch
 from service.contract.tiff_layout import JPEG, Piece, TiffPage
 
 _DEFLATE = frozenset({8, 32946})
@@ -56,4 +57,6 @@ def _demand_whole_jpeg(piece: Piece, tables: bytes) -> None:
     whole = tables[:-2] + piece.data[2:] if tables else piece.data
     if not has_all_scans(whole, _MOST_SEGMENTS):
         raise PixelsMadeUp("A scan is missing.")
+    if holds_lost_stretch(whole):
+        raise PixelsMadeUp("A stretch is zeros.")
     demand_whole(whole, piece.height, piece.full_height, piece.width)
