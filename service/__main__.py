@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import FrameType
@@ -38,8 +39,11 @@ commands.add_typer(keys, name="keys")
 
 _log = logging.getLogger("flawline")
 
-# Longer than the pause between two parts, so that cameras need no new connection for each; also for a head to arrive.
+# Longer than the pause between two parts, so that cameras need no new connection for each.
 _KEEP_ALIVE_S = 75
+_HANDSHAKE_S = 5.0
+# Of administrators, and of probes.
+_MOST_CONNECTIONS_BESIDE = 64
 # After the time for draining, for threads that should have ended; then the process ends without them.
 _LAST_GRACE_S = 2
 _SERVE_HELP = """Serve the lines of a store to cameras.
@@ -145,9 +149,11 @@ def serve(
             create_admin_app,
             create_app,
             create_health_app,
+            open_port,
             start_draining,
         )
         from service.auth import KeysFileInvalid  # noqa: PLC0415 - see above
+        from service.connections import raise_file_limit  # noqa: PLC0415 - see above
         from service.contract.signature import SigningFailed  # noqa: PLC0415 - see above
         from service.errors import StoreUnreachable  # noqa: PLC0415 - see above
         from service.log import log_json_lines  # noqa: PLC0415 - see above
@@ -155,6 +161,7 @@ def serve(
         from service.tls import ServerCertificate, TlsInvalid  # noqa: PLC0415 - see above
 
     try:
+        most_connections = settings.connections(raise_file_limit())
         log_json_lines(settings.log_level)
         logging.captureWarnings(capture=True)  # a codec's complaints about a frame are lines of JSON like all others
         certificate = None
@@ -165,7 +172,6 @@ def serve(
     except (SettingsInvalid, KeysFileInvalid, SigningFailed, StoreUnreachable, TlsInvalid) as error:
         _leave(str(error))
     same: dict[str, Any] = {
-        "http": BoundedProtocol,
         "ws": "none",
         "log_config": None,
         "log_level": "warning",
@@ -178,14 +184,20 @@ def serve(
     guarded: dict[str, Any] = (
         same if certificate is None else same | {"ssl_context_factory": lambda *_: certificate.context}
     )
-    config = uvicorn.Config(app, host=settings.host, port=settings.port, **guarded)
+
+    def speak(most: int) -> Any:
+        return partial(BoundedProtocol, port=open_port(app, most))
+
+    there: dict[str, Any] = {"host": settings.host, "port": settings.port, "http": speak(most_connections)}
+    config = uvicorn.Config(app, **there, **guarded)
     beside = []
-    there: dict[str, Any]
     if administration is not None and settings.admin_port is not None:
         there = {"host": settings.admin_host, "port": settings.admin_port, "lifespan": "off"}
+        there["http"] = speak(_MOST_CONNECTIONS_BESIDE)
         beside.append(_Beside(uvicorn.Config(administration, **there, **guarded), "administration listening"))
     if settings.health_port is not None:
         there = {"host": settings.host, "port": settings.health_port, "lifespan": "off"}
+        there["http"] = speak(_MOST_CONNECTIONS_BESIDE)
         beside.append(_Beside(uvicorn.Config(create_health_app(app), **there, **same), "health listening"))
     server = _Server(config, beside, lambda: start_draining(app), settings.drain_timeout_s + _LAST_GRACE_S)
     server.run()
@@ -220,7 +232,8 @@ class _Server(uvicorn.Server):
         self._bound_the_end()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        with _short_handshakes():
+            await super().startup(sockets)
         for beside in self._beside:
             try:
                 await beside.start()
@@ -272,7 +285,8 @@ class _Beside(uvicorn.Server):
         """Listen."""
         self.config.load()
         self.lifespan = self.config.lifespan_class(self.config)
-        await self.startup()
+        with _short_handshakes():
+            await self.startup()
         _say_where(self, self._told)
         self._ticking = asyncio.create_task(self.main_loop())
 
@@ -283,6 +297,23 @@ class _Beside(uvicorn.Server):
         self.should_exit = True
         await self._ticking
         await self.shutdown()
+
+
+@contextmanager
+def _short_handshakes() -> Iterator[None]:
+    """Bound how long callers of servers that start inside the block may take to speak TLS; uvicorn can't be told to."""
+    loop: Any = asyncio.get_running_loop()
+    plain = loop.create_server
+
+    def create_server(*arguments: Any, **known: Any) -> Any:
+        bounded = {} if known.get("ssl") is None else {"ssl_handshake_timeout": _HANDSHAKE_S}
+        return plain(*arguments, **known, **bounded)
+
+    loop.create_server = create_server
+    try:
+        yield
+    finally:
+        del loop.create_server
 
 
 def _say_where(server: uvicorn.Server, message: str) -> None:

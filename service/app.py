@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.auth import Keyring, KeysFileInvalid, MountedKeyring
 from service.body_budget import BodyBudget
 from service.choices import why_unusable
+from service.connections import Connections
 from service.contract.signature import refuse_unusable
 from service.engines.opening import open_engine
 from service.errors import FlawlineError
@@ -174,6 +175,22 @@ def create_health_app(app: FastAPI) -> ASGIApp:
     """
     context: Context = app.state.context
     return health.bare_health(context)
+
+
+def open_port(app: FastAPI, most: int) -> Connections:
+    """Return what bounds the connections of one port.
+
+    Args:
+        app: the service, from `create_app`.
+        most: connections at a time.
+    """
+    context: Context = app.state.context
+    return Connections(
+        context.clock,
+        most=most,
+        most_unread_bytes=context.settings.body_budget_bytes,
+        tell=context.telemetry.connection_cut,
+    )
 
 
 def start_draining(app: FastAPI) -> None:

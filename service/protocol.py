@@ -1,9 +1,10 @@
 """HTTP/1.1 as uvicorn speaks it on httptools, with what an open port needs besides; one object a connection.
 
-Uvicorn bounds neither how large a head may grow nor how long it may take to arrive, drops the body of a request that
-offers another protocol (as Java's own client does with every request), and answers what is no HTTP in plain text. Here
-heads are bounded in bytes and in time, offers are overheard and the frame is judged, and whoever sends something else
-is told so in a problem document with `NO_VERDICT`.
+Uvicorn bounds neither how large a head may grow nor how long it may take to arrive, nor how long an answer may take to
+leave; it drops the body of a request that offers another protocol (as Java's own client does with every request), and
+answers what is no HTTP in plain text. Here heads are bounded in bytes and in time, who takes nothing of an answer is
+cut off, offers are overheard and the frame is judged, and whoever sends something else is told so in a problem document
+with `NO_VERDICT`. How many connections there may be is the business of `service/connections.py`.
 
 A request's time runs from the first byte of its head on, also while it stands in line behind the ones before it on its
 connection. That byte is one that was read here: how long bytes lay in the kernel before, nobody tells.
@@ -15,6 +16,9 @@ rather than having a task wait for that.
 """
 
 import asyncio
+import socket
+import struct
+import time
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
@@ -23,14 +27,25 @@ from uuid import uuid4
 
 import httptools
 from pydantic_core import to_json
+from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
+from service.connections import Connections, Cut
 from service.routes.context import CONNECTION_EXTENSION
 from service.routes.problems import PROBLEM_MEDIA_TYPE, REQUEST_ID_HEADER, problem_document
 
 MAX_HEAD_BYTES = 64 * 2**10
 
+# From the first byte of a head to its end; and without a byte of an answer that the other end takes.
+HEAD_S = 10.0
+UNREAD_S = 10.0
+LOOKED_EVERY_S = 5.0
+# An answer leaves piece by piece, and the next one once the one before is nearly gone: so it is seen who takes none.
+_PIECE_BYTES = 256 * 2**10
+
+_NO_LINGER = struct.pack("ii", 1, 0)
 _NO_HTTP = (
     "This is no HTTP/1.1 request, or its head is larger than 64 KiB; look at what lies between camera and service."
 )
@@ -39,22 +54,47 @@ _OFFERS = frozenset({b"upgrade", b"http2-settings", b"connection"})
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """A connection whose next request must have arrived, head complete, within the time of keep-alive."""
+    """A connection that is cut off where a head does not end, or an answer is not taken.
+
+    Args:
+        config: of the server.
+        server_state: of the server.
+        app_state: what the application's life has left for requests.
+        _loop: that it runs in; the present one where absent.
+        port: the connections of its port; one with the usual bounds, for itself alone, where absent.
+    """
 
     _patience: asyncio.TimerHandle | None = None
     _waits_since: float | None = None
     _came_at = 0.0
     _is_heard_again = False
+    _is_in_head = False
+    _unsent_bytes = 0
+    _stuck_since: float | None = None
     _has_moved = False
     _kept_bytes = 0
     _answering: "_Cycle | None" = None
     cycle: "_Cycle"
 
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        port: Connections | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.port = Connections(time.monotonic) if port is None else port
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        """Start waiting for the first request."""
+        """Start waiting for the first request, where there is room for one more connection."""
         super().connection_made(transport)
         self._waits_since = self.loop.time()
-        self._look()
+        if self.port.come(self):
+            self._look()
+        else:
+            self.cut()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes, and bound those that the parser keeps to itself: a head that grows, or what follows a body."""
@@ -79,7 +119,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         if not self._is_heard_again:
             self._came_at = self.loop.time()
-        self._is_heard_again = False
+        self._is_heard_again, self._is_in_head = False, True
 
     def on_headers_complete(self) -> None:
         """Start answering, as uvicorn does, or stand in line behind the requests before this one."""
@@ -87,7 +127,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if len(self.url) + sum(map(len, chain.from_iterable(self.headers))) > MAX_HEAD_BYTES:
             raise ValueError("the head is too large")
-        self._has_moved, self._waits_since = True, None
+        self._has_moved, self._is_in_head, self._waits_since = True, False, None
         http_version = self.parser.get_http_version()
         url = httptools.parse_url(self.url)
         path = url.path.decode("ascii")
@@ -100,6 +140,7 @@ class BoundedProtocol(HttpToolsProtocol):
         }
         before = self.cycle
         self.cycle = cycle = _Cycle(
+            connection=self,
             came_at=self._came_at,
             clock=self.loop.time,
             scope=self.scope,
@@ -149,10 +190,37 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting, and tell whoever works for this caller."""
         super().connection_lost(exc)
+        self.port.go(self)
         if self._patience is not None:
             self._patience.cancel()
         if self._answering is not None:
             self._answering.leave()
+
+    def resume_writing(self) -> None:
+        """Go on writing; the other end has taken something."""
+        super().resume_writing()
+        self._stuck_since = None
+
+    @property
+    def peer(self) -> str:
+        """Address of the other end."""
+        return "" if self.client is None else self.client[0]
+
+    @property
+    def has_asked(self) -> bool:
+        """Whether it brought a request."""
+        return self.cycle is not None
+
+    def waits_since(self) -> float | None:
+        """Return since when it waits for a request to be complete; None where it is at work."""
+        return self._waits_since
+
+    def cut(self) -> None:
+        """End it at once, and have the system forget what it holds for the other end as well."""
+        wire = self.transport.get_extra_info("socket")
+        if wire is not None:
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's words, which say less than ours
         """Answer what is no HTTP, where no other answer has begun, and hang up."""
@@ -179,21 +247,44 @@ class BoundedProtocol(HttpToolsProtocol):
         self.data_received(b"\r\n".join((*head, b"\r\n")) + rest)
 
     def _look(self) -> None:
-        """Hang up where the next head has been waited for long enough, else look again when it may be."""
-        wait_s: float = self.timeout_keep_alive
+        """Hang up where the next request has been waited for long enough, cut off who is too slow, and look again."""
+        now = self.loop.time()
+        why = self._why_cut(now)
+        if why is not None:
+            self.port.cut(self, why)
+            return
+        wait_s = LOOKED_EVERY_S
         if self._waits_since is not None:
-            wait_s += self._waits_since - self.loop.time()
-            if wait_s <= 0:
-                self.timeout_keep_alive_handler()
-                return
+            left_s = self._waits_since + self.timeout_keep_alive - now
+            if left_s <= 0:
+                self.timeout_keep_alive_handler()  # which waits for what was not taken yet
+            else:
+                wait_s = min(wait_s, left_s)
         self._patience = self.loop.call_later(wait_s, self._look)
+
+    def _why_cut(self, now: float) -> Cut | None:
+        """Say what keeps the connection from going on, if it is the other end and has been for too long."""
+        unsent_bytes = self.transport.get_write_buffer_size()
+        if not unsent_bytes:
+            self._stuck_since = None
+        elif self._stuck_since is None or unsent_bytes < self._unsent_bytes:
+            self._stuck_since = now
+        self._unsent_bytes = unsent_bytes
+        if self._stuck_since is not None and now - self._stuck_since >= UNREAD_S:
+            return "unread_answer"
+        if self._is_in_head and self._waits_since is not None:
+            return "slow_head" if now - max(self._came_at, self._waits_since) >= HEAD_S else None
+        return None
 
 
 class _Cycle(RequestResponseCycle):
     """One request and its answer; a `Connection` to whoever works for it."""
 
-    def __init__(self, *, came_at: float, clock: Callable[[], float], **known: Any) -> None:
+    def __init__(
+        self, *, connection: BoundedProtocol, came_at: float, clock: Callable[[], float], **known: Any
+    ) -> None:
         super().__init__(**known)
+        self._connection = connection
         self._came_at = came_at
         self._clock = clock
         self._wire: asyncio.Transport = known["transport"]
@@ -275,9 +366,10 @@ class _Cycle(RequestResponseCycle):
         """Send a whole answer of known length, as `send` does in two steps with more questions.
 
         Returns:
-            False where that has to wait, because the caller does not read what it was sent; then nothing is sent.
+            False where that has to wait, because the caller does not read what it was sent, or because it is so large
+            that it may have to; then nothing is sent.
         """
-        if self.flow.write_paused:
+        if self.flow.write_paused or len(body) > _PIECE_BYTES:
             return False
         if self.disconnected:
             return True
@@ -299,7 +391,22 @@ class _Cycle(RequestResponseCycle):
         return True
 
     async def send(self, message: Any) -> None:
-        """Send an answer's head or the next piece of its body."""
+        """Send an answer's head or the next part of its body."""
+        body: bytes = message.get("body", b"")
+        if len(body) <= _PIECE_BYTES:
+            await self._send(message)
+            return
+        self._connection.port.take_answer(self._connection, len(body))
+        try:
+            for begin in range(0, len(body), _PIECE_BYTES):
+                end = begin + _PIECE_BYTES
+                is_last = end >= len(body) and not message.get("more_body", False)
+                await self._send(message | {"body": body[begin:end], "more_body": not is_last})
+        finally:
+            self._connection.port.has_taken_answer(self._connection)
+
+    async def _send(self, message: Any) -> None:
+        """Send one message, once there is room for it."""
         await super().send(message)
         if self.response_complete:
             self._throw_away()

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from service.connections import MOST_CONNECTIONS
 from service.contract.bundle import LineName
 from service.contract.frames import DEFAULT_FORMATS, FRAME_FORMATS, FrameLimits
 from service.contract.signature import Trust
@@ -126,9 +127,11 @@ class Settings(BaseSettings):
         default_deadline_s: from the arrival of a request to its answer, where the caller names none.
         max_deadline_s: the longest that a caller may name.
         max_body_bytes: the largest body.
+        max_connections: open at a time on the port of the frames; beyond it, idle ones are closed. Absent means 4096,
+            or as many as half of the file descriptors that the process may have.
         max_body_bytes_held: memory of all bodies, from their first bytes until they are answered, of which one key (one
-            line, where there are no keys) gets half at most. Absent means a quarter of the machine's or container's
-            memory, or 1 GiB where that is less.
+            line, where there are no keys) gets half at most; and as much again of answers that are being sent. Absent
+            means a quarter of the machine's or container's memory, or 1 GiB where that is less.
         max_pixels: the largest image, width times height.
         formats: accepted codecs, separated by commas; absent means all but WebP, of which lost data can't be noticed.
         max_frames_per_request: in one call of `inspect-batch`.
@@ -183,6 +186,7 @@ class Settings(BaseSettings):
     default_deadline_s: float = Field(default=2, gt=0, le=600)
     max_deadline_s: float = Field(default=10, gt=0, le=600)
     max_body_bytes: int = Field(default=64 * 2**20, ge=1024, le=2**30)
+    max_connections: int = Field(default=0, ge=0, le=1_000_000)
     max_body_bytes_held: int = Field(default=0, ge=0)
     max_pixels: int = Field(default=50_000_000, ge=1, le=2**30)
     formats: Annotated[frozenset[str], NoDecode] = DEFAULT_FORMATS
@@ -275,6 +279,22 @@ class Settings(BaseSettings):
     def frame_limits(self) -> FrameLimits:
         """What a caller may send."""
         return FrameLimits(self.max_body_bytes, self.max_pixels, self.formats)
+
+    def connections(self, files: int) -> int:
+        """Return how many connections the port of the frames may have.
+
+        Args:
+            files: that the process may open; half of them are for other ports and everything else.
+
+        Raises:
+            SettingsInvalid: if more are wanted than that allows.
+        """
+        if self.max_connections > files // 2:
+            raise SettingsInvalid(
+                f"{PREFIX}MAX_CONNECTIONS: {self.max_connections} connections need twice as many file descriptors, and "
+                f"this process may have {files}; raise its limit (ulimit -n)."
+            )
+        return self.max_connections or min(MOST_CONNECTIONS, files // 2)
 
     @property
     def body_budget_bytes(self) -> int:

@@ -32,6 +32,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
+from service.connections import Cut
 from service.contract.calibration import Calibration
 from service.contract.policy import Policy, Verdict
 from service.drift import LineDrift, ScoreDrift, measure_quality
@@ -288,6 +289,13 @@ class Telemetry:
         )
         for sink in get_args(Sink):
             self._dropped.labels(sink)
+        self._cut = self._counter(
+            "connections_cut",
+            "Connections that were cut off or turned away, for want of room or for being slow.",
+            "reason",
+        )
+        for reason in get_args(Cut):
+            self._cut.labels(reason)
         self._shadow_frames = self._counter(
             "shadow_frames", "Answered frames of lines with a shadow: compared with it, or shed.", "line", "outcome"
         )
@@ -438,6 +446,10 @@ class Telemetry:
     def record_dropped(self, sink: Sink, records: int = 1) -> None:
         """Count records that made room for newer ones, or that nobody took."""
         self._dropped.labels(sink).inc(records)
+
+    def connection_cut(self, reason: Cut) -> None:
+        """Count a connection that was cut off or turned away."""
+        self._cut.labels(reason).inc()
 
     def inspected(self, inspection: Inspection, encode_s: float, total_s: float, answered_at: float) -> None:
         """Count and log one answered frame.

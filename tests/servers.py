@@ -151,6 +151,10 @@ class ServerProcess:
         limit = resource.RLIM_INFINITY if most_bytes is None else most_bytes
         resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
+    def most_files(self) -> int:
+        """Return how many files the process may have open."""
+        return resource.prlimit(self._process.pid, resource.RLIMIT_NOFILE)[0]
+
     def stop_reading(self) -> None:
         """Leave the log where it is, in a pipe that holds a page, as a collector of logs that hangs does."""
         assert self._process.stdout is not None

@@ -64,7 +64,7 @@ ENVIRONMENT = ("service/settings.py", "service/__main__.py", "training/__main__.
 # Layers of the service, lowest first: a file imports from lower layers, or from its own package.
 LAYERS = (
     ("service.errors", "service.frame_files", "service.heap", "service.bounded_sockets", "service.threads"),
-    ("service.body_budget", "service.contract", "service.schedule"),
+    ("service.body_budget", "service.connections", "service.contract", "service.schedule"),
     (
         "service.drift",
         "service.engines",

@@ -3,8 +3,10 @@
 import json
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 from service.protocol import MAX_HEAD_BYTES
@@ -111,6 +113,43 @@ def test_requests_when_sent_ahead_of_their_answers_then_answered_in_order(server
             received += connection.recv(65536)
 
     assert received.index(b'"part_id":"first"') < received.index(b'"part_id":"second"')
+
+
+def test_cameras_when_idle_connections_take_every_place_then_are_served_and_probes_are_answered(tmp_path):
+    """Who opens connections and sends next to nothing makes room for whoever comes; that is counted, and in the log."""
+    make_bundle(tmp_path)
+    bounds = {"FLAWLINE_MAX_CONNECTIONS": "32", "FLAWLINE_HEALTH_PORT": "0"}
+    with ServerProcess(tmp_path, bounds) as crowded, ExitStack() as opened:
+        crowded.ready()
+        port = next(event["port"] for event in crowded.events() if event["message"] == "health listening")
+        probe = f"http://127.0.0.1:{port}/healthz/live"
+        for url in [crowded.url] * 100 + [probe] * 200:
+            address = ("127.0.0.1", urlsplit(url).port)
+            connection = opened.enter_context(socket.create_connection(address, timeout=PATIENCE_S))
+            connection.sendall(b"G")
+
+        with _connect(crowded) as connection:
+            connection.sendall(_request())
+            status, _, answer = _answer(connection)
+        live = httpx.get(probe, timeout=PATIENCE_S)
+        metrics = httpx.get(f"{crowded.url}/metrics", timeout=PATIENCE_S).text
+
+    assert (status, answer["verdict"], live.status_code) == (200, "PASS", 200)
+    cut = float(metrics.partition('flawline_connections_cut_total{reason="no_room"} ')[2].partition("\n")[0])
+    assert cut >= 100 - 32 + 200 - 64
+    assert any(event["message"] == "connections were cut off" for event in crowded.events())
+
+
+def test_server_when_it_may_open_few_files_then_it_takes_as_many_as_it_may(tmp_path):
+    """What a shell leaves by default bounds nobody; the hard limit does, and more connections than that are refused."""
+    make_bundle(tmp_path)
+    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 1024))"
+    with ServerProcess(tmp_path, before=few) as server:
+        server.ready()
+        assert server.most_files() == 1024
+
+    with pytest.raises(AssertionError, match="MAX_CONNECTIONS: 513 connections need twice as many"):
+        ServerProcess(tmp_path, {"FLAWLINE_MAX_CONNECTIONS": "513"}, before=few)
 
 
 def test_address_when_it_ends_in_a_slash_then_404_and_no_redirect(server):

@@ -1,5 +1,6 @@
 """Promises of the `flawline` command: packages bring their own commands, and a missing one says how to get it."""
 
+import asyncio
 import importlib
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 import typer
+import uvloop
 
-from service.__main__ import GROUP, commands, run
+from service.__main__ import GROUP, _short_handshakes, commands, run
 
 INSTALL_TRAINING = "pip install 'flawline[training]'"
 
@@ -130,3 +132,24 @@ def test_installed_command_when_asked_for_help_then_both_packages_are_there():
     assert ended.returncode == 0
     assert "serve" in ended.stdout
     assert "train" in ended.stdout
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_server_when_it_starts_with_tls_then_bounds_the_handshake_and_without_it_does_not(new_loop):
+    """A connection on which nobody speaks TLS is ended in seconds, by whichever loop there is."""
+    asked = []
+
+    async def create_server(*_, **known):
+        asked.append(known)
+
+    async def start():
+        loop = asyncio.get_running_loop()
+        loop.create_server = create_server
+        with _short_handshakes():
+            await loop.create_server(None, ssl="a context", port=0)
+            await loop.create_server(None, ssl=None, port=0)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(start())
+
+    assert asked == [{"ssl": "a context", "port": 0, "ssl_handshake_timeout": 5.0}, {"ssl": None, "port": 0}]

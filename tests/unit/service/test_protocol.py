@@ -6,6 +6,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from service.connections import Connections
 from service.protocol import MAX_HEAD_BYTES, BoundedProtocol
 from service.routes.context import CONNECTION_EXTENSION
 from tests.fakes import FakeClock, in_loop
@@ -22,6 +23,16 @@ class Wire(asyncio.Transport):
         self.packets = []
         self.is_paused = False
         self.is_closed = False
+        self.is_aborted = False
+        self.unsent_bytes = 0
+
+    def get_write_buffer_size(self):
+        """Return what the test says is not sent yet."""
+        return self.unsent_bytes
+
+    def abort(self):
+        """Note that nothing follows, not even what was written."""
+        self.is_aborted = self.is_closed = True
 
     def write(self, data):
         """Keep a packet."""
@@ -47,13 +58,16 @@ class Wire(asyncio.Transport):
 class Connection:
     """A connection whose bytes a test brings piece by piece, to an application that keeps what it is told."""
 
-    def __init__(self):
+    def __init__(self, tell=lambda _: None, port=None):
         self.messages = []
         self.scopes = []
+        self.body = b"done"
+        loop = asyncio.get_running_loop()
         config = uvicorn.Config(self._answer, http=BoundedProtocol, interface="asgi3", log_config=None)
         config.load()
         self.wire = Wire()
-        self.protocol = BoundedProtocol(config, ServerState(), {}, asyncio.get_running_loop())
+        port = Connections(loop.time, tell=tell) if port is None else port
+        self.protocol = BoundedProtocol(config, ServerState(), {}, loop, port=port)
         self.protocol.connection_made(self.wire)
 
     async def bring(self, *pieces):
@@ -73,8 +87,10 @@ class Connection:
         while not self.messages or self.messages[-1].get("more_body", False):
             self.messages.append(await receive())
         self.messages[-1] = self.messages[-1] | {"more_body": False}
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
-        await send({"type": "http.response.body", "body": b"done"})
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(self.body))]}
+        )
+        await send({"type": "http.response.body", "body": self.body})
 
 
 @in_loop
@@ -273,3 +289,104 @@ async def test_request_when_it_stands_in_line_then_its_age_counts_from_its_own_f
 
     assert ages(connection) == pytest.approx([4, 4, 4, 0])
     connection.leave()
+
+
+async def pass_time(clock, seconds):
+    """Let time pass second by second, so that timers of the loop fire."""
+    for _ in range(seconds):
+        clock.advance(1)
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+
+@in_loop
+async def test_connection_when_a_head_does_not_end_then_is_cut_off_after_seconds(monkeypatch):
+    """Half a head has seconds, however it dribbles in; between two requests there is more than a minute."""
+    clock, told = stopped_clock(monkeypatch), []
+    slow, idle, silent = Connection(told.append), Connection(told.append), Connection(told.append)
+    request = HEAD + b"Content-Length: 2\r\n\r\nab"
+    await idle.bring(request)
+    await slow.bring(request + HEAD[:5])
+
+    await pass_time(clock, 9)
+    await slow.bring(HEAD[5:10])
+    was_cut = slow.wire.is_aborted
+    await pass_time(clock, 6)
+
+    assert not was_cut
+    assert [one.wire.is_aborted for one in (slow, idle, silent)] == [True, False, False]
+    assert told == ["slow_head"]
+    for one in (slow, idle, silent):
+        one.leave()
+
+
+@in_loop
+async def test_connection_when_an_answer_is_not_taken_then_is_cut_off_after_seconds(monkeypatch):
+    """Whoever takes something, however slowly, keeps its connection; who takes nothing keeps no memory."""
+    clock, told = stopped_clock(monkeypatch), []
+    stuck, slow = Connection(told.append), Connection(told.append)
+    stuck.wire.unsent_bytes, slow.wire.unsent_bytes = 10_000, 100_000
+
+    for _ in range(4):
+        await pass_time(clock, 5)
+        slow.wire.unsent_bytes -= 1
+
+    assert (stuck.wire.is_aborted, slow.wire.is_aborted) == (True, False)
+    assert told == ["unread_answer"]
+    stuck.leave()
+    slow.leave()
+
+
+@in_loop
+async def test_connection_when_it_is_closed_and_its_last_answer_is_not_taken_then_is_cut_off(monkeypatch):
+    """Closing waits for what was written; that ends as well."""
+    clock = stopped_clock(monkeypatch)
+    connection = Connection()
+    connection.wire.unsent_bytes = 100
+    connection.protocol.shutdown()
+
+    await pass_time(clock, 20)
+
+    assert connection.wire.is_aborted
+    connection.leave()
+
+
+@in_loop
+async def test_answer_when_it_is_large_then_leaves_in_pieces_as_they_are_taken():
+    """What nobody takes lies here once, and not in the system's buffers as well."""
+    connection = Connection()
+    connection.body = bytes(range(256)) * 4096
+    await connection.bring(HEAD + b"Content-Length: 2\r\n\r\n")
+    answer = connection.scopes[0]["extensions"][CONNECTION_EXTENSION].answer
+
+    could_at_once = answer(200, [], connection.body)
+    await connection.bring(b"a")
+    connection.protocol.pause_writing()
+    await connection.bring(b"b")
+    while_paused = len(connection.wire.packets)
+    connection.protocol.resume_writing()
+    await connection.bring(HEAD)
+
+    assert (could_at_once, while_paused) == (False, 0)
+    head, _, body = b"".join(connection.wire.packets).partition(b"\r\n\r\n")
+    assert b"content-length: 1048576" in head
+    assert body == connection.body
+    assert max(map(len, connection.wire.packets)) < 2**20 / 2
+    connection.leave()
+
+
+@in_loop
+async def test_connection_when_there_is_no_room_then_is_turned_away():
+    """It gets no answer and no reader, and its place is not counted."""
+    port = Connections(asyncio.get_running_loop().time, most=1)
+    first = Connection(port=port)
+    await first.bring(HEAD + b"Content-Length: 2\r\n\r\na")
+
+    second = Connection(port=port)
+    second.leave()
+    await first.bring(b"b")
+
+    assert (first.wire.is_aborted, second.wire.is_aborted) == (False, True)
+    assert len(first.wire.packets) == 1
+    first.leave()
+    assert len(port) == 0

@@ -138,3 +138,12 @@ def test_bodies_when_nothing_is_said_of_their_memory_then_two_of_the_largest_fit
     assert Settings(max_body_bytes=2**20, max_body_bytes_held=2**20).body_budget_bytes == 2**20
     with pytest.raises(ValueError, match="max_body_bytes_held"):
         Settings(max_body_bytes=2**20, max_body_bytes_held=2**20 - 1)
+
+
+def test_connections_when_nothing_is_said_then_half_of_the_files_or_a_few_thousand():
+    """What else needs files finds some, and more than a process may have are refused at the start."""
+    assert Settings().connections(files=1024) == 512
+    assert Settings().connections(files=2**20) == 4096
+    assert Settings(max_connections=512).connections(files=1024) == 512
+    with pytest.raises(SettingsInvalid, match="FLAWLINE_MAX_CONNECTIONS: 513 connections need twice as many"):
+        Settings(max_connections=513).connections(files=1024)

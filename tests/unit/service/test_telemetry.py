@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.connections import Cut
 from service.contract.calibration import Calibration
 from service.contract.policy import Judgement, Verdict
 from service.errors import known_codes
@@ -50,6 +51,7 @@ PROMISED = {
     "store_unreachable": ("counter", set()),
     "store_reachable": ("gauge", set()),
     "records_dropped": ("counter", {"sink"}),
+    "connections_cut": ("counter", {"reason"}),
     "shadow_disagreements": ("counter", {"line", "kind"}),
 }
 ANSWERED_AT = 1_800_000_000.25
@@ -58,7 +60,7 @@ DECLARED = {"line": {"demo_line"}, "engine": {"demo_engine"}, "version": {"4"}, 
 BOUNDS = DECLARED | {
     "line": DECLARED["line"] | {UNKNOWN_LINE},
     "verdict": {verdict.value for verdict in Verdict},
-    "reason": known_codes() | {CALLER_LEFT, OTHER_REASON, "late"},
+    "reason": known_codes() | {CALLER_LEFT, OTHER_REASON, "late", *get_args(Cut)},
     "stage": {"receive", "decode", "queue", "infer", "postprocess", "encode", "total"},
     "stat": {"brightness", "saturation", "focus", "noise"},
     "outcome": {*get_args(GoldenOutcome), "compared", "shed"},
