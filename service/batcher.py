@@ -39,6 +39,8 @@ from service.threads import BEHIND_THE_LOOP, stand_back
 
 # The loop's timers may fire a little early; looking again just after the moment saves a second look.
 _TIMER_SLACK_S = 0.001
+# Looks for a stuck run in the time that makes it one; who looks seldom takes a process that stood still for one.
+_LOOKS_FOR_STUCK = 6
 
 # Each frame gets an instance of its own: one that is raised in several tasks would collect their tracebacks.
 _Fault = Callable[[], FlawlineError]
@@ -140,7 +142,8 @@ class Batcher:
         runners: batches that run side by side.
         max_queue_size: frames that have a place at a time.
         run_times: learned from warming up; its length is the largest batch.
-        stuck_after_s: a run that takes longer makes the batcher unhealthy.
+        stuck_after_s: a run that takes longer makes the batcher unhealthy; time in which the process itself stood
+            still is no time of a run.
         meter: counts.
         clock: monotonic seconds.
         alone: how a batch runs beside which no other does, on any engine, and none waits; None: as every other.
@@ -172,6 +175,8 @@ class Batcher:
         self._most = run_times.max_batch_size
         self._queue: BatchQueue[_Entry] = BatchQueue(runners, run_times)
         self._stuck_after_s = stuck_after_s
+        self._looks_every_s = stuck_after_s / _LOOKS_FOR_STUCK
+        self._awake_since = -math.inf
         self._meter = meter
         self._clock = clock
         self._numbers = count()
@@ -386,7 +391,7 @@ class Batcher:
         if self._fault is not None:
             return
         for batch in taken.batches:
-            self._next_check.ring_by(batch.started_at + self._stuck_after_s)
+            self._next_check.ring_by(batch.started_at + self._looks_every_s)
             for size in self._run_sizes(batch.weight):
                 self._meter.batch(size)
         if taken.look_again_at is not None:
@@ -402,13 +407,18 @@ class Batcher:
             self._next_expiry.ring_by(min(later))
 
     def _look_for_stuck(self) -> None:
-        oldest = self._queue.oldest_start()
+        """Lose the engine where a run has not ended for so long that this process was awake."""
+        oldest, now = self._queue.oldest_start(), self._clock()
+        if self._next_check.late_s > self._looks_every_s:  # it stood still, paused or starved, and its runners with it
+            _log.warning("the process stood still", extra={"seconds": round(self._next_check.late_s, 3)})
+            self._awake_since = now
         if oldest is None:
             return
-        if oldest + self._stuck_after_s <= self._clock():
+        is_stuck_at = max(oldest, self._awake_since) + self._stuck_after_s
+        if is_stuck_at <= now:
             self._lose("A run does not end")
         else:
-            self._next_check.ring_by(oldest + self._stuck_after_s)
+            self._next_check.ring_by(min(is_stuck_at, now + self._looks_every_s))
 
     def _finish(self, batch: Batch[_Entry], outcome: _Outcome, taken: Taken[_Entry]) -> None:
         """Answer a batch's frames, whose runner has gone on with what it took meanwhile."""
@@ -598,14 +608,18 @@ class _Alarm:
     Args:
         ring: called then, on the event loop; it has to ask again for what is still to come.
         clock: monotonic seconds.
+
+    Attributes:
+        late_s: how long after its moment it rang last.
     """
 
-    __slots__ = ("_at", "_clock", "_handle", "_ring")
+    __slots__ = ("_at", "_clock", "_handle", "_ring", "late_s")
 
     def __init__(self, ring: Callable[[], None], clock: Callable[[], float]) -> None:
         self._ring = ring
         self._clock = clock
         self._at = math.inf
+        self.late_s = 0.0
         self._handle: asyncio.TimerHandle | None = None
 
     def ring_by(self, time: float) -> None:
@@ -625,6 +639,7 @@ class _Alarm:
         self._at = math.inf
 
     def _fire(self) -> None:
+        self.late_s = self._clock() - self._at
         self.cancel()
         self._ring()
 

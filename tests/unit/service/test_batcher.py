@@ -16,7 +16,7 @@ from service.engines.engine import LoneRun
 from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded
 from service.schedule import Priority, RunTimes
 from service.telemetry import Buckets, Depth, EngineMeter, Telemetry
-from tests.fakes import FakeEngine, grey_level, in_loop
+from tests.fakes import FakeClock, FakeEngine, grey_level, in_loop
 
 SOON_S = 0.05
 LONG_S = 20.0
@@ -27,8 +27,18 @@ class Bench:
     """A batcher with a fake engine under it."""
 
     def __init__(
-        self, *, lines=1, runners=1, max_queue_size=64, run_times=None, stuck_after_s=LONG_S, alone=None, running=None
+        self,
+        *,
+        lines=1,
+        runners=1,
+        max_queue_size=64,
+        run_times=None,
+        stuck_after_s=LONG_S,
+        alone=None,
+        running=None,
+        clock=time.monotonic,
     ):
+        self.clock = clock
         self.engine = FakeEngine()
         self.telemetry = Telemetry()
         self.probes = 0
@@ -42,7 +52,7 @@ class Bench:
             run_times=run_times or RunTimes.unknown(1),
             stuck_after_s=stuck_after_s,
             meter=self.telemetry.engine("bench"),
-            clock=time.monotonic,
+            clock=clock,
             alone=alone,
             running=running,
         )
@@ -58,7 +68,7 @@ class Bench:
 
     async def inspect_tiles(self, greys, *, deadline_s=LONG_S, line_index=0, line="line", priority=Priority.NORMAL):
         """Take a place and run a frame of several tiles, each of one grey level."""
-        deadline = time.monotonic() + deadline_s
+        deadline = self.clock() + deadline_s
         with self.batcher.place(deadline, line=line, weight=len(greys), priority=priority) as place:
             tiles = np.stack([np.full((8, 12, 3), grey, np.uint8) for grey in greys])
             return await self.batcher.submit(place, tiles, line_index)
@@ -440,6 +450,53 @@ async def test_batcher_when_a_run_does_not_end_then_is_unhealthy_and_answers_eve
     answers = await asyncio.gather(bench.inspect(), bench.inspect(), return_exceptions=True)
 
     assert [type(answer) for answer in answers] == [EngineFailed] * 2
+    assert not bench.batcher.is_healthy
+
+
+async def _pass_time(clock, seconds):
+    """Let time pass at once, for the loop's own timers as well, as it does for a process that is paused."""
+    clock.advance(seconds)
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("paused_s", [29.99, 31, 3600])
+@in_loop
+async def test_batcher_when_the_whole_process_is_paused_then_stays_healthy_and_answers(make_bench, paused_s):
+    """A run that was under way when the process was paused is given time to end once it goes on."""
+    clock = asyncio.get_running_loop().time = FakeClock()
+    bench = make_bench(stuck_after_s=30, clock=clock)
+    bench.engine.hold()
+    answer = bench.start(51, deadline_s=9999)
+    await bench.until_a_run_starts()
+
+    await _pass_time(clock, paused_s)
+    await _pass_time(clock, 4)
+    bench.engine.release()
+
+    assert (await answer).scores == pytest.approx([0.2])
+    assert bench.batcher.is_healthy
+
+
+@pytest.mark.parametrize("paused_s", [0, 31])
+@in_loop
+async def test_batcher_when_a_run_does_not_end_after_a_pause_either_then_is_lost_one_period_later(make_bench, paused_s):
+    """A pause does not hide a run that never ends: it is noticed once the process was awake for long enough."""
+    clock = asyncio.get_running_loop().time = FakeClock()
+    bench = make_bench(stuck_after_s=30, clock=clock)
+    bench.engine.hold()
+    answer = bench.start(deadline_s=9999)
+    await bench.until_a_run_starts()
+
+    await _pass_time(clock, paused_s)
+    for _ in range(29):
+        await _pass_time(clock, 1)
+    was_healthy = bench.batcher.is_healthy
+    await _pass_time(clock, 1.1)
+
+    with pytest.raises(EngineFailed):
+        await answer
+    assert was_healthy
     assert not bench.batcher.is_healthy
 
 
