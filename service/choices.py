@@ -7,6 +7,9 @@ of it, and carries its own digest. One that does not hold is never guessed at: a
 must not come back because a disk forgot. What can't be written counts all the same while the process lives, is told as
 forgotten, and is written with the next change.
 
+Beside it lies which version of each bundle was live last (`LastLive`): nobody's choice, but what a start may fall back
+to.
+
 Several processes may share the directory: each change is made to what the file holds by then, under a lock (`flock`)
 that bars the others meanwhile. They read the file when they start, and hear of each other's changes no sooner. Where
 the volume has no locks, a change is written all the same and told as one that another process may undo.
@@ -23,14 +26,15 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.contract.bundle import LineName
 
 CHOICES_FILE = "choices.json"
-# Beside the file, because that one is replaced, and a lock on what was replaced bars nobody. Empty, and never removed:
+LAST_LIVE_FILE = "live.json"
+# Beside the files, because one is replaced, and a lock on what was replaced bars nobody. Empty, and never removed:
 # whoever waits for it would have another one than whoever comes then.
 LOCK_FILE = ".choices.lock"
 
@@ -40,6 +44,8 @@ _MAX_BYTES = 64 * 2**20
 # A change takes milliseconds; nobody waits longer for those of all other processes, and a stopped one bars nobody's.
 _LONGEST_WAIT_S = 5.0
 _LOOKS_AGAIN_S = 0.01
+# Of what nobody chose: lines wait for it to serve.
+_SHORT_WAIT_S = 0.2
 _NO_DIRECTORY = "No directory is named for it (FLAWLINE_STATE_DIRECTORY), so it is forgotten when the service ends."
 
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -93,7 +99,17 @@ class Chosen(BaseModel):
     unloaded: tuple[LineName, ...] = ()
 
 
+class _Live(BaseModel):
+    """Versions that were live last, by name of the bundle."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    versions: Mapping[LineName, _Version] = {}
+
+
 Change = Callable[[Chosen], Chosen]
+
+_Kept = TypeVar("_Kept", bound=BaseModel)
 
 
 class Choices:
@@ -122,7 +138,7 @@ class Choices:
         if self._file is None:
             return
         try:
-            self.chosen = _read(self._file)
+            self.chosen = _read(self._file, Chosen)
         except _Unreadable as error:
             self.why_unknown = error.sentence
             _log.exception("what administrators chose is not known")
@@ -182,7 +198,7 @@ class Choices:
         self._unwritten.append(change)
         try:
             with _only_one(self._file.with_name(LOCK_FILE), self._longest_wait_s) as has_locks:
-                kept = _read(self._file)
+                kept = _read(self._file, Chosen)
                 for unwritten in self._unwritten:
                     kept = unwritten(kept)
                 _write(self._file, kept)
@@ -205,6 +221,48 @@ class Choices:
         _log.error("a choice can't be kept", extra={"reason": sentence})
 
 
+class LastLive:
+    """Which version of each bundle was live last, and the file that outlives the process.
+
+    What can't be read or written is only not known: then a start has nothing to fall back to.
+
+    Args:
+        directory: of the file; None forgets everything with the process.
+
+    Attributes:
+        versions: by name of the bundle, as far as they are kept.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self.versions: Mapping[str, str] = {}
+        self._file = None if directory is None else directory / LAST_LIVE_FILE
+
+    def recall(self) -> None:
+        """Take over what the file holds."""
+        if self._file is not None:
+            try:
+                self.versions = _read(self._file, _Live).versions
+            except _Unreadable as error:
+                _log.warning("which versions were live last is not known", extra={"reason": error.sentence})
+
+    def note(self, bundle: str, version: str) -> None:
+        """Note that a version is live."""
+        if self._file is None or self.versions.get(bundle) == version:
+            return
+        try:
+            with _only_one(self._file.with_name(LOCK_FILE), _SHORT_WAIT_S):
+                try:
+                    kept = _read(self._file, _Live).versions
+                except _Unreadable:
+                    kept = self.versions
+                _write(self._file, _Live(versions={**kept, bundle: version}))
+        except (_Held, OSError) as error:
+            reason = str(error) or "another process holds the lock"
+            _log.warning("which version is live can't be kept", extra={"bundle": bundle, "reason": reason})
+        else:
+            self.versions = {**self.versions, bundle: version}
+
+
 def why_unusable(directory: Path) -> str | None:
     """Return why choices could not be kept in a directory, which is made where it is missing; None where they can."""
     try:
@@ -216,18 +274,18 @@ def why_unusable(directory: Path) -> str | None:
     return None
 
 
-def _read(file: Path) -> Chosen:
+def _read(file: Path, kind: type[_Kept]) -> _Kept:
     try:
         with file.open("rb") as opened:
             data = opened.read(_MAX_BYTES)
     except FileNotFoundError:
-        return Chosen()
+        return kind()
     except OSError as error:
         raise _Unreadable(f"{file.name} in the state directory can't be read: {error.strerror}.") from error
     try:
         document = json.loads(data)
-        chosen = Chosen.model_validate(document["choices"])
-        holds = document["sha256"] == _digest(chosen)
+        kept = kind.model_validate(document["choices"])
+        holds = document["sha256"] == _digest(kept)
     except (ValueError, KeyError, TypeError, RecursionError, ValidationError):
         holds = False
     if not holds:
@@ -236,7 +294,7 @@ def _read(file: Path) -> Chosen:
             "policies administrators wanted; put it back from a copy, or remove it to begin with the newest versions, "
             "and start the service again."
         )
-    return chosen
+    return kept
 
 
 @contextmanager
@@ -277,8 +335,8 @@ def _lock(opened: int, gives_up_at: float) -> bool:
             return True
 
 
-def _write(file: Path, chosen: Chosen) -> None:
-    document = {"sha256": _digest(chosen), "choices": chosen.model_dump(mode="json")}
+def _write(file: Path, kept: BaseModel) -> None:
+    document = {"sha256": _digest(kept), "choices": kept.model_dump(mode="json")}
     # Random, because processes in containers all have the same number.
     aside = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     try:
@@ -296,6 +354,6 @@ def _write(file: Path, chosen: Chosen) -> None:
         os.close(folder)
 
 
-def _digest(chosen: Chosen) -> str:
-    text = json.dumps(chosen.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+def _digest(kept: BaseModel) -> str:
+    text = json.dumps(kept.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -10,13 +10,16 @@ rolling back, and closed once it is too many and the last of its frames is answe
 What administrators choose is noted by `service/choices.py` and counts again after a restart, where it could be kept; a
 file of choices that does not hold refuses every line.
 
-At the start, a newest version that is refused is not replaced by an older one: a silent step back would give verdicts
-that nobody expects, so the line is refused, with the sentence that says why, and the service is not ready. Whoever
-wants the older version removes the newer one. While an older version is live, a newer one that is refused changes
-nothing: the line goes on with what it has, and log, metric and the list of versions tell of the refusal. A version that
-somebody stepped back from, on purpose, is held back until somebody asks for it by name. A policy file that is refused
-is not offered, and one that is gone is withdrawn; the line goes on with its others, but where the one that was chosen
-to judge is gone, it is refused. `service/line_policies.py` says which file may judge which bundle.
+While an older version is live, a newer one that does not hold changes nothing: the line goes on with what it has, and
+log, metric and the list of versions tell of the refusal. A restart changes nothing in that, where a state directory
+keeps which version was live before. Where nobody knows, a version that is refused at the start is not replaced by an
+older one, which perhaps nobody ever wanted: a silent step back would give verdicts that nobody expects, so the line is
+refused, with the sentence that says why, and the service is not ready. Whoever wants the older version removes the
+newer one. Nor is it replaced while store or machine may be at fault rather than the version: it is tried again.
+
+A version that somebody stepped back from, on purpose, is held back until somebody asks for it by name. A policy file
+that is refused is not offered, and one that is gone is withdrawn; the line goes on with its others, but where the one
+that was chosen to judge is gone, it is refused. `service/line_policies.py` says which file may judge which bundle.
 
 What changes anything blocks and belongs into a thread; what only reads takes no lock. Looks at the store come one after
 another and may take long, for the store as well as for what is loaded. What administrators and frames want does not
@@ -25,6 +28,7 @@ that is kept apart, and how versions get in and out of memory; `service/served.p
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -196,7 +200,8 @@ class Registry(LoadedVersions):
             if not self._has_scanned:
                 loaded = self._load_late() if self._ask_store() else {}
             else:
-                loaded = self._load_each(list(self._histories), self._overdue)
+                names = list(self._histories)
+                loaded = self._load_each(names, lambda name: self._overdue(name) or self._as_before(name))
             if loaded:
                 give_back()
 
@@ -381,6 +386,7 @@ class Registry(LoadedVersions):
         histories = dict(self._histories)
         serving = {VersionKey(name, history.live[-1]) for name, history in histories.items() if history.live}
         serving |= {VersionKey(name, version.live) for name, version in chosen.items()}
+        serving |= {VersionKey(*live) for live in self._last_live.versions.items()}
         serving |= {shadow.key for shadow in self._state.shadows.values()}
         serving |= set(self._called)
         if self._loading_now is not None:
@@ -409,6 +415,7 @@ class Registry(LoadedVersions):
         with self._changing:
             first = {name: VersionKey(name, version) for name, version in self._scan()}
         loaded = self._load_each(list(first), lambda name: None if self._history(name).live else first[name])
+        loaded |= self._load_each(list(first), self._as_before)
         if not self.statuses():
             _log.error("no line is served", extra={"reason": self.why_empty})
         return loaded
@@ -424,7 +431,7 @@ class Registry(LoadedVersions):
     def _load_new(self) -> dict[VersionKey, str | None]:
         """Load what has come since, and return each version with why it was refused, or None."""
         readable = [name for name in self._catalogue.names() if self._can_be_looked_into(name)]
-        return self._load_each(readable, lambda name: self._newer(name) or self._lost(name))
+        return self._load_each(readable, lambda name: self._newer(name) or self._lost(name) or self._as_before(name))
 
     def _load_each(
         self, names: Iterable[str], choose: Callable[[str], VersionKey | None]
@@ -564,6 +571,18 @@ class Registry(LoadedVersions):
         wanted = self._first(name, stored) if stored else ""
         return VersionKey(name, wanted) if wanted in due else None
 
+    def _as_before(self, name: str) -> VersionKey | None:
+        """Return the version that was live before the start, where the one to begin with was refused for good."""
+        history, version = self._history(name), self._last_live.versions.get(name)
+        if history.live or version is None or version in history.held_back:
+            return None
+        stored = self._catalogue.readable_versions(name)
+        refusal = history.refusals.get(self._first(name, stored)) if version in stored else None
+        if refusal is None or refusal.again_at < math.inf:
+            return None
+        key = VersionKey(name, version)
+        return key if self._may_be_tried(key) else None
+
     def _first(self, name: str, stored: Sequence[str]) -> str:
         """Return the version to begin with: what an administrator chose, or the newest one that is not held back."""
         chosen = self._choices.chosen.versions.get(name)
@@ -577,6 +596,7 @@ class Registry(LoadedVersions):
         if not self._options.activates_newest and self._options.state_directory is None:
             _log.warning("versions wait for an administrator, and without a state directory a restart does not")
         self._choices.recall()
+        self._last_live.recall()
         chosen = self._choices.chosen
         self._taken_out |= set(chosen.unloaded)
         for name, version in chosen.versions.items():

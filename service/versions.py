@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeVar
 
 from service.batcher import Batcher
 from service.catalogue import Catalogue
-from service.choices import Choices
+from service.choices import Choices, LastLive
 from service.contract.bundle import MODEL_FILE
 from service.contract.signature import Trust
 from service.errors import (
@@ -141,6 +141,7 @@ class LoadedVersions(ServedLines):
         self._wanted = wanted
         self._options = options or RegistryOptions()
         self._choices = Choices(self._options.state_directory)
+        self._last_live = LastLive(self._options.state_directory)
         self._loader = Loader(store.directory, open_engine, driven, telemetry, clock, self._options.trust)
         self._telemetry = telemetry
         self._fault: str | None = None
@@ -453,6 +454,7 @@ class LoadedVersions(ServedLines):
         history = self._history(key.name)
         history.live = [known for known in history.live if known != key.version] + [key.version]
         history.held_back.discard(key.version)
+        self._last_live.note(*key)
         shadow = self._state.shadows.get(key.name)
         if shadow is not None and shadow.key == key:
             self._end_shadow(key.name)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from service.choices import CHOICES_FILE, LOCK_FILE, Choices, why_unusable
+from service.choices import CHOICES_FILE, LAST_LIVE_FILE, LOCK_FILE, Choices, LastLive, why_unusable
 from service.errors import BundleRefused, LineNotReady
 from service.loading import BatcherOptions
 from service.registry import Registry
@@ -379,3 +379,97 @@ def test_directory_when_it_can_not_be_used_then_the_reason_is_told(tmp_path):
 
     assert why_unusable(tmp_path / "new" / "state") is None
     assert "can't be made" in why_unusable(tmp_path / "file" / "state")
+
+
+def _spoil(plant, version, name="demo_line"):
+    """Have a version of a bundle not hold."""
+    file = plant.store / name / version / "policy.json"
+    file.write_bytes(file.read_bytes().replace(b"0", b"1", 1))
+
+
+def test_start_when_a_newer_version_does_not_hold_then_the_one_that_was_live_before_serves(plant):
+    """A pod that runs goes on with what it has, and one that starts again is not stopped by what that one refused."""
+    running = plant.start()
+    plant.add("3")
+    _spoil(plant, "3")
+    running.rescan()
+
+    again = plant.start()
+
+    assert (live_version(running), live_version(again)) == ("2", "2")
+    assert again.is_ready
+    told = {one.version: (one.state, one.reason) for one in again.versions("demo_line")}
+    assert told["3"] == ("refused", {one.version: one.reason for one in running.versions("demo_line")}["3"])
+    assert told["2"] == ("live", None)
+
+
+def test_start_when_nobody_knows_what_was_live_then_a_version_that_does_not_hold_is_not_replaced(plant):
+    """An older version that perhaps nobody ever wanted must not judge; nor one that somebody stepped back from."""
+    _spoil(plant, "2")
+
+    first = plant.start()
+
+    assert first.status("demo_line").state == "refused"
+    assert not (plant.state / LAST_LIVE_FILE).exists()
+
+
+def test_start_when_the_chosen_version_does_not_hold_any_more_then_the_line_is_refused(plant):
+    """Who asked for a version by name gets it or none."""
+    running = plant.start()
+    running.activate("demo_line", "1")
+    _spoil(plant, "1")
+
+    again = plant.start()
+
+    assert again.status("demo_line").state == "refused"
+
+
+def test_start_when_what_was_live_was_stepped_back_from_then_it_is_no_substitute(plant):
+    """Versions that are held back serve by name alone, whatever another process noted of them."""
+    running = plant.start()
+    running.roll_back("demo_line")
+    LastLive(plant.state).note("demo_line", "2")
+    _spoil(plant, "1")
+
+    again = plant.start()
+
+    assert again.status("demo_line").state == "refused"
+
+
+def test_start_when_the_refused_version_is_replaced_then_that_one_serves_at_the_next_look(plant):
+    """What serves instead is no choice: a newer version that holds becomes live as ever."""
+    plant.start()
+    plant.add("3")
+    whole = (plant.store / "demo_line" / "3" / "policy.json").read_bytes()
+    _spoil(plant, "3")
+    again = plant.start()
+    before = live_version(again)
+
+    (plant.store / "demo_line" / "3" / "policy.json").write_bytes(whole)
+    again.rescan()
+
+    assert (before, live_version(again)) == ("2", "3")
+
+
+def test_last_live_when_its_file_does_not_hold_then_nothing_is_known_and_it_is_written_anew(plant, caplog):
+    """Nobody chose it, so that it refuses no line; it only helps no more."""
+    file = plant.state / LAST_LIVE_FILE
+    file.write_text("half of it")
+
+    registry = plant.start()
+
+    assert registry.is_ready
+    assert "which versions were live last is not known" in caplog.text
+    again = LastLive(plant.state)
+    again.recall()
+    assert again.versions == {"demo_line": "2"}
+
+
+def test_last_live_when_it_can_not_be_written_then_lines_serve_all_the_same(plant, caplog):
+    """A disk that is full takes no line down; the log says what a restart will not know."""
+    (plant.state / LAST_LIVE_FILE).mkdir()
+
+    registry = plant.start()
+
+    assert registry.is_ready
+    assert "which version is live can't be kept" in caplog.text
