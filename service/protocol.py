@@ -188,13 +188,22 @@ class BoundedProtocol(HttpToolsProtocol):
             self._waits_since = self.loop.time()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop waiting, and tell whoever works for this caller."""
+        """Stop waiting, tell whoever works for this caller, and have counted what it sent ahead."""
         super().connection_lost(exc)
         self.port.go(self)
         if self._patience is not None:
             self._patience.cancel()
         if self._answering is not None:
             self._answering.leave()
+        in_line = [cycle for cycle, _ in reversed(self.pipeline) if isinstance(cycle, _Cycle)]  # all of them are ours
+        self.pipeline.clear()
+        left = [cycle for cycle in in_line if cycle.brings_body]  # without one, no frame is lost
+        for cycle in in_line:
+            cycle.leave()
+        if left:
+            task = self.loop.create_task(_end_unanswered(left, self.app))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
 
     def resume_writing(self) -> None:
         """Go on writing; the other end has taken something."""
@@ -296,6 +305,11 @@ class _Cycle(RequestResponseCycle):
         self._is_wanted = True
         self._when_left: Callable[[], None] | None = None
         self.scope["extensions"] = {CONNECTION_EXTENSION: self}  # type: ignore[dict-item]  # ASGI knows tables alone
+
+    @property
+    def brings_body(self) -> bool:
+        """Whether a body has come, of which nothing was read yet, or is to come."""
+        return self.more_body or self._bytes > 0
 
     def take(self, piece: bytes) -> None:
         """Take a piece of the body, and wake whoever reads it unless it waits for all of it."""
@@ -412,6 +426,16 @@ class _Cycle(RequestResponseCycle):
             self._throw_away()
         if message["type"] == "http.response.body":
             self._together.flush()
+
+
+async def _end_unanswered(left: Iterable[_Cycle], app: Any) -> None:
+    """Have requests that stood in line when their caller left end as every one does that is left, and so be counted.
+
+    They end where their body is asked for: one after the other, with whatever else is due between them.
+    """
+    for cycle in left:
+        await cycle.run_asgi(app)
+        await asyncio.sleep(0)
 
 
 class _Together:

@@ -253,7 +253,13 @@ class Telemetry:
         self._collectors.register(self._frames)
         self._drifts = _DriftSeries()
         self._collectors.register(self._drifts)
-        self._no_verdict = self._counter("no_verdict", "Frames without a verdict, by error code.", "line", "reason")
+        self._no_verdict = self._counter(
+            "no_verdict",
+            "Frames without a verdict, by error code or caller_left; of frames sent ahead those that were received, "
+            "not what lay in the kernel.",
+            "line",
+            "reason",
+        )
         self._queue_depth = self._gauge("queue_depth", "Frames accepted and not answered yet.", "engine")
         self._discarded = self._counter("discarded", "Frames that nobody waited for any more.", "engine", "reason")
         self._engine_load = self._gauge(

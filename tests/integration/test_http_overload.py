@@ -1,6 +1,7 @@
 """The moments in which the service must say no, or too late: loading, full, stuck, left alone, told to stop."""
 
 import asyncio
+import re
 import socket
 import threading
 import time
@@ -267,6 +268,23 @@ def test_caller_of_several_frames_when_it_hangs_up_then_each_of_them_is_counted_
 
     assert f"{left} 3.0" in told
     assert "flawline_inspections_total{" not in told
+
+
+def test_caller_that_sent_frames_ahead_when_it_hangs_up_then_each_that_came_is_counted(store):
+    """Of frames that stand in line on one connection none is lost without a trace."""
+    with _serving(store) as (http, engine):
+        first = _occupy(http, engine)
+        head = (
+            f"POST {INSPECT} HTTP/1.1\r\nHost: test\r\nContent-Type: image/png\r\nContent-Length: {len(GOOD)}\r\n\r\n"
+        )
+        with socket.create_connection((http.base_url.host, http.base_url.port), timeout=PATIENCE_S) as connection:
+            connection.sendall((head.encode() + GOOD) * 4)
+            wait_until(lambda: 'flawline_queue_depth{engine="demo_line"} 2.0' in http.get("/metrics").text, "the frame")
+        engine.release()
+        first.answer()
+
+        counts = re.compile(r"^flawline_(?:inspections_total|no_verdict_total)\{.*\} (\S+)$", re.MULTILINE)
+        wait_until(lambda: sum(map(float, counts.findall(http.get("/metrics").text))) == 5, "the counts")
 
 
 def test_service_when_work_behind_an_answer_never_ends_then_draining_still_does(store):

@@ -216,6 +216,25 @@ async def test_caller_when_it_leaves_then_whoever_watches_is_told_once():
     assert connection.messages == [{"type": "http.disconnect", "more_body": False}]
 
 
+@in_loop
+async def test_caller_when_it_leaves_then_requests_in_line_end_as_left_where_they_bring_a_body():
+    """What was sent ahead is no more lost without a trace than what was being answered; nobody works for it."""
+    connection = Connection()
+    whole, begun = b"Content-Length: 2\r\n\r\nab", b"Content-Length: 4\r\n\r\nab"
+    asked = {b"POST /1": whole, b"POST /2": whole, b"GET /3": b"\r\n", b"POST /4": begun}
+
+    connection.protocol.data_received(
+        b"".join(ask + b" HTTP/1.1\r\nHost: test\r\n" + rest for ask, rest in asked.items())
+    )
+    connection.leave()
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+    assert [scope["path"] for scope in connection.scopes] == ["/1", "/2", "/4"]
+    assert all(message["type"] == "http.disconnect" for message in connection.messages)
+    assert connection.wire.packets == []
+
+
 @pytest.mark.parametrize("header", [b"a\r\nX-Made-Up: 1", b"a\nb"])
 @in_loop
 async def test_answer_when_a_header_would_end_its_line_then_nothing_is_sent(header):
