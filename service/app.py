@@ -229,6 +229,8 @@ def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[
         default_deadline_s=settings.default_deadline_s,
         max_deadline_s=settings.max_deadline_s,
         decode_workers=settings.decode_threads,
+        stuck_after_s=settings.stuck_after_s,
+        tell_of_replaced=telemetry.decoder_replaced,
         clock=clock,
     )
     records = Records(settings.max_heatmaps_kept, settings.max_heatmap_bytes_kept, telemetry)
@@ -291,12 +293,13 @@ def _load_and_look(context: Context, settings: Settings) -> None:
 
 
 async def _watch(context: Context, when_lost: Callable[[], None] | None) -> None:
-    """Close what was replaced, and look for a lost engine: only a new process can open that again."""
+    """Close what was replaced, and look for a lost engine or lost decoders: only a new process gets them back."""
     # A slow look is enough here: readiness asks the registry itself and turns false at once.
-    while not context.registry.is_lost:
+    while not (context.registry.is_lost or context.pipeline.is_lost):
         context.registry.tend()
         await asyncio.sleep(_WATCH_EVERY_S)
-    _log.error("an engine is lost; the process ends and wants to be started again")
+    what = "an engine is lost" if context.registry.is_lost else "decoders are lost"
+    _log.error("%s; the process ends and wants to be started again", what)
     if when_lost is not None:
         when_lost()
 

@@ -64,12 +64,21 @@ class Batch(Generic[_Entry]):
         weight: network inputs of all.
         started_at: when it was decided that they run.
         expected_end: by the learned run times.
+        thread_id: of its runner, by the system's count; 0 before one has it.
+        ran_from: when all that can be run of it was prepared; None before.
     """
 
     entries: list[_Entry]
     weight: int
     started_at: float
     expected_end: float
+    thread_id: int = 0
+    ran_from: float | None = None
+
+    @property
+    def step_since(self) -> float:
+        """Since when it is prepared, or then since when it runs."""
+        return self.started_at if self.ran_from is None else self.ran_from
 
 
 class Taken(NamedTuple, Generic[_Entry]):
@@ -169,10 +178,26 @@ class BatchQueue(Generic[_Entry]):
         """Whether a frame that came now would run at once."""
         return len(self._running) < self._runners and not self._waiting
 
-    def oldest_start(self) -> float | None:
-        """Return when the batch that has run for longest began; None where nothing runs."""
+    def under_way(self) -> list[Batch[_Entry]]:
+        """Return the batches that are prepared or run, the one whose step has taken longest first."""
         with self._lock:
-            return min((batch.started_at for batch in self._running), default=None)
+            return sorted(self._running, key=lambda batch: batch.step_since)
+
+    def begin_run(self, batch: Batch[_Entry], now: float) -> bool:
+        """Note that a batch is prepared, and return whether it may run; it may not once it was given up."""
+        with self._lock:
+            if batch not in self._running:
+                return False
+            batch.ran_from = now
+            return True
+
+    def give_up(self, batch: Batch[_Entry]) -> bool:
+        """End a batch whose runner still prepares it, and return whether it did; from then on it never runs."""
+        with self._lock:
+            if batch not in self._running or batch.ran_from is not None:
+                return False
+            self._running.discard(batch)
+            return True
 
     def add(self, entry: _Entry) -> bool:
         """Have a frame wait, and return whether a runner is idle that should take it."""

@@ -12,6 +12,10 @@ A batch that fails is run again frame by frame, so that one frame can't fail its
 the probe (golden frames) tells whose fault it is: where it fails too, the engine is lost and the batcher is unhealthy,
 as it is after a run that takes too long or a fault of its own. An unhealthy batcher answers everything that waits with
 `EngineFailed` and never recovers; the process has to be started again.
+
+A frame that keeps its runner too long before its run, while it is decoded, says nothing about the engine. It is
+refused, another runner takes that one's place, and the one that was given up ends when it comes back, in what time the
+others leave. Only where many do not come back is the batcher lost: a new process alone gets back what they hold.
 """
 
 import asyncio
@@ -32,15 +36,17 @@ from numpy.typing import NDArray
 
 from service.batch_queue import Batch, BatchQueue, Place, Running, Taken
 from service.engines.engine import Engine, EngineOutput, LoneRun, RunBatch
-from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded
+from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded, UnreadableFrame
 from service.schedule import Priority, RunTimes, WaitingFrame, has_room
 from service.telemetry import EngineMeter
-from service.threads import BEHIND_THE_LOOP, stand_back
+from service.threads import BEHIND_FRAMES, BEHIND_THE_LOOP, hold_back, stand_back
 
 # The loop's timers may fire a little early; looking again just after the moment saves a second look.
 _TIMER_SLACK_S = 0.001
 # Looks for a stuck run in the time that makes it one; who looks seldom takes a process that stood still for one.
 _LOOKS_FOR_STUCK = 6
+# Threads that were given up and did not come back, each with a frame's memory.
+MOST_GIVEN_UP = 16
 
 # Each frame gets an instance of its own: one that is raised in several tasks would collect their tracebacks.
 _Fault = Callable[[], FlawlineError]
@@ -111,6 +117,7 @@ class _Entry:
     answer: asyncio.Future[Any]
     frames: NDArray[np.uint8] | None = None
     prepare_s: float = 0.0
+    is_preparing: bool = False
 
     @property
     def is_left(self) -> bool:
@@ -132,6 +139,10 @@ class _Outcome(NamedTuple):
     is_engine_lost: bool
 
 
+class _GivenUp(Exception):
+    """The batch was given up while it was prepared, and its runner has been replaced."""
+
+
 class Batcher:
     """The queue and the runners of one engine.
 
@@ -142,8 +153,8 @@ class Batcher:
         runners: batches that run side by side.
         max_queue_size: frames that have a place at a time.
         run_times: learned from warming up; its length is the largest batch.
-        stuck_after_s: a run that takes longer makes the batcher unhealthy; time in which the process itself stood
-            still is no time of a run.
+        stuck_after_s: a run that takes longer makes the batcher unhealthy, and preparing that does costs its runner;
+            time in which the process itself stood still does not count.
         meter: counts.
         clock: monotonic seconds.
         alone: how a batch runs beside which no other does, on any engine, and none waits; None: as every other.
@@ -191,12 +202,12 @@ class Batcher:
         self._why_unhealthy: str | None = None
         self._is_lost = False
         self._is_draining = False
+        self._given_up = 0
         self._all_answered = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox: SimpleQueue[Batch[_Entry] | None] = SimpleQueue()
         for _ in range(runners):
-            # Daemons, because a run that never ends must not keep the process from ending.
-            threading.Thread(target=self._serve, name="flawline-runner", daemon=True).start()
+            self._start_runner()
 
     @property
     def is_healthy(self) -> bool:
@@ -407,18 +418,52 @@ class Batcher:
             self._next_expiry.ring_by(min(later))
 
     def _look_for_stuck(self) -> None:
-        """Lose the engine where a run has not ended for so long that this process was awake."""
-        oldest, now = self._queue.oldest_start(), self._clock()
+        """Lose the engine where a run has not ended for so long that this process was awake.
+
+        A runner that has not come back from preparing one is replaced instead.
+        """
+        now = self._clock()
         if self._next_check.late_s > self._looks_every_s:  # it stood still, paused or starved, and its runners with it
             _log.warning("the process stood still", extra={"seconds": round(self._next_check.late_s, 3)})
             self._awake_since = now
-        if oldest is None:
+        for batch in self._queue.under_way():
+            if self._fault is not None:
+                return
+            is_stuck_at = max(batch.step_since, self._awake_since) + self._stuck_after_s
+            if is_stuck_at > now:
+                self._next_check.ring_by(min(is_stuck_at, now + self._looks_every_s))
+                return
+            if batch.ran_from is None and batch.thread_id:
+                self._guard(partial(self._give_up, batch))
+            else:
+                self._lose("A run does not end")
+
+    def _give_up(self, batch: Batch[_Entry]) -> None:
+        """Replace a runner that does not come back from preparing a batch."""
+        if not self._queue.give_up(batch):  # it has come back this very moment
+            self._next_check.ring_by(self._clock() + self._looks_every_s)
             return
-        is_stuck_at = max(oldest, self._awake_since) + self._stuck_after_s
-        if is_stuck_at <= now:
-            self._lose("A run does not end")
-        else:
-            self._next_check.ring_by(min(is_stuck_at, now + self._looks_every_s))
+        _log.error(
+            "a runner is replaced: decoding does not end", extra={"lines": [e.place.line for e in batch.entries]}
+        )
+        self._meter.decoder_replaced()
+        for entry in batch.entries:
+            _fail(entry, not_decoded(self._stuck_after_s) if entry.is_preparing else _beside_another())
+        self._running.end()
+        hold_back(batch.thread_id, BEHIND_FRAMES)
+        self._given_up += 1
+        if self._given_up >= MOST_GIVEN_UP:
+            self._lose("Frames are decoded without end")
+            return
+        self._start_runner()
+        self._step()
+
+    def _take_back(self) -> None:
+        self._given_up -= 1
+
+    def _start_runner(self) -> None:
+        # Daemons, because a run that never ends must not keep the process from ending.
+        threading.Thread(target=self._serve, name="flawline-runner", daemon=True).start()
 
     def _finish(self, batch: Batch[_Entry], outcome: _Outcome, taken: Taken[_Entry]) -> None:
         """Answer a batch's frames, whose runner has gone on with what it took meanwhile."""
@@ -469,13 +514,21 @@ class Batcher:
                 self._running.begin()
                 while batch is not None:
                     batch = self._run_batch(batch)
+        except _GivenUp:
+            self._post(self._take_back)
         except BaseException:  # noqa: BLE001 - a runner that ends takes its frames with it; they must hear of it
             _log.exception("a runner ended")
             self._post(self._lose, "A runner ended")
 
     def _run_batch(self, batch: Batch[_Entry]) -> Batch[_Entry] | None:
         """Run a batch, post what became of it, and return the one that this runner runs next."""
-        outcome = self._run(batch.entries)
+        batch.thread_id = threading.get_native_id()
+        began_at, answers = self._clock(), dict[int, Any]()
+        ready = [entry for entry in batch.entries if self._is_ready(entry, answers)]
+        if not self._queue.begin_run(batch, self._clock()):
+            raise _GivenUp
+        outcome = self._run(ready, began_at)
+        outcome = outcome._replace(answers=answers | outcome.answers)
         taken: Taken[_Entry] = Taken()
         try:
             if outcome.is_engine_lost:
@@ -496,10 +549,8 @@ class Batcher:
         except RuntimeError:  # the loop is closed: this run took longer than the service lived
             _log.warning("a run ended after the service")
 
-    def _run(self, entries: Sequence[_Entry]) -> _Outcome:
-        began_at = self._clock()
+    def _run(self, ready: Sequence[_Entry], began_at: float) -> _Outcome:
         answers: dict[int, Any] = {}
-        ready = [entry for entry in entries if self._is_ready(entry, answers)]
         if not ready:
             return _Outcome(answers, None, is_engine_lost=False)
         started_at = self._clock()
@@ -508,8 +559,7 @@ class Batcher:
             output = self._run_together(ready, self._engine.run) if alone is None else self._run_wide(ready, alone)
         except Exception as error:  # noqa: BLE001 - the edge: a runtime may raise anything
             _log.exception("a run failed", extra={"batch_size": len(ready)})
-            failed = self._run_alone(ready) if len(ready) > 1 else self._give_up(ready[0], error)
-            return failed._replace(answers=answers | failed.answers)
+            return self._run_alone(ready) if len(ready) > 1 else self._blame(ready[0], error)
         ended_at, number = self._clock(), next(self._run_numbers)
         first_of = list(accumulate((entry.place.weight for entry in ready), initial=0))
         for entry, (first, end) in zip(ready, pairwise(first_of), strict=True):
@@ -543,8 +593,9 @@ class Batcher:
         """Prepare a frame that is not prepared yet; where that fails, the fault is its answer, and no neighbour's."""
         if entry.frames is not None:
             return True
-        began_at = self._clock()
+        began_at, entry.is_preparing = self._clock(), True
         frames = _what_comes_of(entry.work.prepare)
+        entry.is_preparing = False
         entry.prepare_s = self._clock() - began_at
         if isinstance(frames, Exception):
             answers[entry.waiting.number] = frames
@@ -585,12 +636,12 @@ class Batcher:
         answers: dict[int, Any] = {}
         is_engine_lost = False
         for entry in entries:
-            outcome = self._run([entry])
+            outcome = self._run([entry], self._clock())
             answers |= outcome.answers
             is_engine_lost |= outcome.is_engine_lost
         return _Outcome(answers, None, is_engine_lost)
 
-    def _give_up(self, entry: _Entry, error: Exception) -> _Outcome:
+    def _blame(self, entry: _Entry, error: Exception) -> _Outcome:
         sentence = "The engine failed on this frame; the part has no verdict."
         fault = error if isinstance(error, EngineFailed) else EngineFailed(sentence)
         answers: dict[int, Any] = {entry.waiting.number: fault}
@@ -660,6 +711,15 @@ class _Holding:
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
         self._give_back(self._place)
+
+
+def not_decoded(after_s: float) -> UnreadableFrame:
+    """Return what is said of a frame whose decoding does not end."""
+    return UnreadableFrame(f"The frame could not be decoded within {after_s:g} s; send it as the camera wrote it.")
+
+
+def _beside_another() -> Overloaded:
+    return Overloaded("A frame beside this one kept the decoder; send it again.")
 
 
 def _what_comes_of(step: Callable[[], Any]) -> Any:

@@ -30,6 +30,7 @@ from service.contract.policy import Judgement, judge
 from service.contract.raw_frames import decode_raw
 from service.contract.regions import Window
 from service.contract.tiling import answer_of, cut_tiles
+from service.decoders import Decoders
 from service.errors import DeadlinePassed, ParameterInvalid, UnreadableFrame
 from service.inspection import HeatmapKind, Inspection, InspectionRequest, RawLayout, digest_differs
 from service.live import Found
@@ -49,6 +50,8 @@ class Pipeline:
         max_deadline_s: the longest that a caller may name.
         decode_workers: threads that decode and resize apart from the runners, and as many that trace regions; with 0
             the runners do both.
+        stuck_after_s: a frame whose decoding takes longer costs one of these threads.
+        tell_of_replaced: called for each of them that was given up for that.
         clock: monotonic seconds; the one that `received_at` was taken from.
     """
 
@@ -60,6 +63,8 @@ class Pipeline:
         default_deadline_s: float,
         max_deadline_s: float,
         decode_workers: int,
+        stuck_after_s: float,
+        tell_of_replaced: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
@@ -67,9 +72,12 @@ class Pipeline:
         self._default_deadline_s = default_deadline_s
         self._max_deadline_s = max_deadline_s
         self._clock = clock
-        self._decoders, self._tracers = None, None
+        self._decoders: Decoders | None = None
+        self._tracers: ThreadPoolExecutor | None = None
         if decode_workers:
-            self._decoders = ThreadPoolExecutor(decode_workers, thread_name_prefix="flawline-decode")
+            self._decoders = Decoders(
+                decode_workers, stuck_after_s=stuck_after_s, clock=clock, tell_of_replaced=tell_of_replaced
+            )
             # Apart from them, so that an answer that is nearly there does not wait behind frames that just came.
             self._tracers = ThreadPoolExecutor(decode_workers, thread_name_prefix="flawline-trace")
 
@@ -91,6 +99,11 @@ class Pipeline:
         deadline = received_at + self._deadline_s(deadline_s)
         weight = found.line.bundle.manifest.input.tile_count
         found.line.bundle.batcher.refuse_hopeless(deadline, line=found.line.name, weight=weight, priority=priority)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether so many decoders never came back that only a new process helps."""
+        return self._decoders is not None and self._decoders.is_lost
 
     async def inspect(self, request: InspectionRequest) -> Inspection:
         """Inspect one frame.
@@ -128,7 +141,7 @@ class Pipeline:
             if self._decoders is None:
                 seen = await bundle.batcher.run(place, work, found.line.line_index)
             else:
-                seen = await self._step_by_step(work, place, found, deadline)
+                seen = await self._step_by_step(self._decoders, work, place, found, deadline)
             judged_at = self._clock()
         if judged_at > deadline:  # the process was stopped for a while, and its timers with it
             raise _deadline_passed()
@@ -168,9 +181,10 @@ class Pipeline:
 
     def close(self) -> None:
         """End the threads, without waiting for work that nobody waits for any more."""
-        for threads in (self._decoders, self._tracers):
-            if threads is not None:
-                threads.shutdown(wait=False, cancel_futures=True)
+        if self._decoders is not None:
+            self._decoders.close()
+        if self._tracers is not None:
+            self._tracers.shutdown(wait=False, cancel_futures=True)
 
     def _deadline_s(self, asked_s: float | None) -> float:
         if asked_s is None:
@@ -179,11 +193,12 @@ class Pipeline:
             raise ParameterInvalid(f"A deadline lies between 0 and {self._max_deadline_s * 1000:g} ms.")
         return asked_s
 
-    async def _step_by_step(self, work: "_Work", place: Place, found: Found, deadline: float) -> "_Seen":
+    async def _step_by_step(
+        self, decoders: Decoders, work: "_Work", place: Place, found: Found, deadline: float
+    ) -> "_Seen":
         """Decode, run and judge, each where it keeps nobody else waiting."""
-        loop = asyncio.get_running_loop()
         async with self._until(deadline):
-            await loop.run_in_executor(self._decoders, work.prepare)
+            await decoders.run(found.line.name, work.prepare)
         result = await found.line.bundle.batcher.submit(place, work.prepare(), found.line.line_index)
         result = result._replace(prepare_s=work.prepare_s)
         # A good part is judged in microseconds. Stitching maps and tracing regions take up to tens of milliseconds, in
@@ -191,7 +206,7 @@ class Pipeline:
         if work.is_judged_quickly(result):
             return work.finish(result)
         async with self._until(deadline):
-            return await loop.run_in_executor(self._tracers, work.finish, result)
+            return await asyncio.get_running_loop().run_in_executor(self._tracers, work.finish, result)
 
     @asynccontextmanager
     async def _until(self, deadline: float) -> AsyncIterator[None]:

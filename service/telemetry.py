@@ -128,11 +128,14 @@ class Depth:
 class EngineMeter:
     """The gauges of one engine, with their labels already resolved, because the batcher calls them for every batch."""
 
-    def __init__(self, batch_size: Buckets, waiting: Depth, discarded: Mapping[Discarded, Counter]) -> None:
+    def __init__(
+        self, batch_size: Buckets, waiting: Depth, discarded: Mapping[Discarded, Counter], replaced: Counter
+    ) -> None:
         self._batch_size = batch_size
         self._waiting = waiting
         self._depth = 0
         self._discarded = discarded
+        self._replaced = replaced
 
     def batch(self, size: int) -> None:
         """Count one run of so many network inputs."""
@@ -146,6 +149,10 @@ class EngineMeter:
     def discard(self, why: Discarded) -> None:
         """Count a frame that nobody waits for any more: dropped before its run, or its result after it."""
         self._discarded[why].inc()
+
+    def decoder_replaced(self) -> None:
+        """Count a thread that was given up, since the frame that it decoded kept it too long."""
+        self._replaced.inc()
 
 
 class _Series:
@@ -262,6 +269,9 @@ class Telemetry:
         )
         self._queue_depth = self._gauge("queue_depth", "Frames accepted and not answered yet.", "engine")
         self._discarded = self._counter("discarded", "Frames that nobody waited for any more.", "engine", "reason")
+        self._replaced_decoders = self._counter(
+            "decoders_replaced", "Threads that were given up, since the frame that they decoded kept them too long."
+        )
         self._engine_load = self._gauge(
             "engine_load_seconds", "From reading the bundle to its golden frames passed.", "engine"
         )
@@ -362,7 +372,11 @@ class Telemetry:
             self._depths[engine] = depth = Depth()
             self._queue_depth.labels(engine).set_function(lambda: float(depth.frames))
             self._frames.batch_sizes[engine] = Buckets(_BATCH_BUCKETS)
-        return EngineMeter(self._frames.batch_sizes[engine], self._depths[engine], discarded)
+        return EngineMeter(self._frames.batch_sizes[engine], self._depths[engine], discarded, self._replaced_decoders)
+
+    def decoder_replaced(self) -> None:
+        """Count a decoder apart from the runners that was given up."""
+        self._replaced_decoders.inc()
 
     def engine_loaded(self, engine: str, seconds: float) -> None:
         """Record how long an engine took from its bundle's bytes to its golden frames passed."""

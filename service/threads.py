@@ -24,11 +24,16 @@ _Outcome = TypeVar("_Outcome")
 
 def stand_back(niceness: int) -> None:
     """Let the event loop come before the calling thread, and before those that it begins, by so much."""
+    hold_back(threading.get_native_id(), niceness)
+
+
+def hold_back(thread_id: int, niceness: int) -> None:
+    """Let the event loop come before a thread, named by the system's number of it, by so much."""
     if sys.platform == "linux" and niceness:
         with contextlib.suppress(OSError):
-            own, of_the_loop = threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, os.getpid())
-            wanted = max(of_the_loop + niceness, os.getpriority(os.PRIO_PROCESS, own))
-            os.setpriority(os.PRIO_PROCESS, own, wanted)
+            of_the_loop = os.getpriority(os.PRIO_PROCESS, os.getpid())
+            wanted = max(of_the_loop + niceness, os.getpriority(os.PRIO_PROCESS, thread_id))
+            os.setpriority(os.PRIO_PROCESS, thread_id, wanted)
 
 
 def begin(work: Callable[[], _Outcome], *, name: str, niceness: int = 0) -> Future[_Outcome]:

@@ -22,11 +22,18 @@ from tests.inspections import make_request
 async def open_pipeline(store, open_engine=OrtEngine, *, limits=None, decode_workers=2, **options):
     """Load a store and return a pipeline on it, with its registry."""
     driven = BatcherOptions(**{"runners": 2, "max_batch_size": 4, "max_queue_size": 8, "stuck_after_s": 20} | options)
-    registry = Registry(DirectoryStore(store), None, open_engine, driven, Telemetry(), time.monotonic)
+    telemetry = Telemetry()
+    registry = Registry(DirectoryStore(store), None, open_engine, driven, telemetry, time.monotonic)
     await asyncio.to_thread(registry.load)
     limits = limits or FrameLimits()
     pipeline = Pipeline(
-        registry, limits=limits, default_deadline_s=20, max_deadline_s=30, decode_workers=decode_workers
+        registry,
+        limits=limits,
+        default_deadline_s=20,
+        max_deadline_s=30,
+        decode_workers=decode_workers,
+        stuck_after_s=driven.stuck_after_s,
+        tell_of_replaced=telemetry.decoder_replaced,
     )
     try:
         yield pipeline, registry

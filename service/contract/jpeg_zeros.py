@@ -13,6 +13,7 @@ from service.contract.jpeg_segments import START_OF_SCAN, segments
 _RUN = bytes(128)
 _SEQUENTIAL, _CODE_TABLES = frozenset({0xC0, 0xC1}), 0xC4
 _END_OF_BLOCK = 0
+_MOST_TABLE_BYTES = 8 * (17 + 256)  # four tables of each class
 _COUNTS_BYTES = 17  # the number of a table, and how many codes of each length it has
 
 
@@ -44,7 +45,7 @@ def holds_lost_stretch(data: bytes) -> bool:
 def _shortest_codes(segment: bytes) -> dict[int, int]:
     """Return what the code of zero bits alone means, in each table of coefficients that a segment holds."""
     found, at = dict[int, int](), 0
-    while at + _COUNTS_BYTES < len(segment):
+    while at + _COUNTS_BYTES < len(segment) and at < _MOST_TABLE_BYTES:
         if segment[at] >> 4 == 1:
             found[segment[at] & 15] = segment[at + _COUNTS_BYTES]
         at += _COUNTS_BYTES + sum(segment[at + 1 : at + _COUNTS_BYTES])

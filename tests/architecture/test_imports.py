@@ -48,6 +48,7 @@ ASYNC = (
     "service/app.py",
     "service/pipeline.py",
     "service/batcher.py",
+    "service/decoders.py",
     "service/protocol.py",
     "service/golden_watch.py",
     "service/shadows.py",
@@ -77,7 +78,7 @@ LAYERS = (
     ("service.settings", "service.telemetry"),
     ("service.batch_queue", "service.traces", "service.warm_up"),
     ("service.batcher",),
-    ("service.live",),
+    ("service.decoders", "service.live"),
     ("service.line_policies",),
     ("service.catalogue", "service.choices", "service.loading", "service.memory", "service.served"),
     ("service.versions",),
@@ -149,7 +150,7 @@ def test_library_when_imported_comes_through_its_door(library):
 
 
 def test_asyncio_when_imported_stays_at_the_edge():
-    """Only the narrator, the batcher and the HTTP side know of an event loop; training knows none."""
+    """Only the narrator, the batcher, the decoders and the HTTP side know of an event loop; training knows none."""
     strangers = {file for file in doors("asyncio") | doors("anyio") if not allowed(file, ASYNC)}
 
     assert strangers == set()

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import threading
 import time
 from functools import partial
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from service.contract.bundle import load_bundle
-from service.contract.frames import FrameLimits, decode_image, fit_to_input
+from service.contract.frames import FrameLimits, decode_image, fit_to_input, read_frame
 from service.contract.policy import Verdict
 from service.errors import (
     DeadlinePassed,
@@ -299,12 +300,9 @@ async def test_inspect_when_engine_hangs_then_deadline_passes_on_time_and_place_
 async def test_inspect_when_decoding_is_behind_then_deadline_covers_it(store):
     """A frame that waits for a decoder is told at its deadline, too."""
     async with open_pipeline(store) as (pipeline, _):
-        gate = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        holding = [
-            loop.run_in_executor(pipeline._decoders, asyncio.run_coroutine_threadsafe(gate.wait(), loop).result)
-            for _ in range(2)
-        ]
+        gate = threading.Event()
+        holding = [asyncio.ensure_future(pipeline._decoders.run("demo_line", gate.wait)) for _ in range(2)]
+        await asyncio.sleep(0)
 
         with pytest.raises(DeadlinePassed):
             await pipeline.inspect(make_request(deadline_s=0.1))
@@ -313,6 +311,34 @@ async def test_inspect_when_decoding_is_behind_then_deadline_covers_it(store):
         inspection = await pipeline.inspect(make_request())
 
     assert inspection.judgement.verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize("decode_workers", [0, 1], ids=["by the runner", "by threads of their own"])
+@in_loop
+async def test_inspect_when_decoding_a_frame_does_not_end_then_it_is_refused_and_the_line_goes_on(
+    store, monkeypatch, decode_workers
+):
+    """Whatever a codec finds in one caller's frame, the engine is not lost over it, and other frames are judged."""
+    gate, kept = threading.Event(), b"kept"
+
+    def read_or_hang(data, limits, spec):
+        if data == kept:
+            gate.wait()
+        return read_frame(data, limits, spec)
+
+    monkeypatch.setattr("service.pipeline.read_frame", read_or_hang)
+    async with open_pipeline(store, runners=1, decode_workers=decode_workers, stuck_after_s=0.1) as (
+        pipeline,
+        registry,
+    ):
+        with pytest.raises(UnreadableFrame, match="could not be decoded"):
+            await pipeline.inspect(make_request(data=kept))
+        inspection = await pipeline.inspect(make_request())
+        gate.set()
+
+        assert inspection.judgement.verdict is Verdict.PASS
+        assert registry.is_ready
+        assert not registry.is_lost
 
 
 @in_loop

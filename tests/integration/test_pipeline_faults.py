@@ -40,7 +40,8 @@ class Service:
     def __init__(self, store, clock=time.monotonic, stuck_after_s=20, decode_workers=0):
         self.engine = GatedEngine()
         options = BatcherOptions(runners=2, max_batch_size=2, max_queue_size=8, stuck_after_s=stuck_after_s)
-        self.registry = Registry(DirectoryStore(store), None, self.engine.open, options, Telemetry(), clock)
+        telemetry = Telemetry()
+        self.registry = Registry(DirectoryStore(store), None, self.engine.open, options, telemetry, clock)
         self.registry.load()
         self.pipeline = Pipeline(
             self.registry,
@@ -48,6 +49,8 @@ class Service:
             default_deadline_s=20,
             max_deadline_s=20,
             decode_workers=decode_workers,
+            stuck_after_s=stuck_after_s,
+            tell_of_replaced=telemetry.decoder_replaced,
             clock=clock,
         )
 

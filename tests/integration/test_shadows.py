@@ -41,7 +41,13 @@ class Stage:
             DirectoryStore(store), None, self.engine.open, OPTIONS, self.telemetry, time.monotonic, kept
         )
         self.pipeline = Pipeline(
-            self.registry, limits=FrameLimits(), default_deadline_s=20, max_deadline_s=20, decode_workers=1
+            self.registry,
+            limits=FrameLimits(),
+            default_deadline_s=20,
+            max_deadline_s=20,
+            decode_workers=1,
+            stuck_after_s=20,
+            tell_of_replaced=self.telemetry.decoder_replaced,
         )
         self.shadows = Shadows(
             self.registry, self.pipeline, self.telemetry, max_kept=2, patience_s=20, clock=time.monotonic

@@ -117,6 +117,37 @@ def test_end_when_there_is_nothing_to_learn_then_the_runner_is_idle_again():
     assert queue.run_times == ONE_BY_ONE
 
 
+def test_give_up_when_a_batch_is_still_prepared_then_it_never_runs_and_its_runner_counts_as_idle():
+    """Whoever gives a batch up, and whoever begins its run, can't both be right."""
+    queue = make_queue(Frame(1))
+    (batch,) = queue.take(0.0).batches
+
+    assert queue.give_up(batch)
+    assert not queue.begin_run(batch, 1.0)
+    assert queue.has_idle_runner
+
+
+def test_give_up_when_a_batch_runs_then_leaves_it_alone():
+    """A run is the engine's affair."""
+    queue = make_queue(Frame(1))
+    (batch,) = queue.take(0.0).batches
+
+    assert queue.begin_run(batch, 1.0)
+    assert not queue.give_up(batch)
+    assert queue.under_way() == [batch]
+
+
+def test_under_way_when_one_was_prepared_for_long_then_its_time_counts_from_its_run():
+    """What went into a frame before its run is not the engine's time; the longest step comes first."""
+    queue = make_queue(Frame(1), Frame(2), runners=2)
+    slow, other = queue.take(0.0).batches
+    assert queue.begin_run(other, 1.0)
+    assert queue.begin_run(slow, 5.0)
+
+    assert queue.under_way() == [other, slow]
+    assert [batch.step_since for batch in queue.under_way()] == [1.0, 5.0]
+
+
 @given(dues=st.lists(st.floats(0.5, 12.0), min_size=1, max_size=30), runners=st.integers(1, 3))
 def test_queue_when_several_threads_take_then_each_frame_leaves_once(dues, runners):
     """However runners and event loop interleave, no frame runs twice, and none is forgotten."""

@@ -9,11 +9,12 @@ import time
 
 import numpy as np
 import pytest
+from prometheus_client import Counter
 
 from service.batch_queue import Running
-from service.batcher import Batcher
+from service.batcher import MOST_GIVEN_UP, Batcher
 from service.engines.engine import LoneRun
-from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded
+from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded, UnreadableFrame
 from service.schedule import Priority, RunTimes
 from service.telemetry import Buckets, Depth, EngineMeter, Telemetry
 from tests.fakes import FakeClock, FakeEngine, grey_level, in_loop
@@ -500,6 +501,139 @@ async def test_batcher_when_a_run_does_not_end_after_a_pause_either_then_is_lost
     assert not bench.batcher.is_healthy
 
 
+class HeldWork:
+    """Work that is prepared when it is released, and not before."""
+
+    def __init__(self):
+        self.gate = threading.Event()
+        self.began = threading.Event()
+        self.thread = None
+
+    def prepare(self):
+        """Wait."""
+        self.thread = threading.current_thread()
+        self.began.set()
+        self.gate.wait()
+        return np.zeros((1, 8, 12, 3), np.uint8)
+
+    def finish(self, result):
+        """Return it as it is."""
+        return result
+
+
+@pytest.fixture
+def make_held():
+    """Make work that is released with the test."""
+    works = []
+
+    def make():
+        works.append(HeldWork())
+        return works[-1]
+
+    yield make
+    for work in works:
+        work.gate.set()
+
+
+async def run_work(bench, work, *, deadline_s=LONG_S, line="line"):
+    """Take a place and run a frame that is prepared by the runner."""
+    with bench.batcher.place(time.monotonic() + deadline_s, line=line) as place:
+        return await bench.batcher.run(place, work, 0)
+
+
+@in_loop
+async def test_batcher_when_decoding_does_not_end_then_refuses_the_frame_and_answers_all_others(make_bench, make_held):
+    """A frame that keeps its runner is its sender's affair: the engine is not lost, and another runner goes on."""
+    bench, work = make_bench(stuck_after_s=SOON_S), make_held()
+
+    with pytest.raises(UnreadableFrame, match="could not be decoded"):
+        await run_work(bench, work)
+    result = await bench.inspect(grey=51)
+
+    assert result.scores == pytest.approx([0.2])
+    assert bench.batcher.is_healthy
+    assert bench.metric("decoders_replaced_total") == 1
+
+
+@in_loop
+async def test_batcher_when_decoding_ends_after_it_was_given_up_then_frame_never_runs_and_the_thread_ends(
+    make_bench, make_held
+):
+    """What comes back too late runs for nobody, and there are as many runners as before."""
+    bench, work = make_bench(stuck_after_s=SOON_S), make_held()
+    with pytest.raises(UnreadableFrame):
+        await run_work(bench, work)
+
+    work.gate.set()
+    await asyncio.to_thread(work.thread.join)
+
+    assert bench.engine.batches == []
+    assert (await bench.inspect()).batch_size == 1
+
+
+@in_loop
+async def test_batcher_when_the_deadline_is_before_that_then_it_fires_and_the_runner_is_replaced_all_the_same(
+    make_bench, make_held
+):
+    """Nobody need wait for a frame to have it noticed that it keeps a runner."""
+    bench, work = make_bench(stuck_after_s=4 * SOON_S), make_held()
+
+    with pytest.raises(DeadlinePassed):
+        await run_work(bench, work, deadline_s=SOON_S)
+    await bench.inspect()
+
+    assert bench.batcher.is_healthy
+    assert bench.metric("decoders_replaced_total") == 1
+
+
+@in_loop
+async def test_batcher_when_a_frame_keeps_its_batch_then_neighbours_are_told_to_come_again(make_bench, make_held):
+    """Only the frame that is being decoded is blamed."""
+    bench, work = make_bench(run_times=BATCHES_PAY, stuck_after_s=10 * SOON_S), make_held()
+    bench.engine.hold()
+    first = bench.start()
+    await bench.until_a_run_starts()
+    kept = [asyncio.ensure_future(run_work(bench, work)), bench.start(), bench.start()]
+    await asyncio.sleep(0)
+    bench.engine.release()
+
+    answers = await asyncio.gather(*kept, return_exceptions=True)
+
+    assert [type(answer) for answer in answers] == [UnreadableFrame, Overloaded, Overloaded]
+    assert (await first).batch_size == 1
+    assert bench.batcher.is_healthy
+
+
+@in_loop
+async def test_batcher_when_many_decoders_never_come_back_then_is_lost_and_answers_everyone(make_bench, make_held):
+    """What they hold is only given back with the process."""
+    bench = make_bench(runners=MOST_GIVEN_UP + 1, stuck_after_s=SOON_S)
+
+    answers = await asyncio.gather(
+        *(run_work(bench, make_held()) for _ in range(MOST_GIVEN_UP)), return_exceptions=True
+    )
+
+    assert [type(answer) for answer in answers] == [UnreadableFrame] * MOST_GIVEN_UP
+    assert bench.batcher.is_lost
+    with pytest.raises(LineNotReady):
+        await bench.inspect()
+
+
+@in_loop
+async def test_batcher_when_decoders_came_back_then_they_are_not_counted_as_lost(make_bench, make_held):
+    """However many frames were slow, one after the other, the process goes on."""
+    bench = make_bench(stuck_after_s=SOON_S / 5)
+
+    for _ in range(MOST_GIVEN_UP + 2):
+        work = make_held()
+        with pytest.raises(UnreadableFrame):
+            await run_work(bench, work)
+        work.gate.set()
+        await asyncio.to_thread(work.thread.join)
+
+    assert bench.batcher.is_healthy
+
+
 @in_loop
 async def test_batcher_when_a_runner_ends_then_is_unhealthy_and_answers_everyone(make_bench):
     """A runner that is torn down from inside takes nobody's answer with it."""
@@ -527,7 +661,7 @@ class TornBuckets(Buckets):
 @in_loop
 async def test_batcher_when_the_batch_loop_itself_fails_then_is_unhealthy_and_answers_everyone():
     """A fault of the loop's own is heard by everyone who waits."""
-    meter = EngineMeter(TornBuckets((1,)), Depth(), {})
+    meter = EngineMeter(TornBuckets((1,)), Depth(), {}, Counter("replaced", "None.", registry=None))
     batcher = Batcher(
         FakeEngine(),
         lambda: None,
