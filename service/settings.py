@@ -120,7 +120,8 @@ class Settings(BaseSettings):
         warm_up_limit_s: for all batch sizes of an engine; what is not warm by then is never chosen.
         max_batch_size: frames in one run; the schedule takes fewer where larger batches do not pay.
         max_queue_size: frames that one engine accepts and has not answered yet; one more is refused.
-        stuck_after_s: a run that takes longer makes its line unhealthy.
+        stuck_after_s: a run that takes longer makes its line unhealthy; a frame that is decoded for longer is refused,
+            and the thread that it keeps is replaced.
         golden_every_s: seconds between two replays of golden frames on each live engine, at low priority; 0 is off.
         decode_workers: threads that decode and resize apart from the runners; absent means one a CPU beside a GPU, and
             none on a CPU, where the runner of a frame decodes and judges it as well.
