@@ -21,6 +21,7 @@ from service.body_budget import BodyBudget
 from service.choices import why_unusable
 from service.connections import Connections
 from service.contract.signature import refuse_unusable
+from service.engines.engine import GPU_DEVICES
 from service.engines.opening import open_engine
 from service.errors import FlawlineError
 from service.golden_watch import GoldenWatch
@@ -77,7 +78,7 @@ def create_app(
     """
     if settings.trust is not None:
         refuse_unusable(settings.trust)
-    context = _put_together(settings, open_engine or _open_with(settings), clock)
+    context = _put_together(settings, open_engine, clock)
 
     @asynccontextmanager
     async def life(_app: FastAPI) -> AsyncIterator[None]:
@@ -198,7 +199,7 @@ def start_draining(app: FastAPI) -> None:
     app.state.context.lifecycle.start_draining()
 
 
-def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[], float]) -> Context:
+def _put_together(settings: Settings, open_engine: OpenEngine | None, clock: Callable[[], float]) -> Context:
     keyring = Keyring(None, clock) if settings.keys_file is None else MountedKeyring(settings.keys_file, clock)
     if keyring.is_open:
         _log.warning("the service is open: without FLAWLINE_KEYS_FILE everybody may inspect and read every line")
@@ -217,12 +218,16 @@ def _put_together(settings: Settings, open_engine: OpenEngine, clock: Callable[[
     kept = RegistryOptions(
         activates_newest=settings.activate_newest,
         keeps_previous=settings.keep_previous,
-        budget_bytes=settings.memory_budget_bytes or None,
+        budget_bytes=settings.engine_budget_bytes,
         pinned=settings.pinned_lines,
         trust=settings.trust,
         state_directory=settings.state_directory,
+        weighs_engines=open_engine is None and settings.device not in GPU_DEVICES,
     )
-    registry = Registry(store, settings.lines, open_engine, options, telemetry, clock, kept)
+    if kept.budget_bytes is not None:
+        _log.info("memory budget of engines", extra={"budget_bytes": kept.budget_bytes})
+    opens = open_engine or _open_with(settings)
+    registry = Registry(store, settings.lines, opens, options, telemetry, clock, kept)
     pipeline = Pipeline(
         registry,
         limits=settings.frame_limits,

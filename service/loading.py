@@ -29,7 +29,7 @@ from service.line_policies import LinePolicies, fit_policy
 from service.live import LiveLine, LoadedBundle, LoadedVersion
 from service.telemetry import Telemetry
 from service.threads import BEHIND_FRAMES, BEHIND_THE_LOOP, begin
-from service.warm_up import LoneTrial, TimedRun, at_once, warm_up
+from service.warm_up import LoneTrial, TimedRun, at_once, run_side_by_side, warm_up
 
 # Golden frames of so many are kept in memory, whole lines of them: a bundle may have thousands.
 _FRAMES_TO_ASK_AGAIN = 4
@@ -118,6 +118,8 @@ class Loader:
             run_times = warm_up(
                 engine, manifest, self._options.max_batch_size, self._options.warm_up_limit_s, self._clock, timed
             )
+            if self._options.runners > 1:
+                run_side_by_side(engine, manifest, run_times.max_batch_size, self._options.runners)
             known, alone, contrasts = self._prove(bundle, engine, timed)
             own = {line: fit_policy(bundle.policies[line], manifest) for line in lines}
             offered = {line: self._policies.offered(line, manifest, policy) for line, policy in own.items()}

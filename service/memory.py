@@ -1,4 +1,4 @@
-"""Which engines make room for another one: decides without doing.
+"""What engines take, and which of them make room for another one: decides without doing.
 
 Rules:
 
@@ -6,12 +6,48 @@ Rules:
 2.  First go those that no line is served by (kept for rolling back, or in the shadow), then those that were asked for
     the longest ago. Pinned ones never go.
 3.  Where even that makes too little room, nothing goes.
+4.  An engine takes what loading it was seen to take, for a runtime's own copies and buffers stand in no file; but never
+    less than is promised. Frames come and go meanwhile, so the same network's loads are averaged. Where other engines
+    were closed meanwhile, what they gave back is only guessed, and adds nothing to what is known already.
+5.  One that was never loaded here is expected to outgrow its file as the others did.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from service.live import VersionKey
+
+
+class EngineSizes:
+    """What engines were seen to take, by their networks."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[int, int]] = {}  # bytes of the file, bytes in memory
+
+    def learn(self, network: str, file_bytes: int, promised_bytes: int, grown_bytes: int, closed_bytes: int = 0) -> int:
+        """Take note of a load, and return what the engine takes.
+
+        Args:
+            network: SHA-256 of its file, since versions and bundles share networks.
+            file_bytes: size of that file.
+            promised_bytes: what the engine itself says that it takes.
+            grown_bytes: by how much memory grew; less than nothing where others gave more back meanwhile.
+            closed_bytes: what other engines took that were closed meanwhile.
+        """
+        known = self._seen.get(network)
+        if known is None:
+            taken = grown_bytes + closed_bytes
+        else:
+            taken = known[1] if closed_bytes else (known[1] + grown_bytes) // 2
+        self._seen[network] = file_bytes, max(promised_bytes, taken)
+        return self._seen[network][1]
+
+    def expect(self, network: str | None, file_bytes: int) -> int:
+        """Return what an engine will take; None where nobody knows which network it is."""
+        if network in self._seen:
+            return self._seen[network][1]
+        files, taken = (sum(sizes) for sizes in zip(*self._seen.values(), strict=True)) if self._seen else (1, 1)
+        return max(file_bytes, file_bytes * taken // max(1, files))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ _MOST_THREADS_ALONE = 4
 # The rest is for engines, and for what frames become once they are decoded.
 _BODIES_SHARE = 4
 _MOST_BODY_BYTES = 2**30
+# The interpreter, libraries, frames being decoded, what one engine more takes while it comes, and holes in the heap.
+_PROCESS_BYTES = 384 * 2**20
+_LEAST_ENGINES_SHARE = 4
 
 
 class SettingsInvalid(ValueError):
@@ -59,13 +62,26 @@ def usable_memory_bytes(cgroup: Path = _CGROUP) -> int:
     Args:
         cgroup: root of the control groups as this process sees them.
     """
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory_limit_bytes(cgroup) or _machine_memory_bytes()
+
+
+def memory_limit_bytes(cgroup: Path = _CGROUP) -> int | None:
+    """Return the container's limit of memory; None where there is none below the machine's.
+
+    Args:
+        cgroup: root of the control groups as this process sees them.
+    """
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
-            return min(machine, int((cgroup / name).read_text()))
+            limit = int((cgroup / name).read_text())
         except (OSError, ValueError):  # no such group, or the limit is `max`
             continue
-    return machine
+        return limit if limit < _machine_memory_bytes() else None
+    return None
+
+
+def _machine_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def default_engine_cache() -> Path:
@@ -91,7 +107,8 @@ class Settings(BaseSettings):
         state_directory: where administrators' choices (versions, policies, unloaded lines) are kept through restarts;
             made where it is missing, absent means that they end with the process.
         memory_budget_bytes: of all engines together; beyond it, lines that were not asked for lately are unloaded, and
-            loaded again when a frame comes. 0 is no limit.
+            loaded again when a frame comes. 0 is no limit; absent means, on a CPU, what the container's limit leaves
+            beside the process itself, bodies and heatmaps, and no limit where there is none or engines are on a GPU.
         pinned_lines: never unloaded, separated by commas.
         require_signature: refuse bundles that are not signed.
         signature_public_key: PEM file of the key whose signatures count; a wrong signature is refused in any case.
@@ -152,7 +169,7 @@ class Settings(BaseSettings):
     activate_newest: bool = True
     keep_previous: bool = True
     state_directory: Path | None = None
-    memory_budget_bytes: int = Field(default=0, ge=0)
+    memory_budget_bytes: int | None = Field(default=None, ge=0)
     pinned_lines: Annotated[frozenset[LineName], NoDecode] = frozenset()
     store_url: str | None = Field(default=None, pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w!.*'()/-]*)?$")
     store_endpoint: str | None = Field(default=None, pattern=r"^https?://[^/\s]+/?$")
@@ -302,6 +319,17 @@ class Settings(BaseSettings):
         """Memory that bodies may take together; two of the largest at least."""
         share = min(usable_memory_bytes() // _BODIES_SHARE, _MOST_BODY_BYTES)
         return self.max_body_bytes_held or max(share, 2 * self.max_body_bytes)
+
+    @property
+    def engine_budget_bytes(self) -> int | None:
+        """Memory that all engines may take together; None is no limit."""
+        if self.memory_budget_bytes is not None:
+            return self.memory_budget_bytes or None
+        limit = memory_limit_bytes()
+        if limit is None or self.device in GPU_DEVICES:
+            return None
+        others = _PROCESS_BYTES + self.body_budget_bytes + self.max_heatmap_bytes_kept
+        return max(limit - others, limit // _LEAST_ENGINES_SHARE)
 
     @property
     def runners_per_engine(self) -> int:

@@ -278,6 +278,10 @@ class Telemetry:
         self._engine_info = self._gauge(
             "engine_info", "A loaded engine; always 1.", "engine", "version", "device", "provider", "precision"
         )
+        self._engine_bytes = self._gauge(
+            "engine_memory_bytes", "What a loaded engine takes, as the budget counts it.", "engine", "version"
+        )
+        self._budget = self._gauge("engine_memory_budget_bytes", "Memory of all engines together; 0 is no limit.")
         self._model_info = self._gauge(
             "model_info", "What serves a line; always 1.", "line", "version", "digest", "policy", "device"
         )
@@ -382,13 +386,21 @@ class Telemetry:
         """Record how long an engine took from its bundle's bytes to its golden frames passed."""
         self._engine_load.labels(engine).set(seconds)
 
-    def engine_runs(self, engine: str, version: str, device: str, provider: str, precision: str) -> None:
-        """Record where a loaded version runs, by what, and what it computes in."""
+    def engine_runs(
+        self, engine: str, version: str, device: str, provider: str, precision: str, *, size_bytes: int
+    ) -> None:
+        """Record where a loaded version runs, by what, what it computes in, and the memory that it takes."""
         self._engine_info.labels(engine, version, device, provider, precision).set(1)
+        self._engine_bytes.labels(engine, version).set(size_bytes)
+
+    def memory_is_bounded(self, budget_bytes: int | None) -> None:
+        """Record what all engines may take together; None is no limit."""
+        self._budget.set(budget_bytes or 0)
 
     def engine_closed(self, engine: str, version: str, device: str, provider: str, precision: str) -> None:
         """Forget a version that is in memory no longer."""
         self._engine_info.remove(engine, version, device, provider, precision)
+        self._engine_bytes.remove(engine, version)
 
     def line_serves(
         self, line: str, version: str, digest: str, policy: str, device: str, calibration: Calibration | None

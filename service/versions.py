@@ -29,7 +29,7 @@ from service.errors import (
     BundleRefused,
     FlawlineError,
 )
-from service.heap import lacked_memory
+from service.heap import held_bytes, lacked_memory
 from service.live import (
     LineState,
     LineStatus,
@@ -38,7 +38,7 @@ from service.live import (
     VersionKey,
 )
 from service.loading import BatcherOptions, Loader, OpenEngine
-from service.memory import Resident, make_room
+from service.memory import EngineSizes, Resident, make_room
 from service.served import WHILE_LOADING_S, ServedLines, State
 from service.stores.store import Store
 from service.telemetry import Telemetry
@@ -68,6 +68,8 @@ class RegistryOptions:
         pinned: lines whose engine is never unloaded.
         trust: whose signature bundles must have; None does not ask for one.
         state_directory: where administrators' choices are kept through restarts; None forgets them.
+        weighs_engines: whether an engine takes what loading it added to this process; else what it says itself, as for
+            the memory of another device.
     """
 
     activates_newest: bool = True
@@ -76,6 +78,7 @@ class RegistryOptions:
     pinned: frozenset[str] = frozenset()
     trust: Trust | None = None
     state_directory: Path | None = None
+    weighs_engines: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ class LoadedVersions(ServedLines):
         self._last_live = LastLive(self._options.state_directory)
         self._loader = Loader(store.directory, open_engine, driven, telemetry, clock, self._options.trust)
         self._telemetry = telemetry
+        telemetry.memory_is_bounded(self._options.budget_bytes)
         self._fault: str | None = None
         # What is named first is taken first: looking at the store to the end, speaking with it, a turn, the change.
         self._looking = threading.Lock()
@@ -158,6 +162,9 @@ class LoadedVersions(ServedLines):
         self._hidden: set[str] = set()  # bundles whose folder in the store can't be read
         self._has_scanned = False  # whether the store could be read once, so that its lines are known
         self._retired: list[LoadedVersion] = []
+        self._sizes = EngineSizes()
+        self._networks: dict[VersionKey, str] = {}  # of what was loaded here, to tell what it will take again
+        self._closed_bytes = 0  # of engines, ever since: what was given back while another one was loaded
 
     # What belongs where the event loop runs.
 
@@ -167,6 +174,7 @@ class LoadedVersions(ServedLines):
             if version.bundle.batcher.is_idle:
                 version.bundle.batcher.close()
                 version.bundle.engine.close()
+                self._closed_bytes += version.bundle.engine.size_bytes
                 self._retired.remove(version)
                 _log.info("version closed", extra=_named(version.key))
 
@@ -334,6 +342,7 @@ class LoadedVersions(ServedLines):
         self._telemetry.declare_engine(key.name)
         try:
             with self._telling_of_refusals(key):
+                held_before, closed_before = self._held_bytes(), self._closed_bytes
                 # Nobody makes room for what can't even be read.
                 loaded = self._loader.load(
                     key.name,
@@ -342,6 +351,7 @@ class LoadedVersions(ServedLines):
                     # At the start nothing is ready, and nothing keeps it from being so soon.
                     gives_way=bool(self._state.live) and not self._is_loading,
                 )
+                self._weigh(loaded, held_before, closed_before)
                 try:
                     with self._changing:
                         self._refuse_too_large(loaded)
@@ -391,7 +401,7 @@ class LoadedVersions(ServedLines):
         if replaced is not None:
             self._retired.append(replaced)
         self._state = replace(self._state, loaded={**self._state.loaded, key: loaded})
-        self._telemetry.engine_runs(*_running(loaded))
+        self._telemetry.engine_runs(*_running(loaded), size_bytes=loaded.bundle.engine.size_bytes)
         return loaded
 
     def _claim_and_make_room(self, key: VersionKey, lines: tuple[str, ...]) -> tuple[str, ...]:
@@ -587,11 +597,31 @@ class LoadedVersions(ServedLines):
         """Unload what has to make room for a version, by what its file promises of its size."""
         if self._options.budget_bytes is None:
             return
+        file = self._catalogue.folder(*key) / MODEL_FILE
         try:
-            expected = (self._catalogue.folder(*key) / MODEL_FILE).stat().st_size
+            file_bytes = file.stat().st_size
         except OSError:  # whoever loads it says what is wrong
             return
+        expected = self._sizes.expect(self._networks.get(key), file_bytes)
         self._unload(make_room(self._residents(key.name), self._options.budget_bytes, expected) or ())
+
+    def _weigh(self, loaded: LoadedVersion, held_before: int | None, closed_before: int) -> None:
+        """Have an engine that was just loaded say what that took, where it can be seen."""
+        held = self._held_bytes()
+        if held is None or held_before is None:
+            return
+        bundle = loaded.bundle
+        network = bundle.manifest.files[MODEL_FILE]
+        grown, closed = held - held_before, self._closed_bytes - closed_before
+        try:
+            file_bytes = (self._catalogue.folder(*loaded.key) / MODEL_FILE).stat().st_size
+        except OSError:  # it was removed meanwhile
+            file_bytes = bundle.engine.size_bytes
+        self._networks[loaded.key] = network
+        bundle.engine.size_bytes = self._sizes.learn(network, file_bytes, bundle.engine.size_bytes, grown, closed)
+
+    def _held_bytes(self) -> int | None:
+        return held_bytes() if self._options.weighs_engines else None
 
     def _refuse_too_large(self, loaded: LoadedVersion) -> None:
         """Unload what has to make room for an engine whose size is known by now.

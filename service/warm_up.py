@@ -8,9 +8,12 @@ Where time runs out, the larger sizes are given up rather than left cold: the sc
 When and where a run is done is said by whoever loads: beside lines that are served, their frames come first.
 """
 
+import contextlib
 import logging
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +21,14 @@ from numpy.typing import NDArray
 from service.contract.bundle import Manifest
 from service.engines.engine import Engine, EngineOutput, LoneRun, RunBatch
 from service.schedule import RunTimes
+from service.threads import BEHIND_FRAMES, begin
 
 # A start is a busy time, and the lone way, which needs every core, is the one that is held up; so it is asked again.
 _LONE_TRIES = 20
 _LONE_LIMIT_S = 2.0
 # The first one allocates, the second one may record a graph, the third one is what a frame will meet.
 _RUNS = 3
+_TOGETHER_WITHIN_S = 1.0
 
 _log = logging.getLogger("flawline")
 
@@ -84,6 +89,33 @@ def warm_up(
     for size, seconds in enumerate(learned, start=1):
         run_times = run_times.learn(size, seconds)
     return run_times
+
+
+def run_side_by_side(engine: Engine, manifest: Manifest, batch_size: int, count: int) -> None:
+    """Run as many batches at once as frames may, so that the buffers of all of them are there, and can be seen.
+
+    Args:
+        engine: warm.
+        manifest: of its bundle.
+        batch_size: frames in each.
+        count: of runs.
+
+    Raises:
+        EngineFailed: if one fails.
+    """
+    frames = np.zeros((batch_size, manifest.input.height, manifest.input.width, 3), np.uint8)
+    line_index = np.zeros(batch_size, np.int64)
+    together = threading.Barrier(count)
+
+    def run() -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):  # then they come one by one, and less is seen
+            together.wait(_TOGETHER_WITHIN_S)
+        engine.run(frames, line_index)
+
+    runs = [begin(run, name="flawline-warm-up", niceness=BEHIND_FRAMES) for _ in range(count)]
+    wait(runs)
+    for outcome in runs:
+        outcome.result()
 
 
 class LoneTrial:

@@ -77,7 +77,8 @@ class Engine(Protocol):
         device: where it really runs, for example `cpu` or `cuda:0`.
         provider: what runs it there, in the runtime's own word, for example `CPUExecutionProvider`.
         precision: that it computes in: the bundle's, unless the runtime was told otherwise.
-        size_bytes: memory that it takes on its device, as well as is known: weights, and buffers of its own.
+        size_bytes: memory that it takes on its device, as well as is known: weights and buffers of its own at least;
+            on a CPU, whoever loaded it sets what that was seen to take.
         alone: what may be run instead where nothing else runs; None where `run` is as quick as it gets.
     """
 

@@ -1,4 +1,4 @@
-"""Promises of the heap: what is imported for good is never looked through again."""
+"""Promises of the heap: what is imported for good is never looked through again, and what is held is told."""
 
 import gc
 import sys
@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from service.heap import imports_stay
+from service.heap import held_bytes, imports_stay
 
 
 @pytest.fixture
@@ -35,3 +35,15 @@ def test_imports_stay_when_all_was_there_or_an_import_fails_then_changes_nothing
 
     assert gc.isenabled()
     assert frozen == []
+
+
+def test_held_when_the_kernel_tells_then_what_is_taken_between_two_looks_is_the_difference(tmp_path):
+    """Only the process's own memory counts; where nobody tells, nothing is made up."""
+    before = held_bytes()
+    taken = bytearray(32 * 2**20)
+    after = held_bytes()
+
+    assert before is not None
+    assert after is not None
+    assert 0.9 * len(taken) < after - before < 2 * len(taken)
+    assert held_bytes(tmp_path / "nothing") is None

@@ -1,10 +1,10 @@
-"""Promises of making room: who leaves, in which order, and that nobody leaves in vain."""
+"""Promises of making room: what engines take, who leaves, in which order, and that nobody leaves in vain."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from service.live import VersionKey
-from service.memory import Resident, make_room
+from service.memory import EngineSizes, Resident, make_room
 
 RESIDENTS = st.lists(
     st.builds(
@@ -46,3 +46,33 @@ def test_room_when_made_then_those_that_serve_nobody_leave_first_and_then_the_le
     stays = [resident for resident in residents if not resident.is_pinned and resident.key not in leaving]
     assert order == sorted(order)
     assert all((resident.is_live, resident.used_at) >= last for resident in stays for last in order[-1:])
+
+
+def test_sizes_when_an_engine_was_loaded_then_it_takes_what_was_seen_and_others_are_expected_to_grow_alike():
+    """A runtime's copies and buffers count; a network that never came is judged by those that did."""
+    sizes = EngineSizes()
+
+    assert sizes.expect("new", 10) == 10
+    assert sizes.learn("known", 10, 20, 80) == 80
+    assert sizes.expect("known", 10) == 80
+    assert sizes.expect("new", 100) == 800
+    assert sizes.expect(None, 100) == 800
+
+
+def test_sizes_when_frames_come_and_go_meanwhile_then_loads_are_averaged_and_never_below_the_promise():
+    """A load beside which others gave memory back looks too small, and one beside a large frame too large."""
+    sizes = EngineSizes()
+    sizes.learn("known", 10, 20, 80)
+
+    assert sizes.learn("known", 10, 20, 120) == 100
+    assert sizes.learn("known", 10, 20, -900) == 20
+    assert sizes.expect("new", 10) == 20
+
+
+def test_sizes_when_others_were_closed_meanwhile_then_their_memory_counts_only_where_nothing_is_known():
+    """What a closed engine gave back is a guess; guesses upon guesses would grow without an end."""
+    sizes = EngineSizes()
+
+    assert sizes.learn("known", 10, 20, 15, closed_bytes=70) == 85
+    assert sizes.learn("known", 10, 20, 60, closed_bytes=85) == 85
+    assert sizes.learn("known", 10, 20, 75) == 80

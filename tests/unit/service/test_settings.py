@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from service import settings as settings_module
 from service.contract.frames import FRAME_FORMATS
 from service.settings import Settings, SettingsInvalid, read_settings, usable_cpus, usable_memory_bytes
 
@@ -128,6 +129,26 @@ def test_usable_memory_when_container_has_a_limit_then_counts_it(tmp_path, files
         (tmp_path / name).write_text(text)
 
     assert usable_memory_bytes(tmp_path) == (limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+@pytest.mark.parametrize(
+    ("limit", "given", "budget"),
+    [
+        # 384 MiB for the process, a quarter for bodies, 256 MiB for heatmaps.
+        (2 * 2**30, {}, 896 * 2**20),
+        (2**29, {}, 2**27),
+        (None, {}, None),
+        (2 * 2**30, {"memory_budget_bytes": 0}, None),
+        (2 * 2**30, {"memory_budget_bytes": 2**20}, 2**20),
+        (2 * 2**30, {"device": "cuda"}, None),
+        (2 * 2**30, {"max_heatmap_bytes_kept": 0}, 1152 * 2**20),
+    ],
+)
+def test_engines_when_the_container_has_a_limit_then_take_what_it_leaves(monkeypatch, limit, given, budget):
+    """Nobody has to say it for a pod not to be killed for its memory; whoever does is heard."""
+    monkeypatch.setattr(settings_module, "memory_limit_bytes", lambda *_: limit)
+
+    assert Settings(**given).engine_budget_bytes == budget
 
 
 def test_bodies_when_nothing_is_said_of_their_memory_then_two_of_the_largest_fit():

@@ -222,7 +222,7 @@ def busy():
     meter.batch(1)
     meter.discard("late")
     telemetry.engine_loaded("demo_engine", 1.0)
-    telemetry.engine_runs("demo_engine", "4", "cpu", "CPUExecutionProvider", "fp32")
+    telemetry.engine_runs("demo_engine", "4", "cpu", "CPUExecutionProvider", "fp32", size_bytes=100)
     telemetry.version_refused("demo_engine")
     telemetry.engine_unloaded("demo_engine")
     for _ in range(50):  # from so many on, drift is told

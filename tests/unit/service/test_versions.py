@@ -21,6 +21,7 @@ from service.errors import (
     UnknownPolicy,
     UnknownVersion,
 )
+from service.live import VersionKey
 from service.loading import BatcherOptions
 from service.registry import Registry
 from service.stores.directory import DirectoryStore
@@ -567,6 +568,47 @@ def test_memory_when_the_budget_is_full_then_the_line_not_asked_for_makes_room_a
     assert sum(not engine.is_closed for engine in shelf.engines) == 2
     assert sum(status.state == "ready" for status in registry.statuses()) == 2
     assert "flawline_engine_unloads_total" in shelf.metrics()
+    registry.close()
+
+
+def test_memory_when_loading_takes_more_than_is_promised_then_that_counts(tmp_path, monkeypatch):
+    """The budget holds for what engines really take, closed ones meanwhile left out, and everybody is told it."""
+    shelf = Shelf(tmp_path)
+    for name in ("one", "two", "three"):
+        shelf.add("1", name)
+        shelf.sizes[name] = 10
+    held = iter([1000, 1100, 1100, 1200, 1200, 1300])
+    monkeypatch.setattr("service.versions.held_bytes", lambda: next(held))
+
+    registry = shelf.load(budget_bytes=250, weighs_engines=True)
+
+    assert shelf.line_states() == {"one": "unloaded", "three": "ready", "two": "ready"}
+    assert [one.size_bytes for one in registry.versions("two")] == [100]
+    told = [line for line in shelf.metrics().splitlines() if line.startswith("flawline_engine_memory")]
+    assert sorted(told) == [
+        "flawline_engine_memory_budget_bytes 250.0",
+        'flawline_engine_memory_bytes{engine="three",version="1"} 100.0',
+        'flawline_engine_memory_bytes{engine="two",version="1"} 100.0',
+    ]
+    registry.close()
+
+
+def test_memory_when_another_engine_is_closed_meanwhile_then_its_memory_is_no_part_of_the_new_one(
+    tmp_path, monkeypatch
+):
+    """What the one before gave back would hide what the new one takes."""
+    shelf = Shelf(tmp_path)
+    shelf.add("1")
+    held = iter([1000, 1100, 1100, 1110])
+    monkeypatch.setattr("service.versions.held_bytes", lambda: next(held))
+    registry = shelf.load(weighs_engines=True, keeps_previous=False)
+    registry._retire([VersionKey("demo_line", "1")])
+    shelf.before_open = lambda _bundle: registry.tend()
+    shelf.add("2")
+
+    registry.rescan()
+
+    assert registry.versions("demo_line")[-1].size_bytes == 100
     registry.close()
 
 

@@ -1,10 +1,14 @@
-"""Promises of the trial of the lone way: it is taken where it says the same, to the last bit, and is quicker."""
+"""Promises of warming up: runs come side by side, and the lone way is taken where it is quicker and says the same."""
+
+import threading
 
 import numpy as np
 import pytest
 
 from service.engines.engine import LoneRun
-from service.warm_up import LoneTrial
+from service.errors import EngineFailed
+from service.warm_up import LoneTrial, run_side_by_side
+from tests.factories import make_manifest
 from tests.fakes import FakeEngine, grey_level
 
 FRAMES = np.full((2, 8, 12, 3), 51, np.uint8)
@@ -92,3 +96,26 @@ def test_winner_when_engine_has_one_way_then_there_is_none():
     trial.run(FRAMES, LINE_INDEX)
 
     assert trial.winner() is None
+
+
+def test_side_by_side_when_runs_may_be_then_all_are_under_way_at_once():
+    """The buffers of every run are there before frames come, and are seen while the engine is weighed."""
+    engine, together = FakeEngine(), threading.Barrier(3)
+    engine.on_run = lambda _: together.wait(20) and None
+
+    run_side_by_side(engine, make_manifest(), 2, 3)
+
+    assert engine.batches == [2, 2, 2]
+
+
+def test_side_by_side_when_one_fails_then_raises():
+    """An engine that can't run as often as frames may come is not taken into use."""
+    engine = FakeEngine()
+
+    def fail(_):
+        raise EngineFailed("The runtime failed.")
+
+    engine.on_run = fail
+
+    with pytest.raises(EngineFailed):
+        run_side_by_side(engine, make_manifest(), 1, 2)
