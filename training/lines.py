@@ -32,7 +32,7 @@ from training.data.check import CheckedDataset, check_dataset
 from training.data.detect import read_dataset
 from training.data.samples import ANOMALOUS, UNKNOWN, Dataset, DatasetFault, Sample, parts_of
 from training.data.shots import choose_shots
-from training.data.split import name_parts, split_good
+from training.data.split import name_parts, split_good, tell_order
 from training.progress import Reporter
 from training.run_directory import LineRequest, RunRequest
 
@@ -127,6 +127,7 @@ def gather_lines(request: RunRequest, reporter: Reporter) -> GatheredLines:
         *lines_given_up(request.store, request.name, served),
         *_told_of_lines_together(request),
         *_told_of_copies(lines),
+        *_told_of_order(lines, request),
         *_told_of_few_frames(lines, request.config),
         *_told_of_missing_masks(lines),
         *compare_frame_sizes(lines, request.config.frame_input),
@@ -323,6 +324,14 @@ def _told_of_copies(lines: Sequence[GatheredLine]) -> tuple[str, ...]:
         for line in lines
         if line.copies
     )
+
+
+def _told_of_order(lines: Sequence[GatheredLine], request: RunRequest) -> tuple[str, ...]:
+    """Say of which lines numbers in names don't tell the frames that were recorded one after another."""
+    if request.released is not None or request.config.shots is not None:
+        return ()
+    told = ((line.name, tell_order(line.data.distinct, request.config.hold_out)) for line in lines)
+    return tuple(f"{name}: {sentence}" for name, sentence in told if sentence is not None)
 
 
 def _told_of_few_frames(lines: Sequence[GatheredLine], config: RunConfig) -> tuple[str, ...]:

@@ -5,14 +5,20 @@ other exposures has nearby numbers. Held out one by one, almost every calibratio
 fitted ones, scores would be too low and the false-reject bound would not hold on new parts. So whole blocks of
 consecutive frames are held out by default, and a block's edges move to the widest gap in the numbering nearby.
 
+Names tell which frames are consecutive: by the last number in each, where no two have the same and it counts frames
+over the whole folder. A number that begins again, as in a folder for each day, or that is a fraction of a second does
+not; then folders and whole names are sorted, numbers in them as numbers.
+
 Pure: names in, two lists out; the same seed gives the same split on every machine.
 """
 
+import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +28,10 @@ from training.data.samples import Dataset, DatasetFault, Sample
 _LARGEST_SHIFT = 8
 # So many good parts support the default review rate. Moved edges never take a split that wants them below that.
 _ENOUGH_HELD = 19
+# A time of day with something after it that is a part of a second: 130235_123, 13-02-35.123456, 20261122T130235_1.
+_TIME_AND_FRACTION = re.compile(r"(?:[01]\d|2[0-3])([-_.:]?)[0-5]\d\1[0-5]\d\D+\d+\D*$")
+
+Gap = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,72 @@ def split_good(dataset: Dataset, rule: HoldOut) -> tuple[list[Sample], list[Samp
     return hold_out(dataset.train_good, rule)
 
 
+class RecordingOrder:
+    """Which of a folder's frames are consecutive, by their names.
+
+    Args:
+        samples: all frames of the folder; views of one piece may share a number.
+
+    Attributes:
+        by_last_number: whether the last number in each name tells; else folders and whole names do.
+    """
+
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        pieces_of: dict[int | None, set[str | Path]] = defaultdict(set)
+        are_times = True
+        for sample in samples:
+            pieces_of[_last_number(sample)].add(sample.path if sample.group is None else sample.group)
+            are_times = are_times and _TIME_AND_FRACTION.search(sample.path.stem) is not None
+        self.by_last_number = not are_times and all(len(pieces) == 1 for pieces in pieces_of.values())
+
+    def key(self, sample: Sample) -> tuple[object, ...]:
+        """Return what sorts frames."""
+        if self.by_last_number:
+            number = _last_number(sample)
+            return number is None, number or 0, sample.path.as_posix()
+        return _words_and_numbers(sample), sample.path.as_posix()
+
+    def gap(self, before: Sample, after: Sample) -> Gap:
+        """Return how far two frames are apart: names that begin to differ earlier are, then those of other words."""
+        if self.by_last_number:
+            first, second = _last_number(before), _last_number(after)
+            return 0.0, 0.0 if first is None or second is None else float(second - first)
+        names = (chain.from_iterable(_words_and_numbers(sample)) for sample in (before, after))
+        for place, (first, second) in enumerate(zip(*names, strict=False)):
+            if first != second:
+                is_counted = isinstance(first, int) and isinstance(second, int)
+                return -place, float(second - first) if is_counted else math.inf
+        return -math.inf, 0.0
+
+
+def _last_number(sample: Sample) -> int | None:
+    numbers = re.findall(r"\d+", sample.path.stem)
+    return int(numbers[-1]) if numbers else None
+
+
+def _words_and_numbers(sample: Sample) -> tuple[tuple[str | int, ...], ...]:
+    """Take the folders and the name apart, each to a word (perhaps empty), a number, a word, and so on."""
+    parts = (*sample.path.parent.parts, sample.path.stem)
+    return tuple(
+        tuple(int(text) if at % 2 else text for at, text in enumerate(re.split(r"(\d+)", part))) for part in parts
+    )
+
+
+def tell_order(dataset: Dataset, rule: HoldOut) -> str | None:
+    """Say how consecutive good frames were found, where blocks of them are held out and numbers in names don't tell."""
+    if dataset.validation_good or rule.rule != "blocks":
+        return None
+    order = RecordingOrder(dataset.train_good)
+    if order.by_last_number or all(_last_number(sample) is None for sample in dataset.train_good):
+        return None
+    first, *_, last = sorted(dataset.train_good, key=order.key)
+    return (
+        "The last numbers in the names of good frames don't count them, so folders and whole names say which are "
+        f"consecutive and held out in blocks, from {first.path.relative_to(dataset.root)} to "
+        f"{last.path.relative_to(dataset.root)}. If frames were recorded in another order, number them."
+    )
+
+
 def hold_out(samples: Sequence[Sample], rule: HoldOut) -> tuple[list[Sample], list[Sample]]:
     """Split samples into kept and held-out ones, each in recording order; both get at least one.
 
@@ -97,21 +173,23 @@ def hold_out(samples: Sequence[Sample], rule: HoldOut) -> tuple[list[Sample], li
     Raises:
         DatasetFault: if there are fewer than two frames or groups, or a name does not match the group pattern.
     """
-    ordered = sorted(samples, key=_recording_order)
+    order = RecordingOrder(samples)
+    ordered = sorted(samples, key=order.key)
     if len(ordered) < 2:
         raise DatasetFault("A split needs at least two good frames; add frames, or a validation/good folder.")
     if rule.rule == "groups":
         held = _groups([_group(s, rule.group_by) for s in ordered], _wanted(len(ordered), rule), rule.seed)
-        return _sides([[sample] for sample in ordered], held)
+        return _sides([[sample] for sample in ordered], held, order)
     pieces = _pieces(ordered)
     if len(pieces) < 2:
         raise DatasetFault(f"All good frames show one piece, {ordered[0].group!r}; add frames of other pieces.")
     wanted = _wanted(len(pieces), rule)
     if rule.rule == "blocks":
-        held = _blocks([_number(piece[0]) for piece in pieces], wanted, rule)
+        gaps = [order.gap(before[0], after[0]) for before, after in pairwise(pieces)]
+        held = _blocks(gaps, wanted, rule)
     else:
         held = set(random.Random(rule.seed).sample(range(len(pieces)), wanted))  # noqa: S311 -- no secret is drawn
-    return _sides(pieces, held)
+    return _sides(pieces, held, order)
 
 
 def _wanted(count: int, rule: HoldOut) -> int:
@@ -126,26 +204,19 @@ def _pieces(ordered: Sequence[Sample]) -> list[list[Sample]]:
     return list(pieces.values())
 
 
-def _sides(pieces: Sequence[Sequence[Sample]], held: set[int]) -> tuple[list[Sample], list[Sample]]:
+def _sides(
+    pieces: Sequence[Sequence[Sample]], held: set[int], order: RecordingOrder
+) -> tuple[list[Sample], list[Sample]]:
     sides: tuple[list[Sample], list[Sample]] = ([], [])
     for index, piece in enumerate(pieces):
         sides[index in held].extend(piece)
-    kept, out = (sorted(side, key=_recording_order) for side in sides)
+    kept, out = (sorted(side, key=order.key) for side in sides)
     return kept, out
 
 
-def _number(sample: Sample) -> int | None:
-    numbers = re.findall(r"\d+", sample.path.stem)
-    return int(numbers[-1]) if numbers else None
-
-
-def _recording_order(sample: Sample) -> tuple[bool, int, str]:
-    number = _number(sample)
-    return number is None, number or 0, sample.path.as_posix()
-
-
-def _blocks(numbers: Sequence[int | None], wanted: int, rule: HoldOut) -> set[int]:
-    count = len(numbers)
+def _blocks(gaps: Sequence[Gap], wanted: int, rule: HoldOut) -> set[int]:
+    """Choose pieces by their places; `gaps` lie between each and the next."""
+    count = len(gaps) + 1
     blocks = min(rule.blocks, wanted)
     period, length = count / blocks, wanted / blocks
     phase = random.Random(rule.seed).random() * (period - length)  # noqa: S311 -- no secret is drawn
@@ -154,7 +225,7 @@ def _blocks(numbers: Sequence[int | None], wanted: int, rule: HoldOut) -> set[in
     for block in range(blocks):
         begin = round(block * period + phase)
         end = min(max(begin + 1, round(block * period + phase + length)), count)
-        held.update(range(_widest_gap(numbers, begin, reach), _widest_gap(numbers, end, reach)))
+        held.update(range(_widest_gap(gaps, begin, reach), _widest_gap(gaps, end, reach)))
     if len(held) == count:  # rounded edges have left no gap between the blocks
         return set(range(wanted))
     while len(held) < min(wanted, _ENOUGH_HELD):
@@ -162,17 +233,12 @@ def _blocks(numbers: Sequence[int | None], wanted: int, rule: HoldOut) -> set[in
     return held
 
 
-def _widest_gap(numbers: Sequence[int | None], edge: int, reach: int) -> int:
-    """Move an edge (between frames `edge - 1` and `edge`) to the widest gap within reach, the nearest among equals."""
-
-    def gap(at: int) -> int:
-        before, after = numbers[at - 1], numbers[at]
-        return 0 if before is None or after is None else after - before
-
-    if not 0 < edge < len(numbers):
+def _widest_gap(gaps: Sequence[Gap], edge: int, reach: int) -> int:
+    """Move an edge (between pieces `edge - 1` and `edge`) to the widest gap within reach, the nearest among equals."""
+    if not 0 < edge <= len(gaps):
         return edge
-    within = range(max(1, edge - reach), min(len(numbers) - 1, edge + reach) + 1)
-    return max(within, key=lambda at: (gap(at), -abs(at - edge), -at))
+    within = range(max(1, edge - reach), min(len(gaps), edge + reach) + 1)
+    return max(within, key=lambda at: (gaps[at - 1], -abs(at - edge), -at))
 
 
 def _group(sample: Sample, pattern: str | None) -> str:

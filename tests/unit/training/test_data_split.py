@@ -1,5 +1,6 @@
 """Promises of the split that keeps calibration frames away from fitting."""
 
+import datetime as dt
 import itertools
 import random
 from pathlib import Path
@@ -102,6 +103,62 @@ def test_hold_out_sorts_by_the_last_number_and_not_by_the_alphabet():
     places = [order.index(s.path.stem) for s in held]
     assert places[1] - places[0] == 1
     assert len(kept) == 2
+
+
+def _neighbours_apart(recorded, fitted, held):
+    """Count held-out frames beside which a fitted one was recorded."""
+    place = {path: index for index, path in enumerate(recorded)}
+    fitted_at = {place[s.path] for s in fitted}
+    return sum(not fitted_at.isdisjoint((place[s.path] - 1, place[s.path] + 1)) for s in held)
+
+
+_START = dt.datetime(2026, 11, 22, 13, 59, 40)  # noqa: DTZ001 -- a camera's clock
+_TIMES = [_START + dt.timedelta(seconds=0.73 * index) for index in range(160)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{time:%Y%m%d_%H%M%S}_{time.microsecond // 1000:03d}" for time in _TIMES],
+        [f"{time:%Y%m%d_%H%M%S_%f}" for time in _TIMES],
+        [f"{time:%Y-%m-%dT%H-%M-%S}.{time.microsecond}" for time in _TIMES],
+        [f"{time:%H%M%S}{time.microsecond // 1000:03d}_exp{500 + index % 3}" for index, time in enumerate(_TIMES)],
+        [f"day{day}/{index:04d}" for day in range(9, 13) for index in range(40)],
+        [f"part{part}_{shot}" for part in range(8, 62) for shot in range(3)],
+    ],
+    ids=["milliseconds", "microseconds", "unpadded fractions", "exposures", "a folder a day", "shots of parts"],
+)
+def test_hold_out_when_the_last_number_does_not_count_frames_still_holds_whole_blocks(names):
+    """Times with fractions, numbers that begin again and settings at the end leave no near-copies on both sides."""
+    samples = _samples(names)
+
+    kept, held = hold_out(random.Random(1).sample(samples, len(samples)), HoldOut())  # noqa: S311
+
+    assert 0 < _neighbours_apart([sample.path for sample in samples], kept, held) <= 8
+    assert len(held) >= len(names) // 5
+
+
+def test_hold_out_of_folders_whose_numbers_begin_again_moves_an_edge_to_where_one_begins():
+    """Between two folders lies more than between two numbers, however far apart these are."""
+    names = [f"{folder}/{number}" for folder in ("a", "b") for number in (*range(20), *range(90, 110))]
+
+    for seed in range(20):
+        _, held = hold_out(_samples(names), HoldOut(0.5, blocks=1, seed=seed))
+        begin = names.index(held[0].path.relative_to("train/good").with_suffix("").as_posix())
+        if abs(begin - 40) <= 8:
+            assert begin == 40
+            break
+    else:
+        pytest.fail("no seed begins near the second folder")
+
+
+def test_hold_out_of_frames_that_differ_in_their_suffix_alone_splits_them():
+    """Two files of one stem are two frames."""
+    samples = [Sample(Path(f"train/good/1{suffix}"), "train", 0, "good") for suffix in (".png", ".jpg", ".bmp")]
+
+    kept, held = hold_out(samples, HoldOut(0.4))
+
+    assert {len(kept), len(held)} == {1, 2}
 
 
 def test_hold_out_of_names_without_numbers_follows_the_alphabet():

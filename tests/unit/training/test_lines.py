@@ -45,6 +45,22 @@ def test_gather_when_lines_are_fit_then_each_is_split_on_its_own(tmp_path, bottl
     assert gathered.warnings == ()
 
 
+def test_gather_when_numbers_in_names_begin_again_then_says_what_orders_frames(tmp_path, bottle):
+    """Whoever records a folder a day can see which frames were taken for neighbours; numbered frames need no word."""
+    plain = _gather(tmp_path, bottle).warnings
+    for path in sorted((bottle / "train/good").iterdir()):
+        day = bottle / f"train/good/day{int(path.stem) // 20 + 9}"
+        day.mkdir(exist_ok=True)
+        path.rename(day / f"{int(path.stem) % 20:04d}.png")
+
+    (told,) = _gather(tmp_path, bottle).warnings
+
+    assert plain == ()
+    assert told.startswith("bottle: The last numbers in the names of good frames don't count them")
+    assert "from train/good/day9/0000.png to train/good/day10/0019.png" in told
+    assert _gather(tmp_path, bottle, config=make_config(hold_out={"fraction": 0.5, "rule": "random"})).warnings == ()
+
+
 def test_gather_when_lines_change_places_then_has_another_digest(tmp_path, bottle, cap):
     """A line's place is its index in the network, so another order is another run; a repetition is the same."""
     digests = [_gather(tmp_path, *folders).digest for folders in ((bottle, cap), (cap, bottle), (bottle, cap))]
