@@ -38,7 +38,7 @@ from service.batch_queue import Batch, BatchQueue, Place, Running, Taken
 from service.engines.engine import Engine, EngineOutput, LoneRun, RunBatch
 from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded, UnreadableFrame
 from service.schedule import Priority, RunTimes, WaitingFrame, has_room
-from service.telemetry import EngineMeter
+from service.telemetry import CALLER_LEFT, REQUEST_FAILED, Discarded, EngineMeter
 from service.threads import BEHIND_FRAMES, BEHIND_THE_LOOP, hold_back, stand_back
 
 # The loop's timers may fire a little early; looking again just after the moment saves a second look.
@@ -300,6 +300,7 @@ class Batcher:
             Overloaded: as soon as the deadline can't be met any more.
             EngineFailed: if the engine fails on this frame, or is lost.
             Exception: whatever the work raises.
+            CancelledError: if it is given up; whoever cancels it with `REQUEST_FAILED` has it counted as that.
         """
         if self._fault is not None:
             raise self._fault()
@@ -319,8 +320,8 @@ class Batcher:
             return outcome
         finally:
             del self._unanswered[waiting.number]
-            if self._queue.withdraw(entry):  # only a caller that leaves gets here so early
-                self._meter.discard("caller_left")
+            if self._queue.withdraw(entry):  # only who is given up gets here so early
+                self._meter.discard(_why_left(entry.answer))
             elif not entry.answer.cancelled():
                 entry.answer.exception()  # looked at, so that a caller leaving at this very moment leaves no warning
 
@@ -473,7 +474,7 @@ class Batcher:
         for entry in batch.entries:
             answer = outcome.answers[entry.waiting.number] if self._fault is None else self._fault()
             if entry.answer.done():
-                self._meter.discard("caller_left" if entry.answer.cancelled() else "late")
+                self._meter.discard(_why_left(entry.answer) if entry.answer.cancelled() else "late")
             elif isinstance(answer, Exception):
                 entry.answer.set_exception(answer)
             else:
@@ -733,6 +734,17 @@ def _what_comes_of(step: Callable[[], Any]) -> Any:
 def _fail(entry: _Entry, fault: FlawlineError) -> None:
     if not entry.answer.done():
         entry.answer.set_exception(fault)
+
+
+def _why_left(answer: asyncio.Future[Any]) -> Discarded:
+    """Return why an answer was given up: what it was cancelled with tells."""
+    if answer.cancelled():
+        try:
+            answer.exception()
+        except asyncio.CancelledError as given_up:
+            if given_up.args == (REQUEST_FAILED,):
+                return REQUEST_FAILED
+    return CALLER_LEFT
 
 
 def _too_late(wait_s: float) -> Overloaded:

@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -41,7 +41,7 @@ from service.inspection import Inspection
 from service.log import InspectionRecord, LineWriter
 from service.tallies import Tally
 
-Discarded = Literal["caller_left", "late"]
+Discarded = Literal["caller_left", "late", "request_failed"]
 Sink = Literal["heatmaps", "disagreements", "traces", "log"]
 
 GoldenOutcome = Literal["passed", "failed", "skipped"]
@@ -49,7 +49,9 @@ DisagreementKind = Literal["stricter", "laxer", "no_verdict"]
 
 UNKNOWN_LINE = "unknown"
 OTHER_REASON = "other"
-CALLER_LEFT = "caller_left"
+CALLER_LEFT: Final = "caller_left"
+# Of frames that are answered together: another one of the request has no verdict, and so this one gets none.
+REQUEST_FAILED: Final = "request_failed"
 _REASONS = known_codes() | {CALLER_LEFT}
 # What alerts and promises ask for by name. A series that is born with its first losses shows no rise, so nobody would
 # be told of them: whatever is not the caller's to blame is there at 0 before, a dozen series a line.
@@ -268,7 +270,12 @@ class Telemetry:
             "reason",
         )
         self._queue_depth = self._gauge("queue_depth", "Frames accepted and not answered yet.", "engine")
-        self._discarded = self._counter("discarded", "Frames that nobody waited for any more.", "engine", "reason")
+        self._discarded = self._counter(
+            "discarded",
+            "Frames that nobody waited for any more: their caller left, they were late, or their request has failed.",
+            "engine",
+            "reason",
+        )
         self._replaced_decoders = self._counter(
             "decoders_replaced", "Threads that were given up, since the frame that they decoded kept them too long."
         )
@@ -368,10 +375,8 @@ class Telemetry:
 
     def engine(self, engine: str) -> EngineMeter:
         """Return the gauges of an engine, under the name of its bundle."""
-        discarded: dict[Discarded, Counter] = {
-            "caller_left": self._discarded.labels(engine, "caller_left"),
-            "late": self._discarded.labels(engine, "late"),
-        }
+        reasons: tuple[Discarded, ...] = get_args(Discarded)
+        discarded = {reason: self._discarded.labels(engine, reason) for reason in reasons}
         if engine not in self._depths:
             self._depths[engine] = depth = Depth()
             self._queue_depth.labels(engine).set_function(lambda: float(depth.frames))

@@ -270,7 +270,8 @@ _LATENCY_PANELS = (
     ),
     Panel(
         "Frames nobody waited for",
-        "Dropped before their run, or answered too late: the caller had left, or the deadline had passed.",
+        "Dropped before their run, or their result after it: the caller had left, the deadline had passed, or another "
+        "frame of the same request had no verdict (request_failed).",
         "reqps",
         [
             Query(

@@ -33,6 +33,7 @@ from service.routes.context import Context, caller_of, context_of, find_for, ref
 from service.routes.identity import received_at_of
 from service.routes.problems import request_id_of
 from service.settings import Settings
+from service.telemetry import REQUEST_FAILED
 
 router = APIRouter(prefix="/v2", include_in_schema=False)
 
@@ -311,13 +312,13 @@ def _works(
 
 
 async def _together(context: Context, works: Iterable[InspectionRequest]) -> list[Inspection]:
-    """Inspect every frame, and let the first fault end all of them."""
+    """Inspect every frame, and let the first fault end all of them, whose caller is still there."""
     tasks = [asyncio.ensure_future(context.pipeline.inspect(work)) for work in works]
     try:
         inspections = await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            task.cancel()
+            task.cancel(REQUEST_FAILED)
     if len({(inspection.bundle_digest, inspection.policy_digest) for inspection in inspections}) > 1:
         raise LineNotReady("Another version or policy became live during this request; send it again.")
     return inspections

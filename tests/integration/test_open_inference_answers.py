@@ -9,6 +9,7 @@ from service.app import create_app
 from service.settings import Settings
 from tests.factories import encode, make_bundle, make_frame, make_policy
 from tests.fakes import in_loop
+from tests.servers import serve_held, wait_until
 
 
 @in_loop
@@ -42,3 +43,22 @@ async def test_infer_when_another_policy_becomes_live_between_two_frames_then_it
     assert (mixed.status_code, again.status_code) == (503, 200)
     assert "send it again" in mixed.json()["error"]
     assert again.json()["parameters"]["policy"] == "strict"
+
+
+def test_infer_when_one_frame_has_no_verdict_then_the_others_count_as_of_a_failed_request(tmp_path):
+    """Whose caller waits, and is answered, is not counted as one that left, neither waiting nor running."""
+    make_bundle(tmp_path, "demo_line")
+    frames = [b64encode(data).decode() for data in (b"junk", *[encode(make_frame())] * 4)]
+    images = {"name": "encoded_frames", "datatype": "BYTES", "shape": [5], "data": frames}
+    asked = {"inputs": [images | {"parameters": {"content_type": "base64"}}]}
+
+    with serve_held(tmp_path, runners=1) as (http, engine):
+        engine.hold()
+        failed = http.post("/v2/models/demo_line/infer", json=asked)
+        engine.release()
+        counted = 'flawline_discarded_total{engine="demo_line",reason="request_failed"} 4.0'
+        wait_until(lambda: counted in http.get("/metrics").text, "the count")
+        told = http.get("/metrics").text
+
+    assert failed.status_code == 400
+    assert 'flawline_discarded_total{engine="demo_line",reason="caller_left"} 0.0' in told

@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 import time
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,11 +17,12 @@ from service.batcher import MOST_GIVEN_UP, Batcher
 from service.engines.engine import LoneRun
 from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded, UnreadableFrame
 from service.schedule import Priority, RunTimes
-from service.telemetry import Buckets, Depth, EngineMeter, Telemetry
+from service.telemetry import REQUEST_FAILED, Buckets, Depth, Discarded, EngineMeter, Telemetry
 from tests.fakes import FakeClock, FakeEngine, grey_level, in_loop
 
 SOON_S = 0.05
 LONG_S = 20.0
+REASONS = get_args(Discarded)
 BATCHES_PAY = RunTimes((0.001, 0.001, 0.001, 0.001))
 
 
@@ -87,6 +89,11 @@ class Bench:
         text = self.telemetry.exposition()[0].decode()
         (value,) = re.findall(rf"^flawline_{re.escape(name)} (\S+)$", text, re.MULTILINE)
         return float(value)
+
+    def discarded(self):
+        """Return how many frames were thrown away, by why."""
+        counts = {reason: self.metric(f'discarded_total{{engine="bench",reason="{reason}"}}') for reason in REASONS}
+        return {reason: count for reason, count in counts.items() if count}
 
 
 @pytest.fixture
@@ -682,40 +689,44 @@ async def test_batcher_when_the_batch_loop_itself_fails_then_is_unhealthy_and_an
         await batcher.submit(place, np.zeros((1, 8, 12, 3), np.uint8), 0)
 
 
+@pytest.mark.parametrize(("said", "reason"), [((), "caller_left"), ((REQUEST_FAILED,), "request_failed")])
 @in_loop
-async def test_submit_when_caller_leaves_then_frame_is_not_run_and_counted(make_bench):
-    """A frame whose caller hung up while it waited is dropped before it takes a place in a batch."""
+async def test_submit_when_given_up_while_it_waits_then_frame_is_not_run_and_counted_by_its_reason(
+    make_bench, said, reason
+):
+    """A frame that nobody waits for any more is dropped before it takes a place in a batch."""
     bench = make_bench()
     runs = watch_greys(bench.engine)
     bench.engine.hold()
     first = bench.start(1)
     await bench.until_a_run_starts()
-    leaving = bench.start(2)
+    given_up = bench.start(2)
     await asyncio.sleep(0)
 
-    leaving.cancel()
+    given_up.cancel(*said)
     bench.engine.release()
     await first
     await bench.inspect(3)
 
     assert runs == [[1], [3]]
-    assert bench.metric('discarded_total{engine="bench",reason="caller_left"}') == 1
+    assert bench.discarded() == {reason: 1}
 
 
+@pytest.mark.parametrize(("said", "reason"), [((), "caller_left"), ((REQUEST_FAILED,), "request_failed")])
 @in_loop
-async def test_submit_when_caller_leaves_during_the_run_then_result_is_counted_as_discarded(make_bench):
+async def test_submit_when_given_up_during_the_run_then_result_is_counted_by_its_reason(make_bench, said, reason):
     """A result that nobody waits for any more is thrown away and counted."""
     bench = make_bench()
     bench.engine.hold()
-    leaving = bench.start()
+    given_up = bench.start()
     await bench.until_a_run_starts()
 
-    leaving.cancel()
+    given_up.cancel(*said)
     bench.engine.release()
     await bench.inspect()
 
-    assert leaving.cancelled()
-    assert bench.metric('discarded_total{engine="bench",reason="caller_left"}') == 1
+    assert given_up.cancelled()
+    assert bench.discarded() == {reason: 1}
 
 
 @in_loop
