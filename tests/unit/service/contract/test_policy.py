@@ -14,6 +14,7 @@ from service.contract.policy import (
     ScoreRule,
     Verdict,
     inspected_mask,
+    is_as_strict,
     judge,
     may_judge,
     refuse_unfit_region,
@@ -359,3 +360,39 @@ def test_scores_when_policies_differ_then_are_alike_only_for_raw_ones_of_the_sam
     assert scores_alike(policy, make_policy()) is alike
     assert scores_alike(make_policy(), policy) is alike
     assert scores_alike(policy, policy) is (policy.calibration == "good_parts")
+
+
+@pytest.mark.parametrize(
+    ("fields", "strict"),
+    [
+        ({}, True),
+        ({"version": "2"}, True),
+        ({"review_threshold": 0.09}, True),
+        ({"review_threshold": 0.11}, False),
+        ({"fail_threshold": 0.19}, True),
+        ({"fail_threshold": 0.21}, False),
+        ({"review_threshold": 0.09, "fail_threshold": 0.21}, False),
+        ({"review_threshold": 0.11, "fail_threshold": 0.19}, False),
+        ({"region_of_interest": LEFT_HALF}, False),
+        ({"calibration": "self", "least_spread": 0.5}, False),
+    ],
+)
+def test_strictness_when_one_rule_is_laxer_then_no_other_makes_up_for_it(fields, strict):
+    """A policy stands in for another only where it stops and fails whatever that does, by the same scores."""
+    own = make_policy(review_threshold=0.1, fail_threshold=0.2)
+
+    assert is_as_strict(own.model_copy(update=fields), own) is strict
+
+
+@pytest.mark.parametrize(("least_spread", "strict"), [(0.4, False), (0.5, True), (0.6, True)])
+def test_strictness_when_frames_are_measured_by_themselves_then_flatter_ones_may_not_pass(least_spread, strict):
+    """A map that has no verdict under the bundle's own policy must not get one under another."""
+    policy = make_self_policy(least_spread=least_spread)
+
+    assert is_as_strict(policy, make_self_policy(least_spread=0.5)) is strict
+
+
+@pytest.mark.parametrize("other", [None, (((0.0, 0.0), (0.4, 0.0), (0.4, 1.0), (0.0, 1.0)),)])
+def test_strictness_when_the_bundles_own_policy_has_another_region_then_scores_are_not_the_same(other):
+    """A smaller region may miss a defect, and a larger one changes what a score is reduced from."""
+    assert not is_as_strict(make_policy(region_of_interest=other), make_policy(region_of_interest=LEFT_HALF))
