@@ -76,6 +76,11 @@ class Bench:
             tiles = np.stack([np.full((8, 12, 3), grey, np.uint8) for grey in greys])
             return await self.batcher.submit(place, tiles, line_index)
 
+    async def inspect_work(self, work):
+        """Take a place and run a frame that is still to be prepared."""
+        with self.batcher.place(time.monotonic() + LONG_S, line="line") as place:
+            return await self.batcher.run(place, work, 0)
+
     def start(self, grey=0, **options):
         """Begin to inspect, and go on."""
         return asyncio.ensure_future(self.inspect(grey, **options))
@@ -120,6 +125,36 @@ def watch_greys(engine):
 
     engine.on_run = note
     return runs
+
+
+async def together(bench, frames):
+    """Have frames wait behind a run, so that they are one batch, and return what became of them."""
+    bench.engine.hold()
+    first = bench.start()
+    await bench.until_a_run_starts()
+    batch = [asyncio.ensure_future(frame) for frame in frames]
+    await asyncio.sleep(0)
+    bench.engine.release()
+    _, *answers = await asyncio.gather(first, *batch, return_exceptions=True)
+    return answers
+
+
+def refuse_white(frames):
+    """Fail as a runtime does on a run that holds a white frame."""
+    if (frames == 255).all(axis=(1, 2, 3)).any():
+        raise ValueError
+
+
+class Unreadable:
+    """Work whose frame can't be made a network input."""
+
+    def prepare(self):
+        """Refuse."""
+        raise UnreadableFrame("The bytes are no picture.")
+
+    def finish(self, result):
+        """Never be asked."""
+        raise AssertionError(result)
 
 
 @in_loop
@@ -284,6 +319,17 @@ async def test_place_when_one_line_sends_too_much_then_the_others_still_find_one
 
 
 @in_loop
+async def test_place_when_a_line_was_answered_then_it_has_its_share_of_places_again(make_bench):
+    """What counts against a line's share are the places that it has, not those that it had."""
+    bench = make_bench(lines=2, max_queue_size=4)
+
+    with bench.batcher.place(time.monotonic() + LONG_S, line="quiet"):
+        answers = [await bench.inspect(line="busy") for _ in range(12)]
+
+    assert len(answers) == 12
+
+
+@in_loop
 async def test_place_when_frames_matter_less_then_they_are_shed_first(make_bench):
     """Frames of an archive, and shadow traffic still sooner, are refused while there is room for what matters."""
     bench = make_bench(max_queue_size=8)
@@ -315,6 +361,24 @@ async def test_submit_when_batch_is_stuck_then_deadline_fires_on_time(make_bench
 
     assert SOON_S * 0.9 <= waited_s < LONG_S / 4
     assert bench.metric('discarded_total{engine="bench",reason="late"}') == 1
+
+
+@in_loop
+async def test_submit_when_several_deadlines_come_behind_stuck_batches_then_each_fires_on_time(make_bench):
+    """One deadline that has fired leaves the next one no later, however far off the last one is."""
+    bench = make_bench(runners=3)
+    bench.engine.hold()
+    began_at = time.monotonic()
+    patient = bench.start(deadline_s=LONG_S)
+
+    hasty = [bench.inspect(deadline_s=SOON_S), bench.inspect(deadline_s=1.2 * SOON_S)]
+    answers = await asyncio.gather(*hasty, return_exceptions=True)
+    waited_s = time.monotonic() - began_at
+    bench.engine.release()
+    await patient
+
+    assert [type(answer) for answer in answers] == [DeadlinePassed] * 2
+    assert 1.2 * SOON_S * 0.9 <= waited_s < LONG_S / 4
 
 
 @in_loop
@@ -393,26 +457,59 @@ async def test_place_when_queue_is_full_then_refuses_and_has_room_again_later(ma
 async def test_submit_when_one_frame_fails_its_batch_then_neighbours_are_answered(make_bench):
     """A batch that fails is run again frame by frame, and only the frame that fails alone has no verdict."""
     bench = make_bench(run_times=BATCHES_PAY)
-
-    def refuse_white(frames):
-        if (frames == 255).all(axis=(1, 2, 3)).any():
-            raise ValueError
-
     bench.engine.on_run = refuse_white
-    bench.engine.hold()
-    first = bench.start(0)
-    await bench.until_a_run_starts()
-    batch = [bench.start(grey) for grey in (10, 255, 20)]
-    await asyncio.sleep(0)
-    bench.engine.release()
 
-    answers = await asyncio.gather(first, *batch, return_exceptions=True)
+    answers = await together(bench, [bench.inspect(grey) for grey in (10, 255, 20)])
 
     assert bench.engine.batches == [1, 3, 1, 1, 1]
-    assert isinstance(answers[2], EngineFailed)
-    assert [round(answers[i].scores[0] * 255) for i in (0, 1, 3)] == [0, 10, 20]
+    assert isinstance(answers[1], EngineFailed)
+    assert [round(answers[i].scores[0] * 255) for i in (0, 2)] == [10, 20]
     assert bench.probes == 1
     assert bench.batcher.is_healthy
+
+
+@in_loop
+async def test_submit_when_one_of_two_frames_fails_then_the_other_is_answered(make_bench):
+    """A pair is run again one by one as well, whichever of them came first."""
+    bench = make_bench(run_times=BATCHES_PAY)
+    bench.engine.on_run = refuse_white
+
+    failed, answered = await together(bench, [bench.inspect(255), bench.inspect(20)])
+
+    assert bench.engine.batches == [1, 2, 1, 1]
+    assert isinstance(failed, EngineFailed)
+    assert answered.scores * 255 == pytest.approx([20])
+    assert bench.batcher.is_healthy
+
+
+@in_loop
+async def test_run_when_one_frame_can_not_be_prepared_and_another_fails_then_each_is_told_its_own_fault(make_bench):
+    """What was known of a batch before its run is not lost when its frames have to be run again."""
+    bench = make_bench(run_times=BATCHES_PAY)
+    bench.engine.on_run = refuse_white
+
+    batch = [bench.inspect_work(Unreadable()), bench.inspect(255), bench.inspect(20)]
+    unreadable, failed, answered = await together(bench, batch)
+
+    assert bench.engine.batches == [1, 2, 1, 1]
+    assert isinstance(unreadable, UnreadableFrame)
+    assert isinstance(failed, EngineFailed)
+    assert answered.scores * 255 == pytest.approx([20])
+    assert bench.batcher.is_healthy
+
+
+@in_loop
+async def test_submit_when_a_frame_fails_and_the_probe_too_then_no_neighbour_is_answered(make_bench):
+    """What a lost engine said just before and just after is no verdict, though it looked like one."""
+    bench = make_bench(run_times=BATCHES_PAY)
+    bench.engine.on_run = refuse_white
+    bench.probe_fault = EngineFailed("The known frames fail as well.")
+
+    answers = await together(bench, [bench.inspect(grey) for grey in (10, 255, 20)])
+
+    assert [type(answer) for answer in answers] == [EngineFailed] * 3
+    assert not bench.batcher.is_healthy
+    assert bench.batcher.is_lost
 
 
 @pytest.mark.parametrize("count", [0, 2])
