@@ -376,12 +376,23 @@ def test_roll_back_when_asked_then_the_version_before_is_live_without_being_load
     assert registry.rescan().activated == (("demo_line", "3"),)
 
 
+def test_roll_back_when_several_versions_were_live_then_steps_back_one_at_a_time(shelf):
+    """Versions are numbers: ten comes after nine, and the way back from it leads over nine to one."""
+    registry = shelf.load()
+    for version in ("9", "10"):
+        shelf.add(version)
+        assert registry.rescan().activated == (("demo_line", version),)
+
+    assert [registry.roll_back("demo_line") for _ in range(2)] == ["9", "1"]
+
+
 def test_roll_back_when_the_service_has_just_started_then_takes_the_next_older_of_the_store(shelf):
     """A restart forgets what was live before, and the store does not."""
-    shelf.add("2")
+    for version in ("9", "10", "11"):
+        shelf.add(version)
     registry = shelf.load()
 
-    assert registry.roll_back("demo_line") == "1"
+    assert [registry.roll_back("demo_line") for _ in range(3)] == ["10", "9", "1"]
     assert shelf.serving() == "1"
     with pytest.raises(UnknownVersion, match="no version before"):
         registry.roll_back("demo_line")
