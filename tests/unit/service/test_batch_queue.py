@@ -21,14 +21,15 @@ class Frame:
     number: int
     due: float = 100.0
     is_left: bool = False
+    weight: int = 1
 
     def __post_init__(self):
-        self.place = Place(self.due, "line", 1, Priority.NORMAL)
+        self.place = Place(self.due, "line", self.weight, Priority.NORMAL)
 
     @property
     def waiting(self):
         """What the schedule is told."""
-        return WaitingFrame(self.number, self.due, line="line")
+        return WaitingFrame(self.number, self.due, self.weight, line="line")
 
 
 def make_queue(*frames, runners=1):
@@ -80,6 +81,16 @@ def test_end_and_take_when_deadlines_have_gone_then_hands_those_frames_out_once(
     assert [numbers_of(batch) for batch in taken.batches] == [[4]]
     assert not queue.withdraw(expired)
     assert not queue.withdraw(hopeless)
+
+
+def test_take_when_a_frame_has_tiles_then_its_run_is_expected_to_take_as_long_as_all_of_them():
+    """Whoever asks for a place meanwhile is told by when a runner is free, not by how many frames it has."""
+    queue = make_queue(Frame(1, weight=4))
+
+    (batch,) = queue.take(10.0).batches
+
+    assert batch.weight == 4
+    assert batch.expected_end == 10.0 + 4 * RUN_S
 
 
 def test_take_when_nobody_waits_for_a_frame_then_it_is_not_run():

@@ -78,7 +78,7 @@ class Bench:
 
     async def inspect_work(self, work):
         """Take a place and run a frame that is still to be prepared."""
-        with self.batcher.place(time.monotonic() + LONG_S, line="line") as place:
+        with self.batcher.place(self.clock() + LONG_S, line="line") as place:
             return await self.batcher.run(place, work, 0)
 
     def start(self, grey=0, **options):
@@ -323,7 +323,7 @@ async def test_place_when_a_line_was_answered_then_it_has_its_share_of_places_ag
     """What counts against a line's share are the places that it has, not those that it had."""
     bench = make_bench(lines=2, max_queue_size=4)
 
-    with bench.batcher.place(time.monotonic() + LONG_S, line="quiet"):
+    with bench.batcher.place(bench.clock() + LONG_S, line="quiet"):
         answers = [await bench.inspect(line="busy") for _ in range(12)]
 
     assert len(answers) == 12
@@ -736,6 +736,26 @@ async def test_batcher_when_decoders_came_back_then_they_are_not_counted_as_lost
         await asyncio.to_thread(work.thread.join)
 
     assert bench.batcher.is_healthy
+
+
+@in_loop
+async def test_batcher_when_younger_runs_begin_beside_one_that_does_not_end_then_is_lost_as_soon(make_bench):
+    """What another runner is still in time with does not put off that a run which hangs is noticed."""
+    clock = asyncio.get_running_loop().time = FakeClock()
+    bench = make_bench(runners=2, stuck_after_s=30, clock=clock)
+    bench.engine.hold()
+    answers = [bench.start(deadline_s=9999)]
+    await bench.until_a_run_starts()
+
+    for _ in range(15):
+        await _pass_time(clock, 1)
+    answers.append(bench.start(deadline_s=9999))
+    await bench.until_a_run_starts()
+    for _ in range(16):
+        await _pass_time(clock, 1)
+
+    assert not bench.batcher.is_healthy
+    assert [type(answer.exception()) for answer in answers] == [EngineFailed] * 2
 
 
 @in_loop
