@@ -3,6 +3,8 @@
 import io
 import json
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from service.contract.bundle import load_bundle
 from service.contract.golden import read_golden, replay
 from service.errors import BundleRefused, EngineFailed
-from tests.factories import REFERENCE, make_bundle, make_graph, make_runner, reseal
+from tests.factories import REFERENCE, make_bundle, make_graph, make_policy, make_runner, make_self_policy, reseal
 
 
 @pytest.fixture
@@ -114,6 +116,38 @@ def test_replay_when_a_device_answers_otherwise_refuses_and_says_in_what(folder,
 def test_replay_when_a_device_differs_by_less_than_the_rule_accepts(folder):
     """Other devices round otherwise; the manifest's rule says how far."""
     replayed(folder, altered(folder, lambda scores, maps: (scores + np.float32(1e-5), maps + np.float32(1e-5))))
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("policy", [make_policy(), make_self_policy()], ids=["good parts", "self"])
+def test_replay_when_scores_alone_differ_by_twice_the_rule_refuses(tmp_path, policy, sign):
+    """The rule is a share of what raw scores are held against, whatever units the policy's thresholds are in."""
+    folder = make_bundle(tmp_path, policy=policy.model_dump())
+    highest = max(answer.score for answer in read_golden(load_bundle(folder)).answers)
+    allowed = 1e-3 * (highest if policy.calibration == "self" else policy.fail_threshold)
+
+    replayed(folder, altered(folder, lambda scores, maps: (scores + np.float32(0.5 * sign * allowed), maps)))
+    with pytest.raises(BundleRefused, match="another score"):
+        replayed(folder, altered(folder, lambda scores, maps: (scores + np.float32(2 * sign * allowed), maps)))
+
+
+@pytest.mark.parametrize(("line", "refused"), [("loud", False), ("quiet", True)])
+def test_replay_when_maps_of_lines_are_of_quite_different_sizes_holds_each_to_its_own(tmp_path, line, refused):
+    """What is a rounding for one line is another network for its neighbour."""
+    bundle = load_bundle(make_bundle(tmp_path, lines=("loud", "quiet")))
+    golden = read_golden(bundle)
+    run = make_runner(bundle.model)
+    factors = np.float32([1000, 1])
+    shown = [bundle.manifest.lines.index(answer.line) for answer in golden.answers]
+    golden = replace(golden, anomaly_maps=golden.anomaly_maps * factors[shown, None, None])
+
+    def answer(frames, line_index):
+        scores, maps = run(frames)
+        is_off = line_index == bundle.manifest.lines.index(line)
+        return scores, maps * factors[line_index, None, None] + np.float32(0.05) * is_off[:, None, None]
+
+    with pytest.raises(BundleRefused, match="another anomaly map") if refused else nullcontext():
+        replay(bundle, golden, answer)
 
 
 def test_replay_when_the_engine_fails_passes_the_failure_on(folder):

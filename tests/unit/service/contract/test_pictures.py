@@ -1,5 +1,7 @@
 """Promises of frames without a picture: they are told from good parts by their contrast, and refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -67,6 +69,17 @@ def test_bundle_when_its_golden_frames_show_good_parts_then_these_and_no_others_
 
     assert least_contrast_of(bundle, golden) == min(contrast_of(canvas) for canvas in good) / 4
     assert least_contrast_of(uncalibrated, read_golden(uncalibrated)) == 0.0
+
+
+def test_bundle_when_a_defective_golden_frame_is_flat_then_good_parts_alone_say_how_much_there_must_be(tmp_path):
+    """A defect may be that there is no picture; it must not teach that none is needed."""
+    bundle = load_bundle(make_bundle(tmp_path))
+    golden = read_golden(bundle)
+    *good, defective = golden.frames
+
+    flat = replace(golden, frames=(*good, replace(defective, pixels=np.full_like(defective.pixels, 30))))
+
+    assert least_contrast_of(bundle, flat) == least_contrast_of(bundle, golden) > 0.5
 
 
 def test_bundle_when_no_golden_frame_passes_then_all_of_them_say_how_much_there_must_be(tmp_path):
