@@ -21,7 +21,7 @@ from service.errors import BundleRefused, FlawlineError, NotAuthorised, Paramete
 from service.live import LineStatus
 from service.registry import Registry
 from service.routes.bodies import receive_small_body
-from service.routes.context import caller_of, context_of
+from service.routes.context import caller_of, context_of, make_change
 from service.routes.lines import summary_of
 from service.routes.problems import request_id_of, responses
 from service.routes.v2 import index_of
@@ -84,7 +84,7 @@ async def activate(request: Request, bundle: str, version: Annotated[Version, Qu
     """
     registry = _registry_for(request, bundle)
     async with _audited(request, "activate", bundle=bundle, version=version):
-        await context_of(request).changes.make(registry.activate, bundle, version)
+        await make_change(registry.activate, bundle, version)
     return await asyncio.to_thread(_describe_changed, registry, bundle)
 
 
@@ -96,7 +96,7 @@ async def roll_back(request: Request, bundle: str) -> ChangedBundleAnswer:
     """
     registry = _registry_for(request, bundle)
     async with _audited(request, "roll_back", bundle=bundle) as noted:
-        noted["version"] = await context_of(request).changes.make(registry.roll_back, bundle)
+        noted["version"] = await make_change(registry.roll_back, bundle)
     return await asyncio.to_thread(_describe_changed, registry, bundle)
 
 
@@ -112,7 +112,7 @@ async def start_shadow(request: Request, bundle: str, version: Annotated[Version
     """
     registry = _registry_for(request, bundle)
     async with _audited(request, "start_shadow", bundle=bundle, version=version):
-        await context_of(request).changes.make(registry.start_shadow, bundle, version)
+        await make_change(registry.start_shadow, bundle, version)
     return await asyncio.to_thread(_describe, registry, bundle)
 
 
@@ -121,7 +121,7 @@ async def stop_shadow(request: Request, bundle: str) -> BundleAnswer:
     """Let no version look on any more."""
     registry = _registry_for(request, bundle)
     async with _audited(request, "stop_shadow", bundle=bundle):
-        await context_of(request).changes.make(registry.stop_shadow, bundle)
+        await make_change(registry.stop_shadow, bundle)
     return await asyncio.to_thread(_describe, registry, bundle)
 
 
@@ -160,7 +160,7 @@ async def activate_policy(request: Request, line: str, version: Annotated[Name, 
     _administrator(request, line)
     registry = context_of(request).registry
     async with _audited(request, "activate_policy", line=line, policy=version):
-        await context_of(request).changes.make(registry.activate_policy, line, version)
+        await make_change(registry.activate_policy, line, version)
     return _changed(registry, line)
 
 
@@ -189,7 +189,7 @@ async def rescan(request: Request) -> RescanAnswer:
     if not caller.covers_every_line:
         raise NotAuthorised("A rescan may change any line; ask for a key that covers all of them.")
     async with _audited(request, "rescan") as noted:
-        found = await context_of(request).changes.make(registry.rescan)
+        found = await make_change(registry.rescan)
         noted |= {"activated": len(found.activated), "refused": len(found.refused), "policies": len(found.policies)}
         noted |= {"withdrawn": len(found.withdrawn), "refused_policies": len(found.refused_policies)}
     return RescanAnswer(
@@ -250,7 +250,7 @@ async def _load(request: Request, line: str) -> Registry:
     _administrator(request, line)
     registry = context_of(request).registry
     async with _audited(request, "load", line=line):
-        await context_of(request).changes.make(registry.load_line, line)
+        await make_change(registry.load_line, line)
     return registry
 
 
@@ -258,7 +258,7 @@ async def _unload(request: Request, line: str) -> Registry:
     _administrator(request, line)
     registry = context_of(request).registry
     async with _audited(request, "unload", line=line):
-        await context_of(request).changes.make(registry.unload_line, line)
+        await make_change(registry.unload_line, line)
     return registry
 
 

@@ -4,9 +4,8 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
@@ -24,6 +23,7 @@ from service.routes.headers import refuse_repeated
 from service.settings import Settings
 from service.shadows import Shadows
 from service.telemetry import Telemetry
+from service.threads import begin
 from service.traces import Traces
 
 # Of a request's scope, where the server tells more than others: a `Connection`.
@@ -87,18 +87,13 @@ class AfterAnswers:
         self.settle()
 
 
-class Changes:
-    """Where administrators' changes are made: one after the other, each of which may take minutes.
+async def make_change(change: Callable[..., _Result], *arguments: str) -> _Result:
+    """Make a change of an administrator's, which may take minutes, and return or raise what it does.
 
-    A thread of their own, so that changes which wait for each other hold none that requests need.
+    In a thread of its own: it holds none that requests need, and keeps no other change waiting. Which one waits for
+    which, the registry knows.
     """
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="flawline-change")
-
-    async def make(self, change: Callable[..., _Result], *arguments: str) -> _Result:
-        """Make a change, and return or raise what it does."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, change, *arguments)
+    return await asyncio.wrap_future(begin(partial(change, *arguments), name="flawline-change"))
 
 
 class Connection(Protocol):
@@ -163,7 +158,6 @@ class Context:
     traces: Traces | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     after_answers: AfterAnswers = field(default_factory=AfterAnswers)
-    changes: Changes = field(default_factory=Changes)
 
     def body_of(self, caller: Caller, line: str) -> Holding:
         """Return what counts the body of one request: towards its key, or its line where everybody is anybody."""

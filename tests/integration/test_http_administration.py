@@ -47,5 +47,35 @@ async def test_change_when_it_takes_long_then_it_holds_no_thread_that_requests_n
     app.state.context.registry.close()
 
 
+@in_loop
+async def test_change_when_another_one_waits_for_the_store_then_it_is_made_at_once(tmp_path):
+    """Whoever steps back is not held up by somebody who asks a store that does not answer."""
+    asked, answers = threading.Event(), threading.Event()
+
+    def hang(*_):
+        asked.set()
+        answers.wait(PATIENCE_S)
+
+    store = tmp_path / "store"
+    make_bundle(store)
+    app = create_app(Settings(store_directory=store, keys_file=write_keys(tmp_path)))
+    registry = app.state.context.registry
+    registry.load()
+    make_bundle(store, version="2")
+    registry.rescan()
+    registry._catalogue._store.refresh = hang
+    async with _client(create_admin_app(app)) as admin:
+        looking = asyncio.create_task(admin.post("/v1/rescan", headers=ADMIN))
+        await asyncio.to_thread(asked.wait, PATIENCE_S)
+        changed = await admin.post("/v1/bundles/demo_line/roll-back", headers=ADMIN)
+        is_hanging = not looking.done() and not answers.is_set()
+        answers.set()
+        await looking
+
+    assert (changed.status_code, is_hanging) == (200, True)
+    assert registry.serving("demo_line", None).bundle.manifest.version == "1"
+    registry.close()
+
+
 def _client(app):
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
