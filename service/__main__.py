@@ -28,12 +28,14 @@ from rich.markup import escape
 from service.engine_commands import build_engine
 from service.heap import imports_stay
 from service.operator_commands import bundle_commands, keys
+from service.settings_commands import settings as print_settings
 
 GROUP = "flawline.commands"
 commands = typer.Typer()
 commands.command(
     "build-engine", epilog="Example:\n\nflawline build-engine store/bottle/3 --max-batch-size 16 --opt-batch-size 8"
 )(build_engine)
+commands.command("settings")(print_settings)
 commands.add_typer(bundle_commands)
 commands.add_typer(keys, name="keys")
 
@@ -48,7 +50,8 @@ _MOST_CONNECTIONS_BESIDE = 64
 _LAST_GRACE_S = 2
 _SERVE_HELP = """Serve the lines of a store to cameras.
 
-Every option is also a setting of the environment (FLAWLINE_STORE_DIRECTORY, FLAWLINE_PORT, ...); the option wins.
+Every option is also a setting of the environment, named beside it; the option
+wins. There are many more settings: flawline settings prints and explains all.
 
 [bold]Examples[/bold]
 
@@ -105,21 +108,44 @@ def run(arguments: Sequence[str], groups: Iterable[EntryPoint]) -> None:
 @commands.command(help=_SERVE_HELP)
 def serve(
     store: Annotated[
-        str | None, typer.Option(help="Directory of bundles, or s3://bucket/prefix.", show_default="store")
+        str | None,
+        typer.Option(
+            help="Directory of bundles (FLAWLINE_STORE_DIRECTORY), or s3://bucket/prefix (FLAWLINE_STORE_URL).",
+            show_default="store",
+        ),
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
-    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.", show_default="8000")] = None,
-    lines: Annotated[str | None, typer.Option(help="Lines to serve, with commas.", show_default="all")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on (FLAWLINE_HOST).", show_default="127.0.0.1")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port; 0 takes a free one (FLAWLINE_PORT).", show_default="8000")
+    ] = None,
+    lines: Annotated[
+        str | None, typer.Option(help="Lines to serve, with commas (FLAWLINE_LINES).", show_default="all")
+    ] = None,
     deadline_ms: Annotated[
-        float | None, typer.Option(help="From request to answer, where the caller names none.", show_default="2000")
+        float | None,
+        typer.Option(
+            help="From request to answer, where the caller names none (FLAWLINE_DEFAULT_DEADLINE_S, in seconds).",
+            show_default="2000",
+        ),
     ] = None,
-    keys_file: Annotated[Path | None, typer.Option(help="Keys of callers; without it the service is open.")] = None,
+    keys_file: Annotated[
+        Path | None, typer.Option(help="Keys of callers; without it the service is open (FLAWLINE_KEYS_FILE).")
+    ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, openvino, cuda, ort-tensorrt or tensorrt.", show_default="cpu")
+        str | None,
+        typer.Option(help="cpu, openvino, cuda, ort-tensorrt or tensorrt (FLAWLINE_DEVICE).", show_default="cpu"),
     ] = None,
-    max_batch_size: Annotated[int | None, typer.Option(help="Frames in one run.", show_default="1")] = None,
-    max_queue_size: Annotated[int | None, typer.Option(help="Frames accepted at a time.", show_default="64")] = None,
-    log_level: Annotated[str | None, typer.Option(help="Of the JSON log.", show_default="INFO")] = None,
+    max_batch_size: Annotated[
+        int | None, typer.Option(help="Frames in one run (FLAWLINE_MAX_BATCH_SIZE).", show_default="1")
+    ] = None,
+    max_queue_size: Annotated[
+        int | None, typer.Option(help="Frames accepted at a time (FLAWLINE_MAX_QUEUE_SIZE).", show_default="64")
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="Of the JSON log (FLAWLINE_LOG_LEVEL).", show_default="INFO")
+    ] = None,
 ) -> None:
     """Override settings with options, put the service together, and run it until it is told to stop."""
     # Imported here, so that other commands, --help and a wrong setting need not wait for the runtime.
@@ -143,7 +169,10 @@ def serve(
     try:
         settings = read_settings()
     except SettingsInvalid as error:
-        _leave(str(error))
+        sentence = str(error)
+        if deadline_ms is not None:  # the one option that has another name, and another unit
+            sentence = sentence.replace("FLAWLINE_DEFAULT_DEADLINE_S", "--deadline-ms (FLAWLINE_DEFAULT_DEADLINE_S)")
+        _leave(sentence)
     with imports_stay():
         from service.app import (  # noqa: PLC0415 - see above
             create_admin_app,

@@ -1,12 +1,14 @@
 """The service's settings: environment variables with the prefix `FLAWLINE_`, read once in `__main__`.
 
-Every module gets plain values from here; none reads the environment itself. A wrong value, or a name that looks like a
-misspelt one, stops the start with one sentence. The golden set is always replayed; there is no setting to skip it.
+Every module gets plain values from here; none reads the environment itself. A wrong value, or a name that nobody reads,
+stops the start with one sentence. The golden set is always replayed; there is no setting to skip it.
 """
 
 import difflib
+import inspect
 import math
 import os
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -21,6 +23,35 @@ from service.contract.signature import Trust
 from service.engines.engine import GPU_DEVICES, Device, EngineOptions, InferencePrecision, MemoryArena
 
 PREFIX = "FLAWLINE_"
+# What other parts read: clients, training, and the tests. Whatever else begins with the prefix is a mistake.
+OTHER_VARIABLES = frozenset(
+    PREFIX + name
+    for name in (
+        "CLIENT_ADMIN_URL",
+        "CLIENT_KEY_FILE",
+        "CLIENT_URL",
+        "WEIGHTS",
+        "CHECKOV",
+        "GPU_WHEELS",
+        "GRAFANA_TYPES",
+        "PARITY_SEED",
+        "SERVICE_PYTHON",
+        "SHARED",
+    )
+)
+
+# What people write who have read of an option, or know another product; closeness of letters would say something else.
+_OFTEN_MEANT = {
+    "DEADLINE_MS": "default_deadline_s",
+    "GOLDEN": "golden_every_s",
+    "KEYS": "keys_file",
+    "REQUIRE_KEYS": "keys_file",
+    "STORE": "store_directory",
+    "TLS_CERT": "tls_certificate",
+}
+# Of a Service whose name begins with ours; that of one called `flawline` for `port` is told by its value.
+_SERVICE_LINK = re.compile(r"FLAWLINE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+_LINK_VALUES = ("tcp://", "udp://", "sctp://")
 
 _CGROUP = Path("/sys/fs/cgroup")
 # Threads of one run wait for each other after every operator, so that more bring less and less.
@@ -362,27 +393,64 @@ def read_settings() -> Settings:
     """Read the settings from the environment of the process.
 
     Raises:
-        SettingsInvalid: if a value does not fit, or a variable looks like a misspelt setting; overlooking
-            `FLAWLINE_KEY_FILE` would leave the service open.
+        SettingsInvalid: if a value does not fit, or nothing of ours reads a variable with our prefix; overlooking
+            `FLAWLINE_KEYS` would leave the service open.
     """
-    known = [PREFIX + name.upper() for name in Settings.model_fields]
-    for name in os.environ:
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
-            similar = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85)
-            if similar:
-                raise SettingsInvalid(f"{name} is no setting; did you mean {similar[0]}?")
+    for name, text in os.environ.items():
+        wanted = name.upper()
+        is_ours = wanted.startswith(PREFIX) and not _is_somebody_elses(wanted, text)
+        if is_ours and wanted.removeprefix(PREFIX).lower() not in Settings.model_fields:
+            raise SettingsInvalid(f"{name} is no setting; {_hint(wanted)}`flawline settings` lists them all.")
     try:
         return Settings()
     except ValidationError as error:
         raise SettingsInvalid(_sentence(error)) from error
 
 
+def read_texts() -> dict[str, str]:
+    """Return what the environment says of settings, as it stands there, whether it can be meant or not."""
+    ours = ((name.upper(), text) for name, text in os.environ.items() if text)
+    said = {name.removeprefix(PREFIX).lower(): text for name, text in ours if name.startswith(PREFIX)}
+    return {name: text for name, text in said.items() if name in Settings.model_fields}
+
+
+def variable_of(setting: str) -> str:
+    """Return the name that a setting has in the environment."""
+    return PREFIX + setting.upper()
+
+
+def describe() -> dict[str, str]:
+    """Return what each setting means, in its words above, in their order."""
+    meanings = inspect.cleandoc(Settings.__doc__ or "").partition("Attributes:")[2]
+    found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", meanings, re.MULTILINE)
+    return {name: " ".join(meaning.split()) for name, meaning in found}
+
+
+def _is_somebody_elses(name: str, text: str) -> bool:
+    """Tell whether a variable is read by another part of the product, or set by Kubernetes for a Service."""
+    return name in OTHER_VARIABLES or _SERVICE_LINK.fullmatch(name) is not None or text.startswith(_LINK_VALUES)
+
+
+def _hint(name: str) -> str:
+    bare = name.removeprefix(PREFIX)
+    meant = _OFTEN_MEANT.get(bare)
+    similar = [meant] if meant else difflib.get_close_matches(bare.lower(), Settings.model_fields, n=1)
+    return f"did you mean {variable_of(similar[0])}? " if similar else ""
+
+
 def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
+    said = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
-        return f"The settings do not fit together: {first['msg'].removeprefix('Value error, ')}."
+        return f"The settings do not fit together: {_with_variables(said)}."
     name = str(first["loc"][0])
     default = Settings.model_fields[name].default
     example = ",".join(sorted(default)) if isinstance(default, frozenset) else default
     right = "" if default is None else f" A right value is {example}."
-    return f"{PREFIX}{name.upper()}: {first['msg'].removeprefix('Value error, ')}.{right}"
+    return f"{variable_of(name)}: {said}.{right}"
+
+
+def _with_variables(sentence: str) -> str:
+    """Call settings by the names that whoever sets them knows."""
+    names = {name for name in Settings.model_fields if "_" in name} | {"port"}
+    return re.sub(r"\w+", lambda word: variable_of(word[0]) if word[0] in names else word[0], sentence)

@@ -95,6 +95,7 @@ LAYERS = (
         "service.engine_commands",
         "service.protocol",
         "service.operator_commands",
+        "service.settings_commands",
     ),
     ("service.__main__", "service.client_commands"),
 )

@@ -2,6 +2,8 @@
 
 import asyncio
 import importlib
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,6 +84,55 @@ def test_own_command_when_called_then_other_packages_are_not_even_imported(capsy
     assert code == 0
     assert "--deadline-ms" in out
     assert "flawline serve --store" in out
+
+
+def test_help_when_asked_for_serve_then_each_option_names_its_setting(capsys):
+    """Whoever knows the option can set it in a manifest."""
+    code, out, _ = _run(capsys, "serve", "--help")
+
+    assert code == 0
+    options = set(re.findall(r"--([a-z][a-z-]+)", out)) - {"help"}
+    named = set(re.findall(r"FLAWLINE_[A-Z_]+", "".join(out.split())))
+    assert len(options) == 10
+    for option in options - {"store", "deadline-ms"}:
+        assert any(name.startswith(f"FLAWLINE_{option.upper().replace('-', '_')}") for name in named), option
+    assert "flawline settings" in " ".join(out.split())
+
+
+def test_settings_when_asked_for_then_all_are_printed_with_what_they_are_here_and_no_password(capsys, monkeypatch):
+    """An operator sees what counts, and a screenshot gives nothing away."""
+    monkeypatch.setenv("FLAWLINE_PORT", "8123")
+    monkeypatch.setenv("FLAWLINE_TRACES_ENDPOINT", "http://me:secret@collector:4318/v1/traces")
+
+    code, out, _ = _run(capsys, "settings")
+
+    assert code == 0
+    assert "FLAWLINE_PORT=8123  (default: 8000)" in out
+    assert "FLAWLINE_KEYS_FILE=  (default: absent)" in out
+    assert "FLAWLINE_TRACES_ENDPOINT=http://…@collector:4318/v1/traces" in out
+    assert "secret" not in out
+    assert "leaves the service open to everybody" in out
+
+
+def test_settings_when_one_can_not_be_used_then_all_are_printed_and_the_reason(capsys, monkeypatch):
+    """Who has misspelt a name finds the right one in the list."""
+    monkeypatch.setenv("FLAWLINE_KEYS", "/keys/keys.json")
+
+    code, out, err = _run(capsys, "settings")
+
+    assert code == 2
+    assert "FLAWLINE_KEYS_FILE=" in out
+    assert "FLAWLINE_KEYS is no setting; did you mean FLAWLINE_KEYS_FILE?" in err
+
+
+def test_serve_when_an_option_does_not_fit_then_the_sentence_names_it(capsys, monkeypatch):
+    """Nobody is told of a name that was never typed alone."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+    code, _, err = _run(capsys, "serve", "--deadline-ms", "15000")
+
+    assert code == 2
+    assert "--deadline-ms (FLAWLINE_DEFAULT_DEADLINE_S) must not be above FLAWLINE_MAX_DEADLINE_S" in err
 
 
 def test_command_when_its_package_is_missing_then_one_sentence_says_what_to_install(capsys):

@@ -1,12 +1,22 @@
 """Promises of the settings: what is set is taken, and what can't be meant stops the start with a sentence."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from service import settings as settings_module
 from service.contract.frames import FRAME_FORMATS
-from service.settings import Settings, SettingsInvalid, read_settings, usable_cpus, usable_memory_bytes
+from service.settings import (
+    OTHER_VARIABLES,
+    Settings,
+    SettingsInvalid,
+    describe,
+    read_settings,
+    usable_cpus,
+    usable_memory_bytes,
+    variable_of,
+)
 
 
 def test_settings_when_nothing_is_set_then_serve_safely():
@@ -53,11 +63,17 @@ def test_settings_when_a_variable_is_set_then_is_taken(monkeypatch, name, text, 
         ("LINES", ",", "name at least one line"),
         ("LINES", "../etc", "FLAWLINE_LINES"),
         ("DEVICE", "tpu", "FLAWLINE_DEVICE"),
-        ("DEFAULT_DEADLINE_S", "11", "default_deadline_s must not be above"),
-        ("DRAIN_TIMEOUT_S", "5", "drain_timeout_s must not be below"),
-        ("ADMIN_PORT", "8001", "admin_port needs keys_file"),
-        ("HEALTH_PORT", "8000", "health_port must be another one"),
-        ("KEY_FILE", "/keys.json", "did you mean FLAWLINE_KEYS_FILE"),
+        ("DEFAULT_DEADLINE_S", "11", "FLAWLINE_DEFAULT_DEADLINE_S must not be above FLAWLINE_MAX_"),
+        ("DRAIN_TIMEOUT_S", "5", "FLAWLINE_DRAIN_TIMEOUT_S must not be below"),
+        ("ADMIN_PORT", "8001", "FLAWLINE_ADMIN_PORT needs FLAWLINE_KEYS_FILE"),
+        ("HEALTH_PORT", "8000", "FLAWLINE_HEALTH_PORT must be another one than FLAWLINE_PORT"),
+        ("KEY_FILE", "/keys.json", r"did you mean FLAWLINE_KEYS_FILE\?"),
+        ("KEYS", "/keys/keys.json", r"did you mean FLAWLINE_KEYS_FILE\?"),
+        ("REQUIRE_KEYS", "true", r"did you mean FLAWLINE_KEYS_FILE\?"),
+        ("TLS_CERT", "/tls.pem", r"did you mean FLAWLINE_TLS_CERTIFICATE\?"),
+        ("GOLDEN", "off", r"did you mean FLAWLINE_GOLDEN_EVERY_S\?"),
+        ("DEADLINE_MS", "500", r"did you mean FLAWLINE_DEFAULT_DEADLINE_S\?"),
+        ("ZZZ", "1", "FLAWLINE_ZZZ is no setting; `flawline settings` lists them all"),
     ],
 )
 def test_settings_when_a_value_can_not_be_meant_then_stop_with_one_sentence(monkeypatch, name, text, sentence):
@@ -68,11 +84,48 @@ def test_settings_when_a_value_can_not_be_meant_then_stop_with_one_sentence(monk
         read_settings()
 
 
-def test_settings_when_a_variable_is_somebody_elses_then_ignore_it(monkeypatch):
-    """What Kubernetes sets for a service called flawline is no misspelt setting."""
-    monkeypatch.setenv("FLAWLINE_SERVICE_HOST", "10.0.0.1")
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("SERVICE_HOST", "10.0.0.1"),
+        ("SERVICE_PORT_HTTP", "80"),
+        ("PORT_80_TCP_ADDR", "10.0.0.1"),
+        ("PREDICTOR_PORT", "tcp://10.0.0.1:80"),
+        ("PREDICTOR_PORT_80_TCP", "tcp://10.0.0.1:80"),
+        ("PREDICTOR_SERVICE_PORT", "80"),
+        ("CLIENT_URL", "http://localhost:8000"),
+        ("WEIGHTS", "carry"),
+    ],
+)
+def test_settings_when_a_variable_is_somebody_elses_then_ignore_it(monkeypatch, name, text):
+    """What Kubernetes sets for Services called flawline, or another part of the product reads, is no misspelt one."""
+    monkeypatch.setenv(f"FLAWLINE_{name}", text)
 
     assert read_settings() == Settings()
+
+
+def test_other_variables_when_the_sources_are_read_then_each_is_there_and_none_is_missing():
+    """Who reads a new variable adds it to the one list, or the service would not start where it is set."""
+    root = Path(__file__).resolve().parents[3]
+    files = [*root.glob("service/**/*.py"), *root.glob("training/**/*.py"), *root.glob("tests/**/*.py")]
+    ours = {variable_of(name) for name in Settings.model_fields}
+    named = {
+        name
+        for file in files
+        if file != Path(__file__)
+        for name in re.findall(
+            r"(?:envvar=|environ\W{1,6}(?:get\(|pop\()?|getenv\()\"(FLAWLINE_\w+)", file.read_text("utf-8")
+        )
+    }
+
+    assert named - ours == OTHER_VARIABLES
+
+
+def test_meanings_when_read_then_every_setting_has_one():
+    """What `flawline settings` prints is what the settings themselves say."""
+    assert list(describe()) != []
+    assert set(describe()) == set(Settings.model_fields)
+    assert describe()["max_queue_size"].startswith("frames that one engine accepts")
 
 
 def test_settings_when_built_then_can_not_be_changed():
