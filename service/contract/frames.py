@@ -83,6 +83,8 @@ _TIFF_BITS_PER_SAMPLE = 258
 # Of which the codec says what is missing, or we find out: none, LZW, JPEG, Deflate by both of its numbers, PackBits,
 # LZMA and Zstandard (service/contract/tiff_checks.py). Fax and JPEG's old style are drawn on with whatever fits.
 _TIFF_COMPRESSIONS = frozenset({1, 5, 7, 8, 32773, 32946, 34925, 50000})
+_TIFF_JPEG = 7
+_WEBP_CHUNKS_AT, _WEBP_LOSSY = 12, b"VP8 "
 _PNG_DEPTH_AT = 24
 _BMP_INFO_AT, _BMP_WITH_PACKING = 14, 40  # where the info header begins, and how long one is that names a packing
 _BMP_RUN_LENGTHS = (1, 2)
@@ -243,7 +245,9 @@ def is_grey(pixels: NDArray[np.uint8]) -> bool:
 
 
 def decode_mask(data: bytes) -> NDArray[np.bool_]:
-    """Decode a ground-truth mask: every value above zero is True.
+    """Decode a ground-truth mask: every value above 0 is True, in a lossy file what is nearer to white than to black.
+
+    A JPEG's black is not 0 beside an edge; where values are kept as they were drawn, each may be a kind of defect.
 
     Returns:
         `(h, w)` bool.
@@ -251,6 +255,8 @@ def decode_mask(data: bytes) -> NDArray[np.bool_]:
     Raises:
         UnreadableFrame: if it can't be decoded.
     """
+    if is_lossy(data):
+        return decode_region_mask(data)
     marked: NDArray[np.bool_] = decode_mask_values(data) > 0
     return marked
 
@@ -277,6 +283,8 @@ def decode_region_mask(data: bytes) -> NDArray[np.bool_]:
 def decode_mask_values(data: bytes) -> NDArray[Any]:
     """Decode a mask whose values say which defect they mark; of several colours the largest counts.
 
+    What is wholly transparent is 0: nobody has seen the colours under it, which are white as often as black.
+
     Returns:
         `(h, w)`, the file's own integers, or bool where it has one bit a pixel.
 
@@ -290,14 +298,42 @@ def decode_mask_values(data: bytes) -> NDArray[Any]:
             _demand_sound(data, image)
             if image.format == "JPEG":
                 _decode_jpeg(data, image, ImageHeader("JPEG", image.height, image.width, image.mode), None)
-            # Only colours mark: an alpha channel says nothing of a mask.
-            values = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "LA", "RGBA") else image)
+            values = _visible(image)
             if not _is_complete(data, image, values, None):
                 raise PixelsMadeUp("Rows or blocks are missing.")
         except _CODEC_ERRORS as error:
             raise UnreadableFrame("The mask image is damaged or truncated.") from error
     largest: NDArray[Any] = values.reshape(*values.shape[:2], -1).max(axis=2)
     return largest
+
+
+def is_lossy(data: bytes) -> bool:
+    """Tell whether a file's codec changes values: JPEG, also inside a TIFF, and the lossy kind of WebP.
+
+    Raises:
+        UnreadableFrame: if it is no image.
+    """
+    with _open(_admit(data, limits := FrameLimits()), limits) as image:
+        if image.format == "TIFF":
+            return TiffPage(data).compression == _TIFF_JPEG
+        return image.format == "JPEG" or (image.format == "WEBP" and _WEBP_LOSSY in _webp_chunks(data))
+
+
+def _webp_chunks(data: bytes) -> set[bytes]:
+    names, at = set(), _WEBP_CHUNKS_AT
+    while at + 8 <= len(data):
+        name, size = struct.unpack_from("<4sI", data, at)
+        names.add(name)
+        at += 8 + size + size % 2
+    return names
+
+
+def _visible(image: Image.Image) -> NDArray[Any]:
+    """Return a mask's values or colours, 0 where it is transparent."""
+    if image.mode in _SIXTEEN_BIT_MODES or not image.has_transparency_data:
+        return np.asarray(image.convert("RGB") if image.mode == "P" else image)
+    colours = np.asarray(image.convert("RGBA"))
+    return colours[..., :3] * (colours[..., 3:] > 0)
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.contract.frames import FrameLimits, decode_image, decode_mask_values, is_deep
+from service.contract.frames import FrameLimits, decode_image, decode_mask, decode_mask_values, is_deep, is_lossy
 from service.errors import FlawlineError
+from training.data.loader import looks_inverted
 from training.data.samples import ANOMALOUS, NORMAL, Dataset, DatasetFault, Sample
 from training.progress import Reporter
 
@@ -76,7 +77,10 @@ class CheckedDataset:
 
 @dataclass(frozen=True)
 class _Finding:
-    """What one sample's files showed: digests, or a fault, and perhaps a warning; of 16 bits, the largest value."""
+    """What one sample's files showed: digests, or a fault, and perhaps a warning; of 16 bits, the largest value.
+
+    Of masks, too: which share of the frame they mark where that looks inverted, and which file is lossy.
+    """
 
     sample: Sample
     image_digest: str = ""
@@ -85,6 +89,8 @@ class _Finding:
     fault: str | None = None
     warning: str | None = None
     largest_value: int | None = None
+    inverted_share: float | None = None
+    lossy_mask: Path | None = None
 
 
 def check_dataset(
@@ -131,10 +137,12 @@ def check_dataset(
         frame_sizes=tuple(size for size, _ in Counter(finding.frame_size for finding in findings).most_common()),
         warnings=(
             *dataset.notes,
-            *(finding.warning for finding in findings if finding.warning),
             *_empty_bits(findings, bit_depth),
+            *_odd_masks(findings),
             *_other_shapes(findings),
             *_missing_good(dataset),
+            # What is said of one file each comes last: where it is long, only its beginning is told.
+            *(finding.warning for finding in findings if finding.warning),
             *(contradictions or _repetitions(findings)),
         ),
         copies=frozenset(other.path for _, *others in _same_content(findings) for other in others),
@@ -147,8 +155,8 @@ def _look_at(sample: Sample, limits: FrameLimits, bit_depth: int) -> _Finding:
     try:
         data = path.read_bytes()
         frame = decode_image(data, limits, _SMALLEST, bit_depth)
-        marked = False
-        digests = []
+        marked = np.zeros((frame.height, frame.width), bool)
+        digests, lossy_mask = [], None
         for path in sample.mask_paths:
             mask_data = path.read_bytes()
             values = decode_mask_values(mask_data)
@@ -157,13 +165,15 @@ def _look_at(sample: Sample, limits: FrameLimits, bit_depth: int) -> _Finding:
                 return _Finding(sample, fault=f"{path} has {sizes}; draw the mask at the size of {sample.path}.")
             if sample.channels and (fault := _fault_of_channel(path, values, sample)) is not None:
                 return _Finding(sample, fault=fault)
-            marked = marked or bool(values.any())
+            if is_lossy(mask_data):
+                lossy_mask, values = path, decode_mask(mask_data)
+            marked |= values > 0
             digests.append(_sha256(mask_data))
     except FlawlineError as error:
         return _Finding(sample, fault=f"{path}: {error.sentence} Replace the file or take it away.")
     except OSError as error:
         return _Finding(sample, fault=f"{path} can't be read ({error.strerror}); check the file and its permissions.")
-    empty = sample.label == ANOMALOUS and bool(digests) and not marked
+    empty = sample.label == ANOMALOUS and bool(digests) and not marked.any()
     warning = f"{path} marks no pixel although its image is anomalous; it adds no region." if empty else None
     return _Finding(
         sample,
@@ -172,6 +182,8 @@ def _look_at(sample: Sample, limits: FrameLimits, bit_depth: int) -> _Finding:
         tuple(digests),
         warning=warning,
         largest_value=int(frame.pixels.max()) if is_deep(data, limits) else None,
+        inverted_share=float(marked.mean()) if digests and looks_inverted(marked) else None,
+        lossy_mask=lossy_mask,
     )
 
 
@@ -183,6 +195,25 @@ def _empty_bits(findings: Sequence[_Finding], bit_depth: int) -> Iterator[str]:
         yield (
             f"The frames have {bit_depth} bits a pixel and no value that needs more than {used}, so they are nearly "
             f"black; if the camera has 10 or 12 bits, say so: --set input.bit_depth={max(8, used + used % 2)}."
+        )
+
+
+def _odd_masks(findings: Sequence[_Finding]) -> Iterator[str]:
+    """Say which masks look inverted, and which come from a codec that changes values."""
+    of_masks = [finding for finding in findings if finding.mask_digests]
+    inverted = [(f.inverted_share, f.sample.mask_paths[0]) for f in of_masks if f.inverted_share is not None]
+    if inverted:
+        share, path = max(inverted)
+        yield (
+            f"Of {len(of_masks)} frames with masks {len(inverted)} are marked on more than half of themselves or on "
+            f"all of their border, like by {path} on {share:.0%}. Marked are the pixels above 0; if such masks are "
+            "inverted, figures of pixels say nothing until black and white are swapped."
+        )
+    lossy = [finding.lossy_mask for finding in of_masks if finding.lossy_mask is not None]
+    if lossy:
+        yield (
+            f"Of {len(of_masks)} frames with masks {len(lossy)} have lossy ones, like {lossy[0]}, whose black is not 0 "
+            "beside an edge: what is nearer to white than to black is taken as marked there. Save masks as PNG."
         )
 
 

@@ -17,6 +17,7 @@ from service.contract.geometry import InputSpec
 from service.contract.tiling import cut_tiles
 from service.errors import FlawlineError
 from training.data.folders import anomalous_samples, defect_folders
+from training.data.loader import looks_inverted
 from training.data.samples import DatasetFault, Sample
 
 
@@ -47,8 +48,8 @@ def read_labelled_defects(root: Path, spec: InputSpec, limits: FrameLimits, know
         known: frames of the run's lines, good ones and test frames.
 
     Raises:
-        DatasetFault: if there is no frame, a frame has no mask or one that does not fit or marks nothing, a file can't
-            be read, or a frame has the content of a known one.
+        DatasetFault: if there is no frame, a frame has no mask or one that does not fit, marks nothing or looks
+            inverted, a file can't be read, or a frame has the content of a known one.
     """
     kinds = defect_folders(root / "test")
     samples = [one for kind in kinds for one in anomalous_samples(kind, root / "ground_truth" / kind.name)]
@@ -97,6 +98,11 @@ def _load(image: Path, mask: Path, spec: InputSpec, limits: FrameLimits) -> tupl
     if marked.shape != (frame.height, frame.width):
         sizes = f"{marked.shape[1]}x{marked.shape[0]} pixels and its image {frame.width}x{frame.height}"
         raise DatasetFault(f"{mask} has {sizes}; draw the mask at the size of {image}.")
+    if looks_inverted(marked):
+        raise DatasetFault(
+            f"{mask} marks {marked.mean():.0%} of its frame and looks inverted: marked are the pixels above 0. Draw "
+            "defects white on black; a frame that is defective all over can't be learnt from, so take it away."
+        )
     grey = np.repeat(marked[..., None].astype(np.uint8) * 255, 3, axis=2)
     # Every pixel that a defect touches: a thin scratch must not vanish when the mask shrinks.
     seen = cut_tiles(fit_to_input(grey, spec), spec)[..., 0] > 0

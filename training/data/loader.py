@@ -17,6 +17,8 @@ from training.data.samples import Sample, Saturation
 
 Pixels = NDArray[np.uint8]
 
+# Of its frame; few defects are larger, and hardly any ground is smaller.
+_LARGEST_DEFECT = 0.5
 
 LineIndex = NDArray[np.int64]
 
@@ -146,6 +148,15 @@ def load_mask(sample: Sample, height: int, width: int) -> NDArray[np.bool_]:
     for path in sample.mask_paths:
         mask |= decode_mask(path.read_bytes())
     return mask
+
+
+def looks_inverted(marked: NDArray[np.bool_]) -> bool:
+    """Tell whether a mask, `(H, W)`, marks more than half of its frame, or all of its border: more often the ground.
+
+    A defect may do so as well, where a whole part is missing or stained.
+    """
+    border = (marked[0], marked[-1], marked[:, 0], marked[:, -1])
+    return bool(marked.mean() > _LARGEST_DEFECT or all(edge.all() for edge in border))
 
 
 def load_channels(sample: Sample) -> list[tuple[NDArray[np.bool_], Saturation]]:

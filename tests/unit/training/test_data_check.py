@@ -213,6 +213,37 @@ def test_check_with_an_empty_mask_warns(root):
     assert ["marks no pixel" in w for w in checked.warnings] == [True]
 
 
+@pytest.mark.parametrize(
+    ("ground", "defect", "told"),
+    [(255, 0, True), (0, 255, False)],
+    ids=["inverted", "as it should be"],
+)
+@pytest.mark.parametrize(("top", "bottom"), [(2, 5), (1, 15)], ids=["small", "large"])
+def test_check_with_a_mask_that_looks_inverted_says_what_is_marked(root, ground, defect, told, top, bottom):
+    """Figures of the ground would be taken for those of defects; the run goes on, for a whole part may be defective."""
+    mask = np.full((16, 12), ground, np.uint8)
+    mask[top:bottom, 1:6] = defect
+    _write(root / "ground_truth/hole/0_mask.png", encode_png(mask))
+
+    warnings = _check(root).warnings
+
+    assert bool(warnings) is told
+    if told:
+        assert "Of 1 frames with masks 1 are marked on more than half" in warnings[0]
+        assert "hole/0_mask.png on" in warnings[0]
+
+
+def test_check_with_a_mask_that_a_codec_has_changed_says_how_it_is_read(root):
+    """Greys beside an edge are noise of the codec, and a mask of nothing else marks nothing."""
+    (root / "ground_truth/hole/0_mask.png").unlink()
+    _write(root / "ground_truth/hole/0_mask.jpg", encode_jpeg(np.full((16, 12, 3), 9, np.uint8)))
+
+    told = _check(root).warnings
+
+    assert ["marks no pixel" in text for text in told] == [False, True]
+    assert re.search(r"1 have lossy ones, like .*hole/0_mask\.jpg,.*Save masks as PNG", told[0])
+
+
 def test_check_with_a_file_that_vanished_names_it(root):
     """A file that can't be opened any more is a fault of the data set."""
     dataset = read_dataset(root)

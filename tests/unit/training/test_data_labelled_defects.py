@@ -26,6 +26,12 @@ def _mask(top, left, size=4, height=24, width=32):
     return encode_png(mask)
 
 
+def _inverted(top, left, size=4):
+    mask = np.full((24, 32), 255, np.uint8)
+    mask[top : top + size, left : left + size] = 0
+    return encode_png(mask)
+
+
 @pytest.fixture
 def root(tmp_path):
     """Two kinds of defect with a mask each, of both codecs; a good frame beside them is no defect."""
@@ -102,11 +108,22 @@ def test_defects_when_the_run_knows_a_frame_then_are_refused(root, tmp_path, spl
         (lambda root: (root / "ground_truth/hole/0_mask.png").rename(root / "kept.png"), "without a mask"),
         (lambda root: _write(root / "ground_truth/hole/0_mask.png", _mask(0, 0, size=0)), "marks nothing"),
         (lambda root: _write(root / "ground_truth/hole/0_mask.png", _mask(0, 0, height=12)), "32x12 pixels"),
+        (lambda root: _write(root / "ground_truth/hole/0_mask.png", _inverted(4, 8)), "marks 98% .*looks inverted"),
+        (lambda root: _write(root / "ground_truth/hole/0_mask.png", _inverted(1, 1, 22)), "marks 37% .*looks inverted"),
         (lambda root: _write(root / "ground_truth/hole/0_mask.png", b"no image"), "0_mask.png: "),
         (lambda root: _write(root / "test/hole/0.png", b"no image"), "0.png: "),
         (lambda root: _write(root / "ground_truth/hole/9_mask.png", _mask(0, 0)), "mask without an image"),
     ],
-    ids=["bare", "empty", "size", "broken mask", "broken frame", "stray mask"],
+    ids=[
+        "bare",
+        "empty",
+        "size",
+        "inverted",
+        "border",
+        "broken mask",
+        "broken frame",
+        "stray mask",
+    ],
 )
 def test_defects_when_a_file_is_wrong_then_it_is_named(root, change, words):
     """Each frame has a sound mask of its own size that marks something."""

@@ -16,8 +16,10 @@ from service.contract.frames import (
     FrameLimits,
     decode_image,
     decode_mask,
+    decode_mask_values,
     decode_region_mask,
     fit_to_input,
+    is_lossy,
     read_header,
 )
 from service.contract.geometry import Tiling
@@ -673,7 +675,7 @@ def test_resize_when_the_input_is_cropped_keeps_the_centre():
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "RGB", "I;16"])
 def test_mask_when_any_layout_stores_it_is_true_where_colours_are_above_zero(mode):
-    """Masks are read from whatever drew them; an alpha channel marks nothing."""
+    """Masks are read from whatever drew them; an alpha channel that hides nothing says nothing."""
     marked = make_frame(6, 8, seed=9)[:, :, 0] > 110
     image = Image.fromarray(marked.astype(np.uint8) * 255).convert(mode)
 
@@ -692,13 +694,62 @@ def test_region_mask_when_it_has_another_range_is_cut_at_the_middle_of_it(white,
 
 
 def test_region_mask_when_a_jpeg_blurs_its_edges_leaves_out_what_was_painted_black():
-    """A codec's ringing beside an edge inspects nothing; marked defects are read as ever, to the last pixel."""
-    painted = np.zeros((64, 80), np.uint8)
-    painted[5:43, 7:51] = 255
-    data = saved(Image.fromarray(painted), "JPEG", quality=50)
+    """A codec's ringing beside an edge inspects nothing."""
+    painted, data = _ringing("JPEG", quality=50)
 
-    assert (decode_mask(data) & (painted == 0)).sum() > 100
-    np.testing.assert_array_equal(decode_region_mask(data), painted > 0)
+    np.testing.assert_array_equal(decode_region_mask(data), painted)
+
+
+def _ringing(image_format, **options):
+    """Return what was painted, and a file in which greys lie beside it."""
+    painted = np.zeros((64, 80), bool)
+    painted[5:43, 7:51] = True
+    data = saved(Image.fromarray(painted.astype(np.uint8) * 255), image_format, **options)
+    assert (decode_mask_values(data)[~painted] > 0).sum() > 100
+    return painted, data
+
+
+@pytest.mark.parametrize(
+    ("image_format", "options"),
+    [("JPEG", {"quality": 50}), ("TIFF", {"compression": "jpeg", "quality": 50}), ("WEBP", {"quality": 30})],
+    ids=["jpeg", "jpeg in a tiff", "webp"],
+)
+def test_mask_when_a_lossy_codec_blurs_its_edges_marks_what_was_painted(image_format, options):
+    """Ringing beside a defect is no defect, neither to learn from nor to measure by."""
+    painted, data = _ringing(image_format, **options)
+
+    assert is_lossy(data)
+    assert (decode_mask(data) == painted).mean() > 0.995
+
+
+@pytest.mark.parametrize(
+    ("image_format", "options"),
+    [("PNG", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("BMP", {}), ("WEBP", {"lossless": True})],
+    ids=["png", "tiff", "tiff of lzw", "bmp", "webp"],
+)
+def test_mask_when_values_name_kinds_of_defects_marks_all_of_them(image_format, options):
+    """Values from 1 up are marked in every file that keeps them as they were drawn."""
+    kinds = np.arange(4, dtype=np.uint8).repeat(12).reshape(4, 12)
+    data = saved(Image.fromarray(kinds), image_format, **options)
+
+    assert not is_lossy(data)
+    np.testing.assert_array_equal(decode_mask(data), kinds > 0)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("decode", [decode_mask, decode_region_mask])
+def test_mask_when_nothing_is_painted_somewhere_then_the_colour_under_it_marks_nothing(decode, mode):
+    """Programs leave white, or anything, where a layer is transparent."""
+    painted = make_frame(6, 8, seed=9)[:, :, 0] > 110
+    layer = np.full((6, 8, 4), 255, np.uint8)
+    layer[..., 3] = painted * 255
+    image = Image.fromarray(layer)
+    if mode == "P":
+        image = Image.fromarray(painted.astype(np.uint8), "P")
+        image.putpalette([255] * 6)
+    data = saved(image if mode == "P" else image.convert(mode), "PNG", **({"transparency": 0} if mode == "P" else {}))
+
+    np.testing.assert_array_equal(decode(data), painted)
 
 
 def test_mask_when_damaged_is_refused():
