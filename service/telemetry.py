@@ -36,7 +36,7 @@ from service.connections import Cut
 from service.contract.calibration import Calibration
 from service.contract.policy import Policy, Verdict
 from service.drift import LineDrift, ScoreDrift, measure_quality
-from service.errors import CallerError, known_codes
+from service.errors import CallerError, DeadlinePassed, Overloaded, known_codes
 from service.inspection import Inspection
 from service.log import InspectionRecord, LineWriter
 from service.tallies import Tally
@@ -58,6 +58,8 @@ _REASONS = known_codes() | {CALLER_LEFT}
 _WATCHED_REASONS = sorted(known_codes() - known_codes(CallerError) | {OTHER_REASON})
 # Of one line; what served before these is forgotten, or every rollout would leave series behind for ever.
 _VERSIONS_KEPT = 8
+# Frames that found no time: those that come through beside them would look all the quicker.
+_OUT_OF_TIME = {DeadlinePassed.code, Overloaded.code}
 
 _STAGE_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _STAGES = ("receive", "decode", "queue", "infer", "postprocess", "encode", "total")
@@ -171,7 +173,7 @@ class _Series:
 
 
 class _LineSeries(NamedTuple):
-    """What every answered frame of a line adds to, whichever version judges."""
+    """What every answered frame of a line adds to, whichever version judges, and some that found no time."""
 
     stages: dict[str, Buckets]
     slack: Buckets
@@ -195,8 +197,17 @@ class _FrameSeries(Collector):
             for verdict, count in [*series.verdicts.items()]:
                 inspections.add_metric((line, version, verdict), count)
             series.score.tell(scores, (line, version))
-        stages = _family("stage_duration_seconds", "Time by stage.", "line", "stage")
-        slack = _family("deadline_slack_seconds", "Time left to the deadline at the answer.", "line")
+        stages = _family(
+            "stage_duration_seconds",
+            "Time by stage of answered frames; total is also of those whose deadline passed, not of refused ones.",
+            "line",
+            "stage",
+        )
+        slack = _family(
+            "deadline_slack_seconds",
+            "Time left to the deadline at the answer; 0 where it passed, or was refused for want of time or room.",
+            "line",
+        )
         for line, of_line in [*self.by_line.items()]:
             for stage, spent in [*of_line.stages.items()]:
                 spent.tell(stages, (line, stage))
@@ -553,6 +564,10 @@ class Telemetry:
         """
         known = self.known_line(line)
         self._no_verdicts[known, reason if reason in _REASONS else OTHER_REASON].inc()
+        if reason in _OUT_OF_TIME and known != UNKNOWN_LINE:
+            self._of_line(known).slack.observe(0.0)
+            if reason == DeadlinePassed.code:  # a refusal takes no time at all, and would make the line look quick
+                self._of_line(known).stages["total"].observe(seconds.get("total", 0.0))
         verdict = Verdict.NO_VERDICT.value
         if known in self._served:  # by a version that is in memory, or was the last one there
             version = self._served[known][-1]
@@ -609,11 +624,15 @@ class Telemetry:
     def _series(self, line: str, version: str) -> _Series:
         known = self._frames.by_version
         if (line, version) not in known:
-            of_line = self._frames.by_line.setdefault(
-                line, _LineSeries({stage: Buckets(_STAGE_BUCKETS_S) for stage in _STAGES}, Buckets(_SLACK_BUCKETS_S))
-            )
-            known[line, version] = _Series(of_line, self._tally(line, version))
+            known[line, version] = _Series(self._of_line(line), self._tally(line, version))
         return known[line, version]
+
+    def _of_line(self, line: str) -> _LineSeries:
+        series = self._frames.by_line.get(line)
+        if series is None:
+            stages = {stage: Buckets(_STAGE_BUCKETS_S) for stage in _STAGES}
+            series = self._frames.by_line[line] = _LineSeries(stages, Buckets(_SLACK_BUCKETS_S))
+        return series
 
     def _tally(self, line: str, version: str) -> Tally:
         tally = self._tallies.get((line, version))

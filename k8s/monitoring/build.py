@@ -189,9 +189,35 @@ _LINES_PANELS = (
 _LATENCY_PANELS = (
     Panel(
         "Time in the service",
-        "From the first byte of a request to the last byte of its answer.",
+        "From the first byte of a request to the last byte of its answer, of frames that were answered or whose "
+        "deadline passed. Those that were refused at once have no time: how many there are stands beside.",
         "s",
         _quantiles("flawline_stage_duration_seconds", f'{_LINE},stage="total"', "line"),
+    ),
+    Panel(
+        "Frames without a verdict",
+        "Share of all frames that came. Missed are those that the caller is not to blame for: late, refused for want "
+        "of time or room, or broken. A caller that left may have waited too long.",
+        "percentunit",
+        [
+            Query(f"line:flawline_missed:ratio5m{{{_LINE}}}", "{{line}} missed"),
+            Query(f"line:flawline_no_verdict:ratio5m{{{_LINE}}}", "{{line}} whoever is to blame"),
+        ],
+        warning=0.001,
+        critical=0.01,
+    ),
+    Panel(
+        "Total time, answered and late frames",
+        "How many frames took how long; of those that were refused at once, see the share without a verdict.",
+        "s",
+        [
+            Query(
+                f'sum by (le) (increase(flawline_stage_duration_seconds_bucket{{{_LINE},stage="total"}}{_RATE}))',
+                "{{le}}",
+            )
+        ],
+        kind="heatmap",
+        width=24,
     ),
     Panel(
         "Mean time by stage",
@@ -206,21 +232,9 @@ _LATENCY_PANELS = (
         ],
     ),
     Panel(
-        "Total time, every frame",
-        "How many frames took how long.",
-        "s",
-        [
-            Query(
-                f'sum by (le) (increase(flawline_stage_duration_seconds_bucket{{{_LINE},stage="total"}}{_RATE}))',
-                "{{le}}",
-            )
-        ],
-        kind="heatmap",
-        width=24,
-    ),
-    Panel(
         "Time left to the deadline",
-        "Of answered frames, in the slowest twentieth. At zero frames begin to be lost.",
+        "In the slowest twentieth of the frames that were answered, late, or refused for want of time or room; those "
+        "that were not answered have none left. At zero frames are lost.",
         "s",
         [
             Query(
@@ -249,21 +263,8 @@ _LATENCY_PANELS = (
         [Query(f"sum by (engine) (flawline_queue_depth{{{_FLEET}}})", "{{engine}}")],
     ),
     Panel(
-        "Missed for want of time or room",
-        "Share of frames without a verdict that the caller is not to blame for.",
-        "percentunit",
-        [
-            Query(
-                f"line:flawline_missed:ratio5m{{{_LINE}}}",
-                "{{line}}",
-            )
-        ],
-        warning=0.001,
-        critical=0.01,
-    ),
-    Panel(
-        "Time left, every frame",
-        "How many answered frames had how much time to spare.",
+        "Time left, answered and missed frames",
+        "How many frames had how much time to spare; none where they were late, or refused for want of time or room.",
         "s",
         [Query(f"sum by (le) (increase(flawline_deadline_slack_seconds_bucket{{{_LINE}}}{_RATE}))", "{{le}}")],
         kind="heatmap",

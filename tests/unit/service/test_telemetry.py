@@ -201,6 +201,24 @@ def test_not_inspected_when_line_is_anything_then_label_is_bounded(telemetry, ca
     assert logged["seconds"] == {"total": 0.1}
 
 
+def test_times_when_frames_were_late_or_refused_then_do_not_look_as_good_as_those_of_the_answered_alone(telemetry):
+    """A late frame took its time and had none left; one that was refused took none, and had none left either."""
+    telemetry.inspected(make_inspection(), encode_s=0.0002, total_s=0.02, answered_at=ANSWERED_AT)
+    for reason, total_s, frames in (("deadline_passed", 0.031, 4), ("overloaded", 0.0003, 16)):
+        for _ in range(frames):
+            telemetry.not_inspected("demo_line", reason, ANSWERED_AT, seconds={"total": total_s})
+    telemetry.not_inspected("demo_line", "unreadable_frame", ANSWERED_AT, seconds={"total": 0.001})
+    telemetry.not_inspected("elsewhere", "overloaded", ANSWERED_AT, seconds={"total": 0.001})
+
+    samples = metrics(telemetry)
+    total = 'flawline_stage_duration_seconds_{}{{{}line="demo_line",stage="total"}}'
+    assert samples[total.format("count", "")] == 5
+    assert samples[total.format("sum", "")] == pytest.approx(0.02 + 4 * 0.031)
+    assert samples['flawline_deadline_slack_seconds_bucket{le="0.0",line="demo_line"}'] == 20
+    assert samples['flawline_deadline_slack_seconds_count{line="demo_line"}'] == 21
+    assert 'flawline_deadline_slack_seconds_count{line="unknown"}' not in samples
+
+
 @pytest.mark.parametrize("line", ["demo_line", UNKNOWN_LINE])
 def test_no_verdict_when_nothing_was_lost_yet_then_a_dozen_reasons_stand_at_0(telemetry, line):
     """The first losses are a rise then, which alerts see; a thousand lines cost some thousand series."""
