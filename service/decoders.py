@@ -85,13 +85,16 @@ class Decoders:
             UnreadableFrame: if it kept its thread too long.
             Exception: whatever the step raises.
         """
-        job = _Job(line, step)
+        # Without a name for it here: see `_decode_one`.
+        await asyncio.wrap_future(self._put(_Job(line, step)))
+
+    def _put(self, job: _Job) -> Future[None]:
         with self._changed:
-            self._waiting.setdefault(line, deque()).append(job)
+            self._waiting.setdefault(job.line, deque()).append(job)
             self._changed.notify()
         if self._next_look is None:
             self._look_again()
-        await asyncio.wrap_future(job.ended)
+        return job.ended
 
     def close(self) -> None:
         """End the threads, without waiting for work that nobody waits for any more."""
@@ -116,19 +119,24 @@ class Decoders:
             return False
         fault: BaseException | None = None
         try:
-            job.step()
-        except BaseException as error:  # noqa: BLE001 - the edge: a codec may raise anything, and the thread goes on
-            fault = error
-        with self._changed:
-            if job not in self._running:  # given up meanwhile: another thread has its place
-                self._given_up -= 1
-                return False
-            self._running.remove(job)
-        if fault is None:
-            job.ended.set_result(None)
-        else:
-            job.ended.set_exception(fault)
-        return True
+            try:
+                job.step()
+            except BaseException as error:  # noqa: BLE001 - the edge: a codec may raise anything, and the thread goes on
+                fault = error
+            with self._changed:
+                if job not in self._running:  # given up meanwhile: another thread has its place
+                    self._given_up -= 1
+                    return False
+                self._running.remove(job)
+            if fault is None:
+                job.ended.set_result(None)
+            else:
+                job.ended.set_exception(fault)
+            return True
+        finally:
+            # A fault knows the frames of the stack that it came through, this one among them: the image would be kept
+            # until somebody collects garbage.
+            del fault, job
 
     def _take(self) -> _Job | None:
         """Wait for a frame that somebody still waits for; None where there is nothing more to do."""

@@ -1,8 +1,10 @@
 """Promises of the threads that decode: every frame ends once, no line takes them all, and none is kept for ever."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -86,6 +88,29 @@ async def test_run_when_a_step_raises_then_its_caller_hears_of_it_and_the_thread
     await stand.decoders.run("line", lambda: done.append(1))
 
     assert done == [1]
+
+
+@in_loop
+async def test_run_when_a_step_raised_then_nothing_is_kept_of_it(make_stand):
+    """A frame is large, and garbage is collected seldom."""
+    stand = make_stand()
+
+    class Frame:
+        def __call__(self):
+            raise UnreadableFrame("It is none.")
+
+    frame = Frame()
+    kept = weakref.ref(frame)
+    gc.disable()
+    try:
+        with pytest.raises(UnreadableFrame):
+            await stand.decoders.run("line", frame)
+        del frame
+        await stand.decoders.run("line", lambda: None)
+
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 @in_loop
