@@ -195,16 +195,19 @@ def test_scaling_when_no_frame_comes_then_no_query_says_what_is_no_number(tmp_pa
         f'flawline_stage_duration_seconds_bucket{{{labels},stage="queue",le="0.1"}}': "0+90x10 900x20",
         f'flawline_stage_duration_seconds_bucket{{{labels},stage="queue",le="+Inf"}}': "0+90x10 900x20",
         f'flawline_no_verdict_total{{{labels},reason="overloaded"}}': "0+90x10 900x20",
+        'flawline_ready{namespace="flawline",instance="one"}': "1x30",
+        'flawline_ready{namespace="flawline",instance="two"}': "1x30",
+        'flawline_ready{namespace="flawline",instance="new"}': "0x30",
     }
     queries = [trigger["metadata"]["query"] for trigger in triggers]
-    cases = [(query, "1m", [{"value": value}]) for query, value in zip(queries, (95, 6000), strict=True)]
+    cases = [(query, "1m", [{"value": value}]) for query, value in zip(queries, (2 * 95, 2 * 360), strict=True)]
     cases += [(query, "5m", samples) for query, samples in zip(queries, ([], [{"value": 0}]), strict=True)]
     test = {
         "interval": "15s",
         "input_series": [{"series": name, "values": values} for name, values in series.items()],
         "promql_expr_test": [
             {
-                "expr": f"round(({query}) * 1000)",
+                "expr": f"round({query})",
                 "eval_time": at,
                 "exp_samples": [{"labels": "{}", **sample} for sample in samples],
             }

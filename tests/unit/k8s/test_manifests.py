@@ -331,6 +331,27 @@ def test_gpu_when_asked_for_then_exactly_one_is_held_and_no_second_is_needed_to_
     assert _settings(overlay)["FLAWLINE_DEVICE"] == "cuda"
 
 
+def test_kserve_when_a_pod_is_replaced_then_the_new_one_is_ready_first_and_the_old_one_answers_what_it_accepted():
+    """A runtime's containers may pause before they stop; how long they may take is its predictor's to say."""
+    predictor = only("kserve", "InferenceService")["spec"]["predictor"]
+    [container] = only("kserve", "ServingRuntime")["spec"]["containers"]
+    given = {variable["name"].removeprefix("FLAWLINE_").lower(): variable["value"] for variable in container["env"]}
+    [pause_s] = re.findall(r"sleep\((\d+)\)", container["lifecycle"]["preStop"]["exec"]["command"][-1])
+
+    assert predictor["terminationGracePeriodSeconds"] >= int(pause_s) + Settings(**given).drain_timeout_s + 5
+    assert predictor["deploymentStrategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+
+
+def test_keda_when_a_trigger_fails_then_older_versions_fall_back_too():
+    """Before 2.18 only AverageValue falls back, by its target's whole part times the number of pods."""
+    scaled = only("keda", "ScaledObject")["spec"]
+
+    assert scaled["fallback"]["replicas"] >= scaled["minReplicaCount"]
+    for trigger in scaled["triggers"]:
+        assert trigger["metricType"] == "AverageValue"
+        assert float(trigger["metadata"]["threshold"]).is_integer()
+
+
 def test_keda_when_it_scales_then_nobody_else_sets_the_number_of_pods():
     """A number in the Deployment would fight with the scaler at every deploy."""
     scaled = only("keda", "ScaledObject")["spec"]
