@@ -204,6 +204,27 @@ def refuse_other_shape(path: Path, frame_sizes: Sequence[tuple[int, int]]) -> No
         )
 
 
+def tell_other_shapes(path: Path, frame_sizes: Sequence[tuple[int, int]]) -> str | None:
+    """Say that a mask is squeezed over some frames, because they have other aspect ratios; None where it is not.
+
+    Args:
+        path: of the mask, which `refuse_other_shape` has let pass.
+        frame_sizes: `(height, width)` of frames.
+
+    Raises:
+        UnreadableFrame: if the file can't be decoded.
+    """
+    size = _read_mask(path).shape
+    others = [frame_size for frame_size in frame_sizes if not has_shape_of(size, [frame_size])]
+    if not others:
+        return None
+    return (
+        f"The region-of-interest mask {path} has {size[1]}x{size[0]} pixels, and some frames another aspect ratio, "
+        f"like {others[0][1]}x{others[0][0]}: it is squeezed over them and may leave out other places than were "
+        "painted. If they come from another camera, make them a line with a mask of its own."
+    )
+
+
 def has_shape_of(size: tuple[int, int], frame_sizes: Sequence[tuple[int, int]]) -> bool:
     """Tell whether `(height, width)` has the aspect ratio of frames, or one between theirs, but for a pixel a side."""
     lowest, highest = _aspect_ratios(*size)

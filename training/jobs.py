@@ -49,7 +49,13 @@ from training.import_checkpoint import keep_released, read_released, tell_soften
 from training.peers import Peers, meet_peers, process_number, refuse_company
 from training.progress import Reporter, choose_reporter
 from training.published import KindOfSetting, read_published
-from training.recalibrate import CheckedFrames, pattern_of_parts, read_good_folder, recalibrate
+from training.recalibrate import (
+    CheckedFrames,
+    pattern_of_parts,
+    read_good_folder,
+    recalibrate,
+    tell_other_frames,
+)
 from training.report import Inspected, LineReport, ReportData, render
 from training.run import Beginning, help_to_fit, train
 from training.run_directory import (
@@ -417,6 +423,7 @@ def evaluate_bundle(
     manifest = bundle.manifest
     name = _line_of(bundle, line)
     checked, kept_out = _frames_to_test(line_folder, layout, manifest.input, reporter)
+    tell_other_frames(bundle, name, checked, reporter)
     tested = checked.samples
     if learnt := those_fitted_on(tested, checked.content, read_fitted_frames(bundle) or frozenset()):
         reporter.note(

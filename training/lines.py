@@ -26,6 +26,7 @@ from training.calibrate import (
     refuse_other_shape,
     refuse_unsupported_rates,
     refuse_unusable_region,
+    tell_other_shapes,
 )
 from training.config import ConfigFault, RunConfig, map_size_of, score_rule_of
 from training.data.check import CheckedDataset, check_dataset
@@ -37,6 +38,10 @@ from training.progress import Reporter
 from training.run_directory import LineRequest, RunRequest
 
 _LARGEST_RATIO_OF_ASPECTS = 2.0
+# Squeezed to a third of the height or width that it had beside the other side, a round defect is hardly seen as one.
+_LARGEST_SQUEEZE = 3.0
+# Each tile costs as much as a frame.
+_MOST_SUGGESTED_TILES = 8
 _FOR_SEVERAL_LINES = "inp_former"
 # Their papers have a few-shot setting.
 _MADE_FOR_FEW_FRAMES = ("ami_net", "inp_former", "inp_former_pp")
@@ -128,6 +133,8 @@ def gather_lines(request: RunRequest, reporter: Reporter) -> GatheredLines:
         *_told_of_lines_together(request),
         *_told_of_copies(lines),
         *_told_of_order(lines, request),
+        *_told_of_regions(lines, request.lines),
+        *_told_of_oblong_frames(lines, request.config.frame_input),
         *_told_of_few_frames(lines, request.config),
         *_told_of_missing_masks(lines),
         *compare_frame_sizes(lines, request.config.frame_input),
@@ -332,6 +339,33 @@ def _told_of_order(lines: Sequence[GatheredLine], request: RunRequest) -> tuple[
         return ()
     told = ((line.name, tell_order(line.data.distinct, request.config.hold_out)) for line in lines)
     return tuple(f"{name}: {sentence}" for name, sentence in told if sentence is not None)
+
+
+def _told_of_regions(lines: Sequence[GatheredLine], requests: Sequence[LineRequest]) -> tuple[str, ...]:
+    """Say over which frames the one mask of their line is squeezed."""
+    told = (
+        (line.name, tell_other_shapes(request.region_of_interest, line.data.frame_sizes))
+        for line, request in zip(lines, requests, strict=True)
+        if request.region_of_interest is not None
+    )
+    return tuple(f"{name}: {sentence}" for name, sentence in told if sentence is not None)
+
+
+def _told_of_oblong_frames(lines: Sequence[GatheredLine], spec: InputSpec) -> tuple[str, ...]:
+    """Say which lines' frames are squeezed to another shape, and into how many tiles they could be cut instead."""
+    told = []
+    for line in lines:
+        height, width = line.data.frame_size
+        wider = (width / height) / (spec.resize_width / spec.resize_height)
+        if max(wider, 1 / wider) > _LARGEST_SQUEEZE:
+            count = min(round(max(wider, 1 / wider)), _MOST_SUGGESTED_TILES)
+            tiles = f"1x{count}" if wider > 1 else f"{count}x1"
+            told.append(
+                f"{line.name}: its frames, {height}x{width} (height x width), are resized to "
+                f"{spec.resize_height}x{spec.resize_width}, which squeezes them {max(wider, 1 / wider):.1f} times more "
+                f"along one side than along the other; to see small defects, cut them into tiles: --tiles {tiles}."
+            )
+    return tuple(told)
 
 
 def _told_of_few_frames(lines: Sequence[GatheredLine], config: RunConfig) -> tuple[str, ...]:

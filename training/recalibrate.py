@@ -34,6 +34,7 @@ from training.calibrate import (
     read_region_of_interest,
     refuse_other_shape,
     refuse_unsupported_rates,
+    tell_other_shapes,
 )
 from training.data.check import check_dataset
 from training.data.folders import good_samples
@@ -210,18 +211,10 @@ def refuse_other_frames(
     Raises:
         ParameterInvalid: if a frame has another aspect ratio, and the region would cover other places of the part.
     """
-    recorded = bundle.manifest.by_line[line].data.frame_sizes
-    known = recorded or _sizes_of_golden(bundle, line)
-    if not known:
+    told, is_of_other_shape = _other_sizes(bundle, line, good)
+    if told is None:
         return
-    of_other_shape = [size for size in good.frame_sizes if not has_shape_of(size, known)]
-    # Golden frames are stored smaller than the camera's, so only their shape tells something.
-    others = of_other_shape or [size for size in good.frame_sizes if recorded and size not in recorded]
-    if not others:
-        return
-    height, width = others[0]
-    told = f"{width}x{height} pixels and those of the line {line} before {known[0][1]}x{known[0][0]}"
-    if of_other_shape and keeps_region:
+    if is_of_other_shape and keeps_region:
         raise ParameterInvalid(
             f"The new frames have {told}, which is another aspect ratio, so the line's region of interest would lie on "
             "other places of the part; give frames of this line, or with --roi a mask that is drawn on the new ones."
@@ -230,6 +223,48 @@ def refuse_other_frames(
         f"New frames have {told}. See to it that they are of this line; thresholds from frames of another product or "
         "camera are none for it."
     )
+
+
+def tell_other_frames(bundle: Bundle, line: str, tested: CheckedFrames, reporter: Reporter) -> None:
+    """Say that test frames are of another size than the line's, as those of another camera are.
+
+    Args:
+        bundle: verified.
+        line: one of the bundle's.
+        tested: frames that it shall be measured on.
+        reporter: says it.
+    """
+    told, is_of_other_shape = _other_sizes(bundle, line, tested)
+    if told is None:
+        return
+    elsewhere = ""
+    if is_of_other_shape and bundle.policies[line].region_of_interest is not None:
+        elsewhere = " The line's region of interest lies on other places of them than it was painted on."
+    reporter.note(
+        f"Test frames have {told}. See to it that they are of this line; figures from frames of another product or "
+        f"camera say nothing of it.{elsewhere}"
+    )
+
+
+def _check_region(mask: Path, good: CheckedFrames, reporter: Reporter) -> None:
+    """Refuse a new region of interest that was drawn on none of the frames, or tell that it was not drawn on some."""
+    refuse_other_shape(mask, good.frame_sizes)
+    if (told := tell_other_shapes(mask, good.frame_sizes)) is not None:
+        reporter.note(told)
+
+
+def _other_sizes(bundle: Bundle, line: str, frames: CheckedFrames) -> tuple[str | None, bool]:
+    """Return what is said of frames whose size none of the line's has, and whether their aspect ratio is another."""
+    recorded = bundle.manifest.by_line[line].data.frame_sizes
+    known = recorded or _sizes_of_golden(bundle, line)
+    of_other_shape = [size for size in frames.frame_sizes if known and not has_shape_of(size, known)]
+    # Golden frames are stored smaller than the camera's, so only their shape tells something.
+    others = of_other_shape or [size for size in frames.frame_sizes if recorded and size not in recorded]
+    if not others:
+        return None, False
+    height, width = others[0]
+    told = f"{width}x{height} pixels and those of the line {line} before {known[0][1]}x{known[0][0]}"
+    return told, bool(of_other_shape)
 
 
 def recalibrate(
@@ -281,7 +316,7 @@ def recalibrate(
     whole = by_tiles(graph, spec, rule)
     held_out = ask(whole, good.samples, spec, reporter, title="good frames", line_index=index)
     if region_of_interest is not None:
-        refuse_other_shape(region_of_interest, held_out.frame_sizes)
+        _check_region(region_of_interest, good, reporter)
     calibrated = calibrate(
         held_out.scores,
         held_out.maps,

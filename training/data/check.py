@@ -30,6 +30,9 @@ _LARGEST_RATIO_OF_ASPECTS = 2.0
 _LARGEST_RATIO_OF_SIDES = 4.0
 # Where fewer have the commonest size, frames are cut to their part, and no size is usual.
 _SHARE_OF_USUAL_SIZE = 0.25
+# So many sizes are told one by one; of more, aspect ratios alone, from a ratio on that a squeezed frame shows.
+_TOLD_SIZES = 4
+_SMALL_RATIO_OF_ASPECTS = 1.1
 # One damaged recording can bring hundreds of the same; a report names them all.
 _TOLD_WARNINGS = 5
 
@@ -219,14 +222,34 @@ def _odd_masks(findings: Sequence[_Finding]) -> Iterator[str]:
 
 def _other_shapes(findings: Sequence[_Finding]) -> Iterator[str]:
     """Say that some frames have quite another shape than most, as those of another camera or a thumbnail have."""
-    ((height, width), count), *_ = Counter(finding.frame_size for finding in findings).most_common(1)
+    sizes = Counter(finding.frame_size for finding in findings)
+    ((height, width), count), *_ = sizes.most_common(1)
+    if count < _SHARE_OF_USUAL_SIZE * len(findings):
+        return
     others = [finding for finding in findings if _is_other_shape(finding.frame_size, (height, width))]
-    if others and count >= _SHARE_OF_USUAL_SIZE * len(findings):
+    if others:
         yield (
             f"Of {len(findings)} frames {len(others)} are of quite another shape than the usual {height}x{width} "
             f"(height x width), like {others[0].sample.path} with {others[0].frame_size[0]}x"
             f"{others[0].frame_size[1]}; all are resized to one input, so crop them to a like shape or take them away."
         )
+    left = Counter({size: n for size, n in sizes.items() if not _is_other_shape(size, (height, width))})
+    yield from _several_sizes(left)
+
+
+def _several_sizes(sizes: Counter[tuple[int, int]]) -> Iterator[str]:
+    """Say that frames come in a few sizes, or in several shapes, as those of several cameras do."""
+    aspects = [width / height for height, width in sizes]
+    if 1 < len(sizes) <= _TOLD_SIZES:
+        told = ", ".join(f"{height}x{width} ({count})" for (height, width), count in sizes.most_common())
+    elif max(aspects) > _SMALL_RATIO_OF_ASPECTS * min(aspects):
+        told = f"{len(sizes)} of them, with aspect ratios from {min(aspects):.2f} to {max(aspects):.2f}"
+    else:
+        return
+    yield (
+        f"Frames differ in size, height x width: {told}. All are resized to one input; if they come from several "
+        "cameras, or at several magnifications, make a line of each."
+    )
 
 
 def _is_other_shape(size: tuple[int, int], usual: tuple[int, int]) -> bool:

@@ -9,7 +9,13 @@ from service.contract.policy import ScoreRule, inspected_mask
 from service.errors import BundleRefused, CalibrationRefused, ParameterInvalid, UnreadableFrame
 from tests.factories import encode, make_bundle, make_frame, make_policy
 from training.__main__ import commands
-from training.calibrate import calibrate, read_region_of_interest, refuse_other_shape, refuse_unsupported_rates
+from training.calibrate import (
+    calibrate,
+    read_region_of_interest,
+    refuse_other_shape,
+    refuse_unsupported_rates,
+    tell_other_shapes,
+)
 
 _TOP = ScoreRule(kind="top_fraction_mean", fraction=0.1)
 _LEFT_HALF = (((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)),)
@@ -179,6 +185,10 @@ def test_refuse_other_shape_when_the_mask_has_the_frames_aspect_ratio_then_it_wi
     path.write_bytes(encode(np.full(mask_size, 255, np.uint8)))
 
     refuse_other_shape(path, frame_sizes)
+
+    squeezed = tell_other_shapes(path, frame_sizes)
+    assert (squeezed is None) is (len(frame_sizes) == 1)
+    assert squeezed is None or "has 64x64 pixels, and some frames another aspect ratio, like 80x72" in squeezed
 
 
 @pytest.mark.parametrize("mask_size", [(50, 200), (80, 72), (64, 64)])

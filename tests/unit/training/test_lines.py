@@ -233,6 +233,40 @@ def test_gather_when_a_mask_was_not_drawn_on_the_frames_then_refuses_before_fitt
         _gather(tmp_path, bottle, lines=lines)
 
 
+def test_gather_when_a_mask_was_drawn_on_frames_of_one_camera_of_two_then_says_so(tmp_path, bottle):
+    """The other camera's frames may be left uninspected where nobody has painted."""
+    mask = tmp_path / "mask.png"
+    mask.write_bytes(encode(np.full((72, 80), 255, np.uint8)))
+    lines = (LineRequest(name="bottle", folder=bottle, region_of_interest=mask),)
+    alone = _gather(tmp_path, bottle, lines=lines).warnings
+    (bottle / "train/good/100.png").write_bytes(encode(make_frame(80, 80, seed=100)))
+
+    (told,) = _gather(tmp_path, bottle, lines=lines).warnings
+
+    assert alone == ()
+    assert told.startswith("bottle: The region-of-interest mask")
+    assert "has 80x72 pixels, and some frames another aspect ratio, like 80x80" in told
+
+
+@pytest.mark.parametrize(
+    ("size", "tiles", "told"),
+    [
+        ((32, 256), None, "--tiles 1x8"),
+        ((256, 64), None, "--tiles 4x1"),
+        ((64, 160), None, None),
+        ((32, 256), {"rows": 1, "columns": 8}, None),
+    ],
+    ids=["wide", "tall", "less than a factor of three", "cut already"],
+)
+def test_gather_when_frames_are_oblong_then_says_into_which_tiles_to_cut_them(tmp_path, size, tiles, told):
+    """Resized to a square, a web's frame keeps an eighth of its width."""
+    line = write_line(tmp_path / "web", good=FEW, tested=False, size=size)
+
+    warnings = _gather(tmp_path, line, config=make_config(tiles=tiles)).warnings
+
+    assert [told is not None and told in warning for warning in warnings] == [True] * (told is not None)
+
+
 def test_gather_when_there_is_one_line_then_its_refusal_names_no_other(tmp_path, bottle):
     """A run of one line speaks of parts, not of lines."""
     with pytest.raises(CalibrationRefused, match=r"^A false-reject rate of 0.01 needs"):

@@ -304,3 +304,27 @@ def test_evaluate_when_test_frames_were_fitted_on_then_it_says_how_many(tmp_path
 
     assert done.exit_code == 0, done.output
     assert "The detector was fitted on 2 of the 3 test frames" in re.sub(r"\s+", " ", done.output)
+
+
+def test_evaluate_when_test_frames_have_another_aspect_ratio_then_it_says_so(tmp_path):
+    """Figures of another camera's frames are none of the line, and its region lies elsewhere on them."""
+    height, width = make_frame().shape[:2]
+    data = make_line_record().data.model_copy(update={"frame_sizes": ((height, width),)})
+    by_line = {"demo_line": make_line_record(data=data)}
+    bundle = load_bundle(make_bundle(tmp_path / "store", policy=_REGION, by_line=by_line))
+    for size in ((height, width), (height, 2 * width)):
+        for folder, seed in (("train/good", 500), ("test/good", 501)):
+            path = tmp_path / str(size[1]) / folder / "0.png"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(encode(make_frame(*size, seed=seed)))
+
+    plain, wide = (
+        re.sub(r"\s+", " ", CliRunner().invoke(commands, ["evaluate", str(bundle.path), str(tmp_path / str(w))]).output)
+        for w in (width, 2 * width)
+    )
+
+    assert "Test frames have" not in plain
+    assert (
+        f"Test frames have {2 * width}x{height} pixels and those of the line demo_line before {width}x{height}" in wide
+    )
+    assert "region of interest lies on other places" in wide
