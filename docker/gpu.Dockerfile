@@ -75,6 +75,7 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 # Alive, not ready: a container that loads its bundles is healthy, and restarting it would only make it load again.
 # FLAWLINE_HEALTH_PORT is asked where there is one: with TLS or keys the port of the frames has no answer for it.
+# Set another port as FLAWLINE_PORT: of `serve --port` this check hears nothing, and calls the container unhealthy.
 HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import os, urllib.request as r; port = os.environ.get('FLAWLINE_HEALTH_PORT') or \
 os.environ.get('FLAWLINE_PORT', '8000'); r.urlopen(f'http://127.0.0.1:{port}/healthz/live', timeout=5)"]

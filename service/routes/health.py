@@ -8,6 +8,8 @@ Where callers must show a certificate, an orchestrator's probes have none to sho
 speaks plain HTTP and says alive and ready in a word: no line, no reason, no metric.
 """
 
+import asyncio
+
 from fastapi import APIRouter, Request, Response
 from pydantic_core import to_json
 from starlette.applications import Starlette
@@ -39,7 +41,9 @@ async def metrics(request: Request) -> Response:
     """Return all metrics in the format of Prometheus, or of OpenMetrics where that is asked for."""
     caller_of(request).demand("metrics")
     context_of(request).after_answers.settle()
-    body, content_type = context_of(request).telemetry.exposition(request.headers.get("accept", ""))
+    taken = context_of(request).telemetry.snapshot()
+    # Of forty lines it is half a megabyte: frames that come meanwhile do not wait for all of it.
+    body, content_type = await asyncio.to_thread(taken.exposition, request.headers.get("accept", ""))
     return Response(body, media_type=content_type)
 
 

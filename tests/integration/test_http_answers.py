@@ -1,5 +1,6 @@
 """What answers hold: the same numbers everywhere, pictures of what was judged, and every frame its own answer."""
 
+import asyncio
 import hashlib
 import io
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from service.contract.bundle import load_bundle
 from service.contract.frames import FrameLimits, decode_image, fit_to_input
 from service.schemas import BatchAnswer, InspectionAnswer, LineAnswer, LinesAnswer, PoliciesAnswer, VersionsAnswer
 from service.settings import Settings
+from service.telemetry import Snapshot
 from tests.factories import (
     FRAME_HEIGHT,
     FRAME_WIDTH,
@@ -323,6 +325,24 @@ def test_metrics_when_frames_were_answered_then_verdicts_and_stages_are_counted(
     assert 'flawline_inspections_total{line="demo_line",verdict="FAIL",version="1"}' in text
     for stage in ("receive", "decode", "queue", "infer", "postprocess", "encode", "total"):
         assert f'flawline_stage_duration_seconds_count{{line="demo_line",stage="{stage}"}}' in text
+
+
+def test_metrics_when_scraped_then_are_written_down_beside_the_loop(http, monkeypatch):
+    """Of many lines that takes tens of milliseconds, in which frames would wait."""
+    wrote = []
+    write = Snapshot.exposition
+
+    def noted(taken, accepted):
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        wrote.append(accepted)
+        return write(taken, accepted)
+
+    monkeypatch.setattr(Snapshot, "exposition", noted)
+
+    assert http.get("/metrics").status_code == 200
+
+    assert len(wrote) == 1
 
 
 def test_image_quality_when_a_heatmap_is_asked_for_then_it_is_measured_on_the_same_picture(store):

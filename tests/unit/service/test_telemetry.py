@@ -399,6 +399,20 @@ def test_exposition_when_openmetrics_is_asked_for_then_latencies_lead_to_their_i
     assert b"inspection_id" not in telemetry.exposition()[0]
 
 
+def test_snapshot_when_frames_come_before_it_is_written_down_then_says_what_was(telemetry):
+    """A thread may take its time to write, and is disturbed by nothing."""
+    telemetry.inspected(make_inspection(), encode_s=0.0, total_s=0.5, answered_at=ANSWERED_AT)
+    taken = telemetry.snapshot()
+    before = taken.exposition()
+
+    for _ in range(100):
+        telemetry.inspected(make_inspection(), encode_s=0.0, total_s=0.5, answered_at=ANSWERED_AT)
+        telemetry.declare_line("another_line")
+
+    assert taken.exposition() == before
+    assert b"another_line" in telemetry.exposition()[0]
+
+
 def test_engine_when_batches_run_then_gauges_move(telemetry):
     """Batch sizes, depth and discarded frames are kept for each engine."""
     meter = telemetry.engine("engine")
