@@ -18,6 +18,7 @@ Thresholds = tuple[float, float]
 
 _LOSS_POINTS = 600
 _BINS = 48
+_PANELS_SIDE_BY_SIDE = 3
 
 # Matplotlib wants fixed colours: each of these stands for a variable of the page's style sheet.
 _INK, _GRID, _GOOD, _TEST = "#010101", "#020202", "#030303", "#040404"
@@ -127,25 +128,38 @@ def draw_precision_recall(
 
 
 def draw_loss(losses: Sequence[tuple[str, int, float]]) -> str | None:
-    """Draw `(stage, step, loss)` of all iterations with a running mean; None where nothing descended."""
+    """Draw `(stage, step, loss)` of all iterations with a running mean; None where nothing descended.
+
+    Each stage has a panel with axes of its own, since its loss is another quantity than those of the others.
+    """
     if not losses:
         return None
-    values = np.array([loss for _, _, loss in losses])
-    window = max(1, len(values) // 100)
-    smooth = np.convolve(values, np.full(window, 1 / window), mode="valid")
-    every = max(1, len(values) // _LOSS_POINTS)
+    stages: dict[str, list[float]] = {}
+    for stage, _, loss in losses:
+        stages.setdefault(stage, []).append(loss)
 
-    def paint(axes: Axes) -> None:
-        steps = np.arange(len(values))
-        axes.plot(steps[::every], values[::every], color=_TEST, linewidth=0.7, alpha=0.5, label="each iteration")
-        axes.plot(steps[window - 1 :][::every], smooth[::every], color=_TEST, linewidth=1.8, label="running mean")
-        for begin in [i for i in range(1, len(losses)) if losses[i][0] != losses[i - 1][0]]:
-            axes.axvline(begin, color=_GRID)
-        axes.set(xlabel="iteration", ylabel="loss", xlim=(0, max(1, len(values) - 1)))
-        axes.legend()
+    def painter(stage: str, values: Sequence[float], *, has_title: bool) -> Callable[[Axes], None]:
+        window = max(1, len(values) // 100)
+        smooth = np.convolve(values, np.full(window, 1 / window), mode="valid")
+        every = max(1, len(values) // _LOSS_POINTS)
 
-    label = f"Training loss over {len(values)} iterations, from {values[0]:.3g} to {values[-1]:.3g}"
-    return _draw("loss", label, (8.4, 2.6), paint)
+        def paint(axes: Axes) -> None:
+            steps = np.arange(len(values))
+            axes.plot(steps[::every], values[::every], color=_TEST, linewidth=0.7, alpha=0.5, label="each iteration")
+            axes.plot(steps[window - 1 :][::every], smooth[::every], color=_TEST, linewidth=1.8, label="running mean")
+            axes.set(xlabel="iteration", ylabel="loss", xlim=(0, max(1, len(values) - 1)))
+            if has_title:
+                axes.set_title(stage)
+            axes.legend()
+
+        return paint
+
+    told = [f"{len(values)} iterations, from {values[0]:.3g} to {values[-1]:.3g}" for values in stages.values()]
+    if len(stages) > 1:
+        told = [f"{stage}: {one}" for stage, one in zip(stages, told, strict=True)]
+    paints = [painter(stage, values, has_title=len(stages) > 1) for stage, values in stages.items()]
+    rows = -(-len(paints) // _PANELS_SIDE_BY_SIDE)
+    return _draw("loss", f"Training loss over {'; '.join(told)}", (8.4, 2.6 * rows), *paints)
 
 
 def _mark(axes: Axes, points: Points) -> None:
@@ -159,15 +173,19 @@ def _share(scores: Sequence[float], threshold: float) -> float:
     return float(np.mean(np.array(scores) >= threshold)) if len(scores) else 0.0
 
 
-def _draw(name: str, label: str, size: tuple[float, float], paint: Callable[[Axes], None]) -> str:
+def _draw(name: str, label: str, size: tuple[float, float], *paints: Callable[[Axes], None]) -> str:
+    """Draw one panel each, some side by side."""
+    columns = min(len(paints), _PANELS_SIDE_BY_SIDE)
+    rows = -(-len(paints) // columns)
     with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
-        axes = figure.add_subplot()
-        axes.patch.set_alpha(0)
-        axes.grid(color=_GRID, linewidth=0.5)
-        axes.set_axisbelow(True)
-        paint(axes)
+        for place, paint in enumerate(paints, 1):
+            axes = figure.add_subplot(rows, columns, place)
+            axes.patch.set_alpha(0)
+            axes.grid(color=_GRID, linewidth=0.5)
+            axes.set_axisbelow(True)
+            paint(axes)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :]

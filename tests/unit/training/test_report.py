@@ -278,6 +278,18 @@ def test_drawings_when_there_is_little_to_draw_then_still_take_the_pages_colours
     assert fixed <= {"#ffffff"}
 
 
+def test_loss_when_there_are_several_stages_then_each_has_a_panel_of_its_own():
+    """One stage's loss of hundreds must not flatten the next one's of tenths."""
+    first, second = [("flows", step, 900.0 - step) for step in range(50)], [("map", s, 0.5) for s in range(30)]
+
+    together, alone = draw_loss(first + second), draw_loss(second)
+
+    assert [drawing.count(">running mean<") for drawing in (together, alone)] == [2, 1]
+    assert all(f">{stage}<" in together for stage in ("flows", "map"))
+    assert ">map<" not in alone
+    assert "flows: 50 iterations, from 900 to 851; map: 30 iterations, from 0.5 to 0.5" in together
+
+
 def test_render_when_good_parts_have_peaks_then_each_is_a_circle_on_an_ordinary_frame():
     """People see where thresholds come from without reading a map."""
     line = _line(peaks=((0.25, 0.5), (1.0, 0.031)), pictures=(_picture("passed", verdict="PASS"), _picture("caught")))
