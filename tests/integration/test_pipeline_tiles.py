@@ -37,7 +37,7 @@ class _Remembering:
     def __init__(self, bundle, *, forgets=False):
         self._engine, self._forgets = OrtEngine(bundle), forgets
         self.device, self.provider, self.precision = "cpu", "fake", "fp32"
-        self.alone = None
+        self.alone, self.size_bytes = None, 0
         self.sizes, self.is_live = [], False
 
     def run(self, frames, line_index):
