@@ -3,7 +3,7 @@
 A threshold only means the same in both places if both see the same pixels, so there is one decoder, with one rule for
 scaled JPEG decoding, and one resize. Pixel rules:
 
-- Frames are taken as stored: EXIF orientation is ignored, as masks and cameras know nothing of it.
+- Frames are taken as stored: EXIF orientation is ignored, a TIFF's too, as masks and cameras know nothing of it.
 - Grey is repeated to RGB, without a copy before the resize; palettes are resolved; an alpha channel is refused,
   because what lies under it is a guess.
 - Of 16-bit pixels the upper eight of the bits that they really have are kept. Cameras write 10 or 12 bits into the
@@ -392,7 +392,9 @@ def _admit(data: bytes, limits: FrameLimits) -> bytes:
             for _ in chunks(data):
                 pass
         elif data.startswith((b"II", b"MM")):
-            TiffPage(data).demand_modest(limits.max_pixels)
+            page = TiffPage(data)
+            page.demand_modest(limits.max_pixels)
+            return page.as_stored()
         elif data.startswith(b"BM") and _has_run_lengths(data):
             raise UnreadableFrame("A BMP of run lengths is not accepted; write it without compression, or as PNG.")
     except _CODEC_ERRORS as error:

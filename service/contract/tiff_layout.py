@@ -16,7 +16,7 @@ from service.errors import FrameTooLarge, UnreadableFrame
 
 UNCOMPRESSED, JPEG = 1, 7
 _SEPARATE = 2  # planes, one after the other
-_WIDTH, _HEIGHT, _BITS, _COMPRESSION = 256, 257, 258, 259
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _ORIENTATION = 256, 257, 258, 259, 274
 _STRIP_OFFSETS, _SAMPLES, _ROWS_PER_STRIP, _STRIP_COUNTS, _PLANES = 273, 277, 278, 279, 284
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_COUNTS = 322, 323, 324, 325
 _JPEG_TABLES = 347
@@ -130,6 +130,14 @@ class TiffPage:
         packed_bytes = sum(count for _, count in self._places[: self._needed])
         if self.compression != UNCOMPRESSED and packed_bytes > len(self._data):
             raise UnreadableFrame("The TIFF's strips or tiles lie over each other; write it anew.")
+
+    def as_stored(self) -> bytes:
+        """Return the file without a note that turns it: of all formats a TIFF alone is turned by its codec."""
+        entry = self._page.get(_ORIENTATION)
+        if entry is None or not (turns := self._values(entry)) or set(turns) == {1}:
+            return self._data
+        upright = struct.pack(f"{self._order}{len(turns)}{_UNSIGNED[entry.kind]}", *(1 for _ in turns))
+        return self._data[: entry.start] + upright + self._data[entry.start + len(upright) :]
 
     def pieces(self) -> Iterator[Piece]:
         """Yield strips or tiles as far as the page needs them, those of every plane included."""

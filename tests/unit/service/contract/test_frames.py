@@ -582,14 +582,26 @@ def test_decoding_when_the_body_is_empty_says_so():
         decode_image(b"", LIMITS)
 
 
-def test_decoding_when_an_orientation_is_noted_ignores_it():
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_decoding_when_an_orientation_is_noted_ignores_it(image_format, orientation):
     """Frames are taken as stored, because masks and cameras know nothing of EXIF."""
-    exif = Image.Exif()
+    image, exif = Image.fromarray(make_frame(8, 20)), Image.Exif()
+    exif[0x0112] = orientation
+
+    frame = decode_image(saved(image, image_format, exif=exif), LIMITS)
+
+    assert (frame.height, frame.width) == (8, 20)
+    np.testing.assert_array_equal(frame.pixels, decode_image(saved(image, image_format), LIMITS).pixels)
+
+
+def test_decoding_masks_when_an_orientation_is_noted_ignores_it():
+    """A mask lies on its frame as both are stored."""
+    marked, exif = np.zeros((8, 20), np.uint8), Image.Exif()
+    marked[1, 2] = 255
     exif[0x0112] = 6
 
-    frame = decode_image(saved(Image.fromarray(make_frame(8, 20)), "JPEG", exif=exif), LIMITS)
-
-    assert frame.pixels.shape == (8, 20, 3)
+    np.testing.assert_array_equal(decode_mask(saved(Image.fromarray(marked), "TIFF", exif=exif)), marked > 0)
 
 
 @pytest.mark.parametrize(
