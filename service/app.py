@@ -123,7 +123,7 @@ def create_app(
     for router in (inspections.router, lines.router, v2.router, health.router, documentation.router):
         app.include_router(router)
     install_problems(app)
-    complete_openapi(app)
+    complete_openapi(app, settings)
     return app
 
 
@@ -164,7 +164,7 @@ def create_admin_app(app: FastAPI) -> FastAPI:
     for router in (admin.router, admin.protocol, health.router, documentation.router):
         administration.include_router(router)
     install_problems(administration)
-    complete_openapi(administration, (ProblemDocument,), may_be_open=False)
+    complete_openapi(administration, context.settings, (ProblemDocument,), may_be_open=False)
     return administration
 
 

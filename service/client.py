@@ -39,7 +39,7 @@ import httpx
 import numpy as np
 import tenacity
 from numpy.typing import NDArray
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from service.bounded_sockets import bounded_pool, waits_end_at
 from service.contract.policy import Verdict, verdict_between
@@ -408,6 +408,12 @@ class _TooMuch(Exception):
     """The answer is longer than any answer of the server."""
 
 
+class _Said(InspectionOptions):
+    """What a caller of the client may say: no server lets itself be given more time, whatever its operator allows."""
+
+    deadline_ms: float | None = Field(default=None, gt=0, le=600_000, allow_inf_nan=False)
+
+
 @dataclass(frozen=True)
 class _Asked:
     """What was asked for, and what an answer must therefore be about."""
@@ -556,7 +562,7 @@ def _ask(line: str, *, deadline_ms: float, **options: object) -> _Asked:
         ClientFault: if something does not fit.
     """
     try:
-        said = InspectionOptions.model_validate({"deadline_ms": deadline_ms, **options})
+        said = _Said.model_validate({"deadline_ms": deadline_ms, **options})
         return _Asked(_LINE.validate_python(line), said, (said.deadline_ms or 0.0) / 1e3)
     except ValidationError as error:
         raise ClientFault(Problem("parameter_invalid", f"{_first_of(error, 'line')}.")) from error

@@ -231,3 +231,16 @@ def known_codes(of: type[FlawlineError] = FlawlineError) -> frozenset[str]:
             codes.add(kind.code)
             waiting.extend(kind.__subclasses__())
     return frozenset(codes)
+
+
+def meanings() -> dict[str, str]:
+    """Return what each code means, in a sentence: the first line of what its class says of itself."""
+    said: dict[str, str] = {}
+    waiting: list[type[FlawlineError]] = [FlawlineError]
+    while waiting:
+        kind = waiting.pop(0)  # from the root on, so that of two with the same code the more special one counts
+        if kind.__module__ == __name__:
+            if "code" in vars(kind):
+                said[kind.code] = (kind.__doc__ or "").partition("\n")[0]
+            waiting.extend(kind.__subclasses__())
+    return said

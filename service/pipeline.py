@@ -81,6 +81,24 @@ class Pipeline:
             # Apart from them, so that an answer that is nearly there does not wait behind frames that just came.
             self._tracers = ThreadPoolExecutor(decode_workers, thread_name_prefix="flawline-trace")
 
+    def time_allowed_s(self, asked_s: float | None) -> float:
+        """Return how many seconds a request may take, from its arrival to its answer.
+
+        Args:
+            asked_s: by the caller; None takes the service's default.
+
+        Raises:
+            ParameterInvalid: if that is more than callers may ask for here.
+        """
+        if asked_s is None:
+            return self._default_deadline_s
+        if not 0 < asked_s <= self._max_deadline_s:
+            raise ParameterInvalid(
+                f"A deadline lies between 0 and {self._max_deadline_s * 1000:g} ms here; the operator sets the longest "
+                "one with FLAWLINE_MAX_DEADLINE_S."
+            )
+        return asked_s
+
     def refuse_hopeless(
         self, found: Found, received_at: float, deadline_s: float | None, priority: Priority = Priority.NORMAL
     ) -> None:
@@ -96,7 +114,7 @@ class Pipeline:
             ParameterInvalid: if the deadline is out of bounds.
             MomentError: if the line has no place left, or the deadline can't be met.
         """
-        deadline = received_at + self._deadline_s(deadline_s)
+        deadline = received_at + self.time_allowed_s(deadline_s)
         weight = found.line.bundle.manifest.input.tile_count
         found.line.bundle.batcher.refuse_hopeless(deadline, line=found.line.name, weight=weight, priority=priority)
 
@@ -127,7 +145,7 @@ class Pipeline:
         Raises:
             FlawlineError: whatever `inspect` raises.
         """
-        bundle, deadline_s = found.line.bundle, self._deadline_s(request.deadline_s)
+        bundle, deadline_s = found.line.bundle, self.time_allowed_s(request.deadline_s)
         deadline = request.received_at + deadline_s
         reserved = bundle.batcher.place(
             deadline,
@@ -185,13 +203,6 @@ class Pipeline:
             self._decoders.close()
         if self._tracers is not None:
             self._tracers.shutdown(wait=False, cancel_futures=True)
-
-    def _deadline_s(self, asked_s: float | None) -> float:
-        if asked_s is None:
-            return self._default_deadline_s
-        if not 0 < asked_s <= self._max_deadline_s:
-            raise ParameterInvalid(f"A deadline lies between 0 and {self._max_deadline_s * 1000:g} ms.")
-        return asked_s
 
     async def _step_by_step(
         self, decoders: Decoders, work: "_Work", place: Place, found: Found, deadline: float

@@ -100,12 +100,12 @@ class Policy(BaseModel):
         fail_threshold: from this score on a part is `FAIL`; not below `review_threshold`.
         region_threshold: map values from here on belong to regions, and are drawn warm in heatmaps.
         map_floor: map value of an ordinary good pixel, drawn as nothing; below `region_threshold`.
-        region_of_interest: polygons in fractions of the frame, `(x, y)`; None inspects everything. Pixels outside
-            count neither for the score nor for regions.
+        region_of_interest: polygons in fractions of the frame, `(x, y)`; without it everything is inspected. Pixels
+            outside count neither for the score nor for regions.
         min_region_area_px: smaller regions are not reported, in pixels of the original frame.
         max_regions: at most so many regions are described; the number of all is always told.
         calibration: `good_parts`, whose raw scores the thresholds were chosen by; or `self`, thresholds in units of
-            each frame's own spread, as told at the head of this file.
+            each frame's own spread, with which nothing is promised.
         least_spread: with `self`, frames whose map spreads less than this have no verdict; in units of the raw map.
     """
 
@@ -140,8 +140,8 @@ class PolicyFile(Policy):
     """A line's own policy as a file of the store holds it: the rules, and the network whose scores they are for.
 
     Attributes:
-        network: `Manifest.network` of the bundles that it may judge. None is allowed for rules that pass nothing which
-            the bundle's own policy stops (`is_as_strict`), whatever the network is.
+        network: that of the bundles that it may judge, `Manifest.network`. It may be missing where the rules pass
+            nothing that the bundle's own policy stops (`is_as_strict`), whatever the network is.
     """
 
     network: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None

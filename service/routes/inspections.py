@@ -242,11 +242,13 @@ def _deadline_s(options: InspectionOptions) -> float | None:
 
 
 def _time_left_s(request: Request, options: InspectionOptions) -> float:
-    """Return how long the body may still take; nothing or less where the time is over."""
-    context, asked_s = context_of(request), _deadline_s(options)
-    settings = context.settings
-    whole_s = settings.default_deadline_s if asked_s is None else min(asked_s, settings.max_deadline_s)
-    return received_at_of(request) + whole_s - context.clock()
+    """Return how long the body may still take; nothing or less where the time is over.
+
+    Raises:
+        ParameterInvalid: if the caller asks for more time than it may.
+    """
+    context = context_of(request)
+    return received_at_of(request) + context.pipeline.time_allowed_s(_deadline_s(options)) - context.clock()
 
 
 def _ask(request: Request, line: str, options: InspectionOptions, upload: Upload, index: int = 0) -> InspectionRequest:

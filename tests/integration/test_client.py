@@ -254,6 +254,7 @@ def test_client_when_it_asks_for_lines_then_they_are_typed(url):
         ("demo_line", GOOD, {"part_id": "a\r\nX-Policy: lenient"}, "parameter_invalid"),
         ("demo_line", GOOD, {"deadline_ms": 0.0}, "parameter_invalid"),
         ("demo_line", GOOD, {"deadline_ms": float("nan")}, "parameter_invalid"),
+        ("demo_line", GOOD, {"deadline_ms": 1e300}, "parameter_invalid"),
         ("demo_line", RawFrame(np.zeros((4, 4, 4), np.uint8)), {}, "frame_unreadable"),
         ("demo_line", RawFrame(np.zeros(4, np.uint8), "Mono8"), {}, "frame_unreadable"),
         ("demo_line", RawFrame(np.zeros((4, 4)), "Mono8"), {}, "frame_unreadable"),

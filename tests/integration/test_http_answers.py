@@ -3,7 +3,9 @@
 import asyncio
 import hashlib
 import io
+import re
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 
 import httpx
@@ -13,6 +15,7 @@ from PIL import Image
 
 from service.contract.bundle import load_bundle
 from service.contract.frames import FrameLimits, decode_image, fit_to_input
+from service.contract.raw_frames import PIXEL_FORMATS
 from service.schemas import BatchAnswer, InspectionAnswer, LineAnswer, LinesAnswer, PoliciesAnswer, VersionsAnswer
 from service.settings import Settings
 from service.telemetry import Snapshot
@@ -314,6 +317,71 @@ def test_root_when_opened_then_it_points_to_the_documentation(http):
     assert "http://" not in page
     assert "https://" not in page
     assert "<script" not in page
+
+
+def test_page_when_read_then_it_shows_types_limits_defaults_and_every_error(http):
+    """A caller needs no second source: what the document knows stands on the page, in words."""
+    document = http.get("/openapi.json").json()
+
+    page = http.get("/docs").text
+
+    [pixel_format] = re.findall(r"<code>X-Pixel-Format</code></td>(.*?)</tr>", page)[:1]
+    assert all(f"<code>{name}</code>" in pixel_format for name in PIXEL_FORMATS)
+    [deadline] = re.findall(r"<code>deadline_ms</code></td>(.*?)</tr>", page)[:1]
+    for words in ("number", "more than 0", "at most 10000", "default <code>2000</code>", "Milliseconds"):
+        assert words in deadline
+    for code, answer in document["components"]["responses"].items():
+        assert f'id="error-{code}"' in page
+        assert escape(answer["description"].partition("`")[0], quote=False) in page
+    for header in document["paths"]["/v1/lines/{line}/inspect"]["post"]["responses"]["200"]["headers"]:
+        assert f"<code>{header}</code>" in page
+    for member in document["components"]["schemas"]["PolicyFile"]["properties"]:
+        assert f"<code>{member}</code>" in page
+
+
+def test_page_when_a_link_is_followed_then_it_leads_to_one_place(http):
+    """The index and every name of a schema or an error are links that work without scripts."""
+    page = http.get("/docs").text
+    places, links = re.findall(r'id="([^"]+)"', page), re.findall(r'href="#([^"]+)"', page)
+
+    assert len(places) == len(set(places))
+    assert set(links) <= set(places)
+    assert set(links) >= {"post-v1-lines-line-inspect", "get-metrics", "errors", "schema-InspectionAnswer"}
+
+
+def test_headers_of_pictures_when_sent_then_they_are_those_that_are_documented(http):
+    """Every header of ours that comes with a picture is described, and every one that is described comes."""
+    paths = http.get("/openapi.json").json()["paths"]
+
+    def documented(path: str, method: str) -> set[str]:
+        listed = paths[path][method]["responses"]["200"]["headers"]
+        return {name.lower() for name in listed if name.startswith("Flawline-")}
+
+    def sent(answer: httpx.Response) -> set[str]:
+        return {name for name in answer.headers if name.startswith("flawline-")}
+
+    at_once = http.post(INSPECT, content=DEFECT, headers=PNG | {"Accept": "image/png", "X-Part-Id": "917"})
+    link = http.post(INSPECT, params={"heatmap": "f16"}, content=DEFECT, headers=PNG).json()["heatmap"]["url"]
+    later = http.get(link)
+
+    assert sent(at_once) == documented("/v1/lines/{line}/inspect", "post")
+    assert sent(later) == documented("/v1/inspections/{inspection_id}/heatmap", "get")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [("PUT", INSPECT, 405, "method_not_allowed"), ("GET", "/v1/nothing", 404, "not_found")],
+)
+def test_errors_of_no_operation_when_answered_then_the_document_knows_them(http, method, path, status, code):
+    """What any request may be answered with stands in the table of errors, and in the document's own words."""
+    document = http.get("/openapi.json").json()
+
+    answer = http.request(method, path)
+
+    [content] = document["components"]["responses"][code]["content"].values()
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    assert content["examples"][code]["value"]["title"] == answer.json()["title"]
+    assert f"{status} `{code}`" in document["info"]["description"]
 
 
 def test_metrics_when_frames_were_answered_then_verdicts_and_stages_are_counted(http):
