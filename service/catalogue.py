@@ -85,7 +85,11 @@ class Catalogue:
 
     def absent(self, name: str) -> Mapping[str, str]:
         """Return the versions of a name that the store has but could not bring here, each with why, in a sentence."""
-        return self._store.absent(name)
+        return {version: why for (known, version), why in self._store.absent().items() if known == name}
+
+    def names_elsewhere(self) -> set[str]:
+        """Return the names of which the store has versions that it could not bring here."""
+        return {name for name, _ in self._store.absent()}
 
     def lines(self, name: str, version: str) -> tuple[str, ...]:
         """Return the wanted lines that a version means to serve."""

@@ -184,7 +184,7 @@ class Registry(LoadedVersions):
             activated = tuple(key for key, reason in refused.items() if reason is None)
             if refused:
                 give_back()
-            reasons = {key: reason for key, reason in refused.items() if reason is not None}
+            reasons = {key: reason for key, reason in refused.items() if reason is not None} | self._left_out()
             with self._changing:
                 seen = self._look_at_policies()
             return Rescanned(activated, reasons, tuple(seen.offered), tuple(seen.withdrawn), seen.refused)
@@ -385,7 +385,7 @@ class Registry(LoadedVersions):
         chosen = self._choices.chosen.versions
         histories = dict(self._histories)
         serving = {VersionKey(name, history.live[-1]) for name, history in histories.items() if history.live}
-        serving |= {VersionKey(name, version.live) for name, version in chosen.items()}
+        serving |= {VersionKey(name, version.live) for name, version in chosen.items() if self._begins_with(name)}
         serving |= {VersionKey(*live) for live in self._last_live.versions.items()}
         serving |= {shadow.key for shadow in self._state.shadows.values()}
         serving |= set(self._called)
@@ -394,6 +394,30 @@ class Registry(LoadedVersions):
         befores = ((name, self._before(name)) for name in histories.keys() | chosen.keys())
         previous = {VersionKey(name, before) for name, before in befores if before is not None}
         return Needed(serving, previous, newest_waits=not self._options.activates_newest)
+
+    def _begins_with(self, name: str) -> bool:
+        """Tell whether a restart would begin with the version that was chosen, rather than with a newer one."""
+        known = {*self._catalogue.readable_versions(name), *self._catalogue.absent(name)}
+        return self._first(name, sorted(known, key=int)) == self._choices.chosen.versions[name].live
+
+    def _left_out(self) -> dict[VersionKey, str]:
+        """Return the versions that would become live and could not be brought from the store; each is counted once."""
+        found: dict[VersionKey, str] = {}
+        for name in self._catalogue.names_elsewhere():
+            absent, history = self._catalogue.absent(name), self._history(name)
+            newest = max((*absent, *self._catalogue.readable_versions(name)), key=int)
+            live = history.live[-1] if history.live else "0"
+            waits = newest in history.held_back or (history.live and not self._options.activates_newest)
+            if newest in absent and int(newest) > int(live) and not waits:
+                found[VersionKey(name, newest)] = absent[newest]
+        for key, reason in found.items():
+            if self._told_left_out.get(key) != reason:
+                self._telemetry.version_refused(key.name)
+                _log.error(
+                    "a version can't be brought", extra={"bundle": key.name, "version": key.version, "reason": reason}
+                )
+        self._told_left_out = found
+        return found
 
     @contextmanager
     def _called_for(self, name: str, version: str | None) -> Iterator[None]:
@@ -495,7 +519,15 @@ class Registry(LoadedVersions):
                 self._note(name, lines, "loading", "The line is loading; try again in a moment.")
         why_missing = self._catalogue.why_unreadable or "There is no bundle of this line in the store."
         for missing in sorted((self._wanted or frozenset()) - known):
-            self._refuse(missing, (missing,), why_missing)
+            absent = self._catalogue.absent(missing)
+            newest = max(absent, key=int, default=None)
+            why = (
+                why_missing
+                if newest is None
+                else f"Version {newest} could not be brought from the store. {absent[newest]}"
+            )
+            self._refuse(missing, (missing,), why)
+        self._left_out()
         return candidates
 
     def _why_chosen_is_missing(self, name: str, version: str) -> str:

@@ -152,6 +152,7 @@ class LoadedVersions(ServedLines):
         # What is named first is taken first: looking at the store to the end, speaking with it, a turn, the change.
         self._looking = threading.Lock()
         self._asking = threading.Lock()
+        self._told_left_out: dict[VersionKey, str] = {}
         self._called: list[VersionKey] = []  # versions that somebody asks for, to be brought from the store and kept
         self._loading = Turns()
         self._changing = threading.Lock()
@@ -568,7 +569,8 @@ class LoadedVersions(ServedLines):
         self._state = replace(self._state, not_live={**self._state.not_live, **noted})
 
     def _hold_back_newer(self, name: str, version: str) -> None:
-        newer = {stored for stored in self._catalogue.readable_versions(name) if int(stored) > int(version)}
+        there = {*self._catalogue.readable_versions(name), *self._catalogue.absent(name)}
+        newer = {stored for stored in there if int(stored) > int(version)}
         self._history(name).held_back |= newer
 
     # From memory.

@@ -30,6 +30,6 @@ class DirectoryStore:
         except OSError as error:
             raise StoreUnreachable(f"The store can't be read: {error.strerror}.") from error
 
-    def absent(self, name: str) -> Mapping[str, str]:  # noqa: ARG002 - as every store is asked
+    def absent(self) -> Mapping[tuple[str, str], str]:
         """Return nothing: the directory is the store."""
         return {}

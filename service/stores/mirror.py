@@ -124,9 +124,9 @@ class Mirror:
         if faults:
             raise faults[0]
 
-    def absent(self, name: str) -> Mapping[str, str]:
-        """Return the versions of a bundle that the bucket has and the directory has not, each with why."""
-        return {number: reason for (bundle, number), reason in self._absent.items() if bundle == name}
+    def absent(self) -> Mapping[tuple[str, str], str]:
+        """Return the versions that the bucket has and the directory has not, by name and number, each with why."""
+        return self._absent
 
     def _tell_absent(self, versions: Iterable[_Version]) -> Iterator[tuple[tuple[str, str], str]]:
         for version in versions:

@@ -53,8 +53,8 @@ class Store(Protocol):
         """
         ...
 
-    def absent(self, name: str) -> Mapping[str, str]:
-        """Return the versions of a bundle that the store has and the directory has not, each with why, in a sentence.
+    def absent(self) -> Mapping[tuple[str, str], str]:
+        """Return the versions that the store has and the directory has not, by name and number, each with why.
 
         Of the last look; may be asked by any thread.
         """

@@ -212,8 +212,8 @@ def test_mirror_when_there_is_no_room_then_what_serves_stays_and_what_is_needed_
     mirror.refresh(Needed(serving={("demo_line", "1")}))
 
     assert versions_of(mirror.directory / "demo_line") == ["1"]
-    assert list(mirror.absent("demo_line")) == ["2", "3"]
-    assert "FLAWLINE_MAX_STORE_BYTES" in mirror.absent("demo_line")["3"]
+    assert sorted(mirror.absent()) == [("demo_line", "2"), ("demo_line", "3")]
+    assert "FLAWLINE_MAX_STORE_BYTES" in mirror.absent()["demo_line", "3"]
     mirror.refresh(Needed(serving={("demo_line", "2")}))
     assert versions_of(mirror.directory / "demo_line") == ["2"]
 
@@ -246,15 +246,16 @@ def chosen(bucket, made, tmp_path) -> Iterator[Callable[..., Registry]]:
     """Return what starts a registry on the bucket with room for two versions, that waits for administrators."""
     started: list[Registry] = []
 
-    def start(**options: Any) -> Registry:
+    def start(bundles: int = 2, wanted: frozenset[str] | None = None, **options: Any) -> Registry:
+        kept = {"activates_newest": False, "state_directory": tmp_path / "state"} | options
         registry = Registry(
-            bucket.mirror(tmp_path / "cache", room=_room_for(made, 2)),
-            None,
+            bucket.mirror(tmp_path / "cache", room=_room_for(made, bundles)),
+            wanted,
             OrtEngine,
             BatcherOptions(runners=1, max_batch_size=1, max_queue_size=4, stuck_after_s=20),
             Telemetry(),
             time.monotonic,
-            RegistryOptions(activates_newest=False, state_directory=tmp_path / "state", **options),
+            RegistryOptions(**kept),
         )
         (tmp_path / "state").mkdir(exist_ok=True)
         started.append(registry)
@@ -311,6 +312,55 @@ def test_registry_when_a_chosen_version_can_not_be_fetched_then_says_why(bucket,
     assert "report.html is not the file" in reason
     with pytest.raises(StoreUnreachable, match=r"report\.html"):
         registry.activate("demo_line", "1")
+
+
+def test_registry_when_a_new_version_has_no_room_then_whoever_asks_hears_and_it_is_counted_once(bucket, made, chosen):
+    """What is live stays; that a published version does not come is no secret of the log."""
+    bucket.publish(made / "1")
+    registry = chosen(bundles=1, activates_newest=True)
+    bucket.publish(made / "2")
+
+    found = [registry.rescan() for _ in range(2)]
+
+    assert [list(one.refused) for one in found] == [[("demo_line", "2")]] * 2
+    assert "FLAWLINE_MAX_STORE_BYTES" in found[0].refused["demo_line", "2"]
+    assert registry.serving("demo_line", None).bundle.manifest.version == "1"
+    told = registry._telemetry.exposition()[0].decode()
+    assert 'flawline_versions_refused_total{engine="demo_line"} 1.0' in told
+
+
+def test_registry_when_a_choice_is_outdated_then_its_version_makes_room_for_new_ones(bucket, made, chosen):
+    """What no restart would begin with is kept no longer than others."""
+    for version in ("1", "2"):
+        bucket.publish(made / version)
+    registry = chosen(activates_newest=True, keeps_previous=False)
+    registry.activate("demo_line", "1")
+    registry.activate("demo_line", "2")
+    registry._choices.choose_version("demo_line", "1", ())
+    bucket.publish(made / "3")
+
+    assert registry.rescan().activated == (("demo_line", "3"),)
+
+
+def test_registry_when_a_newer_version_was_left_out_then_stepping_back_holds_it_back_too(bucket, made, chosen):
+    """It does not become live by itself as soon as there is room for it."""
+    bucket.publish(made / "1")
+    registry = chosen(bundles=1, activates_newest=True)
+    bucket.publish(made / "2")
+    registry.rescan()
+
+    registry.activate("demo_line", "1")
+
+    assert chosen(bundles=2, activates_newest=True).serving("demo_line", None).bundle.manifest.version == "1"
+
+
+def test_registry_when_a_wanted_line_has_no_room_then_that_is_the_reason(bucket, made, chosen):
+    """Nobody looks in the bucket for what lies there."""
+    bucket.publish(made / "1")
+
+    registry = chosen(bundles=0, wanted=frozenset({"demo_line"}))
+
+    assert "FLAWLINE_MAX_STORE_BYTES" in (registry.status("demo_line").reason or "")
 
 
 def test_mirror_when_a_policy_comes_changes_and_goes_then_the_directory_follows(bucket, tmp_path):
