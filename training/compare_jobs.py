@@ -111,7 +111,7 @@ def _plans(wishes: Wishes, reporter: Reporter) -> Iterator[CellPlan]:
             config = load_config(wishes.config, name, wishes.settings)
         except ConfigFault as fault:
             if not every:
-                raise
+                raise ConfigFault(f"{name}: {fault}") from fault
             reporter.note(f"{name} is left out: {fault}")
             continue
         for line, folder in lines.items():

@@ -41,6 +41,9 @@ from training.ranking import (
 _NO_ANOMALOUS = "there is no anomalous sample"
 _NO_NORMAL = "there is no normal sample"
 _NO_REGION = "no mask marks a region"
+_NO_FREE_PIXEL = "masks mark every pixel"
+# What a missing class means where samples are pixels: frames of it may well exist.
+_OF_PIXELS = {_NO_ANOMALOUS: _NO_REGION, _NO_NORMAL: _NO_FREE_PIXEL}
 _NO_GOOD_PIXEL = "there is no held-out good frame to choose the threshold on"
 _DEGENERATE = "degenerate: all scores are equal"
 _DEGENERATE_GOOD = "degenerate: all pixels of the held-out good frames are equal, and so is the threshold"
@@ -165,17 +168,17 @@ def precision_recall_curve(scores: ArrayLike, labels: ArrayLike, points: int = 4
 
 def pixel_auroc(maps: Sequence[Float32s], masks: Sequence[Bools]) -> Metric:
     """AUROC of the pooled pixels; arguments and errors as `aupro`."""
-    return _auroc(_rank_pixels(maps, masks))
+    return _of_pixels(_auroc(_rank_pixels(maps, masks)))
 
 
 def pixel_average_precision(maps: Sequence[Float32s], masks: Sequence[Bools]) -> Metric:
     """AP of the pooled pixels; arguments and errors as `aupro`."""
-    return _average_precision(_rank_pixels(maps, masks))
+    return _of_pixels(_average_precision(_rank_pixels(maps, masks)))
 
 
 def pixel_f1_max(maps: Sequence[Float32s], masks: Sequence[Bools]) -> Metric:
     """F1-max of the pooled pixels; arguments and errors as `aupro`."""
-    return _f1_max(_rank_pixels(maps, masks))
+    return _of_pixels(_f1_max(_rank_pixels(maps, masks)))
 
 
 def aupro(maps: Sequence[Float32s], masks: Sequence[Bools], limit: float = AUPRO_LIMIT) -> Metric:
@@ -295,7 +298,7 @@ def seg_f1(
             if values.size:
                 low, high = min(low, float(values.min())), max(high, float(values.max()))
     if (missing := _missing_class(anomalous, normal)) is not None:
-        return missing
+        return _of_pixels(missing)
     weakness = _DEGENERATE if low == high else _DEGENERATE_GOOD if good.are_equal else None
     return Metric(2 * hits / (hits + alarms + anomalous), weakness)
 
@@ -338,9 +341,9 @@ def pixel_metrics(
             raise ValueError(f"image {index} is labelled normal but its mask marks {values.size} pixels")
     ranking = _rank_pool(pool)
     metrics = {
-        "p_auroc": _auroc(ranking),
-        "p_ap": _average_precision(ranking),
-        "p_f1max": _f1_max(ranking),
+        "p_auroc": _of_pixels(_auroc(ranking)),
+        "p_ap": _of_pixels(_average_precision(ranking)),
+        "p_f1max": _of_pixels(_f1_max(ranking)),
         **{aupro_name(limit): _area_of_cover(ranking, limit) for limit in aupro_limits},
     }
     if not 0 < int(anomalous_images.sum()) < _INTERVAL_BELOW or ranking.anomalous == 0 or ranking.normal == 0:
@@ -394,7 +397,7 @@ def _area_of_cover(ranking: Ranking, limit: float) -> Metric:
     if ranking.cover is None:
         return Metric(None, _NO_REGION)
     if ranking.normal == 0:
-        return Metric(None, _NO_NORMAL)
+        return Metric(None, _NO_FREE_PIXEL)
     return _metric(area_up_to(*_steps(ranking, ranking.cover), limit) / limit, ranking)
 
 
@@ -439,6 +442,10 @@ def _missing_class(anomalous: int, normal: int) -> Metric | None:
     if anomalous == 0:
         return Metric(None, _NO_ANOMALOUS)
     return Metric(None, _NO_NORMAL) if normal == 0 else None
+
+
+def _of_pixels(metric: Metric) -> Metric:
+    return metric if metric.reason is None else replace(metric, reason=_OF_PIXELS.get(metric.reason, metric.reason))
 
 
 def _metric(value: float, ranking: Ranking) -> Metric:

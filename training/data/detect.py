@@ -13,7 +13,7 @@ from typing import NamedTuple
 from training.data.btad import is_btad, read_btad
 from training.data.dagm import is_dagm, read_dagm
 from training.data.elpv import is_elpv, read_elpv
-from training.data.folders import subfolders
+from training.data.folders import GOOD, folders_meant_as_good, subfolders
 from training.data.kolektor_sdd2 import is_kolektor_sdd2, read_kolektor_sdd2
 from training.data.loco import is_loco, read_loco
 from training.data.magnetic_tile import is_magnetic_tile, read_magnetic_tile
@@ -104,6 +104,7 @@ def read_dataset(root: Path, layout: str | None = None) -> Dataset:
         return _layout(layout).read(root)
     fitting = _fitting(root)
     if not fitting:
+        _refuse_other_words_for_good(root)
         expected = "train/good with images, or a layout among " + ", ".join(LAYOUTS)
         raise DatasetFault(f"{root} has no layout that we know: expected {expected}. {_inside(root)}{_hint(root)}")
     return LAYOUTS[_only(root, fitting)].read(root)
@@ -156,6 +157,15 @@ def _folder_of_images(root: Path) -> Path:
 def _refuse_missing(root: Path) -> None:
     if not root.is_dir():
         raise DatasetFault(f"{root} is no folder; give the folder of one line.")
+
+
+def _refuse_other_words_for_good(root: Path) -> None:
+    """Refuse a folder in which one rename is all that is missing; a list of layouts would hide it."""
+    if meant := folders_meant_as_good(root / "train"):
+        raise DatasetFault(
+            f"{root} has no folder train/good, and {meant[0]} is named as if its frames were good; put them into "
+            f"{root / 'train' / GOOD}."
+        )
 
 
 def _layout(name: str) -> Layout:

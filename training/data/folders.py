@@ -115,7 +115,7 @@ def defect_folders(folder: Path) -> list[Path]:
         DatasetFault: if one with frames has another word for good as its name.
     """
     kinds = [path for path in subfolders(folder) if path.name.casefold() != GOOD]
-    doubtful = [kind for kind in kinds if kind.name.casefold() in _OTHER_WORDS_FOR_GOOD and find_images(kind)]
+    doubtful = folders_meant_as_good(folder)
     if doubtful:
         raise DatasetFault(
             *(
@@ -172,9 +172,25 @@ def _refuse_stray_masks(root: Path, kinds: set[str]) -> None:
         if masks and folder.name.casefold() == GOOD:
             raise DatasetFault(f"{masks[0]} is a mask for a good image; remove it, or move the image to its defect.")
         if masks and folder.name not in kinds:
+            frames = root / "test" / folder.name
+            alike = like_named(frames)
             raise DatasetFault(
-                f"{masks[0]} is a mask without an image; add {root / 'test' / folder.name} or remove the mask."
+                f"{masks[0]} is a mask without an image; add {frames} or remove the mask."
+                if alike is None
+                else f"{masks[0]} is a mask without an image, and {alike} differs from {frames} in capitals alone; "
+                "give the folders of frames and of their masks the same name."
             )
+
+
+def like_named(folder: Path) -> Path | None:
+    """Return the folder beside a missing one whose name differs from its in nothing but capitals; None without one."""
+    beside = (path for path in subfolders(folder.parent) if path.name.casefold() == folder.name.casefold())
+    return next((path for path in beside if path.name != folder.name), None)
+
+
+def folders_meant_as_good(folder: Path) -> list[Path]:
+    """Return the folders in a folder that hold frames and whose name is another word for good."""
+    return [path for path in subfolders(folder) if path.name.casefold() in _OTHER_WORDS_FOR_GOOD and find_images(path)]
 
 
 def subfolders(folder: Path) -> list[Path]:

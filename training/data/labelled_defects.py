@@ -16,7 +16,7 @@ from service.contract.frames import FrameLimits, decode_mask, fit_to_input, read
 from service.contract.geometry import InputSpec
 from service.contract.tiling import cut_tiles
 from service.errors import FlawlineError
-from training.data.folders import anomalous_samples, defect_folders
+from training.data.folders import anomalous_samples, defect_folders, like_named
 from training.data.loader import looks_inverted
 from training.data.samples import DatasetFault, Sample
 
@@ -58,9 +58,9 @@ def read_labelled_defects(root: Path, spec: InputSpec, limits: FrameLimits, know
             f"{root} holds no labelled defect; expected frames in {root / 'test' / '<kind>'} and their masks in "
             f"{root / 'ground_truth' / '<kind>'}."
         )
-    bare = [sample.path for sample in samples if sample.mask_path is None]
+    bare = [sample for sample in samples if sample.mask_path is None]
     if bare:
-        raise DatasetFault(*(f"{path} is a labelled defect without a mask; add one or take it away." for path in bare))
+        raise DatasetFault(*(_told_of_bare(root, sample) for sample in bare))
     _refuse_known(samples, known)
     pairs = [(sample.path, sample.mask_path) for sample in samples if sample.mask_path is not None]
     frames, masks = zip(*(_load(image, mask, spec, limits) for image, mask in pairs), strict=True)
@@ -68,6 +68,12 @@ def read_labelled_defects(root: Path, spec: InputSpec, limits: FrameLimits, know
     lines = sorted(f"{path.relative_to(root).as_posix()} {_digest(path)}" for path in files)
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     return LabelledDefects(digest, len(pairs), np.concatenate(frames), np.concatenate(masks))
+
+
+def _told_of_bare(root: Path, sample: Sample) -> str:
+    alike = like_named(root / "ground_truth" / sample.kind)
+    todo = "add one or take it away" if alike is None else f"{alike} has other capitals than its folder, so rename one"
+    return f"{sample.path} is a labelled defect without a mask; {todo}."
 
 
 def _refuse_known(samples: Iterable[Sample], known: Iterable[Sample]) -> None:

@@ -45,7 +45,7 @@ from training.compare_page import (
     stands_above_control,
     table_rows,
 )
-from training.config import RunConfig
+from training.config import ConfigFault, RunConfig
 from training.data.samples import DatasetFault
 from training.metrics import auroc
 from training.peaks import mask_without_rim
@@ -388,6 +388,15 @@ def test_compare_when_a_layout_is_given_then_the_line_is_read_by_it(tmp_path, la
 
     with pytest.raises(fault, match=sentence):
         compare_detectors(wishes, 1)
+
+
+def test_compare_when_a_setting_fits_one_detector_and_not_another_then_names_the_other(tmp_path):
+    """Of several detectors nobody can guess which one does not know a key."""
+    folder = write_line(tmp_path / "bottle")
+    setting = ["hyperparameters.recipe.iterations=5"]
+
+    with pytest.raises(ConfigFault, match=r"^grnr: .*hyperparameters\.recipe"):
+        compare_detectors(Wishes([str(folder)], "inp_former,grnr", "small", tmp_path, None, False, "cpu", setting), 1)
 
 
 def test_compare_when_a_mask_cannot_be_read_then_says_so_before_any_work(tmp_path):

@@ -106,6 +106,10 @@ def test_defects_when_the_run_knows_a_frame_then_are_refused(root, tmp_path, spl
     ("change", "words"),
     [
         (lambda root: (root / "ground_truth/hole/0_mask.png").rename(root / "kept.png"), "without a mask"),
+        (
+            lambda root: (root / "ground_truth/hole").rename(root / "ground_truth/Hole"),
+            "ground_truth/Hole has other cap",
+        ),
         (lambda root: _write(root / "ground_truth/hole/0_mask.png", _mask(0, 0, size=0)), "marks nothing"),
         (lambda root: _write(root / "ground_truth/hole/0_mask.png", _mask(0, 0, height=12)), "32x12 pixels"),
         (lambda root: _write(root / "ground_truth/hole/0_mask.png", _inverted(4, 8)), "marks 98% .*looks inverted"),
@@ -116,6 +120,7 @@ def test_defects_when_the_run_knows_a_frame_then_are_refused(root, tmp_path, spl
     ],
     ids=[
         "bare",
+        "capitals",
         "empty",
         "size",
         "inverted",

@@ -264,6 +264,12 @@ def test_read_dataset_of_the_flat_variant_without_abnormal_trains_on_all(tmp_pat
         (["train/good/0.png", "test/hole/0.png", "test/hole/0.jpg", "ground_truth/hole/0.png"], "have the same name"),
         (["a/train/good/0.png", "a/test/good/0.png", "notes/0.txt"], "give one of a"),
         (["readme.txt"], "no layout that we know"),
+        (["train/gut/0.png", "test/gut/0.png"], "no folder train/good, and .*train/gut is named .*into .*train/good"),
+        (["train/OK/0.png"], "no folder train/good, and .*train/OK is named"),
+        (
+            ["train/good/0.png", "test/Bad/0.png", "ground_truth/bad/0.png"],
+            "bad/0.png is a mask without an image, and .*test/Bad differs from .*test/bad in capitals alone",
+        ),
         (["train/good/0.png", "test/good/1.png", "0.png"], None),
     ],
     ids=[
@@ -275,6 +281,9 @@ def test_read_dataset_of_the_flat_variant_without_abnormal_trains_on_all(tmp_pat
         "two of one name",
         "root of several lines",
         "nothing",
+        "another word for good",
+        "another word for good in capitals",
+        "masks in other capitals",
         "stray image beside the folders",
     ],
 )

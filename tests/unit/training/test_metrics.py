@@ -213,8 +213,8 @@ def test_seg_f1_of_maps_far_from_zero_keeps_the_deviation():
 @pytest.mark.parametrize(
     ("values", "marks", "good_maps", "value", "reason"),
     [
-        ([0, 9], [0, 0], _GOOD_MAPS, None, "there is no anomalous sample"),
-        ([0, 9], [1, 1], _GOOD_MAPS, None, "there is no normal sample"),
+        ([0, 9], [0, 0], _GOOD_MAPS, None, "no mask marks a region"),
+        ([0, 9], [1, 1], _GOOD_MAPS, None, "masks mark every pixel"),
         ([0, 9], [0, 1], [], None, "there is no held-out good frame"),
         ([0, 3], [0, 1], _GOOD_MAPS, 0.0, None),
         ([9, 9], [0, 1], _GOOD_MAPS, 2 / 3, "degenerate: all scores"),
@@ -389,19 +389,22 @@ def test_figures_of_a_single_class_have_a_reason_instead_of_a_value(figure, labe
     assert reason in found.reason
 
 
-def test_aupro_without_any_region_has_a_reason_instead_of_a_value():
-    """Without a region there is nothing to cover."""
-    found = pixel_metrics([np.zeros((3, 3), np.float32)], [np.zeros((3, 3), bool)], [1])
+@pytest.mark.parametrize(("mark", "reason"), [(0, "no mask marks a region"), (1, "masks mark every pixel")])
+def test_figures_of_pixels_of_a_single_class_have_a_reason_that_speaks_of_masks(mark, reason):
+    """An anomalous frame whose mask marks nothing is there, and nobody shall look for it."""
+    maps, masks = [np.zeros((3, 3), np.float32)], [np.full((3, 3), mark, bool)]
 
-    assert found["aupro"] == Metric(None, "no mask marks a region")
-    assert found["p_auroc"].value is None
+    found = pixel_metrics(maps, masks, [1])
+
+    assert set(found.values()) == {Metric(None, reason)}
+    assert {pixel_auroc(maps, masks), aupro(maps, masks)} == {Metric(None, reason)}
 
 
 def test_aupro_without_a_normal_pixel_has_a_reason_instead_of_a_value():
     """Without a normal pixel there is no false positive rate."""
     found = aupro([np.zeros((3, 3), np.float32)], [np.ones((3, 3), bool)])
 
-    assert found == Metric(None, "there is no normal sample")
+    assert found == Metric(None, "masks mark every pixel")
 
 
 def test_pixel_metrics_of_an_anomalous_image_with_an_empty_mask_adds_no_region():
