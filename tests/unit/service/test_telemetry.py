@@ -47,6 +47,8 @@ PROMISED = {
     "review_ratio": ("gauge", {"line"}),
     "image_quality": ("gauge", {"line", "stat"}),
     "engine_load_seconds": ("gauge", {"engine"}),
+    "engine_memory_bytes": ("gauge", {"engine", "version"}),
+    "engine_memory_budget_bytes": ("gauge", set()),
     "model_info": ("gauge", {"line", "version", "digest", "policy", "device"}),
     "golden_failures": ("counter", set()),
     "store_unreachable": ("counter", set()),
