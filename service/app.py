@@ -109,7 +109,8 @@ def create_app(
     app = _Service(
         title="Flawline",
         version=version("flawline"),
-        description="Finds defects nobody has seen before. Only PASS means good: no fault is ever answered with it.",
+        description="Finds defects nobody has seen before. Only PASS means good: no fault is ever answered with it. "
+        "Under `/v2` it speaks the Open Inference Protocol, which has a document of its own.",
         lifespan=life,
         docs_url=None,  # ours needs no other host
         redoc_url=None,

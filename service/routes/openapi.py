@@ -18,6 +18,7 @@ from service import schemas
 from service.contract.frames import FORMAT_OF_MEDIA_TYPE
 from service.contract.policy import PolicyFile
 from service.errors import MomentError, known_codes, meanings
+from service.routes.accounting import TRACE_PARENT_HEADER
 from service.routes.answers import MEDIA_TYPE_OF_HEATMAP
 from service.routes.bodies import BYTES_MEDIA_TYPE, MULTIPART_MEDIA_TYPE, RAW_MEDIA_TYPE
 from service.routes.headers import CONTENT_DIGEST_HEADER, OPTION_HEADERS, RAW_HEADERS
@@ -288,7 +289,15 @@ def _parameters() -> list[dict[str, Any]]:
         "maxLength": 128,
         "examples": ["press-4-000917"],
     }
-    return [*listed, _parameter(REQUEST_ID_HEADER, "header", request_id)]
+    trace_parent = {
+        "description": "W3C Trace Context: the trace that this inspection is part of, where the operator collects any.",
+        "type": "string",
+    }
+    return [
+        *listed,
+        _parameter(REQUEST_ID_HEADER, "header", request_id),
+        _parameter(TRACE_PARENT_HEADER, "header", trace_parent),
+    ]
 
 
 def _digest_parameter() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The examples of service/clients.md, as they stand there, against a real server: what is copied must work."""
 
+import hashlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -23,6 +25,7 @@ from tests.servers import serve_in_thread, wait_until_ready
 
 _ROOT = Path(__file__).resolve().parents[2]
 _NOBODY = "http://127.0.0.1:9"
+_PROTOCOL = "The Open Inference Protocol"
 _PARTS = {"good": ("PASS", False), "bad": ("FAIL", True)}
 
 
@@ -53,7 +56,7 @@ def inspector(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if shutil.which(program) is None:
             pytest.skip(f"needs the program {program}")
     place = tmp_path_factory.mktemp("csharp")
-    (place / "Inspector.cs").write_text(_example("csharp"), encoding="utf-8")
+    (place / "Inspector.cs").write_text(_example("csharp", "C#"), encoding="utf-8")
     libraries = ("-r:System.Net.Http", "-r:System.Runtime.Serialization")
     built = subprocess.run(
         ["mcs", "-warnaserror", *libraries, "-out:inspector.exe", "Inspector.cs"],
@@ -66,9 +69,15 @@ def inspector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "inspector.exe"
 
 
-def _example(language: str) -> str:
+def _section(title: str) -> str:
     text = (_ROOT / "service/clients.md").read_text(encoding="utf-8")
-    [example] = re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    [section] = re.findall(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+    return str(section)
+
+
+def _example(language: str, title: str) -> str:
+    """Return the only example of a section of the page."""
+    [example] = re.findall(rf"^```{language}\n(.*?)^```", _section(title), re.DOTALL | re.MULTILINE)
     return str(example).replace("2000", "8000").replace("--max-time 2", "--max-time 9")  # a test's machine is busy
 
 
@@ -83,7 +92,7 @@ def test_curl_example_when_run_then_answers_with_the_verdict_and_the_part(url: s
     """The deadline and the part's name are understood; a deadline that the server can't read would be refused."""
     if shutil.which("curl") is None:
         pytest.skip("needs the program curl")
-    words = shlex.split(_example("sh").replace("\\\n", " ").replace("http://localhost:8000", url))
+    words = shlex.split(_example("sh", "curl").replace("\\\n", " ").replace("http://localhost:8000", url))
 
     answer = json.loads(_run(words, folder / part))
 
@@ -91,16 +100,73 @@ def test_curl_example_when_run_then_answers_with_the_verdict_and_the_part(url: s
 
 
 @pytest.mark.parametrize("part", _PARTS)
+def test_protocol_example_when_run_then_answers_with_the_verdict_of_this_request(
+    url: str, folder: Path, part: str
+) -> None:
+    """What stands on the page of `/v2` works in a shell as it stands there, with all that it asks for."""
+    if shutil.which("curl") is None:
+        pytest.skip("needs the program curl")
+    command = _example("sh", _PROTOCOL).replace("http://localhost:8000", url)
+
+    answer = json.loads(_run(["sh", "-c", command], folder / part))
+
+    told = {output["name"]: output["data"] for output in answer["outputs"]}
+    frame = (folder / part / "frame.jpg").read_bytes()
+    assert answer["id"] == "4711"
+    assert told["verdict"] == [_PARTS[part][0]]
+    assert set(told) == {"verdict", "score", "p_value"}
+    assert answer["parameters"]["frame_digests"] == hashlib.sha256(frame).hexdigest()
+
+
+def test_protocol_table_when_it_names_an_input_or_output_then_the_model_has_it(url: str) -> None:
+    """The page names every tensor of a model, with its kind of values, and no other."""
+    rows = dict(re.findall(r"^\| (.*?) \| (.*) \|$", _section(_PROTOCOL), re.MULTILINE))
+    inputs = dict(re.findall(r"input `(\w+)`, `(\w+)`", "\n".join(rows)))
+
+    model = httpx.get(f"{url}/v2/models/line").json()
+
+    assert inputs == {tensor["name"]: tensor["datatype"] for tensor in model["inputs"]}
+    assert set(re.findall(r"`(\w+)`", rows["`outputs`"])) == {tensor["name"] for tensor in model["outputs"]}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "status", "words"),
+    [
+        ({"timeout": 10_000_001}, 400, "FLAWLINE_MAX_DEADLINE_S"),
+        ({"timeout": 1}, 503, "deadline"),
+        ({"policy": "unheard_of"}, 404, "policy"),
+        ({"priority": -1}, 400, "priority"),
+        ({"timeout": 0, "priority": 7}, 200, None),
+    ],
+)
+def test_protocol_table_when_it_tells_of_a_parameter_then_the_server_takes_it_so(
+    url: str, folder: Path, parameters: dict[str, object], status: int, words: str | None
+) -> None:
+    """A timeout counts microseconds, a priority means nothing, and every fault is one sentence in the common form."""
+    assert set(parameters) <= set(re.findall(r"^\| parameter `(\w+)` \|", _section(_PROTOCOL), re.MULTILINE))
+    frame = b64encode((folder / "bad/frame.jpg").read_bytes()).decode()
+    encoded = {"name": "encoded_frames", "datatype": "BYTES", "shape": [1], "data": [frame]}
+    asked = {"inputs": [encoded | {"parameters": {"content_type": "base64"}}], "parameters": parameters}
+
+    answer = httpx.post(f"{url}/v2/models/line/infer", json=asked)
+
+    assert answer.status_code == status
+    if words is not None:
+        assert set(answer.json()) == {"error"}
+        assert words in answer.json()["error"]
+
+
+@pytest.mark.parametrize("part", _PARTS)
 def test_python_example_when_run_then_prints_the_verdict(url: str, folder: Path, part: str) -> None:
     """Nothing but the server's address is changed."""
-    program = _example("python").replace("http://localhost:8000", url)
+    program = _example("python", "Python").replace("http://localhost:8000", url)
 
     assert _run([sys.executable, "-c", program], folder / part).split() == [_PARTS[part][0]]
 
 
 def test_python_example_when_there_is_no_server_then_prints_no_verdict_and_why(folder: Path) -> None:
     """A pulled cable is no good part."""
-    program = _example("python").replace("http://localhost:8000", _NOBODY).replace("8000", "200")
+    program = _example("python", "Python").replace("http://localhost:8000", _NOBODY).replace("8000", "200")
 
     told = _run([sys.executable, "-c", program], folder / "good")
 
@@ -153,7 +219,7 @@ def test_example_when_a_cache_repeats_the_last_answer_then_prints_no_verdict(
 
     with _cache(remembered.content) as cache:
         if language == "python":
-            command = [sys.executable, "-c", _example("python").replace("http://localhost:8000", cache)]
+            command = [sys.executable, "-c", _example("python", "Python").replace("http://localhost:8000", cache)]
         else:
             command = ["mono", str(request.getfixturevalue("inspector")), cache, "line", "frame.jpg", "0815"]
         told = _run(command, folder / "bad")
