@@ -22,13 +22,15 @@ from service.contract.bundle import (
     seal,
     versions_of,
 )
+from service.contract.geometry import Tiling
 from service.contract.golden import read_golden
 from service.contract.legible import is_legible
-from service.contract.policy import Verdict
+from service.contract.policy import ScoreRule, Verdict
 from service.errors import BundleNotLoaded, BundleRefused
 from tests.factories import (
     bundle_files,
     make_bundle,
+    make_input,
     make_line_record,
     make_manifest,
     make_policy,
@@ -39,6 +41,7 @@ from tests.rights import rights_of_an_ordinary_user
 from tests.strategies import manifests
 
 FILES = bundle_files()
+NETWORK = make_manifest(files={"model.onnx": "0" * 64})
 MANIFEST, SIDECAR = "manifest.json", "manifest.sha256"
 
 
@@ -491,3 +494,47 @@ def test_manifest_when_rates_are_named_without_good_parts_then_refused():
     """A false-reject rate that nobody measured is not promised."""
     with pytest.raises(ValidationError, match="belong to a calibration"):
         make_line_record(data=make_line_record().data.model_copy(update={"calibrated_on": 0}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": {"model.onnx": "1" * 64}},
+        {"input": make_input(height=24)},
+        {"input": make_input(width=40)},
+        {"input": make_input(margin=8)},
+        {"input": make_input(tiles=Tiling(rows=2, columns=1, overlap_height=0, overlap_width=0))},
+        {"input": make_input().model_copy(update={"bit_depth": 12})},
+        {"output": NETWORK.output.model_copy(update={"score_rule": ScoreRule(kind="maximum")})},
+        {"output": NETWORK.output.model_copy(update={"map_height": 8})},
+    ],
+    ids=["graph", "height", "width", "crop", "tiles", "bit depth", "score rule", "map"],
+)
+def test_network_when_frames_would_get_other_scores_then_is_another(changes):
+    """Thresholds that were chosen for one network's scores must not be taken for another's."""
+    assert make_manifest(**{"files": NETWORK.files, **changes}).network != NETWORK.network
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"version": "2"},
+        {"name": "another", "lines": ("left", "right")},
+        {"by_line": {"demo_line": make_line_record(metrics={}, fail_rate=0.02)}},
+        {"created_at": "2027-01-01T00:00:00+00:00", "git_revision": "0" * 40, "libraries": {}},
+        {"files": NETWORK.files | {"policy.json": "1" * 64, "calibration.npz": "2" * 64}},
+    ],
+    ids=["version", "lines", "calibration", "time", "other files"],
+)
+def test_network_when_frames_get_the_same_scores_then_is_the_same(changes):
+    """A line's policy files outlive new versions that only calibrate, describe or rename."""
+    assert make_manifest(**{"files": NETWORK.files, **changes}).network == NETWORK.network
+
+
+def test_network_when_a_later_release_reads_what_is_there_then_is_what_policy_files_name():
+    """Policy files lie in stores for years, and a field with a default must not take them away."""
+    output = NETWORK.output.model_copy(update={"score_rule": ScoreRule(kind="maximum")})
+
+    assert make_manifest(files=NETWORK.files, output=output).network == (
+        "48eb584b1612df3da371b96c5922839cf190cd96006d2f2c35ece2b2117c357a"
+    )
