@@ -108,7 +108,10 @@ def _strangers(*connections: tuple[Answer, ...]) -> Iterator[tuple[str, list[byt
 def _read_request(connection: socket.socket) -> bytes:
     data = b""
     while b"\r\n\r\n" not in data:
-        data += connection.recv(65536)
+        piece = connection.recv(65536)
+        if not piece:
+            raise ConnectionError
+        data += piece
     head, _, body = data.partition(b"\r\n\r\n")
     length = int(
         next((line.split(b":")[1] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")), b"0")
@@ -118,12 +121,18 @@ def _read_request(connection: socket.socket) -> bytes:
     return head
 
 
-def _told(answer: dict[str, Any], *, keeps: bool = False, **changes: Any) -> Callable[[bytes], bytes]:
-    """Return what answers every request with an answer that was changed, as the answer to that request."""
+def _told(
+    answer: dict[str, Any], *, keeps: bool = False, status: str = "200 OK", blanks: int = 0, **changes: Any
+) -> Callable[[bytes], bytes]:
+    """Return what answers every request with an answer that was changed, as the answer to that request.
+
+    So many blanks, which JSON allows, come before it.
+    """
 
     def tell(head: bytes) -> bytes:
         told = answer | {"request_id": _header(head, b"x-request-id").decode()} | changes
-        return _http("200 OK", json.dumps(told).encode(), Connection="keep-alive" if keeps else "close")
+        body = b" " * blanks + json.dumps(told).encode()
+        return _http(status, body, Connection="keep-alive" if keeps else "close")
 
     return tell
 
@@ -386,15 +395,70 @@ def test_client_when_a_stranger_answers_then_there_is_no_verdict(answer):
     assert outcome.problem is not None
 
 
-def test_client_when_the_answer_is_about_another_part_then_it_is_not_believed(passing):
+@pytest.mark.parametrize(
+    ("options", "said", "verdict"),
+    [
+        ({"part_id": "1", "view": "top", "sequence": 1}, {}, Verdict.PASS),
+        ({}, {}, Verdict.NO_VERDICT),
+        ({"part_id": "2", "view": "top", "sequence": 1}, {}, Verdict.NO_VERDICT),
+        ({"part_id": "1", "view": "side", "sequence": 1}, {}, Verdict.NO_VERDICT),
+        ({"part_id": "1", "view": "top", "sequence": 2}, {}, Verdict.NO_VERDICT),
+        ({"part_id": "1", "view": "top", "sequence": 1}, {"part_id": None}, Verdict.NO_VERDICT),
+        ({"part_id": "1", "view": "top", "sequence": 1}, {"line": "another_line"}, Verdict.NO_VERDICT),
+    ],
+    ids=["same", "nothing named", "part", "view", "sequence", "no part", "line"],
+)
+def test_client_when_the_answer_is_about_another_part_then_it_is_not_believed(passing, options, said, verdict):
     """Whatever was named of the part must be the answer's; the same answer is believed where it is."""
-    outcomes = []
-    for part in ("1", "2"):
-        with _stranger(_told(passing, part_id="1")) as (proxy, _):
-            outcomes += _ask("sync", proxy, DEFECT, part_id=part)
+    answer = {"part_id": "1", "view": "top", "sequence": 1} | said
 
-    assert [outcome.verdict for outcome in outcomes] == [Verdict.PASS, Verdict.NO_VERDICT]
-    assert _why(outcomes[1]) == "answer_unusable"
+    with _stranger(_told(passing, **answer)) as (proxy, _):
+        [outcome] = _ask("sync", proxy, DEFECT, **options)
+
+    assert outcome.verdict is verdict
+    assert _why(outcome) == (None if verdict is Verdict.PASS else "answer_unusable")
+
+
+@pytest.mark.parametrize("status", ["201 Created", "203 Non-Authoritative Information", "206 Partial Content"])
+def test_client_when_a_whole_answer_has_another_status_than_200_then_it_is_not_believed(passing, status):
+    """Whoever changed the status may have changed the rest."""
+    with _stranger(_told(passing, status=status)) as (proxy, _):
+        [outcome] = _ask("sync", proxy, GOOD)
+
+    assert outcome.verdict is Verdict.NO_VERDICT
+    assert _why(outcome) == "answer_unusable"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_client_when_the_environment_names_a_proxy_then_the_station_is_asked_all_the_same(passing, kind, monkeypatch):
+    """What an office needs to reach the internet must not stand between a camera and its station."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+    with _stranger(_told(passing)) as (server, _):
+        [outcome] = _ask(kind, server, GOOD, deadline_ms=500)
+
+    assert outcome.verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_client_when_a_connection_breaks_before_the_answer_then_it_asks_again(passing, kind):
+    """A server that stops, or closes an idle connection in the moment of its use, costs a try and no verdict."""
+    with _stranger(b"", _told(passing)) as (server, asked):
+        [outcome] = _ask(kind, server, GOOD)
+
+    assert (outcome.verdict, outcome.tries, len(asked)) == (Verdict.PASS, 2, 2)
+
+
+def test_client_when_pixels_are_big_endian_then_their_values_are_sent(passing):
+    """Raw formats begin with the low byte, whatever order pixels have in memory."""
+    values = np.arange(48, dtype="<u2").reshape(6, 8) * 1000
+
+    with _stranger(_told(passing)) as (server, asked):
+        _ask("sync", server, RawFrame(values.astype(">u2")))
+
+    told = b"sha-256=:" + b64encode(sha256(values.tobytes()).digest()) + b":"
+    assert _header(asked[0], b"content-digest") == told
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -432,7 +496,7 @@ def test_client_when_answers_come_one_request_late_then_none_is_taken_for_the_ne
         said.append(late(head))
         return said[0]
 
-    with _strangers((first_again, first_again), (_told(passing, **failing),)) as (server, asked):
+    with _strangers((first_again,) * 3, (_told(passing, **failing),)) as (server, asked):
         outcomes = _ask(kind, server, GOOD, DEFECT, DEFECT)
 
     assert [outcome.verdict for outcome in outcomes] == [Verdict.PASS, Verdict.NO_VERDICT, Verdict.FAIL]
@@ -550,6 +614,25 @@ def test_client_when_told_to_wait_then_it_waits_as_long_and_asks_again(url, stat
     assert outcome.verdict is Verdict.NO_VERDICT
 
 
+@pytest.mark.parametrize("wait", ["inf", "nan", "-1", "soon", "Sun, 29 Nov 2026 12:00:00 GMT"])
+def test_client_when_told_to_wait_for_no_number_of_seconds_then_it_asks_again_by_its_own_pause(passing, wait):
+    """A proxy that says something odd about waiting costs no verdict."""
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    refusal = _http("503 Service Unavailable", b'{"code":"overloaded","detail":"Slow down."}', Retry_After=wait)
+    with (
+        _stranger(refusal, _told(passing)) as (stranger, _),
+        Client(stranger, clock=lambda: now[0], sleep=sleep) as client,
+    ):
+        outcome = client.inspect("demo_line", GOOD)
+
+    assert (outcome.verdict, outcome.tries) == (Verdict.PASS, 2)
+    assert 0 <= now[0] < 1
+
+
 def test_client_when_waiting_would_take_too_long_then_it_does_not_ask_again():
     """A retry after the deadline could only be late: the refusal is the answer."""
     refusal = _http("503 Service Unavailable", b'{"code":"overloaded","detail":"Slow down."}', Retry_After="3")
@@ -656,20 +739,40 @@ def _answered_after(kind: str, took_s: float, tell: Callable[[bytes], bytes]) ->
     return outcome, _header(asked[0], b"x-request-id").decode()
 
 
-def test_client_when_the_answer_drips_then_it_stops_listening(url):
-    """A byte now and then keeps each wait short; their sum is bounded all the same."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_client_when_the_answer_drips_then_it_stops_listening(passing, kind):
+    """A byte now and then keeps each wait short; their sum is bounded all the same, whatever would come in the end."""
     now = [0.0]
 
     def clock() -> float:
         now[0] += 0.2
         return now[0]
 
-    with _stranger(_http("200 OK", b" " * 2**20 + PASSING)) as (stranger, _), Client(stranger, clock=clock) as client:
-        outcome = client.inspect("demo_line", GOOD, deadline_ms=500)
+    async def ask(url: str) -> Outcome:
+        async with AsyncClient(url, clock=clock) as client:
+            return await client.inspect("demo_line", GOOD, deadline_ms=500)
+
+    with _stranger(_told(passing, blanks=2**20)) as (stranger, _), Client(stranger, clock=clock) as client:
+        outcome = client.inspect("demo_line", GOOD, deadline_ms=500) if kind == "sync" else asyncio.run(ask(stranger))
 
     assert outcome.verdict is Verdict.NO_VERDICT
     assert outcome.problem is not None
-    assert outcome.problem.code in ("deadline_passed", "answer_unusable")
+    assert outcome.problem.code == "deadline_passed"
+    assert "before the answer was complete" in outcome.problem.sentence
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_client_when_the_answer_is_longer_than_any_of_ours_then_it_stops_listening(passing, kind, monkeypatch):
+    """Nobody sends megabytes as a verdict, and no camera's memory is filled with them."""
+    monkeypatch.setattr("service.client._LARGEST_ANSWER_BYTES", 2**16)
+
+    with _stranger(_told(passing, blanks=2**17)) as (stranger, _):
+        [outcome] = _ask(kind, stranger, GOOD)
+
+    assert outcome.verdict is Verdict.NO_VERDICT
+    assert outcome.problem is not None
+    assert outcome.problem.code == "answer_unusable"
+    assert "longer" in outcome.problem.sentence
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
