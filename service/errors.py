@@ -52,7 +52,7 @@ class FlawlineError(Exception):
 
 
 class CallerError(FlawlineError):
-    """The request is at fault; the same request will fail again."""
+    """The request can't be served as it is."""
 
     code = "caller_error"
 
@@ -148,7 +148,7 @@ class QuotaExceeded(CallerError):
 
 
 class MomentError(FlawlineError):
-    """Not now; the same request may succeed later."""
+    """It can't be served now."""
 
     code = "unavailable"
 
@@ -190,7 +190,7 @@ class DeadlinePassed(MomentError):
 
 
 class OwnError(FlawlineError):
-    """The fault is ours."""
+    """Something went wrong inside the service."""
 
     code = "internal"
 

@@ -140,8 +140,8 @@ class PolicyFile(Policy):
     """A line's own policy as a file of the store holds it: the rules, and the network whose scores they are for.
 
     Attributes:
-        network: that of the bundles that it may judge, `Manifest.network`. It may be missing where the rules pass
-            nothing that the bundle's own policy stops (`is_as_strict`), whatever the network is.
+        network: that of the bundles that it may judge, which `flawline verify` and the policies of the line tell. It
+            may be missing where the rules pass nothing that the bundle's own policy stops, whatever the network is.
     """
 
     network: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None

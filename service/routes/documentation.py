@@ -155,7 +155,7 @@ def _errors(answers: dict[str, Any]) -> str:
         rows.append(
             f'<tr id="error-{escape(code)}"><td><code>{example["status"]}</code></td>'
             f"<td><code>{escape(code)}</code></td><td>{_words(answer['description'])}<br>"
-            f'<span class="note">For example: {escape(example["detail"])}</span></td></tr>'
+            f'<span class="note">For example: {_words(example["detail"])}</span></td></tr>'
         )
     return (
         '<h2 id="errors">Errors</h2><p>Each is answered with a <a href="#schema-ProblemDocument">problem document</a>, '
@@ -187,7 +187,7 @@ def _members(rows: list[tuple[str, dict[str, Any], str]], required: set[str]) ->
     if not rows:
         return ""
     written = "".join(
-        f"<tr><td><code>{escape(name)}</code>{' <b>needed</b>' if name in required else ''}</td>"
+        f"<tr><td><code>{escape(name)}</code>{' <b>required</b>' if name in required else ''}</td>"
         f'<td class="note">{_kind(schema)}</td><td>{_words(meaning)}</td></tr>'
         for name, schema, meaning in rows
     )
@@ -197,6 +197,8 @@ def _members(rows: list[tuple[str, dict[str, Any], str]], required: set[str]) ->
 
 def _kind(schema: dict[str, Any]) -> str:
     """Say what values a schema allows: type or enumeration, limits, default and examples."""
+    if "prefixItems" in schema:  # as many as there are kinds of them
+        return f"[{', '.join(_kind(one) for one in schema['prefixItems'])}]"
     said = [_type(schema)]
     said += [words.format(_json_word(schema[limit])) for limit, words in _LIMITS.items() if limit in schema]
     if "pattern" in schema:
@@ -215,12 +217,12 @@ def _type(schema: dict[str, Any]) -> str:
         name = escape(schema["$ref"].removeprefix(_REFERENCE))
         return f'<a href="#schema-{name}">{name}</a>'
     if "anyOf" in schema:
-        return " or ".join(_kind(one) for one in schema["anyOf"])
+        return ", or ".join(_kind(one) for one in schema["anyOf"])
     if "const" in schema or "enum" in schema:
         values = schema.get("enum", [schema.get("const")])
         return ("one of " if len(values) > 1 else "") + ", ".join(f"<code>{_json_word(one)}</code>" for one in values)
     if schema.get("type") == "array":
-        return f"list of {', '.join(_kind(one) for one in schema.get('prefixItems', [schema.get('items', {})]))}"
+        return f"list of {_kind(schema.get('items', {}))}"
     return _object(schema) if schema.get("type") == "object" else _plain(schema)
 
 
