@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from service.contract.calibration import Calibration
-from service.contract.policy import ScoreRule, inspected_mask
+from service.contract.policy import ScoreRule, Verdict, inspected_mask, judge
 from service.errors import BundleRefused, CalibrationRefused, ParameterInvalid, UnreadableFrame
 from tests.factories import encode, make_bundle, make_frame, make_policy
 from training.__main__ import commands
@@ -53,6 +53,28 @@ def test_calibrate_when_a_region_of_interest_is_given_then_the_rest_does_not_cou
     assert found.policy.fail_threshold < 1.01
     assert found.policy.region_threshold < 1.01
     assert found.calibration.scores[-1] <= 1
+
+
+def test_calibrate_when_the_input_is_cropped_then_good_parts_are_scored_as_frames_will_be_judged():
+    """A region of interest lies on the frame: thresholds rest on the very places of a crop's map that are inspected."""
+    window, left = (0.2, 0.2, 0.6, 0.6), (((0.0, 0.0), (0.35, 0.0), (0.35, 1.0), (0.0, 1.0)),)
+    scores, maps = _good_parts()
+    maps[:, :, 3:] += 5  # of the crop's ten columns, three lie within the region; of the frame's, four would
+
+    rates = {"review_rate": 0.2, "fail_rate": 0.05}
+    found = calibrate(scores, maps, _TOP, **rates, version="1", region_of_interest=left, window=window)
+
+    inspected = inspected_mask(found.policy, 10, 10, window=window)
+    judged = [
+        judge(float(score), anomaly_map, found.policy, _TOP, window, inspected)
+        for score, anomaly_map in zip(scores, maps, strict=True)
+    ]
+    assert found.calibration.scores.tolist() == sorted(np.float32(one.score) for one in judged)
+    assert [one.verdict for one in judged].count(Verdict.FAIL) == 1
+    assert [one.verdict for one in judged].count(Verdict.REVIEW) == 6
+    assert found.policy.map_floor == np.median(maps[:, :, :3])
+    assert found.policy.region_threshold == found.calibration.peak_threshold(0.2).value
+    assert found.policy.region_threshold < found.calibration.peak_threshold(0.05).value
 
 
 def test_calibrate_when_parts_have_several_views_then_rests_on_parts():
@@ -107,13 +129,18 @@ def test_refuse_unsupported_rates_when_all_parts_are_used_already_then_asks_for_
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_calibrate_when_a_number_is_not_finite_then_is_refused(value):
-    """A broken detector never gets thresholds."""
+@pytest.mark.parametrize("region", [None, _LEFT_HALF], ids=["everywhere", "region"])
+@pytest.mark.parametrize("of", ["score", "map"])
+def test_calibrate_when_a_number_is_not_finite_then_is_refused(value, region, of):
+    """A broken detector never gets thresholds, though what is broken may not be what they rest on."""
     scores, maps = _good_parts()
-    maps[3, 2, 1] = value
+    if of == "score":
+        scores[3] = value
+    else:
+        maps[3, 2, 9] = value
 
-    with pytest.raises(CalibrationRefused):
-        calibrate(scores, maps, _TOP, review_rate=0.1, fail_rate=0.05, version="1")
+    with pytest.raises(CalibrationRefused, match="score or map is not finite"):
+        calibrate(scores, maps, _TOP, review_rate=0.1, fail_rate=0.05, version="1", region_of_interest=region)
 
 
 def test_calibrate_when_a_region_is_too_small_for_a_deviation_then_is_refused():

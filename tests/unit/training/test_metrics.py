@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from sklearn import metrics as reference
 
-from training.bootstrap import bootstrap, histograms
+from training.bootstrap import bootstrap, histograms, interval
 from training.metrics import (
     Curve,
     Metric,
@@ -566,3 +566,8 @@ def test_curves_of_a_missing_class_are_empty():
     found = pixel_curves(maps, masks)
 
     assert all(isinstance(c, Curve) and c.x.size == 0 for c in (found.roc, found.precision_recall, found.pro))
+
+
+def test_interval_when_draws_are_known_then_leaves_a_fortieth_of_them_out_on_each_side():
+    """What is called a 95 % interval is one."""
+    assert interval(np.arange(1001.0), (9, 9)).bounds == (25, 975)
