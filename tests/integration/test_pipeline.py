@@ -22,7 +22,7 @@ from service.errors import (
     UnreadableFrame,
 )
 from service.inspection import RawLayout
-from service.schedule import RunTimes
+from service.schedule import Priority, RunTimes
 from tests.factories import (
     FRAME_HEIGHT,
     FRAME_WIDTH,
@@ -370,3 +370,26 @@ async def test_inspect_when_no_heatmap_is_wanted_then_only_the_networks_pixels_a
 
     assert inspection.frame.pixels.shape[:2] == kept
     assert (inspection.frame.height, inspection.frame.width) == (FRAME_HEIGHT, FRAME_WIDTH)
+
+
+@in_loop
+async def test_inspect_when_frames_that_matter_less_wait_already_then_one_that_matters_goes_before_them(store):
+    """An archive that is sent again must not keep a part at the line waiting."""
+    gated, ended = GatedEngine(), []
+    options = {"runners": 1, "max_batch_size": 1, "decode_workers": 0}
+    async with open_pipeline(store, gated.open, **options) as (pipeline, _):
+
+        async def inspect(name, priority):
+            await pipeline.inspect(make_request(priority=priority))
+            ended.append(name)
+
+        gated.hold()
+        frames = [asyncio.ensure_future(inspect("running", Priority.NORMAL))]
+        await asyncio.to_thread(gated.started.acquire)
+        for name, priority in (("archive", Priority.LOW), ("line", Priority.NORMAL)):
+            frames.append(asyncio.ensure_future(inspect(name, priority)))
+            await asyncio.sleep(0)
+        gated.release()
+        await asyncio.gather(*frames)
+
+    assert ended == ["running", "line", "archive"]

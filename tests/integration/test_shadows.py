@@ -19,7 +19,7 @@ from service.shadows import Shadows
 from service.stores.directory import DirectoryStore
 from service.telemetry import Telemetry
 from service.versions import RegistryOptions
-from tests.factories import encode, make_bundle, make_frame
+from tests.factories import encode, make_bundle, make_frame, make_policy, network_of, write_policy
 from tests.fakes import in_loop
 from tests.gated_engine import GatedEngine
 from tests.inspections import make_request
@@ -31,9 +31,9 @@ DEFECT = encode(make_frame(defect=True))
 class Stage:
     """A line whose second version looks on."""
 
-    def __init__(self, store, **second):
-        make_bundle(store)
-        make_bundle(store, version="2", **second)
+    def __init__(self, store, lines=(), **second):
+        make_bundle(store, lines=lines)
+        make_bundle(store, version="2", lines=lines, **second)
         self.telemetry = Telemetry()
         self.engine = GatedEngine()
         kept = RegistryOptions(activates_newest=False)
@@ -70,9 +70,9 @@ class Stage:
 
 
 @asynccontextmanager
-async def on_stage(tmp_path, **second):
+async def on_stage(tmp_path, lines=(), **second):
     """Set the stage, and clear it."""
-    stage = Stage(tmp_path, **second)
+    stage = Stage(tmp_path, lines, **second)
     await asyncio.to_thread(stage.registry.load)
     await asyncio.to_thread(stage.registry.activate, "demo_line", "1")
     await asyncio.to_thread(stage.registry.start_shadow, "demo_line", "2")
@@ -178,6 +178,76 @@ async def test_shadow_when_it_still_looks_then_the_next_frame_is_answered_and_sh
 
         assert len(shadow.batcher._places) == 1
         assert 'flawline_shadow_frames_total{line="demo_line",outcome="shed"} 1.0' in stage.counts()
+
+
+@in_loop
+async def test_shadow_when_frames_are_answered_together_then_it_looks_at_one_of_them(tmp_path):
+    """Before it has begun with one frame it takes no other, or it would run many of a line that sends them at once."""
+    async with on_stage(tmp_path) as stage:
+        answered = await asyncio.gather(*(stage.pipeline.inspect(make_request()) for _ in range(3)))
+
+        for inspection in answered:
+            stage.shadows.show(inspection)
+        await stage.looked()
+
+        happened = {line for line in stage.counts() if not line.endswith(" 0.0")}
+        assert happened == {
+            'flawline_shadow_frames_total{line="demo_line",outcome="compared"} 1.0',
+            'flawline_shadow_frames_total{line="demo_line",outcome="shed"} 2.0',
+        }
+
+
+@pytest.mark.parametrize(("patience_s", "outcome"), [(20, "compared"), (1e-9, "shed")])
+@in_loop
+async def test_shadow_when_the_caller_had_little_time_then_it_has_its_own(tmp_path, patience_s, outcome):
+    """What is left of a frame's deadline after its answer says nothing of how long a shadow may take."""
+    async with on_stage(tmp_path) as stage:
+        shadows = Shadows(
+            stage.registry, stage.pipeline, stage.telemetry, max_kept=2, patience_s=patience_s, clock=time.monotonic
+        )
+        inspection = await stage.pipeline.inspect(make_request())
+        hasty = replace(inspection.request, received_at=inspection.request.received_at - 60, deadline_s=0.001)
+
+        shadows.show(replace(inspection, request=hasty))
+        await asyncio.gather(*shadows._looking.values())
+
+        assert f'flawline_shadow_frames_total{{line="demo_line",outcome="{outcome}"}} 1.0' in stage.counts()
+
+
+@in_loop
+async def test_shadow_when_a_policy_was_chosen_for_its_version_then_judges_by_that(tmp_path):
+    """What it would say as the live one is said by the policy that would judge then, not by the bundle's own."""
+
+    def choose():
+        stage.registry.activate("demo_line", "2")
+        network = network_of(tmp_path / "demo_line" / "2")
+        write_policy(tmp_path, make_policy(version="lax", fail_threshold=0.9), network)
+        stage.registry.rescan()
+        stage.registry.activate_policy("demo_line", "lax")
+        stage.registry.activate("demo_line", "1")
+        stage.registry.start_shadow("demo_line", "2")
+
+    async with on_stage(tmp_path) as stage:
+        await asyncio.to_thread(choose)
+
+        await stage.show(data=DEFECT)
+        await stage.looked()
+
+        (kept,) = stage.shadows.disagreements("demo_line")
+        assert (kept.live.policy_version, kept.shadow.policy_version, kept.kind) == ("1", "lax", "laxer")
+
+
+@in_loop
+async def test_disagreements_when_several_lines_have_some_then_each_is_told_its_own(tmp_path):
+    """Who may know of one line learns nothing of another."""
+    async with on_stage(tmp_path, ("left", "right"), policy={"fail_threshold": 0.9}) as stage:
+        shown = {}
+        for line in ("left", "right"):
+            shown[line] = (await stage.show(line=line, data=DEFECT)).inspection_id
+            await stage.looked()
+
+        kept = {line: [one.inspection_id for one in stage.shadows.disagreements(line)] for line in shown}
+        assert kept == {line: [inspection_id] for line, inspection_id in shown.items()}
 
 
 @in_loop

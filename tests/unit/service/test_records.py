@@ -79,6 +79,16 @@ def test_keep_when_nothing_fits_then_record_is_still_returned(max_heatmaps, max_
         records.heatmap("0")
 
 
+def test_keep_when_a_frame_was_decoded_at_reduced_scale_then_still_knows_its_own_size():
+    """Regions are in pixels of the camera's frame, however few of them were decoded."""
+    frame = Frame(make_frame(24, 32), 96, 128)
+
+    record = Records(1, 10**9, Telemetry()).keep(inspection_of(0, frame=frame))
+
+    assert record.pixels.shape == (24, 32, 3)
+    assert record.frame_size == (96, 128)
+
+
 @pytest.mark.parametrize(("height", "width", "kept"), [(2048, 1536, (1024, 768)), (100, 3000, (34, 1024))])
 def test_keep_when_frame_is_large_then_shrinks_it(height, width, kept):
     """The longest side of what is kept is bounded, and the aspect stays."""
