@@ -14,7 +14,7 @@ from prometheus_client import Counter
 
 from service.batch_queue import Running
 from service.batcher import MOST_GIVEN_UP, Batcher
-from service.engines.engine import LoneRun
+from service.engines.engine import EngineOutput, LoneRun
 from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded, UnreadableFrame
 from service.schedule import Priority, RunTimes
 from service.telemetry import REQUEST_FAILED, Buckets, Depth, Discarded, EngineMeter, Telemetry
@@ -145,6 +145,22 @@ def refuse_white(frames):
         raise ValueError
 
 
+class Slow:
+    """Work whose frame takes two seconds to be made a network input."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def prepare(self):
+        """Let them pass."""
+        self.clock.advance(2)
+        return np.zeros((1, 8, 12, 3), np.uint8)
+
+    def finish(self, result):
+        """Return all that is known."""
+        return result
+
+
 class Unreadable:
     """Work whose frame can't be made a network input."""
 
@@ -171,6 +187,24 @@ async def test_submit_when_engine_answers_then_returns_this_frames_part(make_ben
     assert result.queue_s >= 0
     assert result.infer_s >= 0
     assert bench.engine.line_indices == [[3]]
+
+
+@in_loop
+async def test_run_when_a_frame_waits_and_is_prepared_and_runs_then_is_told_how_long_each_took(make_bench):
+    """Seconds of one stage are not told as another's: who looks for what is slow must not look in the wrong place."""
+    clock = FakeClock()
+    bench = make_bench(clock=clock)
+    bench.engine.on_run = lambda _: clock.advance(3)
+    bench.engine.hold()
+    first = asyncio.ensure_future(bench.inspect_work(Slow(clock)))
+    await bench.until_a_run_starts()
+    second = asyncio.ensure_future(bench.inspect_work(Slow(clock)))
+    await asyncio.sleep(0)
+    bench.engine.release()
+
+    results = await asyncio.gather(first, second)
+
+    assert [(result.queue_s, result.prepare_s, result.infer_s) for result in results] == [(0, 2, 3), (3, 2, 3)]
 
 
 @in_loop
@@ -512,12 +546,14 @@ async def test_submit_when_a_frame_fails_and_the_probe_too_then_no_neighbour_is_
     assert bench.batcher.is_lost
 
 
-@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize(("scores", "maps"), [(0, 0), (2, 2), (1, 2), (2, 1)])
 @in_loop
-async def test_submit_when_engine_answers_another_number_of_frames_then_fails(make_bench, count):
-    """As many answers as frames, or no verdict."""
+async def test_submit_when_engine_answers_another_number_of_frames_then_fails(make_bench, scores, maps):
+    """As many scores and as many maps as frames, or no verdict."""
     bench = make_bench()
-    bench.engine.on_run = lambda frames: grey_level(np.repeat(frames, count, axis=0))
+    bench.engine.on_run = lambda frames: EngineOutput(
+        grey_level(np.repeat(frames, scores, axis=0)).scores, grey_level(np.repeat(frames, maps, axis=0)).anomaly_maps
+    )
 
     with pytest.raises(EngineFailed):
         await bench.inspect()
@@ -541,6 +577,7 @@ async def test_batcher_when_probe_fails_too_then_is_unhealthy_and_answers_everyo
     answers = await asyncio.gather(*waiting, return_exceptions=True)
 
     assert [type(answer) for answer in answers] == [EngineFailed] * 3
+    assert bench.engine.batches == [1]  # what waited is not run on an engine that is lost
     assert not bench.batcher.is_healthy
     with pytest.raises(LineNotReady):
         await bench.inspect()
