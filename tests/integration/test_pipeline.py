@@ -97,14 +97,16 @@ async def test_inspect_when_golden_frames_are_sent_then_verdicts_are_the_validat
     await assert_golden_frames_hold(store)
 
 
+@pytest.mark.parametrize("padding", [None, 16], ids=["packed", "padded rows"])
 @in_loop
-async def test_inspect_when_frame_is_raw_then_answer_equals_that_of_the_image(store):
+async def test_inspect_when_frame_is_raw_then_answer_equals_that_of_the_image(store, padding):
     """Raw sensor bytes and a lossless image of the same pixels get the same score."""
     frame = make_frame(defect=True)
-    raw = RawLayout("RGB8", width=80, height=64, stride=None)
+    raw = RawLayout("RGB8", width=80, height=64, stride=None if padding is None else 3 * 80 + padding)
+    rows = np.pad(frame.reshape(64, 3 * 80), ((0, 0), (0, padding or 0)), constant_values=255)
     async with open_pipeline(store) as (pipeline, _):
         encoded = await pipeline.inspect(make_request(data=encode(frame)))
-        unpacked = await pipeline.inspect(make_request(data=frame.tobytes(), raw=raw))
+        unpacked = await pipeline.inspect(make_request(data=rows.tobytes(), raw=raw))
 
     assert unpacked.judgement == encoded.judgement
 
@@ -199,10 +201,11 @@ async def test_inspect_when_policy_is_named_then_it_judges(store):
     assert harsh.policy_digest != usual.policy_digest
 
 
+@pytest.mark.parametrize("decode_workers", [0, 2], ids=["runners decode", "others decode"])
 @in_loop
-async def test_inspect_when_lines_share_an_engine_then_each_is_judged_as_its_own(store):
+async def test_inspect_when_lines_share_an_engine_then_each_is_judged_as_its_own(store, decode_workers):
     """The network is told which line a frame belongs to, also inside one batch."""
-    async with open_pipeline(store) as (pipeline, _):
+    async with open_pipeline(store, decode_workers=decode_workers) as (pipeline, _):
         answers = await asyncio.gather(*(pipeline.inspect(make_request(line=x)) for x in ("left", "right")))
 
     frame = fit_to_input(make_frame(), load_bundle(store / "pair" / "1").manifest.input)[None]
