@@ -18,6 +18,7 @@ rather than having a task wait for that.
 import asyncio
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -42,6 +43,8 @@ MAX_HEAD_BYTES = 64 * 2**10
 HEAD_S = 10.0
 UNREAD_S = 10.0
 LOOKED_EVERY_S = 5.0
+# Where Linux's `struct tcp_info` has `tcpi_bytes_acked`, since 4.1.
+_ACKNOWLEDGED = struct.Struct("=120xQ")
 # An answer leaves piece by piece, and the next one once the one before is nearly gone: so it is seen who takes none.
 _PIECE_BYTES = 256 * 2**10
 
@@ -70,6 +73,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _is_heard_again = False
     _is_in_head = False
     _unsent_bytes = 0
+    _acknowledged_bytes = 0
     _stuck_since: float | None = None
     _has_moved = False
     _kept_bytes = 0
@@ -272,18 +276,39 @@ class BoundedProtocol(HttpToolsProtocol):
         self._patience = self.loop.call_later(wait_s, self._look)
 
     def _why_cut(self, now: float) -> Cut | None:
-        """Say what keeps the connection from going on, if it is the other end and has been for too long."""
+        """Say what keeps the connection from going on, if it is the other end and has been for too long.
+
+        What is not sent yet gets less only once much of the system's own buffer is free, and later still under TLS; so
+        a reader is known by what its system has acknowledged.
+        """
         unsent_bytes = self.transport.get_write_buffer_size()
+        acknowledged_bytes = _acknowledged_bytes(self.transport) if unsent_bytes else 0
         if not unsent_bytes:
             self._stuck_since = None
-        elif self._stuck_since is None or unsent_bytes < self._unsent_bytes:
+        elif (
+            self._stuck_since is None
+            or unsent_bytes < self._unsent_bytes
+            or acknowledged_bytes > self._acknowledged_bytes
+        ):
             self._stuck_since = now
-        self._unsent_bytes = unsent_bytes
+        self._unsent_bytes, self._acknowledged_bytes = unsent_bytes, acknowledged_bytes
         if self._stuck_since is not None and now - self._stuck_since >= UNREAD_S:
             return "unread_answer"
         if self._is_in_head and self._waits_since is not None:
             return "slow_head" if now - max(self._came_at, self._waits_since) >= HEAD_S else None
         return None
+
+
+def _acknowledged_bytes(transport: asyncio.Transport) -> int:
+    """Return how many bytes the other end's system has taken so far, those of TLS included; 0 where nobody tells."""
+    wire = transport.get_extra_info("socket")
+    if sys.platform != "linux" or wire is None:
+        return 0
+    try:
+        known = wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKNOWLEDGED.size)
+    except OSError:  # no TCP, or closed already
+        return 0
+    return int(_ACKNOWLEDGED.unpack(known)[0]) if len(known) == _ACKNOWLEDGED.size else 0
 
 
 class _Cycle(RequestResponseCycle):

@@ -131,6 +131,39 @@ def test_answer_when_it_is_taken_slowly_then_comes_whole(served):
     assert served.told == []
 
 
+def test_answer_when_it_is_taken_steadily_but_in_little_bits_then_comes_whole(served):
+    """Bits that do not make the server's system ask for more are taken all the same."""
+    with served.connect() as connection:
+        connection.sendall(GET)
+        received = _take_bits(connection, 4 * protocol.UNREAD_S)
+        while received < LARGE and (piece := connection.recv(65536)):
+            received += len(piece)
+
+    assert received >= LARGE
+    assert served.told == []
+
+
+def test_answer_when_nothing_more_is_taken_after_little_bits_then_its_connection_is_cut_off(served):
+    """Whoever has taken something of an answer is not waited for any longer because of that."""
+    with served.connect() as connection:
+        connection.sendall(GET)
+        _take_bits(connection, 2 * protocol.UNREAD_S)
+        told_while_taken = list(served.told)
+
+        wait_until(lambda: served.told == ["unread_answer"], "the end of patience")
+        wait_until(lambda: served.connections() == 0, "the end of the connection")
+    assert told_while_taken == []
+
+
+def _take_bits(connection: socket.socket, for_s: float) -> int:
+    """Take a few bytes at a time, with rests between them, and return how many that were."""
+    received, end = 0, monotonic() + for_s
+    while monotonic() < end:
+        received += len(connection.recv(4096))
+        select.select([], [], [], 0.02)
+    return received
+
+
 def test_answers_when_they_are_more_than_may_be_under_way_then_the_oldest_goes():
     """Many answers that nobody takes are no more memory than one bound, before anybody's patience has ended."""
     with _serving(is_secret=False, most_unread_bytes=2 * LARGE) as served:
