@@ -394,6 +394,7 @@ def _admit(data: bytes, limits: FrameLimits) -> bytes:
         elif data.startswith((b"II", b"MM")):
             page = TiffPage(data)
             page.demand_modest(limits.max_pixels)
+            page.demand_read_as_written()
             return page.as_stored()
         elif data.startswith(b"BM") and _has_run_lengths(data):
             raise UnreadableFrame("A BMP of run lengths is not accepted; write it without compression, or as PNG.")

@@ -16,7 +16,9 @@ from service.errors import FrameTooLarge, UnreadableFrame
 
 UNCOMPRESSED, JPEG = 1, 7
 _SEPARATE = 2  # planes, one after the other
-_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _ORIENTATION = 256, 257, 258, 259, 274
+_WHITE_IS_ZERO, _BLACK_IS_ZERO = 0, 1
+_HIGHEST_FIRST = 1  # of the bits of a byte
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _BIT_ORDER, _ORIENTATION = 256, 257, 258, 259, 262, 266, 274
 _STRIP_OFFSETS, _SAMPLES, _ROWS_PER_STRIP, _STRIP_COUNTS, _PLANES = 273, 277, 278, 279, 284
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_COUNTS = 322, 323, 324, 325
 _JPEG_TABLES = 347
@@ -26,12 +28,18 @@ _UNSIGNED = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
 _TEXT = frozenset({1, 2, 7})  # and bytes of any meaning, which no codec takes apart
 _MOST_DIRECTORIES, _MOST_ENTRIES, _MOST_PIECES = 8, 4096, 2**16
 _MOST_NUMBERS = 2**18  # of all fields of a directory: a place and a size of each piece, and a palette, twice over
+# Makers' own fields of a page, which are carried along as bytes; the profile of colours alone is taken apart.
+_FIRST_PRIVATE, _COLOUR_PROFILE = 32768, 34675
 # What strips and tiles may hold beyond the largest image: those at its lower and right border are padded.
 _MOST_PADDING, _LEAST_PIXELS = 2, 2**22
 # A page is in strips or in tiles. Of one that says both, one decoder reads these and another one those.
 _OF_STRIPS = frozenset({_STRIP_OFFSETS, _STRIP_COUNTS})
 _OF_TILES = frozenset({_TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_COUNTS})
-_LAYOUT = _OF_STRIPS | _OF_TILES | {_WIDTH, _HEIGHT, _SAMPLES, _ROWS_PER_STRIP, _PLANES}
+_LAYOUT = _OF_STRIPS | _OF_TILES | {_WIDTH, _HEIGHT, _SAMPLES, _ROWS_PER_STRIP}
+# What a number stands for. Decoders read it as another one, or as none, where it is of a kind that nobody writes.
+_CODES = frozenset({_BITS, _COMPRESSION, _PHOTOMETRIC, _BIT_ORDER, _PLANES})
+_KINDS_OF_CODES = frozenset({3, 4, 13, 16})
+_KINDS_OF_LAYOUT = _KINDS_OF_CODES | {1}
 
 
 class Piece(NamedTuple):
@@ -85,7 +93,7 @@ class TiffPage:
         if self._is_big and self._order == ">":
             raise UnreadableFrame("A BigTIFF can be read in little-endian order alone; write it in that.")
         first = self._number(data[8:16], "Q") if self._is_big else self._number(data[4:8], "I")
-        self._page = self._read_directory(first)
+        self._page = self._read_directory(first, is_page=True)
         self._measure_further(self._page)
         self._demand_one_layout()
         self.compression = self._one(_COMPRESSION, UNCOMPRESSED)
@@ -93,21 +101,25 @@ class TiffPage:
         self._is_tiled = is_tiled = _TILE_OFFSETS in self._page
         offsets = self._all(_TILE_OFFSETS if is_tiled else _STRIP_OFFSETS)
         counts = self._all(_TILE_COUNTS if is_tiled else _STRIP_COUNTS)
-        if max(len(offsets), len(counts)) > _MOST_PIECES:
-            raise UnreadableFrame(f"The TIFF has more than {_MOST_PIECES} strips or tiles; write it in larger ones.")
         width, self._height = self._one(_WIDTH, 0), self._one(_HEIGHT, 0)
+        self._is_separate = self._one(_PLANES, 1) == _SEPARATE
+        samples = self._one(_SAMPLES, 1)
+        planes = samples if self._is_separate else 1
+        most_pieces = max(_MOST_PIECES, self._height * planes)  # as there are writers that give each row a strip
+        if max(len(offsets), len(counts)) > most_pieces:
+            raise UnreadableFrame(f"The TIFF has more than {most_pieces} strips or tiles; write it in larger ones.")
         if is_tiled:
             self._rows, self._columns = max(1, self._one(_TILE_HEIGHT, 0)), max(1, self._one(_TILE_WIDTH, 0))
         else:
             self._rows, self._columns = max(1, min(self._one(_ROWS_PER_STRIP, self._height), self._height)), width
-        planes = self._one(_SAMPLES, 1) if self._one(_PLANES, 1) == _SEPARATE else 1
         self._each = max(1, -(-self._height // self._rows))  # of a plane, from top to bottom
-        samples = self._one(_SAMPLES, 1)
-        row_bytes = -(-self._columns * samples * max(self._all(_BITS)[:samples], default=1) // 8)
+        self._bits = max(self._all(_BITS)[:samples], default=1)
+        row_bytes = -(-self._columns * (1 if self._is_separate else samples) * self._bits // 8)
         self._piece_bytes = self._rows * row_bytes
         each_row = -(-width // max(1, self._columns))
         self.padded_pixels = self._each * self._rows * each_row * self._columns
         self._needed = planes * self._each * each_row
+        self._listed = len(offsets)
         self._places = list(zip(offsets, counts, strict=False))
         self.end = max([self.end, *(offset + count for offset, count in self._places)])
         self.lists_all = len(self._places) >= self._needed
@@ -131,6 +143,31 @@ class TiffPage:
         if self.compression != UNCOMPRESSED and packed_bytes > len(self._data):
             raise UnreadableFrame("The TIFF's strips or tiles lie over each other; write it anew.")
 
+    def demand_read_as_written(self) -> None:
+        """Refuse pixels without compression that Pillow, which reads them by itself, takes for others.
+
+        Of planes it reads bytes, whatever they hold: half of 16 bits, and each as it is. Of a tile at the right border
+        it goes on by a row's bits, without those that fill up the last byte. Pieces that are not needed it draws over
+        those that are. All of that goes without a word, and part of the image is never seen.
+
+        Raises:
+            UnreadableFrame: if it is one of these.
+        """
+        if self.compression != UNCOMPRESSED:
+            return
+        depths = set(self._all(_BITS)) or {1}
+        tone = self._one(_PHOTOMETRIC, _WHITE_IS_ZERO)
+        is_plain = (depths == {8} and tone != _WHITE_IS_ZERO) or (depths == {1} and tone == _BLACK_IS_ZERO)
+        if self._is_separate and not (is_plain and self._one(_BIT_ORDER, _HIGHEST_FIRST) == _HIGHEST_FIRST):
+            raise UnreadableFrame(
+                "Of a TIFF of separate planes without compression only samples of 8 bits, black as 0, can be read; "
+                "write it with interleaved samples, compressed, or as PNG."
+            )
+        if self._is_tiled and self._columns * self._bits % 8:
+            raise UnreadableFrame("The rows of the TIFF's tiles are no whole bytes; write tiles of 16 columns or more.")
+        if self._listed > self._needed:
+            raise _contradicts_itself()
+
     def as_stored(self) -> bytes:
         """Return the file without a note that turns it: of all formats a TIFF alone is turned by its codec."""
         entry = self._page.get(_ORIENTATION)
@@ -153,14 +190,14 @@ class TiffPage:
         size = struct.calcsize("=" + letter)
         return int(struct.unpack(self._order + letter, data[:size].ljust(size, b"\0"))[0])
 
-    def _read_directory(self, at: int) -> dict[int, _Entry]:
+    def _read_directory(self, at: int, *, is_page: bool) -> dict[int, _Entry]:
         head, each, value = (8, 20, 8) if self._is_big else (2, 12, 4)
         told = self._number(self._data[at : at + head], "Q" if self._is_big else "H")
         count = min(told, max(0, len(self._data) - at - head) // each)
         if count > _MOST_ENTRIES:
             raise _too_long()
         entries: dict[int, _Entry] = {}
-        numbers = 0
+        numbers = field_bytes = 0
         for place in range(at + head, at + head + count * each, each):
             entry = self._data[place : place + each]
             tag, kind = self._number(entry, "H"), self._number(entry[2:], "H")
@@ -169,19 +206,27 @@ class TiffPage:
             inside = place + each - value
             start = inside if size <= value else self._number(entry[-value:], "Q" if self._is_big else "I")
             if start + size <= len(self._data):
-                numbers += values if kind not in _TEXT else 0
-                entries.setdefault(tag, _Entry(kind, start, start + size))
+                is_carried = kind in _TEXT or (is_page and _is_private(tag))
+                numbers += 0 if is_carried else values
+                if tag not in entries:
+                    entries[tag] = _Entry(kind, start, start + size)
+                    field_bytes += size
                 self.end = max(self.end, start + size)
-        if numbers > _MOST_NUMBERS:
+        # Fields that lie over each other may hold more than the file, and then Pillow leaves out the last ones.
+        if numbers > _MOST_NUMBERS or field_bytes > len(self._data):
             raise _too_long()
         self.end = max(self.end, min(len(self._data), at + head + told * each + value))
         return entries
 
     def _demand_one_layout(self) -> None:
         """Refuse a page in strips and tiles, and one whose layout has values of which decoders think differently."""
-        is_read = all(entry.kind in _UNSIGNED for tag, entry in self._page.items() if tag in _LAYOUT)
+        is_read = all(
+            entry.kind in (_KINDS_OF_CODES if tag in _CODES else _KINDS_OF_LAYOUT)
+            for tag, entry in self._page.items()
+            if tag in _LAYOUT | _CODES
+        )
         if not is_read or (_OF_STRIPS & self._page.keys() and _OF_TILES & self._page.keys()):
-            raise UnreadableFrame("The TIFF contradicts itself about its strips or tiles; write it anew.")
+            raise _contradicts_itself()
 
     def _measure_further(self, directory: dict[int, _Entry]) -> None:
         """Count directories that this one names as parts of the page."""
@@ -192,7 +237,7 @@ class TiffPage:
                 for at in self._values(entries.get(tag)):
                     if at not in seen and 0 < at < len(self._data) and len(seen) < _MOST_DIRECTORIES:
                         seen.add(at)
-                        waiting.append(self._read_directory(at))
+                        waiting.append(self._read_directory(at, is_page=False))
 
     def _bytes(self, entry: _Entry | None) -> bytes:
         return b"" if entry is None else self._data[entry.start : entry.end]
@@ -213,5 +258,13 @@ class TiffPage:
         return next(iter(self._all(tag)), absent)
 
 
+def _is_private(tag: int) -> bool:
+    return tag >= _FIRST_PRIVATE and tag not in (*_FURTHER_DIRECTORIES, _COLOUR_PROFILE)
+
+
 def _too_long() -> UnreadableFrame:
     return UnreadableFrame("The TIFF's directory is longer than that of any picture; leave out what is no picture.")
+
+
+def _contradicts_itself() -> UnreadableFrame:
+    return UnreadableFrame("The TIFF contradicts itself about its strips or tiles; write it anew.")

@@ -17,8 +17,13 @@ from service.inspection import digest_differs
 from service.routes.headers import CONTENT_DIGEST_HEADER
 
 _ALGORITHM = "sha-256"
-# A byte sequence among the members of a dictionary; RFC 9651, sections 3.2 and 3.3.5.
-_MEMBER = re.compile(r"\s*([a-z*][a-z0-9_.*-]*)=:([A-Za-z0-9+/=]*):\s*")
+# A byte sequence among the members of a dictionary, and what may be said of it, which nobody has given a meaning;
+# RFC 9651, sections 3.1.2, 3.2 and 3.3.
+_KEY = r"[a-z*][a-z0-9_.*-]*"
+_STRING = r'"(?:[ !#-\[\]-~]|\\["\\])*"'
+_PARAMETERS = rf'(?:;\x20*{_KEY}(?:=(?:{_STRING}|[^\s",;]+))?)*'
+_MEMBER = re.compile(rf"({_KEY})=:([A-Za-z0-9+/=]*):{_PARAMETERS}")
+_MEMBERS = re.compile(rf"\s*{_MEMBER.pattern}(?:\s*,\s*{_MEMBER.pattern})*\s*")
 
 
 def told_digest(headers: Mapping[str, str]) -> str:
@@ -33,10 +38,10 @@ def told_digest(headers: Mapping[str, str]) -> str:
     value = headers.get(CONTENT_DIGEST_HEADER)
     if value is None:
         return ""
-    members = [_MEMBER.fullmatch(member) for member in value.split(",")]
-    told = [member.group(2) for member in members if member is not None and member.group(1) == _ALGORITHM]
+    members = _MEMBER.findall(value) if _MEMBERS.fullmatch(value) else []
+    told = [digest for algorithm, digest in members if algorithm == _ALGORITHM]
     try:
-        digest = base64.b64decode(told[0], validate=True) if None not in members and len(told) == 1 else b""
+        digest = base64.b64decode(told[0], validate=True) if len(told) == 1 else b""
     except binascii.Error:
         digest = b""
     if len(digest) != sha256().digest_size:

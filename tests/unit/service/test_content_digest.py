@@ -16,8 +16,24 @@ TOLD = f"sha-256=:{b64encode(DIGEST).decode()}:"
 
 @pytest.mark.parametrize(
     "value",
-    [TOLD, f" {TOLD} ", f"sha-512=:AAAA:, {TOLD}", f"{TOLD},md5=:AAAA:"],
-    ids=["alone", "with blanks", "after another algorithm", "before another algorithm"],
+    [
+        TOLD,
+        f" {TOLD} ",
+        f"sha-512=:AAAA:, {TOLD}",
+        f"{TOLD},md5=:AAAA:",
+        f"{TOLD};q=1",
+        f"{TOLD}; q=0.5;of=body;strict;salt=:AA==:;on=?1, md5=:AAAA:;weak",
+        f'md5=:AAAA:;note="a, \\"sha-256=:AAAA:\\"; b", {TOLD};note=""',
+    ],
+    ids=[
+        "alone",
+        "with blanks",
+        "after another algorithm",
+        "before another algorithm",
+        "with a parameter",
+        "with parameters of every kind",
+        "with strings that hold separators",
+    ],
 )
 def test_digest_when_it_is_told_then_is_read(value):
     """The one known algorithm is found among others."""
@@ -42,6 +58,12 @@ def test_digest_when_none_is_told_then_nothing_is_demanded():
         f"sha-256=:{DIGEST.hex()}:",
         f"{TOLD}, {TOLD}",
         f"{TOLD}, nonsense",
+        f"{TOLD};",
+        f"{TOLD};Q=1",
+        f"{TOLD} ;q=1",
+        f'{TOLD};note="open',
+        f'md5=:AAAA:;note="{TOLD}"',
+        f"{TOLD},",
     ],
     ids=[
         "empty",
@@ -53,6 +75,12 @@ def test_digest_when_none_is_told_then_nothing_is_demanded():
         "hexadecimal",
         "twice",
         "with nonsense",
+        "with an empty parameter",
+        "with a parameter in capitals",
+        "with a blank before a parameter",
+        "with a string without an end",
+        "in a string",
+        "with nothing after a comma",
     ],
 )
 def test_digest_when_it_can_not_be_checked_then_is_refused(value):

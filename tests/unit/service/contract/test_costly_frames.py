@@ -115,6 +115,13 @@ def run_lengths():
     return struct.pack("<2sIHHI", b"BM", begin + len(rows), 0, 0, begin) + head + palette + rows
 
 
+def fields_over_each_other():
+    """Write a TIFF of which two private fields are the same bytes."""
+    data = in_strips({65000: (LONG, [1] * 10_000), 65001: (LONG, [1])})
+    first, second = (data.index(struct.pack("<HH", tag, LONG)) for tag in (65000, 65001))
+    return data[: second + 4] + data[first + 4 : first + 12] + data[second + 12 :]
+
+
 def with_exif(count):
     """Write a TIFF whose EXIF directory has a field of so many fractions."""
     at = 8 + 2 + 12 * 10 + 4 + PIXELS.size
@@ -134,13 +141,16 @@ COSTLY = {
     "padding": (lambda: jpeg()[:2] + b"\xff" * 5000 + jpeg()[2:], "padded without end"),
     "stuffing": (lambda: jpeg()[:20] + b"\xff\0" * 5000 + jpeg()[20:], "padded without end"),
     "chunks": (lambda: with_chunks(chunk(b"IDAT") * 70_000), "more than 65536 chunks"),
-    "notes": (lambda: with_chunks(chunk(b"iCCP", b"a\0\0" + zlib.compress(b"\0" * 9999)) * 300), "256 that are no"),
+    "notes": (lambda: with_chunks(chunk(b"iCCP", b"a\0\0" + zlib.compress(b"\0" * 9999)) * 300), "256 that may be"),
+    "plain-notes": (lambda: with_chunks(chunk(b"tEXt", b"k\0v") * 5000), "4096 that are no"),
     "run-lengths": (run_lengths, "run lengths"),
     "tiles-and-strips": (lambda: tiled(4096, 4096, more={STRIPS: (LONG, None)}), "contradicts itself"),
     "signed-tile": (lambda: tiled(4096, 4096, size=(1, 1), kind=SIGNED), "contradicts itself"),
     "strips-over-each-other": (sharing_strips, "lie over each other"),
     "strips": (lambda: in_strips({STRIPS: (LONG, [8] * 70_000)}), "more than 65536 strips"),
     "numbers": (lambda: in_strips({282: (LONG, [1] * 300_000)}), "directory is longer"),
+    "numbers-of-profile": (lambda: in_strips({34675: (LONG, [1] * 300_000)}), "directory is longer"),
+    "fields-over-each-other": (fields_over_each_other, "directory is longer"),
     "entries": (lambda: in_strips(dict.fromkeys(range(1000, 6000), (SHORT, 1))), "directory is longer"),
     "exif": (lambda: with_exif(300_000), "directory is longer"),
 }
@@ -181,6 +191,34 @@ def test_decoding_when_tiles_are_padded_returns_the_frame(rows, columns):
 def test_decoding_when_a_strip_is_said_to_hold_all_rows_returns_the_frame():
     """The largest number stands for a single strip in many files."""
     frame = decode_image(in_strips({STRIP_ROWS: (LONG, 2**32 - 1)}), FrameLimits(max_pixels=40 * 56))
+
+    np.testing.assert_array_equal(frame.pixels[:, :, 0], PIXELS)
+
+
+def test_decoding_when_each_row_is_a_strip_returns_the_frame():
+    """Some programs write line cameras' long frames so."""
+    height, width = 70_000, 2
+    pixels = np.random.default_rng(6).integers(0, 256, (height, width), dtype=np.uint8)
+    at = 8 + 2 + 12 * 9 + 4
+    places = [at + row * width for row in range(height)]
+    fields = {STRIPS: (LONG, places), STRIP_ROWS: (LONG, 1), STRIP_BYTES: (LONG, [width] * height)}
+
+    frame = decode_image(tiff(fields, pixels.tobytes(), size=(height, width)), LIMITS)
+
+    np.testing.assert_array_equal(frame.pixels[:, :, 0], pixels)
+
+
+@pytest.mark.parametrize("tag", [33628, 50838, 65000])
+def test_decoding_when_a_maker_keeps_many_numbers_in_a_field_of_its_own_returns_the_frame(tag):
+    """Nobody takes such a field apart."""
+    frame = decode_image(in_strips({tag: (LONG, [1] * 300_000)}), LIMITS)
+
+    np.testing.assert_array_equal(frame.pixels[:, :, 0], PIXELS)
+
+
+def test_decoding_when_a_png_has_a_plain_note_for_each_setting_returns_the_frame():
+    """Notes that are not compressed cost as little as they are long."""
+    frame = decode_image(with_chunks(chunk(b"tEXt", b"gain\0" + b"1.5") * 1000), LIMITS)
 
     np.testing.assert_array_equal(frame.pixels[:, :, 0], PIXELS)
 
