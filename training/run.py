@@ -7,7 +7,7 @@ import hashlib
 import json
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -34,7 +34,7 @@ from training.bundles import (
     verify_bundle,
 )
 from training.calibrate import calibrate
-from training.checkpoint import kept_identity, load_checkpoint
+from training.checkpoint import CheckpointRefused, kept_identity, load_checkpoint
 from training.config import RunConfig
 from training.data.labelled_defects import LabelledDefects, read_labelled_defects
 from training.data.loader import FileFrames, load_frame
@@ -54,7 +54,7 @@ from training.fit import CheckpointPlan, FitReport, FitSettings, fit
 from training.fitted_frames import fitted_frames_file
 from training.golden import GoldenChooser, GoldenFrame, golden_files, plant_defect
 from training.import_checkpoint import adopt_released
-from training.lines import GatheredLine, GatheredLines, gather_lines
+from training.lines import GatheredLine, GatheredLines, gather_lines, lines_split_by_names
 from training.peaks import mask_without_rim
 from training.peers import Alone, Peers
 from training.precision import JudgedFrames, check_verdicts, layers_of, lower_precision
@@ -71,6 +71,7 @@ _FEWEST_PARITY_FRAMES = 4
 # What decides how a detector is fitted; other keys may change between a run and its export.
 _FITTING_KEYS = {"detector", "backbone", "hyperparameters", "input", "seed", "hold_out"}
 _DEEPEST_BITS = 16
+_FITTED_FRAMES = "set of fitted frames"
 _OLD_DATA = "data"
 _SHOT_KEYS = {"shots", "shot_seed", "shot_views"}
 
@@ -269,7 +270,7 @@ def _fit(
     fitting = json.dumps(_deciding(config), sort_keys=True)
     identity = {
         "configuration": hashlib.sha256(fitting.encode()).hexdigest(),
-        "set of fitted frames": gathered.fitting_digest,
+        _FITTED_FRAMES: gathered.fitting_digest,
         "backbone": "none" if prepared.backbone is None else prepared.backbone.digest,
     }
     if defects is not None:
@@ -279,10 +280,13 @@ def _fit(
         identity["treatment of copied frames"] = f"{copies} left out"
     if request.processes > 1:
         identity["processes"] = str(request.processes)
-    if beginning in ("resume", "export") and _OLD_DATA in kept_identity(directory):
-        # Older releases kept a digest of all frames, those that fitting never saw included.
-        del identity["set of fitted frames"]
-        identity[_OLD_DATA] = gathered.digest
+    if beginning in ("resume", "export"):
+        kept = kept_identity(directory)
+        _refuse_older_order(directory, kept, identity, lines_split_by_names(gathered, request))
+        if _OLD_DATA in kept:
+            # Older releases kept a digest of all frames, those that fitting never saw included.
+            del identity[_FITTED_FRAMES]
+            identity[_OLD_DATA] = gathered.digest
     if beginning == "import":
         adopt_released(prepared.detector, directory, identity)
     if beginning == "export":
@@ -320,6 +324,36 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     if config.input.bit_depth == _DEEPEST_BITS:
         del deciding["input"]["bit_depth"]
     return deciding if config.tiles is None else deciding | {"tiles": config.tiles.model_dump()}
+
+
+def _refuse_older_order(
+    directory: Path, kept: Mapping[str, str], identity: Mapping[str, str], by_names: Sequence[str]
+) -> None:
+    """Refuse a run that an older release fitted on frames that are held out now, because it ordered them otherwise.
+
+    Args:
+        directory: of the run.
+        kept: its identity.
+        identity: what it would be now.
+        by_names: lines whose frames older releases split in another order.
+
+    Raises:
+        CheckpointRefused: saying which lines, and why nothing but a new fit helps.
+    """
+    if not by_names:
+        return
+    cause = (
+        "took the last number in each name for the order of good frames. Those numbers don't count the frames of "
+        f"{', '.join(by_names)}, so folders and whole names order them now, and others can be held out: those that "
+        "the run was fitted on would set its thresholds. Train again."
+    )
+    if _OLD_DATA in kept:
+        raise CheckpointRefused(f"{directory} was fitted by an older release, which {cause}")
+    if {key for key in kept.keys() | identity.keys() if kept.get(key) != identity.get(key)} == {_FITTED_FRAMES}:
+        raise CheckpointRefused(
+            f"{directory} belongs to a run with another {_FITTED_FRAMES}. Where frames were changed, put them back. "
+            f"Where none was, an older release fitted it, which {cause}"
+        )
 
 
 def _refuse_unfitted(directory: Path, identity: dict[str, str], prepared: PreparedDetector) -> None:

@@ -34,9 +34,11 @@ from tests.tiny_line import (
     write_mvtec_ad2_line,
 )
 from training.__main__ import commands
-from training.checkpoint import has_checkpoint
+from training.checkpoint import CheckpointRefused, has_checkpoint
 from training.config import ConfigFault
+from training.data.split import RecordingOrder
 from training.detectors import prepare_detector, refuse_unseen_defects
+from training.lines import gather_lines
 from training.progress import SilentReporter
 from training.run import train
 from training.run_directory import keep_request, read_request
@@ -324,17 +326,21 @@ def test_export_when_other_frames_would_be_fitted_on_then_refuses(finished, line
     assert not (tmp_path / "store").exists()
 
 
+def _make_older(directory, digest):
+    """Make a run's checkpoint one of the time when the digest of all frames of its line was kept."""
+    record = json.loads((directory / "checkpoint.json").read_bytes())
+    del record["identity"]["set of fitted frames"]
+    record["identity"]["data"] = hashlib.sha256(json.dumps([["bottle", digest]]).encode()).hexdigest()
+    (directory / "checkpoint.json").write_text(json.dumps(record))
+
+
 @pytest.mark.parametrize(("changed", "code"), [(False, 0), (True, 2)])
 def test_export_when_an_older_release_fitted_the_run_then_is_held_to_all_of_its_frames(
     finished, line, tmp_path, changed, code
 ):
     """Its checkpoint says nothing of the fitted ones by themselves."""
     directory, frames = _copy_of(finished, line, tmp_path)
-    record = json.loads((directory / "checkpoint.json").read_bytes())
-    del record["identity"]["set of fitted frames"]
-    digest = finished.manifest.by_line["bottle"].data.digest
-    record["identity"]["data"] = hashlib.sha256(json.dumps([["bottle", digest]]).encode()).hexdigest()
-    (directory / "checkpoint.json").write_text(json.dumps(record))
+    _make_older(directory, finished.manifest.by_line["bottle"].data.digest)
     if changed:
         (frames / "test/good/900.png").write_bytes(encode(make_frame(72, 80, seed=900)))
 
@@ -342,6 +348,32 @@ def test_export_when_an_older_release_fitted_the_run_then_is_held_to_all_of_its_
 
     assert result.exit_code == code, result.output
     assert ("another data; put back" in result.stderr) == changed
+
+
+@pytest.mark.parametrize("beginning", ["resume", "export"])
+@pytest.mark.parametrize("rule", ["blocks", "random"])
+@pytest.mark.parametrize("keeps", ["all frames", "fitted frames"])
+def test_train_when_an_older_release_ordered_frames_otherwise_then_says_to_train_again(
+    tmp_path, keeps, rule, beginning
+):
+    """It fitted on frames that are held out now, so they would set thresholds, and nobody changed anything."""
+    frames = write_line(tmp_path / "bottle")
+    for path in sorted((frames / "train/good").iterdir()):
+        path.rename(path.with_name(f"day{int(path.stem) // 24}_{int(path.stem) % 24:03d}.png"))
+    request = make_request(frames, tmp_path / "store", config=make_config(hold_out={"fraction": 0.5, "rule": rule}))
+    with pytest.MonkeyPatch.context() as older:
+        older.setattr(RecordingOrder, "__init__", lambda order, _: setattr(order, "by_last_number", True))
+        fit_only(request, tmp_path / "run")
+        learnt = {path.name for path in gather_lines(request, SilentReporter()).fitted_on}
+    gathered = gather_lines(request, SilentReporter())
+    if keeps == "all frames":
+        _make_older(tmp_path / "run", gathered.lines[0].data.digest)
+
+    with pytest.raises(CheckpointRefused, match=r"an older release.* frames of bottle, .*Train again"):
+        train(request, tmp_path / "run", SilentReporter(), beginning)
+
+    assert learnt.intersection(sample.path.name for sample in gathered.lines[0].held_out)
+    assert not (tmp_path / "store/bottle").exists()
 
 
 def test_calibrate_when_other_good_parts_come_then_publishes_a_new_version(finished, line):

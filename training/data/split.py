@@ -149,14 +149,18 @@ def _words_and_numbers(sample: Sample) -> tuple[tuple[str | int, ...], ...]:
     )
 
 
+def is_split_by_names(dataset: Dataset) -> bool:
+    """Tell whether a split orders good frames by folders and whole names, not by the last numbers in names."""
+    return not dataset.validation_good and not RecordingOrder(dataset.train_good).by_last_number
+
+
 def tell_order(dataset: Dataset, rule: HoldOut) -> str | None:
     """Say how consecutive good frames were found, where blocks of them are held out and numbers in names don't tell."""
-    if dataset.validation_good or rule.rule != "blocks":
+    if rule.rule != "blocks" or not is_split_by_names(dataset):
         return None
-    order = RecordingOrder(dataset.train_good)
-    if order.by_last_number or all(_last_number(sample) is None for sample in dataset.train_good):
+    if all(_last_number(sample) is None for sample in dataset.train_good):
         return None
-    first, *_, last = sorted(dataset.train_good, key=order.key)
+    first, *_, last = sorted(dataset.train_good, key=RecordingOrder(dataset.train_good).key)
     return (
         "The last numbers in the names of good frames don't count them, so folders and whole names say which are "
         f"consecutive and held out in blocks, from {first.path.relative_to(dataset.root)} to "
