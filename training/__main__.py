@@ -152,6 +152,7 @@ def train(  # noqa: PLR0917 - typer reads options from a signature; nobody calls
                 *(f"{key}={value}" for key, value in named.items() if value is not None),
                 *jobs.tile_settings(tiles, tile_overlap),
             ],
+            weights_of_environment=_is_of_environment(context, "weights"),
         )
         jobs.train_lines(line_folder, wishes, threads)
 
@@ -330,6 +331,11 @@ def _named_options(context: typer.Context) -> set[str]:
     """Return the options that the command line itself names, whatever their values; not those of the environment."""
     sources = {option.opts[0]: context.get_parameter_source(option.name or "") for option in context.command.params}
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _is_of_environment(context: typer.Context, parameter: str) -> bool:
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "ENVIRONMENT"
 
 
 def _jobs() -> ModuleType:

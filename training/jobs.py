@@ -69,7 +69,7 @@ from training.run_directory import (
 )
 from training.stops import termination_interrupts
 from training.store import is_machines_fault
-from training.weights import read_weights_option, refuse_idle_folder
+from training.weights import read_weights_option, tell_idle_folder
 from training.zero_shot import Calibration, ZeroShotRequest, make_zero_shot, zero_shot_config
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -97,6 +97,7 @@ class Wishes:
         labelled_defects: folder of marked defects to learn from beside good frames, or None.
         device: where to fit.
         settings: `key=value`, in order.
+        weights_of_environment: whether a variable names the weights, and not the command.
     """
 
     store: Path
@@ -111,6 +112,7 @@ class Wishes:
     labelled_defects: Path | None
     device: Device
     settings: Sequence[str]
+    weights_of_environment: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def train_lines(line_folder: Path | None, wishes: Wishes, threads: int | None) -
     if wishes.name is None and len(lines) > 1:
         raise ParameterInvalid("Several lines make one bundle; give its name with --name.")
     config = load_config(wishes.config, wishes.detector, wishes.settings)
-    refuse_idle_folder(wishes.weights, config.backbone)
+    idle = tell_idle_folder(wishes.weights, config.backbone, of_environment=wishes.weights_of_environment)
     weights, weight_folders = read_weights_option(wishes.weights)
     peers = meet_peers(wishes.device)
     request = RunRequest(
@@ -184,6 +186,8 @@ def train_lines(line_folder: Path | None, wishes: Wishes, threads: int | None) -
         processes=peers.count,
     )
     if peers.number == 0:
+        if idle is not None:
+            _reporter().note(idle)
         _tell_paper(request, wishes)
     # The first process makes it, and the others hear which.
     own = new_directory(wishes.runs, request.name, datetime.now(UTC)) if peers.number == 0 else Path()

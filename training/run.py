@@ -351,8 +351,8 @@ def _refuse_older_order(
         raise CheckpointRefused(f"{directory} was fitted by an older release, which {cause}")
     if {key for key in kept.keys() | identity.keys() if kept.get(key) != identity.get(key)} == {_FITTED_FRAMES}:
         raise CheckpointRefused(
-            f"{directory} belongs to a run with another {_FITTED_FRAMES}. Where frames were changed, put them back. "
-            f"Where none was, an older release fitted it, which {cause}"
+            f"{directory} belongs to a run with another {_FITTED_FRAMES}; put back what was changed, or begin another "
+            f"run. Where nothing was changed, an older release fitted it, which {cause}"
         )
 
 

@@ -96,22 +96,28 @@ def read_weights_option(given: str | None) -> tuple[Path | Literal["untrained"] 
     return (None, (path, *usual)) if path.is_dir() else (path, usual)
 
 
-def refuse_idle_folder(given: str | None, backbone: str | None) -> None:
-    """Refuse a folder that a person names for a run but that holds no weights of its backbone.
+def tell_idle_folder(given: str | None, backbone: str | None, *, of_environment: bool = False) -> str | None:
+    """Refuse a folder that a person names for a run but that holds no weights of its backbone, or say so.
 
     Others would be found elsewhere, and nobody would see that the folder was for nothing.
 
     Args:
         given: what the person says of weights.
         backbone: of the run's configuration.
+        of_environment: whether a variable says so, for all runs of a machine and not for this one.
+
+    Returns:
+        What to say where the variable's folder is idle; else None.
 
     Raises:
-        WeightsUnavailable: naming what the folder holds, and how to choose it.
+        WeightsUnavailable: naming what the folder of a command holds, and how to choose it.
     """
     if given is None or backbone is None or not (folder := Path(given)).is_dir():
-        return
+        return None
     if any((folder / name).is_file() for name in _file_names(backbone)):
-        return
+        return None
+    if of_environment:
+        return f"FLAWLINE_WEIGHTS names {folder}, which holds no weights of {backbone}; others are taken."
     held = ", ".join(sorted({name_of_file(file.name) for file in folder.glob("*.safetensors")}))
     raise WeightsUnavailable(
         f"{folder} holds no weights of {backbone}, the backbone that this configuration has"

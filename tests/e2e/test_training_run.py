@@ -537,6 +537,32 @@ def test_train_command_when_the_environment_names_weights_then_a_run_goes_on_wit
     assert len(gone_on) == 1
 
 
+def test_train_command_when_a_folder_of_weights_is_idle_then_only_that_of_the_environment_is_allowed(
+    line, tmp_path, monkeypatch
+):
+    """A job names one folder for runs of all backbones; who names it for one run wants that run to use it."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/resnet18.safetensors").touch()
+    begun = []
+
+    def train_as_stopped(request, *_):
+        begun.append(request)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.jobs.train", train_as_stopped)
+    command = ("train", line, "--runs", tmp_path / "runs", "--store", tmp_path / "store")
+
+    named = _invoke(*command, "--weights", tmp_path / "weights")
+    monkeypatch.setenv("FLAWLINE_WEIGHTS", str(tmp_path / "weights"))
+    known = _invoke(*command)
+    both = _invoke(*command, "--weights", tmp_path / "weights")
+
+    assert [result.exit_code for result in (named, known, both)] == [2, 130, 2]
+    assert [request.config.backbone for request in begun] == ["embedded"]
+    assert f"FLAWLINE_WEIGHTS names {tmp_path / 'weights'}" in known.output.replace("\n", " ")
+    assert "holds no weights of embedded" in named.stderr
+
+
 def test_train_command_when_the_resumed_run_is_finished_then_says_so_and_publishes_nothing(finished):
     """A second version of the same network at the same thresholds is nothing that anybody asked for."""
     before = versions_of(finished.bundle.parent)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.backbones import BackboneUnavailable, CnnBackbone, untrained_weights
 from tests.shared_material import require_shared
-from training.weights import WeightsUnavailable, refuse_idle_folder, resolve_weights
+from training.weights import WeightsUnavailable, resolve_weights, tell_idle_folder
 
 
 def _no_download(name: str) -> dict[str, Tensor]:
@@ -101,27 +101,29 @@ def test_resolve_weights_when_given_the_shared_folder_then_digests_are_the_publi
     assert [digest[:8] for digest in digests] == ["ccb7789b", "cb6483cd"]
 
 
-def test_refuse_idle_folder_when_the_folder_holds_other_backbones_then_names_them(tmp_path):
+def test_tell_idle_folder_when_the_folder_holds_other_backbones_then_names_them(tmp_path):
     """Nobody fits on another backbone than they brought, and learns which option takes the brought one."""
     _write(tmp_path / "resnet18_in1k_to_layer3.safetensors", 1.0)
     _write(tmp_path / "mine.safetensors", 1.0)
 
     with pytest.raises(WeightsUnavailable, match=r"no weights of embedded, .*; it holds mine, resnet18\. .*--backbone"):
-        refuse_idle_folder(str(tmp_path), "embedded")
+        tell_idle_folder(str(tmp_path), "embedded")
 
 
-def test_refuse_idle_folder_when_the_folder_is_empty_then_says_to_leave_it_out(tmp_path):
+def test_tell_idle_folder_when_the_folder_is_empty_then_says_to_leave_it_out(tmp_path):
     """An empty folder is most likely a wrong path."""
     with pytest.raises(WeightsUnavailable, match=r"no weights of embedded, .*; or leave --weights out"):
-        refuse_idle_folder(str(tmp_path), "embedded")
+        tell_idle_folder(str(tmp_path), "embedded")
 
 
 @pytest.mark.parametrize(
     ("given", "backbone"),
     [("FOLDER", "resnet18"), ("FOLDER", None), ("untrained", "embedded"), ("FOLDER/resnet18.safetensors", "embedded")],
 )
-def test_refuse_idle_folder_when_the_folder_is_used_or_none_is_named_then_says_nothing(tmp_path, given, backbone):
+def test_tell_idle_folder_when_the_folder_is_used_or_none_is_named_then_says_nothing(tmp_path, given, backbone):
     """A file is held against its backbone where it is read, and a detector without a backbone reads none."""
     _write(tmp_path / "resnet18.safetensors", 1.0)
 
-    refuse_idle_folder(given.replace("FOLDER", str(tmp_path)), backbone)
+    folder = given.replace("FOLDER", str(tmp_path))
+
+    assert [tell_idle_folder(folder, backbone, of_environment=known) for known in (False, True)] == [None, None]
