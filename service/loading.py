@@ -6,7 +6,8 @@ what is live; a version that comes out of here has answered its golden frames on
 All of it takes one thread, which stands back behind the event loop as runners do; the threads that a runtime begins
 for its engine inherit that, so that they are as the runners whom they help. Beside lines that are served, runs are done
 in gaps between those of frames, in threads that stand back behind runners: where gaps are rare, a version takes longer
-to load, and no frame does.
+to load, and no frame does. Where somebody waits for the load, its runs hardly wait for gaps: until it is done, parts of
+the line that comes back have no verdict.
 """
 
 from collections.abc import Callable, Iterable
@@ -35,6 +36,9 @@ from service.warm_up import LoneTrial, TimedRun, at_once, run_side_by_side, warm
 _FRAMES_TO_ASK_AGAIN = 4
 # For gaps, all runs of one load together: a service that has none for so long must still get its new version.
 _LONGEST_PATIENCE_S = 30.0
+_PATIENCE_WHILE_AWAITED_S = 1.0
+# Who begins to wait for a load that is under way does so no longer than this before it hurries.
+_LOOKS_EVERY_S = 0.5
 
 OpenEngine = Callable[[Bundle], Engine]
 
@@ -87,6 +91,7 @@ class Loader:
         wanted: Callable[[tuple[str, ...]], tuple[str, ...]],
         *,
         gives_way: bool = False,
+        is_awaited: Callable[[], bool] = lambda: False,
     ) -> LoadedVersion:
         """Load one version.
 
@@ -95,12 +100,14 @@ class Loader:
             version: of the bundle.
             wanted: says which of the bundle's lines are served here; called in another thread.
             gives_way: whether frames are answered meanwhile, which come first.
+            is_awaited: says whether somebody waits for the load by now, so that its runs hardly wait for gaps; called
+                in another thread, again and again.
 
         Raises:
             BundleRefused: if anything about it does not hold.
             EngineFailed: if the device does not take it.
         """
-        timed = _InGaps(self._running, self._clock) if gives_way else at_once(self._clock)
+        timed = _InGaps(self._running, self._clock, is_awaited) if gives_way else at_once(self._clock)
         work = partial(self._load, name, version, wanted, timed)
         return begin(work, name="flawline-load", niceness=BEHIND_THE_LOOP).result()
 
@@ -115,9 +122,7 @@ class Loader:
         lines = wanted(manifest.lines)
         engine = self._open_engine(bundle)
         try:
-            run_times = warm_up(
-                engine, manifest, self._options.max_batch_size, self._options.warm_up_limit_s, self._clock, timed
-            )
+            run_times = warm_up(engine, manifest, self._options.max_batch_size, self._options.warm_up_limit_s, timed)
             if self._options.runners > 1:
                 run_side_by_side(engine, manifest, run_times.max_batch_size, self._options.runners)
             known, alone, contrasts = self._prove(bundle, engine, timed)
@@ -182,7 +187,7 @@ class Loader:
         """
         kept: list[GoldenSet] = []
         contrasts: dict[str, float] = {}
-        trial = LoneTrial(engine, self._clock, timed)
+        trial = LoneTrial(engine, timed)
 
         def run(frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
             return timed(engine.run, frames, line_index)[0]
@@ -218,24 +223,37 @@ class _InGaps:
     Args:
         running: the runs of this process.
         clock: monotonic seconds.
+        is_awaited: says whether somebody waits for the runs by now.
     """
 
-    def __init__(self, running: Running, clock: Callable[[], float]) -> None:
+    def __init__(self, running: Running, clock: Callable[[], float], is_awaited: Callable[[], bool]) -> None:
         self._running = running
         self._clock = clock
-        self._patience_s = _LONGEST_PATIENCE_S
+        self._is_awaited = is_awaited
+        self._waited_s = 0.0
 
     def __call__(
         self, run: RunBatch, frames: NDArray[np.uint8], line_index: NDArray[np.int64]
     ) -> tuple[EngineOutput, float]:
-        asked_at = self._clock()
-        with self._running.in_gap(self._patience_s):
+        self._wait_for_gap()
+        with self._running.in_gap(0.0):
             began_at = self._clock()
-            self._patience_s = max(0.0, self._patience_s - (began_at - asked_at))
             # A thread for each, since a priority can't be taken back; it costs a tenth of a millisecond.
             work = partial(run, frames, line_index)
             output = begin(work, name="flawline-prove", niceness=BEHIND_FRAMES).result()
             return output, self._clock() - began_at
+
+    def _wait_for_gap(self) -> None:
+        """Wait as long as there is patience left, which whoever comes to wait for the runs shortens."""
+        is_gap = False
+        while not is_gap and (left_s := self._patience_s - self._waited_s) > 0:
+            asked_at = self._clock()
+            is_gap = self._running.wait_for_gap(min(left_s, _LOOKS_EVERY_S))
+            self._waited_s += self._clock() - asked_at
+
+    @property
+    def _patience_s(self) -> float:
+        return _PATIENCE_WHILE_AWAITED_S if self._is_awaited() else _LONGEST_PATIENCE_S
 
 
 def _all(proofs: Iterable[Callable[[Run], None]], run: Run) -> None:

@@ -71,6 +71,11 @@ class Turns:
         self._is_taken = False
         self._urgent = 0
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody who is urgent waits for a turn now."""
+        return self._urgent > 0
+
     @contextmanager
     def take(self, *, is_urgent: bool) -> Iterator[None]:
         """Wait for a turn, and hold it; one that is not urgent comes after all that are."""

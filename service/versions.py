@@ -215,12 +215,14 @@ class LoadedVersions(ServedLines):
         with self._loading.take(is_urgent=is_urgent):
             with self._changing:
                 key = choose()
-            return {} if key is None else self._load_or_refuse(key, choose)
+            return {} if key is None else self._load_or_refuse(key, choose, is_urgent=is_urgent)
 
-    def _load_or_refuse(self, key: VersionKey, choose: Callable[[], VersionKey | None]) -> dict[VersionKey, str | None]:
+    def _load_or_refuse(
+        self, key: VersionKey, choose: Callable[[], VersionKey | None], *, is_urgent: bool
+    ) -> dict[VersionKey, str | None]:
         looked = self._catalogue.looks(*key)
         try:
-            loaded = self._open(key)
+            loaded = self._open(key, is_urgent=is_urgent)
             with self._changing:
                 if choose() != key:
                     _close(loaded)
@@ -308,7 +310,7 @@ class LoadedVersions(ServedLines):
                         return use(loaded)
                 looked = self._catalogue.looks(*key)
                 try:
-                    loaded = self._open(key)
+                    loaded = self._open(key, is_urgent=True)
                 except FlawlineError as error:
                     with self._changing:
                         self._remember_refusal(key, error, looked)
@@ -331,8 +333,12 @@ class LoadedVersions(ServedLines):
         self._loader.prove_again(loaded)
         return loaded
 
-    def _open(self, key: VersionKey) -> LoadedVersion:
+    def _open(self, key: VersionKey, *, is_urgent: bool) -> LoadedVersion:
         """Load a version, beside whatever is live; nobody is served by it yet.
+
+        Args:
+            key: which.
+            is_urgent: whether somebody waits for it; who waits for the next one waits for this one too.
 
         Raises:
             BundleRefused: if it does not hold, or store or machine do not let it be loaded.
@@ -351,6 +357,7 @@ class LoadedVersions(ServedLines):
                     lambda lines: self._claim_and_make_room(key, lines),
                     # At the start nothing is ready, and nothing keeps it from being so soon.
                     gives_way=bool(self._state.live) and not self._is_loading,
+                    is_awaited=lambda: is_urgent or self._loading.is_awaited,
                 )
                 self._weigh(loaded, held_before, closed_before)
                 try:

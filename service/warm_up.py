@@ -52,8 +52,7 @@ def warm_up(
     manifest: Manifest,
     max_batch_size: int,
     limit_s: float,
-    clock: Callable[[], float],
-    timed: TimedRun | None = None,
+    timed: TimedRun,
 ) -> RunTimes:
     """Warm an engine, smallest batches first, and learn what each size takes.
 
@@ -61,9 +60,9 @@ def warm_up(
         engine: just opened.
         manifest: of its bundle.
         max_batch_size: the largest batch that is wanted.
-        limit_s: seconds after which no further size is begun; a batch of one always runs.
-        clock: monotonic seconds.
-        timed: how runs are done; None: at once.
+        limit_s: seconds of running after which no further size is begun; a batch of one always runs. What runs wait for
+            their turn does not count: busy neighbours must not make this engine's batches smaller for good.
+        timed: how runs are done.
 
     Returns:
         What was learned; its length is the largest batch that was warmed.
@@ -71,11 +70,10 @@ def warm_up(
     Raises:
         EngineFailed: if a run fails.
     """
-    timed = timed or at_once(clock)
-    begun = clock()
     learned: list[float] = []
+    spent_s = 0.0
     for size in range(1, max_batch_size + 1):
-        if learned and clock() - begun >= limit_s:
+        if learned and spent_s >= limit_s:
             _log.warning(
                 "warming up took too long; batches stay smaller",
                 extra={"engine": manifest.name, "limit_s": limit_s, "max_batch_size": len(learned)},
@@ -84,7 +82,9 @@ def warm_up(
         frames = np.zeros((size, manifest.input.height, manifest.input.width, 3), np.uint8)
         line_index = np.zeros(size, np.int64)
         # The quickest of them: what else goes on just now tells nothing of the engine, and would refuse frames for it.
-        learned.append(min(timed(engine.run, frames, line_index)[1] for _ in range(_RUNS)))
+        took_s = [timed(engine.run, frames, line_index)[1] for _ in range(_RUNS)]
+        learned.append(min(took_s))
+        spent_s += sum(took_s)
     run_times = RunTimes.unknown(len(learned))
     for size, seconds in enumerate(learned, start=1):
         run_times = run_times.learn(size, seconds)
@@ -127,15 +127,14 @@ class LoneTrial:
 
     Args:
         engine: warm.
-        clock: monotonic seconds.
-        timed: how runs are done; None: at once.
+        timed: how runs are done.
     """
 
-    def __init__(self, engine: Engine, clock: Callable[[], float], timed: TimedRun | None = None) -> None:
-        self._timed = timed or at_once(clock)
+    def __init__(self, engine: Engine, timed: TimedRun) -> None:
+        self._timed = timed
         self._engine = engine
-        self._clock = clock
         self._is_equal = True
+        self._spent_s = 0.0
         self._quickest_s = self._quickest_alone_s = math.inf
         self._last: tuple[NDArray[np.uint8], NDArray[np.int64]] | None = None
 
@@ -155,6 +154,7 @@ class LoneTrial:
             _log.exception("the lone way failed")
             self._is_equal = False
             return output
+        self._spent_s += took_s + took_alone_s
         self._quickest_alone_s = min(self._quickest_alone_s, took_alone_s / len(frames))
         self._quickest_s = min(self._quickest_s, took_s / len(frames))
         self._is_equal &= all(map(np.array_equal, output, other))
@@ -164,9 +164,9 @@ class LoneTrial:
         """Return the lone way if it may be taken; runs known frames again for a while where it was not quicker."""
         if self._engine.alone is None or self._last is None:
             return None
-        until = self._clock() + _LONE_LIMIT_S
+        limit_s = self._spent_s + _LONE_LIMIT_S  # of running, as for the sizes
         for _ in range(_LONE_TRIES):
-            if self._is_quicker or not self._is_equal or self._clock() >= until:
+            if self._is_quicker or not self._is_equal or self._spent_s >= limit_s:
                 break
             self.run(*self._last)
         if self._is_equal and self._is_quicker:

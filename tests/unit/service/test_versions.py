@@ -185,13 +185,13 @@ def test_rescan_when_a_frame_runs_then_the_runs_of_a_new_version_wait_for_its_en
     shelf.before_open = lambda _bundle: order.append("opened")
     shelf.on_run = lambda: order.append("proved")
     waits = threading.Event()
-    in_gap = running.in_gap
+    wait_for_gap = running.wait_for_gap
 
     def tell(longest_s):
         waits.set()
-        return in_gap(longest_s)
+        return wait_for_gap(longest_s)
 
-    running.in_gap = tell
+    running.wait_for_gap = tell
     running.begin()  # as a runner does that has a frame
     looking = begin(registry.rescan, name="rescan")
     assert waits.wait(20.0)
@@ -657,6 +657,75 @@ def crowded(tmp_path):
     assert shelf.line_states() == {"cap": "unloaded", "plate": "ready"}
     yield shelf
     shelf.registry.close()
+
+
+def never_a_gap(shelf):
+    """Have other lines leave no gap, and return the list of what was waited for one, in seconds."""
+    waited = []
+
+    def wait_for_gap(longest_s):
+        shelf.now += longest_s
+        waited.append(longest_s)
+        return False
+
+    shelf.registry._loader._running.wait_for_gap = wait_for_gap
+    return waited
+
+
+def test_gaps_when_nobody_waits_for_a_version_then_its_runs_wait_half_a_minute_in_all(shelf):
+    """A version that comes beside the live one gives way, and comes in the end."""
+    shelf.now = 1000.0
+    registry = shelf.load()
+    waited = never_a_gap(shelf)
+    shelf.add("2")
+
+    assert registry.rescan().activated == (("demo_line", "2"),)
+    assert sum(waited) == pytest.approx(30.0, abs=0.01)
+
+
+def test_gaps_when_a_camera_waits_for_the_line_then_its_runs_hardly_wait_for_any(crowded):
+    """Its frames have no verdict until it is back, and were told to come again in a moment."""
+    waited = never_a_gap(crowded)
+
+    crowded.want("cap")
+
+    assert crowded.line_states()["cap"] == "ready"
+    assert sum(waited) == pytest.approx(1.0, abs=0.01)
+
+
+def test_gaps_when_an_administrator_waits_for_a_version_then_its_runs_hardly_wait_for_any(shelf):
+    """Going back to a version that is not in memory is how a line is mended."""
+    shelf.now = 1000.0
+    registry = shelf.load(activates_newest=False)
+    waited = never_a_gap(shelf)
+    shelf.add("2")
+
+    registry.activate("demo_line", "2")
+
+    assert sum(waited) == pytest.approx(1.0, abs=0.01)
+
+
+def test_gaps_when_a_camera_comes_to_wait_behind_a_load_then_that_one_hurries_too(crowded):
+    """One version is loaded at a time, so that what waits for the next one waits for this one."""
+    waited = never_a_gap(crowded)
+    loading, give_up = crowded.registry._loading, crowded.registry._loader._running.wait_for_gap
+
+    def wait_for_gap(longest_s):
+        if not waited:
+            with pytest.raises(LineLoading):
+                crowded.registry.serving("cap", None)
+            wait_until(lambda: loading.is_awaited, "the camera's load")
+        return give_up(longest_s)
+
+    crowded.registry._loader._running.wait_for_gap = wait_for_gap
+    crowded.sizes["zone"] = crowded.sizes["cap"]
+    crowded.add("1", "zone")
+
+    assert crowded.registry.rescan().activated == (("zone", "1"),)
+    wait_until(lambda: "cap" not in crowded.registry._asked_again, "the load")
+
+    assert crowded.line_states()["cap"] == "ready"
+    assert sum(waited) <= 2.01
 
 
 def test_memory_when_a_line_is_swapped_in_then_the_pod_stays_ready_and_the_line_is_loading(crowded):

@@ -1,4 +1,4 @@
-"""Promises of warming up: runs come side by side, and the lone way is taken where it is quicker and says the same."""
+"""Promises of warming up: sizes run while there is time, and side by side; the lone way must be quicker and equal."""
 
 import threading
 
@@ -7,7 +7,7 @@ import pytest
 
 from service.engines.engine import LoneRun
 from service.errors import EngineFailed
-from service.warm_up import LoneTrial, run_side_by_side
+from service.warm_up import LoneTrial, at_once, run_side_by_side, warm_up
 from tests.factories import make_manifest
 from tests.fakes import FakeEngine, grey_level
 
@@ -26,7 +26,18 @@ class Clock:
         return self.now
 
 
-def trial_of(*, took_s, took_alone_s, held_up_s=(), other_bits=False):
+def in_turn(clock, wait_s):
+    """Return how runs are done that wait so long for their turn."""
+    at_once_then = at_once(clock)
+
+    def timed(run, frames, line_index):
+        clock.now += wait_s
+        return at_once_then(run, frames, line_index)
+
+    return timed
+
+
+def trial_of(*, took_s, took_alone_s, held_up_s=(), other_bits=False, wait_s=0.0):
     """Return the trial of an engine both of whose ways take so many seconds."""
     clock, engine, wide = Clock(), FakeEngine(), FakeEngine()
     held_up = iter(held_up_s)
@@ -41,7 +52,36 @@ def trial_of(*, took_s, took_alone_s, held_up_s=(), other_bits=False):
 
     engine.on_run, wide.on_run = ordinary, alone
     engine.alone = LoneRun(wide.run, 2.0)
-    return LoneTrial(engine, clock), engine
+    return LoneTrial(engine, in_turn(clock, wait_s)), engine
+
+
+def test_warm_up_when_runs_wait_for_their_turn_then_that_costs_no_batch_size():
+    """Busy neighbours at loading must not make the batches of an engine smaller for good."""
+    clock, engine = Clock(), FakeEngine()
+
+    def take_a_second(_):
+        clock.now += 1.0
+
+    engine.on_run = take_a_second
+
+    run_times = warm_up(engine, make_manifest(), 4, 12.0, in_turn(clock, 50.0))
+
+    assert run_times.max_batch_size == 4
+
+
+def test_warm_up_when_runs_themselves_take_too_long_then_larger_sizes_are_given_up():
+    """No size is begun after the limit: it is then never chosen, rather than cold."""
+    clock, engine = Clock(), FakeEngine()
+
+    def take_a_second(_):
+        clock.now += 1.0
+
+    engine.on_run = take_a_second
+
+    run_times = warm_up(engine, make_manifest(), 4, 6.0, at_once(clock))
+
+    assert run_times.max_batch_size == 2
+    assert engine.batches == [1, 1, 1, 2, 2, 2]
 
 
 def test_winner_when_lone_way_is_quicker_and_equal_then_is_taken():
@@ -66,9 +106,10 @@ def test_winner_when_lone_way_is_slow_or_differs_in_one_bit_then_is_not_taken(tr
     assert trial.winner() is None
 
 
-def test_winner_when_lone_way_is_held_up_at_first_then_is_tried_again():
-    """What else goes on at the start does not decide how a line is served for good."""
-    trial, engine = trial_of(took_s=0.02, took_alone_s=0.01, held_up_s=(0.1, 0.1))
+@pytest.mark.parametrize("wait_s", [0.0, 10.0])
+def test_winner_when_lone_way_is_held_up_at_first_then_is_tried_again(wait_s):
+    """What else goes on at the start, or keeps runs waiting, does not decide how a line is served for good."""
+    trial, engine = trial_of(took_s=0.02, took_alone_s=0.01, held_up_s=(0.1, 0.1), wait_s=wait_s)
 
     trial.run(FRAMES, LINE_INDEX)
 
@@ -91,7 +132,7 @@ def test_winner_when_lone_way_fails_then_is_not_taken_and_the_frames_are_answere
 
 def test_winner_when_engine_has_one_way_then_there_is_none():
     """Most engines have one way."""
-    trial = LoneTrial(FakeEngine(), Clock())
+    trial = LoneTrial(FakeEngine(), at_once(Clock()))
 
     trial.run(FRAMES, LINE_INDEX)
 
