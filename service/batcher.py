@@ -159,6 +159,9 @@ class Batcher:
         clock: monotonic seconds.
         alone: how a batch runs beside which no other does, on any engine, and none waits; None: as every other.
         running: the batches of all engines in this process.
+
+    Attributes:
+        answered: frames so far, golden ones among them; what the engine did not answer does not count.
     """
 
     def __init__(
@@ -203,6 +206,7 @@ class Batcher:
         self._is_lost = False
         self._is_draining = False
         self._given_up = 0
+        self.answered = 0
         self._all_answered = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox: SimpleQueue[Batch[_Entry] | None] = SimpleQueue()
@@ -478,6 +482,7 @@ class Batcher:
             elif isinstance(answer, Exception):
                 entry.answer.set_exception(answer)
             else:
+                self.answered += 1
                 entry.answer.set_result(answer)
 
     def _expire(self, entry: _Entry) -> None:

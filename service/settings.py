@@ -165,12 +165,14 @@ class Settings(BaseSettings):
         inference_precision: that OpenVINO may compute in, `f32` or `bf16`; the golden set decides whether it may.
         cuda_graphs: record each batch size once and replay it; refused where a graph can't be recorded.
         engine_cache_directory: of TensorRT's plans, this user's alone; absent means `~/.cache/flawline/engines`.
-        warm_up_limit_s: for all batch sizes of an engine; what is not warm by then is never chosen.
+        warm_up_limit_s: of running, for all batch sizes of an engine; what is not warm by then is never chosen.
         max_batch_size: frames in one run; the schedule takes fewer where larger batches do not pay.
         max_queue_size: frames that one engine accepts and has not answered yet; one more is refused.
         stuck_after_s: a run that takes longer makes its line unhealthy; a frame that is decoded for longer is refused,
             and the thread that it keeps is replaced.
-        golden_every_s: seconds between two replays of golden frames on each live engine, at low priority; 0 is off.
+        golden_every_s: seconds between two replays of golden frames on each live engine, at low priority; 0 is off. One
+            that finds no room beside frames within the engine's share of this time is skipped, and counted as that; an
+            engine that answers no frame meanwhile is replayed all the same after three in a row.
         decode_workers: threads that decode and resize apart from the runners; absent means one a CPU beside a GPU, and
             none on a CPU, where the runner of a frame decodes and judges it as well.
         default_deadline_s: from the arrival of a request to its answer, where the caller names none.

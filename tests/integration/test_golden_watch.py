@@ -192,3 +192,73 @@ async def test_replay_when_a_frame_of_another_line_runs_all_the_period_then_it_g
     assert not began_meanwhile
     assert skipped == 4
     assert (service.counted("passed"), service.counted("skipped")) == (4, 4)
+
+
+def without_gaps(service):
+    """Have the frames of other lines leave no room, and return the list of what was waited for some, in seconds."""
+    waited = []
+
+    def wait_for_gap(longest_s):
+        waited.append(longest_s)
+        return False
+
+    service.registry._loader._running.wait_for_gap = wait_for_gap
+    return waited
+
+
+@in_loop
+async def test_replay_when_there_is_no_gap_then_each_bundle_waits_its_share_of_the_period(wide_store):
+    """One that waits all the period would take the turns of the others, and what they missed would not be counted."""
+    async with watched(wide_store, every_s=1000.0) as service:
+        waited = without_gaps(service)
+
+        await service.watch.look()
+
+        assert waited == [250.0] * 4
+        assert service.counted("skipped") == 4
+
+
+@in_loop
+async def test_replay_when_an_idle_engine_was_skipped_three_times_then_it_is_replayed_without_a_gap(wide_store):
+    """A device that goes wrong would be found by the next part only, since no frame proves it meanwhile."""
+    async with watched(wide_store) as service:
+        without_gaps(service)
+
+        for _ in range(3):
+            await service.watch.look()
+        before = service.counted("passed"), service.counted("skipped")
+        await service.watch.look()
+        then = service.counted("passed"), service.counted("skipped")
+        await service.watch.look()
+
+        assert (before, then) == ((0, 12), (4, 12))
+        assert (service.counted("passed"), service.counted("skipped")) == (4, 16)
+
+
+@in_loop
+async def test_replay_when_an_idle_engine_that_was_skipped_answers_otherwise_then_it_is_found(wide_store):
+    """Constant frames of one line must not hide what has become of the others."""
+    async with watched(wide_store) as service:
+        without_gaps(service)
+        service.engine.spoil = lambda output: EngineOutput(output.scores + 0.5, output.anomaly_maps)
+
+        for _ in range(4):
+            await service.watch.look()
+
+        assert {status.state for status in service.registry.statuses()} == {"unhealthy"}
+
+
+@in_loop
+async def test_replay_when_an_engine_answers_frames_between_its_turns_then_it_goes_on_giving_way(wide_store):
+    """What is answered is proof enough, and the line that is busy needs the room."""
+    async with watched(wide_store) as service:
+        without_gaps(service)
+        live = service.registry.serving("north", None)
+        batcher, size = live.bundle.batcher, live.bundle.manifest.input
+
+        for _ in range(4):
+            with batcher.place(time.monotonic() + 20, line="north") as place:
+                await batcher.submit(place, np.zeros((1, size.height, size.width, 3), np.uint8), 0)
+            await service.watch.look()
+
+        assert (service.counted("passed"), service.counted("skipped")) == (3, 13)
