@@ -72,8 +72,10 @@ def read_labelled_defects(root: Path, spec: InputSpec, limits: FrameLimits, know
 
 def _told_of_bare(root: Path, sample: Sample) -> str:
     alike = like_named(root / "ground_truth" / sample.kind)
-    todo = "add one or take it away" if alike is None else f"{alike} has other capitals than its folder, so rename one"
-    return f"{sample.path} is a labelled defect without a mask; {todo}."
+    advice = (
+        "add one or take it away" if alike is None else f"{alike} has other capitals than its folder, so rename one"
+    )
+    return f"{sample.path} is a labelled defect without a mask; {advice}."
 
 
 def _refuse_known(samples: Iterable[Sample], known: Iterable[Sample]) -> None:
