@@ -25,10 +25,10 @@ import typer
 import uvicorn
 from rich.markup import escape
 
-from service.engine_commands import build_engine
+from service.commands.engine import build_engine
+from service.commands.operator import bundle_commands, keys
+from service.commands.settings import settings as print_settings
 from service.heap import imports_stay
-from service.operator_commands import bundle_commands, keys
-from service.settings_commands import settings as print_settings
 
 GROUP = "flawline.commands"
 commands = typer.Typer()
@@ -182,12 +182,12 @@ def serve(
             start_draining,
         )
         from service.auth import KeysFileInvalid  # noqa: PLC0415 - see above
-        from service.connections import raise_file_limit  # noqa: PLC0415 - see above
         from service.contract.signature import SigningFailed  # noqa: PLC0415 - see above
         from service.errors import StoreUnreachable  # noqa: PLC0415 - see above
-        from service.log import log_json_lines  # noqa: PLC0415 - see above
-        from service.protocol import BoundedProtocol  # noqa: PLC0415 - see above
-        from service.tls import ServerCertificate, TlsInvalid  # noqa: PLC0415 - see above
+        from service.observability.log import log_json_lines  # noqa: PLC0415 - see above
+        from service.ports.connections import raise_file_limit  # noqa: PLC0415 - see above
+        from service.ports.protocol import BoundedProtocol  # noqa: PLC0415 - see above
+        from service.ports.tls import ServerCertificate, TlsInvalid  # noqa: PLC0415 - see above
 
     try:
         most_connections = settings.connections(raise_file_limit())

@@ -17,18 +17,22 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.auth import Keyring, KeysFileInvalid, MountedKeyring
-from service.body_budget import BodyBudget
-from service.choices import why_unusable
-from service.connections import Connections
 from service.contract.signature import refuse_unusable
 from service.engines.engine import GPU_DEVICES
 from service.engines.opening import open_engine
 from service.errors import FlawlineError
-from service.golden_watch import GoldenWatch
-from service.loading import BatcherOptions, OpenEngine
+from service.lines.choices import why_unusable
+from service.lines.golden_watch import GoldenWatch
+from service.lines.loading import BatcherOptions, OpenEngine
+from service.lines.registry import Registry
+from service.lines.versions import RegistryOptions
+from service.observability.telemetry import Telemetry
+from service.observability.traces import Traces
 from service.pipeline import Pipeline
+from service.ports.body_budget import BodyBudget
+from service.ports.connections import Connections
+from service.ports.tls import ServerCertificate
 from service.records import Records
-from service.registry import Registry
 from service.routes import admin, documentation, health, inspections, lines, v2
 from service.routes.context import Context
 from service.routes.identity import Identity
@@ -41,10 +45,6 @@ from service.stores.directory import DirectoryStore
 from service.stores.mirror import Mirror
 from service.stores.objects import Location, Objects
 from service.stores.store import Store
-from service.telemetry import Telemetry
-from service.tls import ServerCertificate
-from service.traces import Traces
-from service.versions import RegistryOptions
 
 _WATCH_EVERY_S = 1.0
 _RENEW_EVERY_S = 10.0
@@ -261,7 +261,7 @@ def _trace_to(settings: Settings, telemetry: Telemetry) -> Traces | None:
     if settings.traces_endpoint is None:
         return None
     try:
-        from service.collector import open_traces  # noqa: PLC0415 - only who names a collector has its library
+        from service.observability.collector import open_traces  # noqa: PLC0415 - only who names a collector has its library
     except ModuleNotFoundError as error:
         raise SettingsInvalid("FLAWLINE_TRACES_ENDPOINT needs more: pip install 'flawline[tracing]'.") from error
     return open_traces(settings.traces_endpoint, settings.traces_share, partial(telemetry.record_dropped, "traces"))

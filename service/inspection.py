@@ -12,7 +12,7 @@ from service.contract.policy import Judgement, Policy
 from service.contract.raw_frames import PixelFormat
 from service.contract.regions import Window
 from service.errors import UnreadableFrame
-from service.schedule import Priority
+from service.scheduling.schedule import Priority
 
 HeatmapKind = Literal["none", "png", "overlay", "f16"]
 

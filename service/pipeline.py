@@ -21,8 +21,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.batch_queue import Place
-from service.batcher import RunResult
 from service.contract.frames import Frame, FrameLimits, fit_to_input, read_frame
 from service.contract.geometry import InputSpec
 from service.contract.pictures import refuse_blank
@@ -30,12 +28,14 @@ from service.contract.policy import Judgement, judge
 from service.contract.raw_frames import decode_raw
 from service.contract.regions import Window
 from service.contract.tiling import answer_of, cut_tiles
-from service.decoders import Decoders
 from service.errors import DeadlinePassed, ParameterInvalid, UnreadableFrame
 from service.inspection import HeatmapKind, Inspection, InspectionRequest, RawLayout, digest_differs
-from service.live import Found
-from service.registry import Registry
-from service.schedule import Priority
+from service.lines.live import Found
+from service.lines.registry import Registry
+from service.scheduling.batch_queue import Place
+from service.scheduling.batcher import RunResult
+from service.scheduling.decoders import Decoders
+from service.scheduling.schedule import Priority
 
 __all__ = ["HeatmapKind", "Inspection", "InspectionRequest", "Pipeline", "RawLayout"]
 

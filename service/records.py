@@ -18,7 +18,7 @@ from service.contract.policy import Policy
 from service.contract.regions import Region, Window
 from service.errors import UnknownInspection
 from service.inspection import Inspection
-from service.telemetry import Telemetry
+from service.observability.telemetry import Telemetry
 
 LARGEST_SIDE = 1024
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraint
 from service.contract.policy import CalibrationKind, Policy, Verdict
 from service.contract.raw_frames import PixelFormat
 from service.inspection import HeatmapKind
-from service.live import LineState, VersionState
+from service.lines.live import LineState, VersionState
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 _VERSION = r"^[1-9][0-9]{0,8}$"

@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from service.connections import MOST_CONNECTIONS
 from service.contract.bundle import LineName
 from service.contract.frames import DEFAULT_FORMATS, FRAME_FORMATS, FrameLimits
 from service.contract.signature import Trust
 from service.engines.engine import GPU_DEVICES, Device, EngineOptions, InferencePrecision, MemoryArena
+from service.ports.connections import MOST_CONNECTIONS
 
 PREFIX = "FLAWLINE_"
 # What other parts read: clients, training, and the tests. Whatever else begins with the prefix is a mistake.

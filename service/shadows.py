@@ -16,11 +16,11 @@ from datetime import UTC, datetime
 from service.contract.policy import Verdict
 from service.errors import FlawlineError, MomentError
 from service.inspection import Inspection
-from service.live import Found, LiveLine
+from service.lines.live import Found, LiveLine
+from service.lines.registry import Registry
+from service.observability.telemetry import DisagreementKind, Telemetry
 from service.pipeline import Pipeline
-from service.registry import Registry
-from service.schedule import Priority
-from service.telemetry import DisagreementKind, Telemetry
+from service.scheduling.schedule import Priority
 
 # `stricter` would have stopped a part that went on, or a part for good that was only to be looked at; `laxer` is the
 # other way round; `no_verdict` means that the shadow failed on the frame.

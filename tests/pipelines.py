@@ -10,11 +10,11 @@ from service.contract.bundle import load_bundle
 from service.contract.frames import FrameLimits
 from service.contract.golden import read_golden
 from service.engines.ort import OrtEngine
-from service.loading import BatcherOptions
+from service.lines.loading import BatcherOptions
+from service.lines.registry import Registry
+from service.observability.telemetry import Telemetry
 from service.pipeline import Pipeline
-from service.registry import Registry
 from service.stores.directory import DirectoryStore
-from service.telemetry import Telemetry
 from tests.inspections import make_request
 
 

@@ -27,8 +27,8 @@ import uvicorn
 from service.app import create_app
 from service.contract.bundle import Bundle
 from service.engines.ort import OrtEngine
-from service.loading import OpenEngine
-from service.protocol import BoundedProtocol
+from service.lines.loading import OpenEngine
+from service.ports.protocol import BoundedProtocol
 from service.settings import Settings
 from tests.fakes import FakeEngine
 

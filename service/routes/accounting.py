@@ -12,11 +12,11 @@ from starlette.requests import ClientDisconnect
 
 from service.errors import DeadlinePassed, FlawlineError
 from service.inspection import Inspection
+from service.observability.telemetry import CALLER_LEFT
 from service.routes.context import Context, connection_of, context_of
 from service.routes.identity import received_at_of
 from service.routes.part_names import names_of
 from service.routes.problems import PartNames, note_part, request_id_of
-from service.telemetry import CALLER_LEFT
 
 TRACE_PARENT_HEADER = "traceparent"
 
@@ -109,7 +109,7 @@ async def in_time(context: Context, deadline: float, what: str) -> AsyncIterator
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Wait for work, and cancel it as soon as the caller hangs up, where the server tells (`service/protocol.py`).
+    """Wait for work, and cancel it as soon as the caller hangs up, where the server tells (`ports/protocol.py`).
 
     Raises:
         ClientDisconnect: if it did.

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.auth import Caller
 from service.errors import BundleRefused, FlawlineError, NotAuthorised, ParameterInvalid, VersionRefused
-from service.live import LineStatus
-from service.registry import Registry
+from service.lines.live import LineStatus
+from service.lines.registry import Registry
 from service.routes.bodies import receive_small_body
 from service.routes.context import caller_of, context_of, make_change
 from service.routes.lines import summary_of

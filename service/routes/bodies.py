@@ -15,7 +15,6 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from service.body_budget import Holding
 from service.contract.frames import FORMAT_OF_MEDIA_TYPE, FrameLimits
 from service.errors import (
     DeadlinePassed,
@@ -26,6 +25,7 @@ from service.errors import (
     UnreadableFrame,
 )
 from service.inspection import RawLayout
+from service.ports.body_budget import Holding
 from service.routes.content_digest import demand_digest_of, told_digest
 from service.routes.context import connection_of, context_of
 from service.routes.headers import RAW_HEADERS, refuse_repeated

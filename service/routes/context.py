@@ -13,18 +13,18 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from service.auth import Caller, Keyring, MountedKeyring
-from service.body_budget import BodyBudget, Holding
 from service.errors import NotAuthorised
-from service.live import Found, LiveLine
+from service.lines.live import Found, LiveLine
+from service.lines.registry import Registry
+from service.observability.telemetry import Telemetry
+from service.observability.traces import Traces
 from service.pipeline import Pipeline
+from service.ports.body_budget import BodyBudget, Holding
 from service.records import Records
-from service.registry import Registry
 from service.routes.headers import refuse_repeated
 from service.settings import Settings
 from service.shadows import Shadows
-from service.telemetry import Telemetry
 from service.threads import begin
-from service.traces import Traces
 
 # Of a request's scope, where the server tells more than others: a `Connection`.
 CONNECTION_EXTENSION = "flawline.connection"

@@ -36,7 +36,7 @@ from service.routes.problems import (
     sentence_of,
     unexpected,
 )
-from service.schedule import Priority
+from service.scheduling.schedule import Priority
 from service.schemas import InspectionOptions
 
 router = APIRouter(tags=["inspections"])

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 
 from service.contract.calibration import Calibration
 from service.errors import CalibrationRefused
-from service.live import LineStatus, LiveLine
+from service.lines.live import LineStatus, LiveLine
 from service.routes.context import caller_of, context_of
 from service.routes.problems import responses
 from service.schemas import (

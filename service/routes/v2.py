@@ -20,12 +20,13 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from service import open_inference
-from service.body_budget import Holding
 from service.errors import LineNotCalibrated, LineNotReady, NotAuthorised, UnknownLine
 from service.inspection import Inspection, InspectionRequest
-from service.live import NOT_CALIBRATED, LineStatus, LiveLine
+from service.lines.live import NOT_CALIBRATED, LineStatus, LiveLine
+from service.lines.registry import Registry
+from service.observability.telemetry import REQUEST_FAILED
 from service.open_inference import JSON_LENGTH_HEADER, Coding, InferAnswer, InferRequest, ModelSpec, Values
-from service.registry import Registry
+from service.ports.body_budget import Holding
 from service.routes.accounting import TRACE_PARENT_HEADER, Counting, in_time, record_later, unless_left
 from service.routes.bodies import receive_body, receive_small_body
 from service.routes.content_digest import demand_digest, told_digest
@@ -33,7 +34,6 @@ from service.routes.context import Context, caller_of, context_of, find_for, ref
 from service.routes.identity import received_at_of
 from service.routes.problems import request_id_of
 from service.settings import Settings
-from service.telemetry import REQUEST_FAILED
 
 router = APIRouter(prefix="/v2", include_in_schema=False)
 

@@ -8,7 +8,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from service.client_commands import commands
+from service.commands.client import commands
 from tests.callers import ADMIN, write_keys
 from tests.factories import make_bundle, make_graph, make_policy, reseal
 from tests.servers import ServerProcess

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from service.client_commands import commands
+from service.commands.client import commands
 from service.contract.legible import legible
 from service.settings import Settings
 from tests.factories import encode, make_bundle, make_frame

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from service.errors import CallerError, known_codes
-from service.telemetry import OTHER_REASON, Telemetry
+from service.observability.telemetry import OTHER_REASON, Telemetry
 from tests.factories import encode, make_bundle, make_frame
 from tests.programs import prometheus as run_prometheus
 from tests.servers import ServerProcess, wait_until

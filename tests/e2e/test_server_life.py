@@ -58,7 +58,7 @@ OrtEngine.run = fail_once_gone
 DEVICE_WAITS = """
 import threading
 from pathlib import Path
-from service.batcher import Batcher
+from service.scheduling.batcher import Batcher
 from service.engines.ort import OrtEngine
 run, made = OrtEngine._run, Batcher.__init__
 proved = threading.Event()

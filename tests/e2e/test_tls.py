@@ -11,7 +11,7 @@ import httpx
 import pytest
 import trustme
 
-from service.tls import ServerCertificate, TlsInvalid
+from service.ports.tls import ServerCertificate, TlsInvalid
 from tests.factories import encode, make_bundle, make_frame
 from tests.rights import rights_of_an_ordinary_user
 from tests.servers import PATIENCE_S, ServerProcess, wait_until

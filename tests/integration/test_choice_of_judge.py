@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from service.app import create_app
 from service.client import Client, EncodedFrame
-from service.client_commands import commands
+from service.commands.client import commands
 from service.contract.policy import Verdict
 from service.settings import Settings
 from tests.callers import ADMIN, CAMERA, OTHER_QUALITY, QUALITY, write_keys

@@ -10,11 +10,11 @@ import pytest
 
 from service.engines.engine import EngineOutput
 from service.errors import LineNotReady
-from service.golden_watch import GoldenWatch
-from service.loading import BatcherOptions
-from service.registry import Registry
+from service.lines.golden_watch import GoldenWatch
+from service.lines.loading import BatcherOptions
+from service.lines.registry import Registry
+from service.observability.telemetry import Telemetry
 from service.stores.directory import DirectoryStore
-from service.telemetry import Telemetry
 from tests.factories import make_bundle
 from tests.fakes import in_loop
 from tests.gated_engine import GatedEngine

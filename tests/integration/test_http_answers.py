@@ -16,9 +16,9 @@ from PIL import Image
 from service.contract.bundle import load_bundle
 from service.contract.frames import FrameLimits, decode_image, fit_to_input
 from service.contract.raw_frames import PIXEL_FORMATS
+from service.observability.telemetry import Snapshot
 from service.schemas import BatchAnswer, InspectionAnswer, LineAnswer, LinesAnswer, PoliciesAnswer, VersionsAnswer
 from service.settings import Settings
-from service.telemetry import Snapshot
 from tests.factories import (
     FRAME_HEIGHT,
     FRAME_WIDTH,

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.log import JsonLines
+from service.observability.log import JsonLines
 from service.schemas import ProblemDocument
 from service.settings import Settings
 from tests.factories import encode, make_bundle, make_frame

@@ -22,7 +22,7 @@ from service.errors import (
     UnreadableFrame,
 )
 from service.inspection import RawLayout
-from service.schedule import Priority, RunTimes
+from service.scheduling.schedule import Priority, RunTimes
 from tests.factories import (
     FRAME_HEIGHT,
     FRAME_WIDTH,

@@ -12,11 +12,11 @@ from service.contract.frames import FrameLimits
 from service.contract.policy import Verdict
 from service.engines.engine import EngineOutput
 from service.errors import EngineFailed, FlawlineError
-from service.loading import BatcherOptions
+from service.lines.loading import BatcherOptions
+from service.lines.registry import Registry
+from service.observability.telemetry import Telemetry
 from service.pipeline import Pipeline
-from service.registry import Registry
 from service.stores.directory import DirectoryStore
-from service.telemetry import Telemetry
 from tests.factories import encode, make_bundle, make_frame
 from tests.fakes import in_loop
 from tests.gated_engine import GatedEngine

@@ -13,14 +13,14 @@ from obstore.store import S3Store
 from service.contract.bundle import load_bundle, versions_of
 from service.engines.ort import OrtEngine
 from service.errors import StoreUnreachable
-from service.loading import BatcherOptions
-from service.registry import Registry
+from service.lines.loading import BatcherOptions
+from service.lines.registry import Registry
+from service.lines.versions import RegistryOptions
+from service.observability.telemetry import Telemetry
 from service.stores.mirror import Mirror
 from service.stores.objects import Location, Objects
 from service.stores.publishing import PublishingRefused, publish_to_bucket
 from service.stores.store import Needed
-from service.telemetry import Telemetry
-from service.versions import RegistryOptions
 from tests.cameras import Cameras
 from tests.factories import make_bundle, reseal
 from tests.s3 import BUCKET, CREDENTIALS, s3_server

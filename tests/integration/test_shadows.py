@@ -11,14 +11,14 @@ import pytest
 
 from service.contract.frames import FrameLimits
 from service.contract.policy import Verdict
-from service.loading import BatcherOptions
-from service.log import JsonLines
+from service.lines.loading import BatcherOptions
+from service.lines.registry import Registry
+from service.lines.versions import RegistryOptions
+from service.observability.log import JsonLines
+from service.observability.telemetry import Telemetry
 from service.pipeline import Pipeline
-from service.registry import Registry
 from service.shadows import Shadows
 from service.stores.directory import DirectoryStore
-from service.telemetry import Telemetry
-from service.versions import RegistryOptions
 from tests.factories import encode, make_bundle, make_frame, make_policy, network_of, write_policy
 from tests.fakes import in_loop
 from tests.gated_engine import GatedEngine

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from compose_spec import PyCompose
 
-from service.client_commands import commands
+from service.commands.client import commands
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCKER = ROOT / "docker"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from service.telemetry import Telemetry
+from service.observability.telemetry import Telemetry
 
 ROOT = Path(__file__).resolve().parents[3]
 FILES = sorted((ROOT / "k8s/monitoring/dashboards").glob("*.json"))

@@ -9,8 +9,8 @@ from PIL import Image
 from service.contract.frames import Frame
 from service.contract.heatmaps import grey_heatmap
 from service.errors import UnknownInspection
+from service.observability.telemetry import Telemetry
 from service.records import Records
-from service.telemetry import Telemetry
 from tests.factories import make_frame
 from tests.inspections import make_inspection
 
