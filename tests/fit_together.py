@@ -17,10 +17,10 @@ from torch import nn
 
 from models.detector import Recipe
 from tests.tiny_detectors import make_detector
-from training.checkpoint import detector_tensors
 from training.data.loader import MemoryFrames
-from training.fit import CheckpointPlan, FitSettings, FitStopped, fit
-from training.peers import Alone, PeerLost, Peers, meet_peers
+from training.fitting.checkpoint import detector_tensors
+from training.fitting.fit import CheckpointPlan, FitSettings, FitStopped, fit
+from training.fitting.peers import Alone, PeerLost, Peers, meet_peers
 from training.progress import SilentReporter
 
 IDENTITY = {"processes": "2"}

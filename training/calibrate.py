@@ -16,7 +16,7 @@ from service.contract.frames import decode_region_mask
 from service.contract.policy import Policy, ScoreRule, image_score, inspected_mask, refuse_unfit_region
 from service.contract.regions import Polygon, Window, outline_mask_with_holes
 from service.errors import CalibrationRefused, ParameterInvalid, UnreadableFrame
-from training.peaks import Peaks, find_peaks
+from training.measuring.peaks import Peaks, find_peaks
 
 # Smaller components of a region-of-interest mask are specks of a brush, not places to inspect.
 _SMALLEST_ROI_FRACTION = 1e-4

@@ -24,9 +24,9 @@ from models import DETECTORS
 from service.contract.bundle import GoldenRule
 from service.contract.geometry import InputSpec, NetworkInput, Tiling
 from service.contract.policy import ScoreRule
+from training.backbones.weight_lock import backbone_name
 from training.data.split import HoldOut
 from training.ranges import find_idle_recipe, find_misfit
-from training.weight_lock import backbone_name
 
 # Fields of a detector's configuration that the run says once for everybody.
 _DERIVED = {"backbone": "backbone", "image_size": "input", "lines": "the lines of the run", "seed": "seed"}

@@ -19,7 +19,7 @@ from training.config import RunConfig
 from training.data.detect import read_dataset
 from training.data.elpv import LICENCE, write_solar_cells
 from training.data.samples import ANOMALOUS, UNKNOWN, Sample
-from training.metrics import Metric, auroc
+from training.measuring.metrics import Metric, auroc
 from training.progress import Reporter
 from training.run import FinishedRun, train
 from training.run_directory import LineRequest, RunRequest

@@ -33,22 +33,24 @@ from service.contract.geometry import InputSpec
 from service.contract.policy import may_judge, policy_digest
 from service.contract.tiling import by_tiles
 from service.errors import ParameterInvalid
-from training.checkpoint import has_checkpoint
+from training.backbones.weights import read_weights_option, tell_idle_folder
+from training.bundling.export import GraphRun
+from training.bundling.fitted_frames import read_fitted_frames, those_fitted_on
+from training.bundling.golden import contrast_asked_for
+from training.bundling.store import is_machines_fault
+from training.bundling.zero_shot import Calibration, ZeroShotRequest, make_zero_shot, zero_shot_config
 from training.config import ConfigFault, RunConfig, load_config
 from training.data.check import check_dataset
 from training.data.detect import read_dataset
 from training.data.samples import ANOMALOUS, NORMAL, UNKNOWN, DatasetFault, Sample
 from training.demo import DemoFailed, run_demo
-from training.evaluate import Evaluation, ask, evaluate, inspected_share, needs_held_out, to_records
-from training.export import GraphRun
 from training.faults import CALLERS, OURS
-from training.fit import FitStopped
-from training.fitted_frames import read_fitted_frames, those_fitted_on
-from training.golden import contrast_asked_for
-from training.import_checkpoint import keep_released, read_released, tell_softened
-from training.peers import Peers, meet_peers, process_number, refuse_company
+from training.fitting.checkpoint import has_checkpoint
+from training.fitting.fit import FitStopped
+from training.fitting.import_checkpoint import keep_released, read_released, tell_softened
+from training.fitting.peers import Peers, meet_peers, process_number, refuse_company
+from training.measuring.evaluate import Evaluation, ask, evaluate, inspected_share, needs_held_out, to_records
 from training.progress import Reporter, choose_reporter
-from training.published import KindOfSetting, read_published
 from training.recalibrate import (
     CheckedFrames,
     pattern_of_parts,
@@ -56,7 +58,8 @@ from training.recalibrate import (
     recalibrate,
     tell_other_frames,
 )
-from training.report import Inspected, LineReport, ReportData, render
+from training.reporting.report import Inspected, LineReport, ReportData, render
+from training.reproduction.published import KindOfSetting, read_published
 from training.run import Beginning, help_to_fit, train
 from training.run_directory import (
     LineRequest,
@@ -68,9 +71,6 @@ from training.run_directory import (
     read_request,
 )
 from training.stops import termination_interrupts
-from training.store import is_machines_fault
-from training.weights import read_weights_option, tell_idle_folder
-from training.zero_shot import Calibration, ZeroShotRequest, make_zero_shot, zero_shot_config
 
 Device = Literal["auto", "cpu", "cuda"]
 

@@ -26,7 +26,16 @@ from service.contract.golden import read_golden
 from service.contract.policy import Policy
 from service.contract.tiling import by_tiles
 from service.errors import CalibrationRefused, ParameterInvalid
-from training.bundles import bundle_files, verify_bundle
+from training.bundling.bundles import bundle_files, verify_bundle
+from training.bundling.export import GraphRun
+from training.bundling.fitted_frames import (
+    carry_fitted_frames_over,
+    read_fitted_frames,
+    remembers_fitted_frames,
+    those_fitted_on,
+)
+from training.bundling.golden import GoldenChooser, carry_golden_over, contrast_asked_for, golden_files
+from training.bundling.store import probe_store, publish
 from training.calibrate import (
     Calibrated,
     calibrate,
@@ -41,18 +50,9 @@ from training.data.folders import good_samples
 from training.data.passed_over import tell_passed_over
 from training.data.samples import ANOMALOUS, NORMAL, Dataset, DatasetFault, Sample, parts_of, refuse_illegible
 from training.data.split import HoldOut, name_parts
-from training.evaluate import Answers, Evaluation, ask, evaluate, inspected_share, to_records
-from training.export import GraphRun
-from training.fitted_frames import (
-    carry_fitted_frames_over,
-    read_fitted_frames,
-    remembers_fitted_frames,
-    those_fitted_on,
-)
-from training.golden import GoldenChooser, carry_golden_over, contrast_asked_for, golden_files
+from training.measuring.evaluate import Answers, Evaluation, ask, evaluate, inspected_share, to_records
 from training.progress import Reporter
-from training.report import Fact, LineReport, ReportData, RunFacts, carry_over, collect, render
-from training.store import probe_store, publish
+from training.reporting.report import Fact, LineReport, ReportData, RunFacts, carry_over, collect, render
 
 # Of the run's configuration, what another calibration replaces.
 _RATES = ("review_rate", "fail_rate")

@@ -23,7 +23,7 @@ from service.contract.frames import FrameLimits, encode_png
 from service.contract.geometry import InputSpec
 from service.contract.policy import ScoreRule
 from service.contract.tiling import Run, by_tiles, cut_tiles
-from training.bundles import (
+from training.bundling.bundles import (
     MeasuredLine,
     RunRecord,
     bundle_files,
@@ -33,14 +33,19 @@ from training.bundles import (
     tell_line_facts,
     verify_bundle,
 )
+from training.bundling.export import DetectorRun, GraphRun, check_parity, export_graph
+from training.bundling.fitted_frames import fitted_frames_file
+from training.bundling.golden import GoldenChooser, GoldenFrame, golden_files, plant_defect
+from training.bundling.precision import JudgedFrames, check_verdicts, layers_of, lower_precision
+from training.bundling.store import StoreFailed, StoreRefused, probe_store, publish
 from training.calibrate import calibrate
-from training.checkpoint import CheckpointRefused, kept_identity, load_checkpoint
 from training.config import RunConfig
 from training.data.labelled_defects import LabelledDefects, read_labelled_defects
 from training.data.loader import FileFrames, load_frame
 from training.data.samples import Sample
 from training.data.views import inputs_of_frame, views_of
-from training.detectors import (
+from training.fitting.checkpoint import CheckpointRefused, kept_identity, load_checkpoint
+from training.fitting.detectors import (
     PreparedDetector,
     choose_device,
     give_labelled_defects,
@@ -48,21 +53,16 @@ from training.detectors import (
     refuse_labelled_defects,
     refuse_unseen_defects,
 )
-from training.evaluate import ask, evaluate, spread
-from training.export import DetectorRun, GraphRun, check_parity, export_graph
-from training.fit import CheckpointPlan, FitReport, FitSettings, fit
-from training.fitted_frames import fitted_frames_file
-from training.golden import GoldenChooser, GoldenFrame, golden_files, plant_defect
-from training.import_checkpoint import adopt_released
+from training.fitting.fit import CheckpointPlan, FitReport, FitSettings, fit
+from training.fitting.import_checkpoint import adopt_released
+from training.fitting.peers import Alone, Peers
 from training.lines import GatheredLine, GatheredLines, gather_lines, lines_split_by_names
-from training.peaks import mask_without_rim
-from training.peers import Alone, Peers
-from training.precision import JudgedFrames, check_verdicts, layers_of, lower_precision
+from training.measuring.evaluate import ask, evaluate, spread
+from training.measuring.peaks import mask_without_rim
 from training.progress import Reporter, SilentReporter
-from training.report import LineReport, ReportData, collect, render
+from training.reporting.report import LineReport, ReportData, collect, render
 from training.reproducibility import describe_run, make_deterministic
 from training.run_directory import RunRequest, keep_request, keep_results, mask_path
-from training.store import StoreFailed, StoreRefused, probe_store, publish
 
 _FIRST_POLICY = "1"
 # Over all lines; a line gets its share, and a few at least.

@@ -2,7 +2,7 @@
 
 runs/<name>/<time>/run.json       the request of the fit, word for word; what an export asks for holds for itself alone
                    config.yaml    its configuration, for people: edits are refused, not followed
-                   checkpoint…    `training.checkpoint`
+                   checkpoint…    `training.fitting.checkpoint`
                    scores.npz     scores and labels of held-out and test frames; of several lines in lines/<line>/
                    metrics.json   figures, likewise; of the newest export, as are the report and its page
                    report.json    what the page shows, pictures included
@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.contract.bundle import LineName, Manifest, line_file
 from training.config import ConfigFault, RunConfig, parse_config
-from training.evaluate import Answers
-from training.report import ReportData
+from training.measuring.evaluate import Answers
+from training.reporting.report import ReportData
 from training.whole_files import write_whole
 
 REPORT_FILE = "report.html"

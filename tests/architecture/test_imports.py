@@ -16,17 +16,17 @@ ROUTES = "service/routes/"
 
 # Each outside library and the only files that may import it; a folder stands for all files in it.
 DOORS = {
-    "onnxruntime": ("service/engines/ort.py", "training/export.py", "training/precision.py"),
+    "onnxruntime": ("service/engines/ort.py", "training/bundling/export.py", "training/bundling/precision.py"),
     "openvino": ("service/engines/openvino.py",),
     "tensorrt": ("service/engines/trt.py",),
     "cuda": ("service/engines/cuda.py",),
-    "onnx": ("service/contract/graph.py", "training/export.py", "training/precision.py"),
+    "onnx": ("service/contract/graph.py", "training/bundling/export.py", "training/bundling/precision.py"),
     "PIL": ("service/contract/frames.py",),
     "simplejpeg": ("service/contract/jpeg.py",),
     "cv2": ("service/contract/pictures.py", "service/contract/regions.py", "service/contract/raw_frames.py"),
     "timm": ("models/backbones.py",),
     "torchvision": ("models/backbones.py",),
-    "torch.distributed": ("training/peers.py",),
+    "torch.distributed": ("training/fitting/peers.py",),
     "opentelemetry": ("service/observability/traces.py", "service/observability/collector.py"),
     "prometheus_client": ("service/observability/telemetry.py",),
     "fastapi": ("service/app.py", ROUTES),
@@ -39,8 +39,8 @@ DOORS = {
     "model_signing": ("service/contract/signature.py",),
     "obstore": ("service/stores/objects.py",),
     "pydantic_settings": ("service/settings.py",),
-    "matplotlib": ("training/drawings.py",),
-    "jinja2": ("training/pages.py",),
+    "matplotlib": ("training/reporting/drawings.py",),
+    "jinja2": ("training/reporting/pages.py",),
 }
 
 # Where asyncio may be known; everything else is plain functions, and so testable without a loop.
@@ -307,7 +307,7 @@ def test_loading_when_torch_or_numpy_could_unpickle_is_told_not_to():
         library = ast.unparse(call.func.value)
         told = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         if library == "torch":
-            assert file == "training/import_checkpoint.py", f"{file}: {ast.unparse(call)}"
+            assert file == "training/fitting/import_checkpoint.py", f"{file}: {ast.unparse(call)}"
             assert told.get("weights_only") == "True", f"{file}: {ast.unparse(call)}"
         assert library not in ("np", "numpy") or told.get("allow_pickle") == "False", f"{file}: {ast.unparse(call)}"
 

@@ -28,9 +28,9 @@ from service.contract.bundle import load_bundle
 from service.contract.frames import encode_png, fit_to_input
 from service.contract.heatmaps import overlay
 from service.contract.policy import judge
-from training.compare import Cell, CellPlan, Means, cell_directory, complete, read_cell
+from training.bundling.export import GraphRun
+from training.comparison.compare import Cell, CellPlan, Means, cell_directory, complete, read_cell
 from training.config import load_config
-from training.export import GraphRun
 from training.progress import choose_reporter
 
 _SIDE = 320

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from models import DETECTORS
 from service.contract.frames import encode_png
 from tests.benchmarks import nearest_neighbour_probe
-from training.compare import (
+from training.comparison.compare import (
     Cell,
     CellFailed,
     CellPlan,
@@ -51,11 +51,11 @@ from training.compare import (
     read_cells,
 )
 from training.config import ConfigFault, load_config
-from training.evaluate import to_records
-from training.metrics import image_metrics
-from training.peaks import mask_without_rim
+from training.measuring.evaluate import to_records
+from training.measuring.metrics import image_metrics
+from training.measuring.peaks import mask_without_rim
+from training.measuring.speed import GraphSpeed
 from training.progress import choose_reporter
-from training.speed import GraphSpeed
 
 _HERE = Path(__file__).resolve().parent
 _RESULTS = _HERE / "RESULTS.md"

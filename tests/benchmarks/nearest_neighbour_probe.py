@@ -24,8 +24,8 @@ from torch.nn import functional
 from models.backbones import CnnBackbone, untrained_weights
 from service.contract.frames import FrameLimits, decode_image, fit_to_input
 from service.contract.geometry import plain_input
-from training.metrics import auroc
-from training.weights import resolve_weights
+from training.backbones.weights import resolve_weights
+from training.measuring.metrics import auroc
 
 SIZE = 256
 LAYERS = (2, 3)  # strides 8 and 16

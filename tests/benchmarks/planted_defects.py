@@ -25,16 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from models.blocks.maps import reduce_map, top_fraction_mean
 from service.contract.frames import FrameLimits, decode_image, fit_to_input
 from service.contract.tiling import Run, by_tiles
+from training.bundling.export import DetectorRun
 from training.config import RunConfig, load_config, score_rule_of
 from training.data.detect import read_dataset
 from training.data.loader import FileFrames
 from training.data.samples import Sample
 from training.data.split import split_good
 from training.data.views import views_of
-from training.detectors import choose_device, prepare_detector
-from training.export import DetectorRun
-from training.fit import FitSettings, fit
-from training.metrics import auroc
+from training.fitting.detectors import choose_device, prepare_detector
+from training.fitting.fit import FitSettings, fit
+from training.measuring.metrics import auroc
 from training.progress import SilentReporter
 from training.reproducibility import make_deterministic
 

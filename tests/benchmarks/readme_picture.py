@@ -16,8 +16,8 @@ from service.contract.bundle import load_bundle
 from service.contract.frames import encode_png, fit_to_input
 from service.contract.heatmaps import overlay
 from service.contract.policy import judge
+from training.bundling.export import GraphRun
 from training.config import load_config
-from training.export import GraphRun
 from training.procedural.plates import PLATE_SIDE, draw_plate
 from training.progress import choose_reporter
 from training.run import train

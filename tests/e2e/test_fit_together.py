@@ -17,8 +17,8 @@ import yaml
 from tests.fit_together import IDENTITY, fit_detector, make_drawing_detector, make_mean_detector
 from tests.servers import PATIENCE_S, wait_until
 from tests.tiny_line import TINY_RUN, write_line
-from training.checkpoint import detector_tensors
-from training.fit import CheckpointPlan
+from training.fitting.checkpoint import detector_tensors
+from training.fitting.fit import CheckpointPlan
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,8 +14,8 @@ from tests.factories import make_runner
 from tests.shared_material import require_shared
 from tests.tiny_line import GOOD, write_line
 from training.__main__ import commands
-from training.checkpoint import has_checkpoint
-from training.import_checkpoint import RELEASED_SIDES
+from training.fitting.checkpoint import has_checkpoint
+from training.fitting.import_checkpoint import RELEASED_SIDES
 
 
 def _import(*arguments):

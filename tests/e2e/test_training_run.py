@@ -34,10 +34,10 @@ from tests.tiny_line import (
     write_mvtec_ad2_line,
 )
 from training.__main__ import commands
-from training.checkpoint import CheckpointRefused, has_checkpoint
 from training.config import ConfigFault
 from training.data.split import RecordingOrder
-from training.detectors import prepare_detector, refuse_unseen_defects
+from training.fitting.checkpoint import CheckpointRefused, has_checkpoint
+from training.fitting.detectors import prepare_detector, refuse_unseen_defects
 from training.lines import gather_lines
 from training.progress import SilentReporter
 from training.run import train

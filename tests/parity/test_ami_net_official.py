@@ -39,8 +39,8 @@ from tests.parity.recordings import (
     seed_of,
 )
 from tests.shared_material import require_shared
-from training.import_checkpoint import _AMI_NET_PREFIXES, _translate, import_ami_net
-from training.optimisers import build_optimiser
+from training.fitting.import_checkpoint import _AMI_NET_PREFIXES, _translate, import_ami_net
+from training.fitting.optimisers import build_optimiser
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 EXACT = {"rtol": 0.0, "atol": 0.0}

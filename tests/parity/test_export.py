@@ -19,8 +19,8 @@ from service.contract.graph import opset_of, verify_graph
 from service.contract.policy import Policy, ScoreRule
 from tests.factories import make_frame, make_policy
 from tests.tiny_detectors import TINY, make_detector
+from training.bundling.export import DetectorRun, ExportFailed, GraphRun, check_parity, export_graph
 from training.config import score_rule_of
-from training.export import DetectorRun, ExportFailed, GraphRun, check_parity, export_graph
 
 _CPU = torch.device("cpu")
 _ONLY_LINE = np.zeros(9, np.int64)

@@ -34,8 +34,8 @@ from tests.parity.recordings import (
     seed_of,
 )
 from tests.shared_material import require_shared
-from training.import_checkpoint import import_inp_former
-from training.optimisers import StableAdamW, warmup_cosine
+from training.fitting.import_checkpoint import import_inp_former
+from training.fitting.optimisers import StableAdamW, warmup_cosine
 
 FEATURES = {"rtol": 1e-4, "atol": 1e-4}
 MAPS = {"rtol": 0.0, "atol": 1e-5}

@@ -10,8 +10,8 @@ from torch.nn import functional
 from models.detector import AnomalyOutput
 from service.contract.policy import ScoreRule
 from tests.factories import make_frame, make_graph, make_policy
-from training.export import ExportFailed, GraphRun, export_graph
-from training.precision import JudgedFrames, check_verdicts, layers_of, lower_precision
+from training.bundling.export import ExportFailed, GraphRun, export_graph
+from training.bundling.precision import JudgedFrames, check_verdicts, layers_of, lower_precision
 
 _SIZE = (32, 48)
 _MAXIMUM = ScoreRule(kind="maximum")

@@ -10,7 +10,7 @@ from torch import Tensor
 from models import DETECTORS, build_detector
 from models.detector import AnomalyOutput, Detector, GradientStage, PassStage
 from tests.tiny_detectors import TINY, make_detector
-from training.optimisers import build_optimiser, learning_rate_at
+from training.fitting.optimisers import build_optimiser, learning_rate_at
 
 every_detector = pytest.mark.parametrize("variant", sorted(TINY))
 

@@ -19,8 +19,8 @@ from models.grnr import (
     typical_weights,
 )
 from tests.tiny_detectors import TINY, make_detector
+from training.backbones.weights import resolve_weights
 from training.config import load_config
-from training.weights import resolve_weights
 
 
 class _FilterBank(nn.Module):

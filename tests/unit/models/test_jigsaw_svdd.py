@@ -32,7 +32,7 @@ from models.jigsaw_svdd import (
     nearest_distances,
 )
 from tests.tiny_detectors import TINY
-from training.optimisers import build_optimiser
+from training.fitting.optimisers import build_optimiser
 
 _SIZE = (256, 256)
 # Without a margin, as published, so that what a map is made of can be counted.

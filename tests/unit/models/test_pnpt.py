@@ -15,7 +15,7 @@ from models.blocks.patches import patchify, unpatchify
 from models.detector import LineConditioned, Recipe
 from models.pnpt import UNKNOWN_LINE, Pnpt, PnptConfig, _CrossAttention, _PatchEmbedding
 from tests.tiny_detectors import TINY
-from training.optimisers import build_optimiser, learning_rate_at
+from training.fitting.optimisers import build_optimiser, learning_rate_at
 
 _SIZE = TINY["pnpt"].image_size
 _BRIEF = replace(TINY["pnpt"].recipe, iterations=150)

@@ -23,7 +23,7 @@ from models.rb_ae import (
     structural_similarity,
 )
 from tests.tiny_detectors import TINY
-from training.optimisers import build_optimiser, learning_rate_at
+from training.fitting.optimisers import build_optimiser, learning_rate_at
 
 _SIZE = (64, 64)
 

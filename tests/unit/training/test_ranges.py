@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from models import DETECTORS
-from training.compare import CellPlan, control_of
+from training.comparison.compare import CellPlan, control_of
 from training.config import ConfigFault, load_config
 from training.ranges import find_idle_recipe, find_misfit
 
