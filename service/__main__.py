@@ -186,8 +186,8 @@ def serve(
         from service.errors import StoreUnreachable  # noqa: PLC0415 - see above
         from service.observability.log import log_json_lines  # noqa: PLC0415 - see above
         from service.ports.connections import raise_file_limit  # noqa: PLC0415 - see above
-        from service.ports.protocol import BoundedProtocol  # noqa: PLC0415 - see above
         from service.ports.tls import ServerCertificate, TlsInvalid  # noqa: PLC0415 - see above
+        from service.protocol import BoundedProtocol  # noqa: PLC0415 - see above
 
     try:
         most_connections = settings.connections(raise_file_limit())

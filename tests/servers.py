@@ -28,7 +28,7 @@ from service.app import create_app
 from service.contract.bundle import Bundle
 from service.engines.ort import OrtEngine
 from service.lines.loading import OpenEngine
-from service.ports.protocol import BoundedProtocol
+from service.protocol import BoundedProtocol
 from service.settings import Settings
 from tests.fakes import FakeEngine
 

@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 import typer
 
 from service.heap import imports_stay
-from training.backbones.commands import distill, weights
-from training.comparison.commands import compare
-from training.import_commands import import_checkpoint
-from training.reproduction.commands import reproduce
+from training.commands.backbones import distill, weights
+from training.commands.compare import compare
+from training.commands.import_checkpoint import import_checkpoint
+from training.commands.reproduce import reproduce
 
 commands = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 

@@ -5,13 +5,13 @@ from service.errors import EngineFailed, FlawlineError
 from training.backbones.weight_lock import WeightsRefused
 from training.backbones.weights import WeightsUnavailable
 from training.bundling.export import ExportFailed
-from training.bundling.golden import GoldenFailed
 from training.bundling.store import StoreFailed, StoreRefused
 from training.config import ConfigFault
 from training.data.samples import DatasetFault
 from training.fitting.checkpoint import CheckpointRefused
 from training.fitting.fit import FitFailed
 from training.fitting.peers import PeerLost
+from training.golden import GoldenFailed
 from training.measuring.ranking import ScoreNotFinite
 from training.run import RunNotFitted
 from training.run_directory import RunDirectoryFault

@@ -36,9 +36,7 @@ from service.errors import ParameterInvalid
 from training.backbones.weights import read_weights_option, tell_idle_folder
 from training.bundling.export import GraphRun
 from training.bundling.fitted_frames import read_fitted_frames, those_fitted_on
-from training.bundling.golden import contrast_asked_for
 from training.bundling.store import is_machines_fault
-from training.bundling.zero_shot import Calibration, ZeroShotRequest, make_zero_shot, zero_shot_config
 from training.config import ConfigFault, RunConfig, load_config
 from training.data.check import check_dataset
 from training.data.detect import read_dataset
@@ -49,6 +47,7 @@ from training.fitting.checkpoint import has_checkpoint
 from training.fitting.fit import FitStopped
 from training.fitting.import_checkpoint import keep_released, read_released, tell_softened
 from training.fitting.peers import Peers, meet_peers, process_number, refuse_company
+from training.golden import contrast_asked_for
 from training.measuring.evaluate import Evaluation, ask, evaluate, inspected_share, needs_held_out, to_records
 from training.progress import Reporter, choose_reporter
 from training.recalibrate import (
@@ -71,6 +70,7 @@ from training.run_directory import (
     read_request,
 )
 from training.stops import termination_interrupts
+from training.zero_shot import Calibration, ZeroShotRequest, make_zero_shot, zero_shot_config
 
 Device = Literal["auto", "cpu", "cuda"]
 

@@ -34,7 +34,6 @@ from training.bundling.fitted_frames import (
     remembers_fitted_frames,
     those_fitted_on,
 )
-from training.bundling.golden import GoldenChooser, carry_golden_over, contrast_asked_for, golden_files
 from training.bundling.store import probe_store, publish
 from training.calibrate import (
     Calibrated,
@@ -50,6 +49,7 @@ from training.data.folders import good_samples
 from training.data.passed_over import tell_passed_over
 from training.data.samples import ANOMALOUS, NORMAL, Dataset, DatasetFault, Sample, parts_of, refuse_illegible
 from training.data.split import HoldOut, name_parts
+from training.golden import GoldenChooser, carry_golden_over, contrast_asked_for, golden_files
 from training.measuring.evaluate import Answers, Evaluation, ask, evaluate, inspected_share, to_records
 from training.progress import Reporter
 from training.reporting.report import Fact, LineReport, ReportData, RunFacts, carry_over, collect, render

@@ -35,7 +35,6 @@ from training.bundling.bundles import (
 )
 from training.bundling.export import DetectorRun, GraphRun, check_parity, export_graph
 from training.bundling.fitted_frames import fitted_frames_file
-from training.bundling.golden import GoldenChooser, GoldenFrame, golden_files, plant_defect
 from training.bundling.precision import JudgedFrames, check_verdicts, layers_of, lower_precision
 from training.bundling.store import StoreFailed, StoreRefused, probe_store, publish
 from training.calibrate import calibrate
@@ -56,6 +55,7 @@ from training.fitting.detectors import (
 from training.fitting.fit import CheckpointPlan, FitReport, FitSettings, fit
 from training.fitting.import_checkpoint import adopt_released
 from training.fitting.peers import Alone, Peers
+from training.golden import GoldenChooser, GoldenFrame, golden_files, plant_defect
 from training.lines import GatheredLine, GatheredLines, gather_lines, lines_split_by_names
 from training.measuring.evaluate import ask, evaluate, spread
 from training.measuring.peaks import mask_without_rim

@@ -31,8 +31,8 @@ DOORS = {
     "prometheus_client": ("service/observability/telemetry.py",),
     "fastapi": ("service/app.py", ROUTES),
     "starlette": ("service/app.py", ROUTES),
-    "uvicorn": ("service/__main__.py", "service/ports/protocol.py"),
-    "httptools": ("service/ports/protocol.py",),
+    "uvicorn": ("service/__main__.py", "service/protocol.py"),
+    "httptools": ("service/protocol.py",),
     "httpcore": ("service/bounded_sockets.py",),
     "httpx": ("service/client.py", "training/camera.py"),
     "tenacity": ("service/client.py",),
@@ -49,7 +49,7 @@ ASYNC = (
     "service/pipeline.py",
     "service/scheduling/batcher.py",
     "service/scheduling/decoders.py",
-    "service/ports/protocol.py",
+    "service/protocol.py",
     "service/lines/golden_watch.py",
     "service/shadows.py",
     "service/camera.py",
@@ -62,7 +62,7 @@ ASYNC = (
 # Where the environment may be read.
 ENVIRONMENT = ("service/settings.py", "service/__main__.py", "training/__main__.py")
 
-# Layers of the service, lowest first: a file imports from lower layers, or from its own package.
+# Layers of the service, lowest first: a file imports from lower layers, or from what stands there as one.
 LAYERS = (
     ("service.errors", "service.commands.frame_files", "service.heap", "service.bounded_sockets", "service.threads"),
     ("service.ports.body_budget", "service.ports.connections", "service.contract", "service.scheduling.schedule"),
@@ -99,11 +99,39 @@ LAYERS = (
         "service.app",
         "service.commands.admin",
         "service.commands.engine",
-        "service.ports.protocol",
+        "service.protocol",
         "service.commands.operator",
         "service.commands.settings",
     ),
     ("service.__main__", "service.commands.client"),
+)
+
+# Floors of training, lowest first, by the same rule: a room knows only what stands below it.
+TRAINING_LAYERS = (
+    (
+        "training.backbones",
+        "training.camera",
+        "training.procedural",
+        "training.progress",
+        "training.ranges",
+        "training.reproducibility",
+        "training.stops",
+        "training.whole_files",
+    ),
+    ("training.data",),
+    ("training.config", "training.measuring"),
+    ("training.fitting", "training.calibrate", "training.golden"),
+    ("training.distillation", "training.reporting"),
+    ("training.run_directory",),
+    ("training.lines",),
+    ("training.bundling",),
+    ("training.run", "training.zero_shot", "training.recalibrate"),
+    ("training.demo", "training.faults"),
+    ("training.comparison",),
+    ("training.reproduction",),
+    ("training.jobs",),
+    ("training.commands",),
+    ("training.__main__",),
 )
 
 # What models may use besides torch and numpy: arithmetic and types. Files, clocks, logs and environment stay outside.
@@ -128,8 +156,8 @@ def allowed(file, places):
 
 
 def layer_of(module):
-    """Return the number of a service module's layer."""
-    for number, members in enumerate(LAYERS):
+    """Return the number of the layer of a module of the service or of training."""
+    for number, members in enumerate(LAYERS if belongs(module, "service") else TRAINING_LAYERS):
         if any(belongs(module, member) for member in members):
             return number
     pytest.fail(f"{module} has no layer; add it to LAYERS in tests/architecture/test_imports.py")
@@ -237,18 +265,19 @@ def test_training_when_it_needs_the_service_takes_the_contract_or_asks_as_a_clie
     assert strangers == set()
 
 
-def test_service_when_it_imports_itself_looks_downwards():
+@pytest.mark.parametrize(("package", "layers"), [("service", LAYERS), ("training", TRAINING_LAYERS)])
+def test_package_when_it_imports_itself_looks_downwards(package, layers):
     """Each layer knows only lower ones; brothers in one layer do not know each other."""
     upwards = {
         use
         for use in uses()
-        if use.file.startswith("service/")
-        and belongs(use.module, "service")
-        and use.module != "service"
+        if use.file.startswith(f"{package}/")
+        and belongs(use.module, package)
+        and use.module != package
         and layer_of(use.module) >= layer_of(module_of(use.file))
         and not any(
             belongs(use.module, member) and belongs(module_of(use.file), member)
-            for members in LAYERS
+            for members in layers
             for member in members
         )
     }
@@ -256,9 +285,10 @@ def test_service_when_it_imports_itself_looks_downwards():
     assert upwards == set()
 
 
-def test_service_when_a_module_is_added_has_a_layer():
-    """No module of the service stands outside of the order."""
-    modules = [module_of(file) for file in source_files() if file.startswith("service/") and parse(file).body]
+@pytest.mark.parametrize("package", ["service", "training"])
+def test_module_when_added_has_a_layer(package):
+    """No module stands outside of the order."""
+    modules = [module_of(file) for file in source_files() if file.startswith(f"{package}/") and parse(file).body]
 
     assert all(layer_of(module) >= 0 for module in modules)
 

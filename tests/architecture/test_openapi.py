@@ -9,7 +9,7 @@ import pytest
 
 from service.app import create_admin_app, create_app
 from service.errors import known_codes, meanings
-from service.ports.protocol import MAX_HEAD_BYTES
+from service.protocol import MAX_HEAD_BYTES
 from service.routes.problems import PROBLEMS
 from service.schemas import InspectionAnswer, ProblemDocument
 from service.settings import Settings

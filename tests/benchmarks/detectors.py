@@ -50,11 +50,11 @@ from training.comparison.compare import (
     read_cell,
     read_cells,
 )
+from training.comparison.speed import GraphSpeed
 from training.config import ConfigFault, load_config
 from training.measuring.evaluate import to_records
 from training.measuring.metrics import image_metrics
 from training.measuring.peaks import mask_without_rim
-from training.measuring.speed import GraphSpeed
 from training.progress import choose_reporter
 
 _HERE = Path(__file__).resolve().parent

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from service.ports.protocol import MAX_HEAD_BYTES
+from service.protocol import MAX_HEAD_BYTES
 from tests.factories import encode, make_bundle, make_frame
 from tests.servers import PATIENCE_S, ServerProcess
 

@@ -14,9 +14,9 @@ import pytest
 import trustme
 import uvicorn
 
-from service.ports import protocol
+from service import protocol
 from service.ports.connections import Connections
-from service.ports.protocol import BoundedProtocol
+from service.protocol import BoundedProtocol
 from tests.servers import PATIENCE_S, wait_until
 
 LARGE = 24 * 2**20  # more than the buffers of both systems take

@@ -32,13 +32,13 @@ from service.contract.frames import FrameLimits
 from service.contract.tiling import cut_tiles
 from training.backbones.weights import UNTRAINED, resolve_weights
 from training.calibrate import read_region_of_interest
+from training.comparison.speed import GraphSpeed, measure_speed
 from training.config import RunConfig
 from training.data.check import check_dataset
 from training.data.detect import read_dataset
 from training.data.loader import load_frame
 from training.faults import CALLERS, OURS
 from training.measuring.bootstrap import FEWEST_FRAMES
-from training.measuring.speed import GraphSpeed, measure_speed
 from training.progress import Reporter, SilentReporter
 from training.reporting.report import VerdictRow
 from training.run import FinishedRun, train

@@ -30,10 +30,10 @@ from service.contract.policy import (
     verdict_of,
 )
 from service.contract.regions import Window, draw_outlines, outline_mask
-from training.bundling.golden import GoldenFrame
 from training.calibrate import Calibrated
 from training.data.loader import load_mask
 from training.data.samples import ANOMALOUS, NORMAL, Sample
+from training.golden import GoldenFrame
 from training.measuring.evaluate import Answers, Evaluation, inspected_share, judge_all, to_records, without_test_frames
 from training.measuring.metrics import Curve
 from training.reporting.drawings import draw_histogram, draw_loss, draw_precision_recall, draw_roc

@@ -28,8 +28,8 @@ from training.data.detect import Category, categories, read_dataset
 from training.data.samples import DatasetFault
 from training.faults import CALLERS, OURS
 from training.measuring.evaluate import needs_held_out
-from training.measuring.measure import Equipment, check_line, measure
 from training.progress import PartReporter, Reporter
+from training.reproduction.measure import Equipment, check_line, measure
 from training.reproduction.published import SHOTS, Setting, read_published
 
 _SCHEMA = 2

@@ -14,7 +14,7 @@ from service.contract.policy import policy_digest
 from tests.factories import REFERENCE, encode, make_bundle, make_frame, make_line_record
 from training.__main__ import commands
 from training.bundling.fitted_frames import write_fitted_frames
-from training.bundling.golden import contrast_asked_for
+from training.golden import contrast_asked_for
 
 GOOD = 24
 _MEASURED = MetricRecord(value=0.9, low=0.8, high=0.95)

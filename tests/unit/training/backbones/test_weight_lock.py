@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from models.backbones import EMBEDDED, BackboneUnavailable
 from training.backbones import weight_lock
-from training.backbones.commands import weights as weights_commands
 from training.backbones.weight_lock import (
     LOCK_FILE,
     SHIPPED_FOLDER,
@@ -24,6 +23,7 @@ from training.backbones.weight_lock import (
     verify_folder,
 )
 from training.backbones.weights import resolve_weights
+from training.commands.backbones import weights as weights_commands
 from training.config import RunConfig, load_config
 
 _CONFIGS = Path(weight_lock.__file__).parents[1] / "configs"

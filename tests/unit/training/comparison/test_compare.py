@@ -18,6 +18,7 @@ from service.errors import ParameterInvalid, UnreadableFrame
 from tests.factories import encode, make_frame, make_graph
 from tests.tiny_detectors import TINY
 from tests.tiny_line import DEFECTS, TEST_GOOD, make_config, write_line
+from training.commands.compare_jobs import Wishes, compare_detectors
 from training.comparison.compare import (
     Cell,
     CellFailed,
@@ -34,7 +35,6 @@ from training.comparison.compare import (
     read_cells,
     sources_digest,
 )
-from training.comparison.jobs import Wishes, compare_detectors
 from training.comparison.page import (
     Result,
     Settings,
@@ -45,11 +45,11 @@ from training.comparison.page import (
     stands_above_control,
     table_rows,
 )
+from training.comparison.speed import measure_speed
 from training.config import ConfigFault, RunConfig
 from training.data.samples import DatasetFault
 from training.measuring.metrics import auroc
 from training.measuring.peaks import mask_without_rim
-from training.measuring.speed import measure_speed
 from training.progress import SilentReporter
 
 

@@ -19,14 +19,14 @@ from service.errors import ParameterInvalid
 from tests.shared_material import require_shared
 from tests.tiny_line import DEFECTS, TEST_GOOD, TINY_RUN, make_config, write_line, write_mvtec_ad2_line
 from training.__main__ import commands
+from training.commands.reproduce_jobs import ReproductionWishes, reproduce_paper, split_seeds
 from training.config import RunConfig
 from training.data.benchmarks import BENCHMARKS
 from training.data.detect import Category
 from training.data.samples import DatasetFault
 from training.fitting.fit import FitStopped
-from training.measuring.measure import Equipment
 from training.progress import SilentReporter
-from training.reproduction.jobs import ReproductionWishes, reproduce_paper, split_seeds
+from training.reproduction.measure import Equipment
 from training.reproduction.pages import differences_of_configuration, summarise, to_html, to_markdown
 from training.reproduction.published import PublishedDetector, read_published
 from training.reproduction.reproduce import Cell, CellFailed, Plan, cell_path, plan_lines, read_cell, reproduce
@@ -498,7 +498,7 @@ def test_reproduce_paper_takes_the_batch_of_the_papers_setting(
 ):
     """AMI-Net's batch is another one in each setting, and what somebody sets by hand comes last."""
     asked = []
-    monkeypatch.setattr("training.reproduction.jobs.reproduce", lambda plan, *_: asked.append(plan) or [])
+    monkeypatch.setattr("training.commands.reproduce_jobs.reproduce", lambda plan, *_: asked.append(plan) or [])
     wishes = ReproductionWishes((), "paper", setting, (1,), tmp_path, None, None, "cpu", settings)
 
     reproduce_paper("ami_net", dataset, wishes, None)

@@ -56,13 +56,13 @@ def compare(  # noqa: PLR0917 - typer reads options from a signature; nobody cal
     only that one.
     """
     with imports_stay():
-        from training.comparison import jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
+        from training.commands import compare_jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
         from training.jobs import faults_as_sentences  # noqa: PLC0415 - likewise
 
     named = {"product": product, "seed": seed, "review_rate": review_rate, "fail_rate": fail_rate}
     with faults_as_sentences():
-        jobs.compare_detectors(
-            jobs.Wishes(
+        compare_jobs.compare_detectors(
+            compare_jobs.Wishes(
                 lines=lines,
                 detectors=detectors,
                 config=config,

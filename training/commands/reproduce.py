@@ -42,19 +42,19 @@ def reproduce(  # noqa: PLR0917 - typer reads options from a signature; nobody c
     Every finished model is kept as JSON in the output folder; the same command goes on where it was stopped.
     """
     with imports_stay():
+        from training.commands import reproduce_jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
         from training.jobs import faults_as_sentences  # noqa: PLC0415 - likewise
-        from training.reproduction import jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
 
     changed = [*(settings or []), *([] if backbone is None else [f"backbone={backbone}"])]
     with faults_as_sentences():
-        jobs.reproduce_paper(
+        reproduce_jobs.reproduce_paper(
             detector,
             dataset,
-            jobs.ReproductionWishes(
-                categories=[] if categories is None else jobs.split_names(categories),
+            reproduce_jobs.ReproductionWishes(
+                categories=[] if categories is None else reproduce_jobs.split_names(categories),
                 config=config,
                 setting=setting,
-                seeds=jobs.split_seeds(seeds),
+                seeds=reproduce_jobs.split_seeds(seeds),
                 output=output,
                 layout=layout,
                 weights=weights,

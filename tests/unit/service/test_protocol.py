@@ -7,7 +7,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from service.ports.connections import Connections
-from service.ports.protocol import MAX_HEAD_BYTES, BoundedProtocol
+from service.protocol import MAX_HEAD_BYTES, BoundedProtocol
 from service.routes.context import CONNECTION_EXTENSION
 from tests.fakes import FakeClock, in_loop
 

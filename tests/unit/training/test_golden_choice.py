@@ -19,9 +19,9 @@ from tests.factories import (
     make_runner,
 )
 from tests.tiny_line import write_line
-from training.bundling.golden import GoldenChooser, GoldenFailed, golden_files, plant_defect
 from training.data.detect import read_dataset
 from training.data.samples import Sample
+from training.golden import GoldenChooser, GoldenFailed, golden_files, plant_defect
 from training.measuring.evaluate import ask
 from training.progress import SilentReporter
 

@@ -12,13 +12,13 @@ from service.contract.policy import Verdict, judge
 from service.errors import FrameNotComparable, ParameterInvalid
 from tests.factories import make_bundle, make_input, make_runner
 from tests.tiny_line import TINY_RUN, fit_only, make_config, make_request, write_line
-from training.bundling.zero_shot import ZeroShotRequest, generate_frames, make_zero_shot, zero_shot_config
 from training.config import ConfigFault, RunConfig
 from training.fitting.checkpoint import CheckpointRefused, TrainingState, detector_tensors, save_checkpoint
 from training.fitting.detectors import prepare_detector
 from training.progress import SilentReporter
 from training.recalibrate import read_good_folder, recalibrate
 from training.run_directory import read_request
+from training.zero_shot import ZeroShotRequest, generate_frames, make_zero_shot, zero_shot_config
 
 _TINY_GRNR = RunConfig.model_validate(
     {

@@ -13,8 +13,8 @@ from service.errors import ParameterInvalid
 from training.backbones.weights import UNTRAINED, read_weights_option
 from training.config import load_config
 from training.fitting.fit import FitStopped
-from training.measuring.measure import Equipment
 from training.progress import Reporter, choose_reporter
+from training.reproduction.measure import Equipment
 from training.reproduction.pages import (
     COMPARISON_COLUMNS,
     Reproduction,

@@ -27,11 +27,11 @@ from service.errors import FrameNotComparable
 from training.bundling.bundles import bundle_files, output_of, tell_input, verify_bundle
 from training.bundling.export import DetectorRun, GraphRun, check_parity, export_graph
 from training.bundling.fitted_frames import write_fitted_frames
-from training.bundling.golden import GoldenChooser, GoldenFrame, golden_files, plant_defect
 from training.bundling.store import probe_store, publish
 from training.config import ConfigFault, RunConfig
 from training.fitting.checkpoint import load_checkpoint, restore_detector
 from training.fitting.detectors import PreparedDetector, prepare_detector
+from training.golden import GoldenChooser, GoldenFrame, golden_files, plant_defect
 from training.lines import lines_given_up, refuse_taken_lines
 from training.measuring.evaluate import to_records, without_test_frames
 from training.procedural.textures import draw_texture

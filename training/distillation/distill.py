@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.backbones import EMBEDDED
-from training.backbones.lessons import (
+from training.distillation.lessons import (
     FINISHING,
     HELD_OUT,
     STRIDES,
@@ -36,7 +36,7 @@ from training.backbones.lessons import (
     batches_of,
     prepared_lessons,
 )
-from training.backbones.student import Student, finish, reestimate_batch_norm
+from training.distillation.student import Student, finish, reestimate_batch_norm
 from training.fitting.checkpoint import (
     LossPoint,
     TrainingState,

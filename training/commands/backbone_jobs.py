@@ -1,4 +1,4 @@
-"""What the backbone commands do; see `commands.py`."""
+"""What the backbone commands do; see `backbones.py`."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -8,8 +8,6 @@ import torch
 import typer
 from rich.console import Console
 
-from training.backbones.distill import distil, write_student
-from training.backbones.lessons import DistillConfig, Teacher
 from training.backbones.weight_lock import (
     LOCK_FILE,
     SHIPPED_FOLDER,
@@ -21,6 +19,8 @@ from training.backbones.weight_lock import (
 )
 from training.bundling.store import is_machines_fault
 from training.config import ConfigFault
+from training.distillation.distill import distil, write_student
+from training.distillation.lessons import DistillConfig, Teacher
 from training.fitting.checkpoint import CheckpointRefused
 from training.fitting.peers import refuse_company
 from training.progress import Reporter, choose_reporter

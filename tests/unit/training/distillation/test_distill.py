@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 
 from models.backbones import EMBEDDED, CnnBackbone, untrained_weights
-from training.backbones.distill import distil, distillation_terms, write_student
-from training.backbones.lessons import LAYERS, Classroom, DistillConfig, Teacher, prepared_lessons
-from training.backbones.student import Student, channel_scales, finish, fold_batch_norm, fold_channel_scales
+from training.distillation.distill import distil, distillation_terms, write_student
+from training.distillation.lessons import LAYERS, Classroom, DistillConfig, Teacher, prepared_lessons
+from training.distillation.student import Student, channel_scales, finish, fold_batch_norm, fold_channel_scales
 from training.fitting.checkpoint import CheckpointRefused
 from training.progress import SilentReporter
 

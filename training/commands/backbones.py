@@ -83,6 +83,6 @@ def distill(
 
 def _jobs() -> ModuleType:
     with imports_stay():
-        from training.backbones import jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
+        from training.commands import backbone_jobs  # noqa: PLC0415 - imports torch, which takes seconds that --help must not
 
-    return jobs
+    return backbone_jobs

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones import EMBEDDED, CnnBackbone
-from training.backbones.lessons import LAYERS, sample_positions
+from training.distillation.lessons import LAYERS, sample_positions
 
 
 class Student(nn.Module):
