@@ -207,7 +207,7 @@ class Keyring:
         key = bearer.strip() if scheme.lower() == "bearer" else api_key
         if not key:
             raise NotAuthenticated("Send your key in the header `Authorization: Bearer <key>` or `X-API-Key`.")
-        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+        digest = hashlib.sha256(key.encode()).hexdigest()
         found: KeyEntry | None = None
         for entry in self._entries:  # every entry is compared, so that the time tells nothing
             if hmac.compare_digest(entry.sha256, digest):
@@ -284,7 +284,6 @@ class MountedKeyring:
             self._why_refused = str(error)
         else:
             self._is_in_force = True
-            self._why_refused = None
             self._changed_at = _changed_at(looks)
             _log.info("the changed keys file is in force")
         finally:

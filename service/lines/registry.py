@@ -195,8 +195,6 @@ class Registry(LoadedVersions):
         Neither a frame nor an administrator has to ask: a pod that is not ready gets no frames.
         """
         with self._looking:
-            if self._choices.why_unknown is not None:
-                return
             if not self._has_scanned:
                 loaded = self._load_late() if self._ask_store() else {}
             else:

@@ -264,7 +264,7 @@ class LoadedVersions(ServedLines):
         lines = known if was_live else self._catalogue.lines(*key)
         not_served = tuple(line for line in lines if line not in live and line not in self._taken_out)
         if not self._is_loading:
-            self._late |= set(not_served) - not_live.keys() - (self._wanted or frozenset())
+            self._late |= set(not_served) - not_live.keys()  # those that are wanted by name are known from the start
         if was_live and _may_pass(fault):
             reason = f"The line made room for others and could not come back; it is tried again. {fault.sentence}"
             self._note(key.name, not_served, "unloaded", reason)
@@ -326,10 +326,16 @@ class LoadedVersions(ServedLines):
                     _close(loaded)
 
     def _at_hand(self, key: VersionKey) -> LoadedVersion | None:
-        """Return a version that is in memory, proved once more; None where it has to be loaded."""
+        """Return a version that is in memory, proved once more; None where it has to be loaded.
+
+        Raises:
+            BundleRefused: if it does not hold any more, or another bundle has come to serve one of its lines.
+            EngineFailed: if its engine fails.
+        """
         loaded = self._state.loaded.get(key)
         if loaded is None or not loaded.bundle.batcher.is_healthy:
             return None
+        self._claim(key.name, loaded.bundle.manifest.lines)
         self._loader.prove_again(loaded)
         return loaded
 

@@ -108,6 +108,16 @@ def test_right_when_demanded_then_granted_only_for_line_and_action_of_the_key(li
             caller.demand(action, line)
 
 
+def test_reach_when_asked_for_then_only_a_star_covers_lines_to_come_and_only_keys_with_the_action_allow_it():
+    """What may change any line needs a key for every line, and a port that no key may use is not opened."""
+    one, every = _entry(lines=("cap", "bottle")), _entry("other-key", lines=("*",), actions={"read"})
+    keyring = _keyring(one, every)
+
+    assert not keyring.identify("Bearer press-key", None).covers_every_line
+    assert keyring.identify("Bearer other-key", None).covers_every_line
+    assert [keyring.allows(action) for action in ("inspect", "read", "admin")] == [True, True, False]
+
+
 def test_quota_when_used_up_then_refused_with_the_seconds_until_the_next_frame():
     """The frame after the quota is refused, and knows when one frame will have been refilled."""
     clock = _Clock()
@@ -204,18 +214,21 @@ def _write_keys(file: Path, *entries: KeyEntry) -> None:
     aside.replace(file)
 
 
-def test_keys_file_when_changed_then_new_keys_count_and_old_ones_do_not(tmp_path: Path):
-    """A key is given and taken without a restart, a second later at the latest."""
+def test_keys_file_when_changed_then_new_keys_count_and_old_ones_do_not(tmp_path: Path, caplog):
+    """A key is given and taken without a restart, a second later at the latest; the file is read once for that."""
     file, clock = tmp_path / "keys.json", _Clock()
     _write_keys(file, _entry("old-key"))
     keyring = MountedKeyring(file, clock)
     _write_keys(file, _entry("new-key", name="press 5"))
 
-    clock.now += 1
+    with caplog.at_level("INFO", "flawline"):
+        for _ in range(3):
+            clock.now += 1
+            assert keyring.identify("Bearer new-key", None).name == "press 5"
 
-    assert keyring.identify("Bearer new-key", None).name == "press 5"
     with pytest.raises(NotAuthenticated):
         keyring.identify("Bearer old-key", None)
+    assert [record.message for record in caplog.records] == ["the changed keys file is in force"]
 
 
 def test_keys_file_when_its_link_is_swapped_then_read_again(tmp_path: Path):

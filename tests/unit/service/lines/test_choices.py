@@ -258,6 +258,20 @@ def test_file_when_it_does_not_hold_then_nothing_is_served_and_nothing_is_guesse
     assert live_version(plant.start()) == "1"
 
 
+def test_file_when_it_does_not_hold_and_the_store_was_away_then_the_lines_say_so_once_it_is_back(plant):
+    """What keeps a line down is told as it is now, and not what kept it down before."""
+    plant.start().roll_back("demo_line")
+    plant.file.write_bytes(b"")
+    away = plant.store.rename(plant.store.with_name("away"))
+    again = plant.start()
+    away.rename(plant.store)
+
+    again.try_again()
+
+    assert again.status("demo_line").state == "refused"
+    assert "put it back from a copy" in again.status("demo_line").reason
+
+
 def test_file_when_it_can_not_be_written_then_the_choice_counts_is_told_and_is_written_with_the_next(plant):
     """A full disk keeps nobody from stepping back; that it would be forgotten is said."""
     registry = plant.start()
@@ -281,15 +295,17 @@ def test_choices_when_others_changed_the_file_then_a_change_is_made_to_what_it_h
 
     one.choose_version("cap", "1", {"10", "9"})
     two.unload("bottle")
+    two.unload("jar")
     one.unload("bottle")
     two.load("bottle")
     two.choose_policy("cap", "cap", "1", "strict")
+    one.choose_policy("cap", "cap", "2", "lax")
 
     third = Choices(tmp_path)
     third.recall()
     assert third.chosen.versions["cap"].held_back == ("9", "10")
-    assert third.chosen.unloaded == ()
-    assert third.policy_of("cap", "cap", "1") == "strict"
+    assert third.chosen.unloaded == ("jar",)
+    assert [third.policy_of("cap", "cap", version) for version in ("1", "2")] == ["strict", "lax"]
     assert {file.name for file in tmp_path.iterdir()} == {CHOICES_FILE, LOCK_FILE}
 
 
@@ -403,6 +419,22 @@ def test_start_when_a_newer_version_does_not_hold_then_the_one_that_was_live_bef
     assert told["2"] == ("live", None)
 
 
+def test_start_when_a_version_was_stepped_back_from_and_is_wanted_again_then_it_is_held_back_no_more(plant):
+    """The last word counts: what somebody activated by name serves again after a restart, whatever came since."""
+    running = plant.start()
+    running.roll_back("demo_line")
+    running.activate("demo_line", "2")
+    told = [one.version for one in running.versions("demo_line") if one.is_held_back]
+    plant.add("3")
+    _spoil(plant, "3")
+    running.rescan()
+
+    again = plant.start()
+
+    assert told == []
+    assert live_version(again) == "2"
+
+
 def test_start_when_nobody_knows_what_was_live_then_a_version_that_does_not_hold_is_not_replaced(plant):
     """An older version that perhaps nobody ever wanted must not judge; nor one that somebody stepped back from."""
     _spoil(plant, "2")
@@ -460,9 +492,10 @@ def test_last_live_when_its_file_does_not_hold_then_nothing_is_known_and_it_is_w
 
     assert registry.is_ready
     assert "which versions were live last is not known" in caplog.text
+    LastLive(plant.state).note("other_line", "1")
     again = LastLive(plant.state)
     again.recall()
-    assert again.versions == {"demo_line": "2"}
+    assert again.versions == {"demo_line": "2", "other_line": "1"}
 
 
 def test_last_live_when_it_can_not_be_written_then_lines_serve_all_the_same(plant, caplog):
@@ -473,3 +506,4 @@ def test_last_live_when_it_can_not_be_written_then_lines_serve_all_the_same(plan
 
     assert registry.is_ready
     assert "which version is live can't be kept" in caplog.text
+    assert {file.name for file in plant.state.iterdir()} == {LAST_LIVE_FILE, LOCK_FILE}

@@ -57,6 +57,8 @@ def test_sizes_when_an_engine_was_loaded_then_it_takes_what_was_seen_and_others_
     assert sizes.expect("known", 10) == 80
     assert sizes.expect("new", 100) == 800
     assert sizes.expect(None, 100) == 800
+    sizes.learn("known", 10, 1, -150)
+    assert sizes.expect("new", 100) == 100  # what others gave back meanwhile makes no file smaller
 
 
 def test_sizes_when_frames_come_and_go_meanwhile_then_loads_are_averaged_and_never_below_the_promise():

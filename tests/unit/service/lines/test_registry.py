@@ -368,6 +368,26 @@ def test_load_when_engine_can_not_be_opened_then_line_is_refused(shelf, error):
     assert states(registry) == {"demo_line": "refused"}
 
 
+def test_load_when_it_ends_early_then_the_service_is_not_ready_though_lines_serve(shelf):
+    """Lines that nobody has tried to load are missed, whatever kept the thread from getting to them."""
+    for name in ("cap", "plate"):
+        make_bundle(shelf.path, name)
+    registry = shelf.open()
+    looks = registry._catalogue.looks
+
+    def fail(name, version):
+        if name == "plate":
+            raise ValueError
+        return looks(name, version)
+
+    registry._catalogue.looks = fail
+
+    registry.load()
+
+    assert registry.find("cap", None, None).line.name == "cap"
+    assert not registry.is_ready
+
+
 def test_load_when_two_bundles_claim_a_line_then_the_second_is_refused(shelf):
     """A line is served by one bundle, and nobody guesses which."""
     make_bundle(shelf.path, "first", lines=("shared",))

@@ -12,6 +12,7 @@ import pytest
 from service.engines.ort import OrtEngine
 from service.errors import (
     BundleRefused,
+    EngineFailed,
     LineLoading,
     LineNotCalibrated,
     LineNotReady,
@@ -166,13 +167,14 @@ def test_rescan_when_a_version_is_loaded_beside_frames_then_it_stands_back_behin
     opened, ran, own = [], [], _priority()
     shelf.before_open = lambda _bundle: opened.append(_priority() - own)
     shelf.on_run = lambda: ran.append((_priority() - own, shelf.registry._loader._running.count))
+    shelf.add("1", "other_line")
     registry = shelf.load()
     at_the_start, ran[:] = set(ran), []
     shelf.add("2")
 
     registry.rescan()
 
-    assert opened == [5, 5]  # what a runtime's own threads inherit
+    assert opened == [5, 5, 5]  # what a runtime's own threads inherit
     assert at_the_start == {(5, 0)}
     assert set(ran) == {(10, 1)}
 
@@ -244,6 +246,23 @@ def test_rescan_when_a_refused_version_is_as_it_was_then_it_is_not_tried_again_u
     assert whole.activated == (("demo_line", "2"),)
 
 
+def test_rescan_when_a_version_changes_while_it_is_tried_then_it_is_tried_again(shelf):
+    """What was refused is what lay there when it was read, not what its publisher has written since."""
+    registry = shelf.load()
+    folder = shelf.add("2")
+
+    def be_mended(_bundle):
+        os.utime(folder / "report.html")
+        raise BundleRefused("Half of it was there.")
+
+    shelf.before_open = be_mended
+    refused = registry.rescan().refused
+    shelf.before_open = lambda _bundle: None
+
+    assert list(refused) == [("demo_line", "2")]
+    assert registry.rescan().activated == (("demo_line", "2"),)
+
+
 def test_rescan_when_a_new_line_is_refused_then_the_others_stay_ready(shelf):
     """A broken bundle that comes while others are served takes no pod down, and is listed with its reason."""
     registry = shelf.load()
@@ -304,7 +323,7 @@ def test_rescan_when_the_store_can_not_be_asked_then_says_so_and_goes_on(shelf):
     assert "flawline_store_reachable 1.0" in shelf.metrics()
 
 
-def test_rescan_when_the_directory_is_away_then_what_is_loaded_stays_ready_and_each_miss_is_counted(shelf):
+def test_rescan_when_the_directory_is_away_then_what_is_loaded_stays_ready_and_each_miss_is_counted(shelf, caplog):
     """A volume that is away takes no pod out of service that judges; what was hidden meanwhile comes with it."""
     registry = shelf.load()
     away = shelf.path.rename(shelf.path.with_name("away"))
@@ -319,6 +338,7 @@ def test_rescan_when_the_directory_is_away_then_what_is_loaded_stays_ready_and_e
 
     assert (registry.is_ready, shelf.serving()) == (True, "1")
     assert "flawline_store_unreachable_total 4.0" in shelf.metrics()  # the others ask as well
+    assert [record.message for record in caplog.records].count("the store can't be asked") == 1
     away.rename(shelf.path)
     shelf.add("2")
     assert registry.rescan().activated == (("demo_line", "2"),)
@@ -359,6 +379,23 @@ def test_rescan_when_the_store_was_away_at_the_start_then_all_its_lines_are_miss
     assert at_first == "The store can't be read: No such file or directory."
     assert (found.activated, tuple(found.refused)) == ((("demo_line", "1"),), (("broken_line", "1"),))
     assert (shelf.serving(), registry.is_ready) == ("1", False)
+
+
+def test_ready_when_the_store_was_away_at_the_start_and_one_version_was_activated_then_not_before_all_were_looked_for(
+    shelf,
+):
+    """What serves says nothing of lines that nobody has looked for yet."""
+    shelf.add("1", "other_line")
+    away = shelf.path.rename(shelf.path.with_name("away"))
+    registry = shelf.load()
+    away.rename(shelf.path)
+
+    registry.activate("demo_line", "1")
+    at_first = (shelf.serving(), registry.is_ready)
+    registry.try_again()
+
+    assert at_first == ("1", False)
+    assert (shelf.serving("other_line"), registry.is_ready) == ("1", True)
 
 
 def test_roll_back_when_asked_then_the_version_before_is_live_without_being_loaded(shelf):
@@ -429,6 +466,59 @@ def test_roll_back_when_the_version_before_is_spoilt_then_nothing_changes(shelf)
         registry.roll_back("demo_line")
     assert shelf.serving() == "2"
     assert registry.is_ready
+    assert shelf.states() == {"1": "refused", "2": "live"}
+
+
+def test_roll_back_when_the_version_in_memory_answers_no_more_then_nothing_changes(shelf):
+    """What was proved when it was loaded is proved again before it serves once more."""
+    registry = shelf.load()
+    shelf.add("2")
+    registry.rescan()
+
+    def fail():
+        raise EngineFailed("The device does not answer.")
+
+    shelf.on_run = fail
+
+    with pytest.raises(EngineFailed):
+        registry.roll_back("demo_line")
+    assert shelf.states() == {"1": "kept", "2": "live"}
+
+
+def test_roll_back_when_another_bundle_serves_one_of_its_lines_by_now_then_is_refused(tmp_path):
+    """No line changes its bundle unasked, whether the version to go back to is in memory or not."""
+    shelf = Shelf(tmp_path)
+    shelf.add("1", "pair", lines=("left", "right"))
+    registry = shelf.load()
+    shelf.add("2", "pair", lines=("left",))
+    registry.rescan()
+    shelf.add("1", "right")
+    registry.rescan()
+
+    with pytest.raises(BundleRefused, match="right serves right already"):
+        registry.roll_back("pair")
+
+    assert registry.status("right").bundle == "right"
+    assert shelf.serving("left") == "2"
+    registry.close()
+
+
+def test_rescan_when_a_line_comes_to_be_served_by_another_bundle_meanwhile_then_the_new_one_is_refused(tmp_path):
+    """Who goes back while a bundle loads decides, and what was loaded for nothing gives its memory back."""
+    shelf = Shelf(tmp_path)
+    shelf.add("1", "pair", lines=("left", "right"))
+    registry = shelf.load()
+    shelf.add("2", "pair", lines=("left",))
+    registry.rescan()
+    shelf.add("1", "right")
+    shelf.before_open = lambda _bundle: registry.roll_back("pair")
+
+    found = registry.rescan()
+
+    assert found.refused == {("right", "1"): "pair serves right already; remove one."}
+    assert registry.status("right").bundle == "pair"
+    assert [engine.is_closed for engine in shelf.engines] == [False, False, True]
+    registry.close()
 
 
 def test_activate_when_an_older_version_is_named_then_it_stays_live(shelf):
@@ -466,6 +556,26 @@ async def test_swap_when_a_frame_is_under_way_then_its_engine_is_closed_only_aft
     assert (shelf.serving(), shelf.engines[0].is_closed, shelf.engines[1].is_closed) == ("2", True, False)
     with pytest.raises(UnknownVersion):
         registry.serving("demo_line", "1")
+    registry.close()
+
+
+@in_loop
+async def test_drain_when_a_frame_is_on_a_replaced_version_then_waits_for_its_answer(tmp_path):
+    """A stop that comes just behind a swap loses no frame of the version before."""
+    shelf = Shelf(tmp_path)
+    shelf.add("1")
+    registry = shelf.load(keeps_previous=False)
+    old = registry.serving("demo_line", None).bundle.batcher
+    shelf.add("2")
+
+    with old.place(time.monotonic() + 20, line="demo_line"):
+        registry.rescan()
+        draining = asyncio.create_task(registry.drain())
+        await asyncio.sleep(0)
+        waits = not draining.done()
+
+    await draining
+    assert waits
     registry.close()
 
 
@@ -530,6 +640,9 @@ def test_shadow_when_on_then_loaded_beside_and_answers_nobody_by_itself(shelf):
     registry.activate("demo_line", "2")
     assert len(shelf.engines) == opened
     assert registry.shadow_of("demo_line", "2", "1") is None
+    shelf.add("3")
+    registry.rescan()
+    assert registry.shadow_of("demo_line", "3", "1") is None
 
 
 def test_shadow_when_off_then_its_engine_is_closed(shelf):
@@ -537,12 +650,31 @@ def test_shadow_when_off_then_its_engine_is_closed(shelf):
     registry = shelf.load(activates_newest=False)
     shelf.add("2")
     registry.start_shadow("demo_line", "2")
+    registry.tend()
+    assert (shelf.states(), shelf.engines[1].is_closed) == ({"1": "live", "2": "shadow"}, False)
 
     registry.stop_shadow("demo_line")
     registry.tend()
 
     assert shelf.states() == {"1": "live", "2": "stored"}
     assert [engine.is_closed for engine in shelf.engines] == [False, True]
+
+
+def test_shadow_when_another_one_is_tried_or_the_line_is_unloaded_then_it_is_closed_and_looks_no_more(shelf):
+    """One candidate looks on at a time, and none at a line that is out of service."""
+    registry = shelf.load(activates_newest=False)
+    for version in ("2", "3"):
+        shelf.add(version)
+        registry.start_shadow("demo_line", version)
+    registry.tend()
+    assert [engine.is_closed for engine in shelf.engines] == [False, True, False]
+
+    registry.unload_line("demo_line")
+    registry.load_line("demo_line")
+    registry.tend()
+
+    assert [engine.is_closed for engine in shelf.engines] == [True, True, True, False]
+    assert registry.shadow_of("demo_line", "1", "1") is None
 
 
 def test_shadow_when_it_is_not_calibrated_then_refused_and_not_kept(shelf):
@@ -570,6 +702,7 @@ def test_memory_when_the_budget_is_full_then_the_line_not_asked_for_makes_room_a
     states = {status.line: status.state for status in registry.statuses()}
     assert states == {"one": "unloaded", "three": "ready", "two": "ready"}
     assert registry.is_ready
+    registry.serving("two", None)
     with pytest.raises(LineLoading) as refused:
         registry.serving("one", None)
     assert refused.value.retry_after_s >= 1
@@ -579,7 +712,35 @@ def test_memory_when_the_budget_is_full_then_the_line_not_asked_for_makes_room_a
     assert sum(not engine.is_closed for engine in shelf.engines) == 2
     assert sum(status.state == "ready" for status in registry.statuses()) == 2
     assert "flawline_engine_unloads_total" in shelf.metrics()
+    shelf.want("three")  # the line that has just come stays until its frame is here again
+    assert shelf.line_states() == {"one": "ready", "three": "ready", "two": "unloaded"}
     registry.close()
+
+
+def test_memory_when_a_new_version_of_a_line_has_no_room_beside_the_live_one_then_that_one_stays(shelf):
+    """A line is never out of service for the sake of its own next version."""
+    shelf.sizes = {"demo_line": 100}
+    registry = shelf.load(budget_bytes=150)
+    shelf.add("2")
+
+    (reason,) = registry.rescan().refused.values()
+
+    assert "FLAWLINE_MEMORY_BUDGET_BYTES" in reason
+    assert (shelf.serving(), registry.is_ready) == ("1", True)
+
+
+def test_memory_when_a_shadow_makes_room_then_it_looks_at_no_frame_any_more(shelf):
+    """Who serves nobody leaves first, and is not shown what its closed engine could not look at."""
+    shelf.sizes = {"demo_line": 100, "other_line": 100}
+    registry = shelf.load(budget_bytes=250, activates_newest=False)
+    shelf.add("2")
+    registry.start_shadow("demo_line", "2")
+    shelf.add("1", "other_line")
+
+    registry.rescan()
+
+    assert shelf.line_states() == {"demo_line": "ready", "other_line": "ready"}
+    assert registry.shadow_of("demo_line", "1", "1") is None
 
 
 def test_memory_when_loading_takes_more_than_is_promised_then_that_counts(tmp_path, monkeypatch):
@@ -777,6 +938,24 @@ def test_memory_when_a_line_can_not_be_read_on_its_way_back_then_nothing_makes_r
     assert (crowded.serving("cap"), registry.is_ready) == ("1", True)
 
 
+def test_memory_when_the_store_is_away_and_a_bundle_of_several_lines_is_wanted_then_each_of_them_says_so(tmp_path):
+    """Which lines a bundle serves is known from when it served them, though its manifest can't be read now."""
+    shelf = Shelf(tmp_path / "store")
+    shelf.sizes = {"pair": 100, "plate": 100}
+    shelf.add("1", "pair", lines=("left", "right"))
+    shelf.add("1", "plate")
+    registry = shelf.load(budget_bytes=150)
+    _hide_store(shelf)
+
+    with pytest.raises(LineLoading):
+        registry.serving("left", None)
+    wait_until(lambda: "pair" not in registry._asked_again, "the load")
+
+    assert shelf.line_states() == {"left": "unloaded", "plate": "ready", "right": "unloaded"}
+    assert "could not come back" in registry.status("right").reason
+    registry.close()
+
+
 def test_memory_when_no_engine_can_be_opened_then_the_pod_is_not_ready_until_one_can_and_no_frame_is_needed(crowded):
     """A pod that could not answer any line gets no frames, so that it has to try by itself; later and later."""
 
@@ -800,6 +979,35 @@ def test_memory_when_no_engine_can_be_opened_then_the_pod_is_not_ready_until_one
     assert all_failed == ({"cap": "unloaded", "plate": "unloaded"}, False)
     assert len(crowded.engines) > tries
     assert crowded.registry.is_ready
+
+
+def test_memory_when_a_line_comes_back_then_its_camera_is_told_to_wait_as_long_as_the_last_load_took(crowded):
+    """A camera that asks again too soon asks in vain, and one that waits too long has parts without a verdict."""
+
+    def take_seven_seconds(_bundle):
+        crowded.now += 7
+
+    crowded.before_open = take_seven_seconds
+    crowded.want("cap")
+    crowded.want("plate")
+
+    assert crowded.want("cap").retry_after_s == pytest.approx(7, abs=0.01)
+
+
+def test_memory_when_no_thread_can_be_begun_for_a_line_then_the_next_frame_asks_again(crowded, monkeypatch):
+    """A machine that was full for a moment keeps no line away for good."""
+
+    def fail(_thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", fail)
+        with pytest.raises(LineLoading):
+            crowded.registry.serving("cap", None)
+
+    crowded.want("cap")
+
+    assert crowded.serving("cap") == "1"
 
 
 def test_memory_when_a_waiting_line_gets_a_newer_version_that_is_refused_then_it_comes_back_as_it_was(crowded):
@@ -831,6 +1039,9 @@ def test_memory_when_a_line_does_not_hold_on_its_way_back_then_it_is_refused_unt
     assert refused == ({"cap": "refused", "plate": "ready"}, False)
     assert 'flawline_versions_refused_total{engine="cap"} 1.0' in tried
     assert (crowded.serving("cap"), crowded.registry.is_ready) == ("1", True)
+    crowded.want("plate")
+    crowded.registry.try_again()  # what holds again is no fault any more, and waits for its frame
+    assert crowded.line_states() == {"cap": "unloaded", "plate": "ready"}
 
 
 @pytest.mark.parametrize(
@@ -875,6 +1086,47 @@ def test_load_when_the_machine_is_at_fault_then_it_is_said_and_counted_and_tried
     assert (left_alone, registry.is_ready) == (False, True)
 
 
+def test_load_when_the_machine_stays_at_fault_then_each_pause_is_twice_the_one_before(shelf):
+    """A pod that can't load reads its store seldom, not every second; a changed version begins anew."""
+    tries = []
+
+    def fail(_bundle):
+        tries.append(round(shelf.now))
+        raise MemoryError
+
+    shelf.before_open, shelf.now = fail, 0.0
+    registry = shelf.load()
+    for second in range(1, 18):
+        shelf.now = 1.001 * second
+        registry.try_again()
+    os.utime(shelf.path / "demo_line" / "1" / "model.onnx")
+    for second in (18, 19):
+        shelf.now = 1.001 * second
+        registry.rescan()
+
+    assert tries == [0, 1, 3, 7, 15, 18, 19]
+
+
+def test_load_when_the_machine_never_can_load_the_newest_version_then_the_one_before_serves_in_the_end(shelf):
+    """A restart with a version that is too large here goes on with what was live, once it has tried for long."""
+    shelf.load(state_directory=shelf.path.parent).close()
+    shelf.add("2")
+
+    def fail(bundle):
+        if bundle.manifest.version == "2":
+            raise MemoryError
+
+    shelf.before_open, shelf.now = fail, 1000.0
+    registry = shelf.load(state_directory=shelf.path.parent)
+    at_first = registry.is_ready
+    for _ in range(10):
+        shelf.now += 300
+        registry.try_again()
+
+    assert not at_first
+    assert (shelf.serving(), registry.is_ready) == ("1", True)
+
+
 def test_memory_when_lines_are_pinned_then_they_stay_and_what_does_not_fit_is_refused(tmp_path):
     """A pinned line is never unloaded; one that can't fit beside it says what to change."""
     shelf = Shelf(tmp_path)
@@ -885,6 +1137,7 @@ def test_memory_when_lines_are_pinned_then_they_stay_and_what_does_not_fit_is_re
 
     assert registry.status("kept").state == "ready"
     assert "FLAWLINE_MEMORY_BUDGET_BYTES" in registry.status("large").reason
+    assert [engine.is_closed for engine in shelf.engines] == [False, True]
     registry.close()
 
 
@@ -899,7 +1152,9 @@ def test_unload_when_asked_then_the_line_answers_nobody_until_it_is_loaded_again
 
     with pytest.raises(LineNotReady, match="unloaded"):
         registry.serving("left", None)
-    assert shelf.serving("right") == "1"
+    with pytest.raises(LineNotReady, match="unloaded"):
+        registry.activate_policy("left", "1")
+    assert (shelf.serving("right"), registry.status("left").state) == ("1", "unloaded")
     registry.unload_line("right")
     registry.tend()
     assert shelf.engines[0].is_closed
@@ -908,6 +1163,30 @@ def test_unload_when_asked_then_the_line_answers_nobody_until_it_is_loaded_again
     assert (shelf.serving("left"), registry.status("right").state) == ("1", "unloaded")
     with pytest.raises(UnknownLine):
         registry.load_line("nobody")
+    registry.close()
+
+
+def test_unload_when_the_other_line_of_its_bundle_is_refused_for_a_while_then_it_stays_unloaded(tmp_path):
+    """What an administrator took out is not missed, whatever becomes of what would serve it."""
+    shelf = Shelf(tmp_path / "store")
+    shelf.now = 1000.0
+    shelf.sizes = {"pair": 100, "plate": 100}
+    model = shelf.add("1", "pair", lines=("left", "right")) / "model.onnx"
+    shelf.add("1", "plate")
+    registry = shelf.load(budget_bytes=150)
+    registry.unload_line("left")
+    held = model.read_bytes()
+    model.write_bytes(make_graph(reference=0.5))
+    with pytest.raises(LineLoading):
+        registry.serving("right", None)
+    wait_until(lambda: "pair" not in registry._asked_again, "the load")
+    at_first = shelf.line_states()
+    model.write_bytes(held)
+
+    registry.try_again()
+
+    assert at_first == {"left": "unloaded", "plate": "ready", "right": "refused"}
+    assert (shelf.line_states()["left"], shelf.serving("right"), registry.is_ready) == ("unloaded", "1", True)
     registry.close()
 
 
@@ -1002,6 +1281,19 @@ def test_ready_when_a_line_that_came_late_was_served_and_is_refused_then_not(tmp
     registry.close()
 
 
+def test_load_line_when_the_newest_version_has_come_to_serve_it_then_takes_that(tmp_path):
+    """A line that nobody has looked for yet is found where it is served by now."""
+    shelf = Shelf(tmp_path)
+    shelf.add("1", "pair", lines=("left",))
+    registry = shelf.load()
+    shelf.add("2", "pair", lines=("left", "right"))
+
+    registry.load_line("right")
+
+    assert (shelf.serving("left"), shelf.serving("right")) == ("2", "2")
+    registry.close()
+
+
 def test_load_line_when_a_newer_version_lies_there_then_takes_it(shelf):
     """Loading a line that is served asks the store for what is new."""
     registry = shelf.load()
@@ -1013,6 +1305,18 @@ def test_load_line_when_a_newer_version_lies_there_then_takes_it(shelf):
     assert registry.lines_of("demo_line") == ("demo_line",)
     with pytest.raises(UnknownBundle):
         registry.lines_of("nobody")
+
+
+def test_load_line_when_a_still_newer_version_comes_while_one_is_loaded_then_takes_that_and_closes_the_other(shelf):
+    """What was opened and is not wanted any more gives its memory back."""
+    registry = shelf.load()
+    shelf.add("2")
+    shelf.before_open = lambda bundle: bundle.manifest.version == "2" and shelf.add("3")
+
+    registry.load_line("demo_line")
+
+    assert shelf.serving() == "3"
+    assert [(engine.version, engine.is_closed) for engine in shelf.engines] == [("1", False), ("2", True), ("3", False)]
 
 
 @in_loop
@@ -1027,6 +1331,8 @@ async def test_distrust_when_an_engine_says_other_things_then_the_line_is_unheal
     assert (registry.is_ready, registry.is_lost) == (False, False)
     await asyncio.to_thread(registry.activate, "demo_line", "1")
     assert registry.is_ready
+    registry.tend()
+    assert [engine.is_closed for engine in shelf.engines] == [True, False]
     registry.close()
 
 
@@ -1124,6 +1430,7 @@ def test_policy_when_its_file_is_gone_then_it_is_withdrawn_from_every_version_in
     file = shelf.add_policy("night", shelf.network(), fail_threshold=0.9)
     registry = shelf.load()
     registry.activate("demo_line", "1")
+    registry.start_shadow("demo_line", "2")
     file.unlink()
 
     found = registry.rescan()
@@ -1134,8 +1441,11 @@ def test_policy_when_its_file_is_gone_then_it_is_withdrawn_from_every_version_in
     for version in ("1", "2"):
         with pytest.raises(UnknownPolicy):
             registry.find("demo_line", version, "night")
+    assert set(registry.shadow_of("demo_line", "1", "1")[1].policies) == {"1"}
     shelf.add_policy("night", shelf.network(), fail_threshold=0.9)
     assert registry.rescan().policies == (("demo_line", "night"),)
+    file.write_text("half of it")
+    assert registry.rescan().withdrawn == ()  # what came back goes on like any other
 
 
 def test_policy_when_the_one_that_judges_is_gone_then_its_line_gives_no_verdict_by_another(shelf):
@@ -1176,6 +1486,18 @@ def test_policy_when_the_one_that_was_chosen_for_a_kept_version_is_gone_then_tha
     assert registry.find("demo_line", "1", "1").policy.policy.version == "1"
     with pytest.raises(LineNotCalibrated):
         registry.start_shadow("demo_line", "1")
+
+
+def test_policy_when_a_file_has_the_version_of_the_bundles_own_then_that_one_may_be_chosen_all_the_same(shelf):
+    """The way back to the bundle's own policy is not barred by a file that was named like it."""
+    shelf.add_policy("1", shelf.network(), fail_threshold=9.0)
+    shelf.add_policy("strict", fail_threshold=0.15)
+    registry = shelf.load()
+    registry.activate_policy("demo_line", "strict")
+
+    registry.activate_policy("demo_line", "1")
+
+    assert registry.find("demo_line", None, None).policy.policy.fail_threshold == 0.2
 
 
 def test_policy_when_nothing_lies_in_the_store_then_it_is_not_taken_for_removed(shelf):

@@ -37,7 +37,7 @@ def in_turn(clock, wait_s):
     return timed
 
 
-def trial_of(*, took_s, took_alone_s, held_up_s=(), other_bits=False, wait_s=0.0):
+def trial_of(*, took_s, took_alone_s, held_up_s=(), other_bits=None, wait_s=0.0):
     """Return the trial of an engine both of whose ways take so many seconds."""
     clock, engine, wide = Clock(), FakeEngine(), FakeEngine()
     held_up = iter(held_up_s)
@@ -48,7 +48,9 @@ def trial_of(*, took_s, took_alone_s, held_up_s=(), other_bits=False, wait_s=0.0
     def alone(frames):
         clock.now += took_alone_s + next(held_up, 0.0)
         output = grey_level(frames)
-        return output._replace(scores=np.nextafter(output.scores, np.float32(1))) if other_bits else output
+        if other_bits is None:
+            return output
+        return output._replace(**{other_bits: np.nextafter(getattr(output, other_bits), np.float32(1))})
 
     engine.on_run, wide.on_run = ordinary, alone
     engine.alone = LoneRun(wide.run, 2.0)
@@ -84,6 +86,20 @@ def test_warm_up_when_runs_themselves_take_too_long_then_larger_sizes_are_given_
     assert engine.batches == [1, 1, 1, 2, 2, 2]
 
 
+def test_warm_up_when_the_first_run_of_a_size_is_slow_then_the_quickest_is_learned():
+    """What a size allocates once would refuse frames that can well be in time."""
+    clock, engine, took_s = Clock(), FakeEngine(), iter([9.0, 0.5, 0.25, 8.0, 1.0, 2.0])
+
+    def take_its_time(_):
+        clock.now += next(took_s)
+
+    engine.on_run = take_its_time
+
+    run_times = warm_up(engine, make_manifest(), 2, 100.0, at_once(clock))
+
+    assert (run_times.of(1), run_times.of(2)) == (0.25, 1.0)
+
+
 def test_winner_when_lone_way_is_quicker_and_equal_then_is_taken():
     """It answers as the ordinary way does, and is offered from then on."""
     trial, engine = trial_of(took_s=2.0, took_alone_s=1.0)
@@ -95,12 +111,34 @@ def test_winner_when_lone_way_is_quicker_and_equal_then_is_taken():
 
 
 @pytest.mark.parametrize(
-    "trouble", [{"took_s": 1.0, "took_alone_s": 1.0}, {"took_s": 2.0, "took_alone_s": 1.0, "other_bits": True}]
+    "trouble",
+    [
+        {"took_s": 1.0, "took_alone_s": 1.0},
+        {"took_s": 2.0, "took_alone_s": 1.0, "other_bits": "scores"},
+        {"took_s": 2.0, "took_alone_s": 1.0, "other_bits": "anomaly_maps"},
+    ],
 )
 def test_winner_when_lone_way_is_slow_or_differs_in_one_bit_then_is_not_taken(trouble):
     """A score that depends on what else goes on can't be told to anybody who asks why."""
     trial, _ = trial_of(**trouble)
 
+    trial.run(FRAMES, LINE_INDEX)
+
+    assert trial.winner() is None
+
+
+def test_winner_when_lone_way_differs_on_some_golden_frames_then_is_not_taken():
+    """One frame that it sees otherwise is enough, whatever it says of those that come after it."""
+    trial, engine = trial_of(took_s=2.0, took_alone_s=1.0)
+    quick = engine.alone
+
+    def alone(frames, line_index):
+        output = quick.run(frames, line_index)
+        return output if len(frames) == 2 else output._replace(scores=output.scores + np.float32(1))
+
+    engine.alone = LoneRun(alone, 2.0)
+
+    trial.run(FRAMES[:1], LINE_INDEX[:1])
     trial.run(FRAMES, LINE_INDEX)
 
     assert trial.winner() is None

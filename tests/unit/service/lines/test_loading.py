@@ -1,0 +1,113 @@
+"""Promises of loading one version: every line of it is proved, every runner is warm, and nothing is kept twice."""
+
+import gc
+import time
+import weakref
+
+import pytest
+
+from service.engines.ort import OrtEngine
+from service.errors import BundleRefused
+from service.lines.loading import BatcherOptions, Loader
+from service.observability.telemetry import Telemetry
+from tests.factories import make_bundle
+
+LINES = ("left", "middle", "right")
+
+
+class Told(OrtEngine):
+    """A real engine that notes its runs, and may see one line otherwise than it was validated.
+
+    Attributes:
+        runs: frames, and the line of the first one, of each run.
+        spoilt: index of that line; None for none.
+    """
+
+    def __init__(self, bundle):
+        super().__init__(bundle)
+        self.runs = []
+        self.spoilt = None
+
+    def run(self, frames, line_index):
+        """Run, and note it."""
+        self.runs.append((len(frames), int(line_index[0])))
+        output = super().run(frames, line_index)
+        return output._replace(scores=output.scores + 1) if self.runs[-1][1] == self.spoilt else output
+
+
+class Loaded:
+    """A version of three lines, loaded; ends with the test."""
+
+    def __init__(self, store, *, lines=LINES, spoilt=None, runners=1):
+        self.read, self.engine, self._spoilt = None, None, spoilt
+        driven = BatcherOptions(runners=runners, max_batch_size=2, max_queue_size=4, stuck_after_s=20)
+        loader = Loader(store, self._open, driven, Telemetry(), time.monotonic)
+        self.version = loader.load("trio", "1", lambda _: lines)
+
+    def _open(self, bundle):
+        self.read, self.engine = weakref.ref(bundle), Told(bundle)
+        self.engine.spoilt = self._spoilt
+        return self.engine
+
+    def close(self):
+        """End its runners."""
+        self.version.bundle.batcher.close()
+        self.engine.close()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Return a store with a bundle whose network is told the line; to be read only."""
+    store = tmp_path_factory.mktemp("store")
+    make_bundle(store, "trio", lines=LINES, conditional=True)
+    return store
+
+
+@pytest.fixture
+def load(store):
+    """Return what loads the version."""
+    loaded = []
+
+    def load(**options):
+        loaded.append(Loaded(store, **options))
+        return loaded[-1]
+
+    yield load
+    for one in loaded:
+        one.close()
+
+
+def test_load_when_a_line_far_down_answers_otherwise_then_the_version_is_refused(load):
+    """Golden frames of a few lines are kept to ask again, and those of all are asked before any of them is served."""
+    with pytest.raises(BundleRefused, match="golden frame"):
+        load(spoilt=2)
+
+
+def test_load_when_lines_are_many_then_frames_of_each_must_show_a_picture(load):
+    """A covered lens passes on no line, also where its golden frames are not kept."""
+    version = load().version
+
+    assert len(version.bundle.proofs) < len(LINES)
+    assert all(line.least_contrast > 0 for line in version.lines.values())
+
+
+def test_load_when_only_one_line_is_wanted_then_the_network_is_told_it_by_its_place_in_the_bundle(load):
+    """The order of what is served here says nothing of what the network learned."""
+    version = load(lines=("right",)).version
+
+    assert {name: line.line_index for name, line in version.lines.items()} == {"right": 2}
+
+
+def test_load_when_runs_may_be_side_by_side_then_they_have_been(load):
+    """No frame is the first to run beside another one, and what that takes is there to be weighed."""
+    engine = load(runners=2).engine
+
+    assert [size for size, _ in engine.runs[:8]] == [1, 1, 1, 2, 2, 2, 2, 2]
+
+
+def test_load_when_done_then_the_file_is_held_no_longer(load):
+    """The network is in the engine; its bytes would take the same memory once more."""
+    loaded = load()
+    gc.collect()
+
+    assert loaded.read() is None
