@@ -8,12 +8,14 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
+from service.contract.geometry import Tiling
 from service.engines.engine import EngineOutput
 from service.errors import LineNotReady
 from service.lines.golden_watch import GoldenWatch
 from service.lines.loading import BatcherOptions
 from service.lines.registry import Registry
 from service.observability.telemetry import Telemetry
+from service.scheduling.schedule import Priority
 from service.stores.directory import DirectoryStore
 from tests.factories import make_bundle
 from tests.fakes import in_loop
@@ -37,12 +39,18 @@ class Watched:
         driven = BatcherOptions(1, 1, max_queue_size, stuck_after_s)
         directory = DirectoryStore(store)
         self.registry = Registry(directory, None, self.engine.open, driven, self.telemetry, time.monotonic)
-        self.watch = GoldenWatch(
-            self.registry, self.telemetry, every_s=every_s, clock=time.monotonic, sleep=self._do_not_sleep
-        )
+        self.spent_s = 0.0  # beyond the real time
+        self.meanwhile = lambda: None
+        self.watch = self.watching(every_s)
+
+    def watching(self, every_s):
+        """Return what watches the registry with a period."""
+        clock, sleep = lambda: time.monotonic() + self.spent_s, self._do_not_sleep
+        return GoldenWatch(self.registry, self.telemetry, every_s=every_s, clock=clock, sleep=sleep)
 
     async def _do_not_sleep(self, seconds):
         self.waited.append((round(seconds, -1), self.counted("passed")))
+        self.meanwhile()
 
     def counted(self, outcome):
         """Return how many replays ended so."""
@@ -68,14 +76,46 @@ async def test_replay_when_all_is_well_then_it_passes_and_takes_the_lines_in_tur
     """Golden frames of one line after the other run on the live engine, and nothing else happens."""
     async with watched(store) as service:
         asked = []
-        service.engine.spoil = lambda output: asked.append(len(output.scores)) or output
+        bundle = service.registry.serving("left", None).bundle
+        run = bundle.engine.run
+        bundle.engine.run = lambda frames, index: asked.append((len(frames), *index.tolist())) or run(frames, index)
 
         await service.watch.look()
         await service.watch.look()
 
         assert service.counted("passed") == 2
-        assert asked == [1] * 6
+        assert asked == [(1, 0)] * 3 + [(1, 1)] * 3
         assert service.registry.is_ready
+
+
+@in_loop
+async def test_replay_when_it_asks_then_behind_all_frames_within_its_period_and_for_all_tiles(tmp_path):
+    """Where a queue has frames of cameras, a golden one is answered after them or not at all."""
+    make_bundle(tmp_path, tiles=Tiling(rows=1, columns=2, overlap_height=8, overlap_width=12))
+    async with watched(tmp_path) as service:
+        asked, batcher = [], service.registry.serving("demo_line", None).bundle.batcher
+        place = batcher.place
+
+        def tell(deadline, **of_frame):
+            asked.append((deadline <= time.monotonic() + 20.0, of_frame["priority"], of_frame["weight"]))
+            return place(deadline, **of_frame)
+
+        batcher.place = tell
+
+        await service.watch.look()
+
+        assert asked == [(True, Priority.LOW, 2)] * 3
+
+
+@in_loop
+async def test_replay_when_the_lines_are_taken_out_before_its_turn_then_nothing_is_asked(store):
+    """What serves nobody any more is on its way out, and its answers would tell of no line."""
+    async with watched(store) as service:
+        service.meanwhile = lambda: [service.registry.unload_line(line) for line in ("left", "right")]
+
+        await service.watch.look()
+
+        assert [service.counted(outcome) for outcome in ("passed", "skipped", "failed")] == [0, 0, 0]
 
 
 @in_loop
@@ -108,6 +148,7 @@ async def test_replay_when_the_device_is_gone_then_the_engine_is_lost(store):
         await service.watch.look()
 
         assert (service.registry.is_ready, service.registry.is_lost) == (False, True)
+        assert service.counted("failed") == 1
 
 
 @in_loop
@@ -187,7 +228,7 @@ async def test_replay_when_a_frame_of_another_line_runs_all_the_period_then_it_g
             skipped = service.counted("skipped")
             service.engine.release()
             await answer
-        await service.watch.look()
+        await service.watching(20.0).look()
 
     assert not began_meanwhile
     assert skipped == 4
@@ -216,6 +257,24 @@ async def test_replay_when_there_is_no_gap_then_each_bundle_waits_its_share_of_t
 
         assert waited == [250.0] * 4
         assert service.counted("skipped") == 4
+
+
+@in_loop
+async def test_replay_when_gaps_are_late_then_all_golden_frames_of_a_bundle_wait_its_share_together(wide_store):
+    """What one frame has waited the next ones have not, or a bundle would take the turns of the others."""
+    async with watched(wide_store, every_s=1000.0) as service:
+        waited = []
+
+        def wait_for_gap(longest_s):
+            waited.append(round(longest_s, -1))
+            service.spent_s += 100.0
+            return True
+
+        service.registry._loader._running.wait_for_gap = wait_for_gap
+
+        await service.watch.look()
+
+        assert waited == [250.0, 150.0, 50.0] * 4
 
 
 @in_loop

@@ -17,6 +17,7 @@ from service.lines.versions import RegistryOptions
 from service.observability.log import JsonLines
 from service.observability.telemetry import Telemetry
 from service.pipeline import Pipeline
+from service.scheduling.schedule import Priority
 from service.shadows import Shadows
 from service.stores.directory import DirectoryStore
 from tests.factories import encode, make_bundle, make_frame, make_policy, network_of, write_policy
@@ -161,6 +162,67 @@ async def test_shadow_when_the_line_is_busy_then_it_is_shed_and_frames_run_on(tm
         assert (await under_way).judgement.verdict is Verdict.PASS
         happened = {line for line in stage.counts() if not line.endswith(" 0.0")}
         assert happened == {'flawline_shadow_frames_total{line="demo_line",outcome="shed"} 1.0'}
+
+
+@in_loop
+async def test_shadow_when_somebody_asks_its_version_by_name_then_it_is_shed(tmp_path):
+    """Whoever wants an answer of the candidate has it before the candidate looks at anything unasked."""
+    async with on_stage(tmp_path) as stage:
+        inspection = await stage.pipeline.inspect(make_request())
+        shadow = stage.registry._state.shadows["demo_line"].bundle.batcher
+
+        with shadow.place(time.monotonic() + 20, line="demo_line"):
+            stage.shadows.show(inspection)
+
+        assert 'flawline_shadow_frames_total{line="demo_line",outcome="shed"} 1.0' in stage.counts()
+
+
+@in_loop
+async def test_shadow_when_it_looks_then_behind_every_frame_and_without_a_picture(tmp_path):
+    """What answers nobody takes no turn from a frame that came meanwhile, and draws nothing."""
+    async with on_stage(tmp_path) as stage:
+        looked, inspect_by = [], stage.pipeline.inspect_by
+
+        def tell(found, request):
+            looked.append((request.priority, request.heatmap))
+            return inspect_by(found, request)
+
+        inspection = await stage.pipeline.inspect(make_request(heatmap="png"))
+        stage.pipeline.inspect_by = tell
+        stage.shadows.show(inspection)
+        await stage.looked()
+
+        assert looked == [(Priority.SHADOW, "none")]
+
+
+@in_loop
+async def test_shadow_when_the_service_ends_then_nobody_waits_for_it(tmp_path):
+    """A candidate that hangs in a frame holds up no restart."""
+    async with on_stage(tmp_path) as stage:
+        inspection = await stage.pipeline.inspect(make_request())
+        stage.engine.hold()
+        stage.shadows.show(inspection)
+        await asyncio.to_thread(stage.engine.started.acquire)
+
+        async with asyncio.timeout(10):
+            await stage.shadows.finish()
+
+
+@in_loop
+async def test_shadow_when_something_unforeseen_happens_then_it_is_told_as_no_verdict(tmp_path):
+    """A candidate that can't be asked is a finding, and not one frame fewer that was compared."""
+    async with on_stage(tmp_path) as stage:
+        inspection = await stage.pipeline.inspect(make_request())
+
+        def fail(*_):
+            raise ValueError
+
+        stage.pipeline.inspect_by = fail
+        stage.shadows.show(inspection)
+        await stage.looked()
+
+        assert [one.kind for one in stage.shadows.disagreements("demo_line")] == ["no_verdict"]
+        assert 'flawline_shadow_frames_total{line="demo_line",outcome="compared"} 1.0' in stage.counts()
 
 
 @in_loop
