@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from service.contract.frames import Frame
-from service.contract.heatmaps import grey_heatmap
+from service.contract.heatmaps import grey_heatmap, overlay
+from service.contract.policy import Judgement, Verdict
+from service.contract.regions import Region
 from service.errors import UnknownInspection
 from service.observability.telemetry import Telemetry
 from service.records import Records
@@ -109,13 +111,18 @@ def test_render_when_grey_is_asked_for_then_matches_the_heatmap_of_the_map():
     np.testing.assert_allclose(drawn, expected, atol=1)  # half precision keeps 11 bits
 
 
-def test_render_when_overlay_is_asked_for_then_has_the_size_of_the_kept_frame():
-    """The overlay lies on the frame as it is kept."""
-    record = Records(1, 10**9, Telemetry()).keep(inspection_of(0))
+def test_render_when_overlay_is_asked_for_then_shows_map_and_regions_where_they_lie_on_the_kept_frame():
+    """The lazily drawn picture is the one that would have been drawn at once, in the frame's own coordinates."""
+    outline = ((10.0, 10.0), (50.0, 10.0), (50.0, 60.0), (10.0, 60.0))
+    region = Region(10, 10, 40, 50, outline, 2000, 1, 0.5)
+    judgement = Judgement(Verdict.FAIL, 0.9, [region], 0, np.zeros((2, 2), np.float32))
+    inspection = inspection_of(0, judgement=judgement, frame=Frame(make_frame(24, 32), 96, 128), window=(8, 8, 80, 112))
 
-    picture = Image.open(io.BytesIO(record.render("overlay")))
+    png = Records(1, 10**9, Telemetry()).keep(inspection).render("overlay")
 
-    assert (picture.size, picture.mode) == ((32, 24), "RGB")
+    anomaly_map = inspection.anomaly_map.astype(np.float16).astype(np.float32)
+    expected = overlay(inspection.frame.pixels, anomaly_map, inspection.policy, [region], (8, 8, 80, 112), (96, 128))
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), expected)
 
 
 def test_render_when_values_are_asked_for_then_gives_little_endian_float16():

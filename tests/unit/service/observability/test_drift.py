@@ -108,6 +108,16 @@ def test_index_when_computed_plainly_then_is_the_same():
     assert index == pytest.approx(float(((a - e) * np.log(a / e)).sum()), rel=1e-9)
 
 
+def test_index_when_frames_have_come_for_days_then_is_that_of_the_last_ones():
+    """What keeps the counts within the range of floats changes no figure."""
+    seen = np.random.default_rng(2).normal(1.1, 0.2, 11_000)
+    long_ago, lately = ScoreDrift(_calibration()), ScoreDrift(_calibration())
+
+    index = _feed(long_ago, seen)
+
+    assert index == pytest.approx(_feed(lately, seen[-9_000:]), abs=1e-5)
+
+
 def test_share_when_values_fade_then_is_their_weighted_mean():
     """Each value counts 1 / e of what one `memory` later counts."""
     fading = Fading(memory=2.0)
@@ -147,6 +157,15 @@ def test_noise_when_known_then_is_found():
     plane = np.full((200, 200), 0.5) + np.random.default_rng(0).normal(0, 0.03, (200, 200))
 
     assert measure_quality(_frame(plane)).noise == pytest.approx(0.03, rel=0.05)
+
+
+def test_quality_when_a_picture_has_colours_then_its_green_counts():
+    """Half of a sensor's pixels are green; the other colours are made up from fewer, and of a lamp's."""
+    frame = _frame(_part())
+    coloured = frame.copy()
+    coloured[:, :, (0, 2)] = (255, 0)
+
+    assert measure_quality(coloured) == measure_quality(frame)
 
 
 def test_line_when_judged_and_seen_then_keeps_its_signals_apart():

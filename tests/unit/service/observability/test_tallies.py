@@ -37,9 +37,13 @@ def test_tally_when_frames_are_answered_then_times_are_summed_in_nanoseconds_by_
         "compute_infer": {"count": 7, "ns": 140_000_000},
         "compute_output": {"count": 7, "ns": 28_000_000},
     }
-    assert [(batch["batch_size"], batch["compute_infer"]) for batch in told["batch_stats"]] == [
-        (1, {"count": 3, "ns": 60_000_000}),
-        (4, {"count": 1, "ns": 20_000_000}),
+    stages = ("compute_input", "compute_infer", "compute_output")
+    assert told["batch_stats"] == [
+        {"batch_size": size, **{stage: {"count": runs, "ns": ns} for stage, ns in zip(stages, times, strict=True)}}
+        for size, runs, times in [
+            (1, 3, (6_000_000, 60_000_000, 12_000_000)),
+            (4, 1, (8_000_000, 20_000_000, 16_000_000)),
+        ]
     ]
 
 
