@@ -20,7 +20,6 @@ others leave. Only where many do not come back is the batcher lost: a new proces
 
 import asyncio
 import logging
-import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -35,18 +34,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engines.engine import Engine, EngineOutput, LoneRun, RunBatch
-from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded, UnreadableFrame
+from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded
 from service.observability.telemetry import CALLER_LEFT, REQUEST_FAILED, Discarded, EngineMeter
+from service.scheduling.alarm import Alarm
 from service.scheduling.batch_queue import Batch, BatchQueue, Place, Running, Taken
+from service.scheduling.patience import MOST_GIVEN_UP, Patience, not_decoded
 from service.scheduling.schedule import Priority, RunTimes, WaitingFrame, has_room
 from service.threads import BEHIND_FRAMES, BEHIND_THE_LOOP, hold_back, stand_back
-
-# The loop's timers may fire a little early; looking again just after the moment saves a second look.
-_TIMER_SLACK_S = 0.001
-# Looks for a stuck run in the time that makes it one; who looks seldom takes a process that stood still for one.
-_LOOKS_FOR_STUCK = 6
-# Threads that were given up and did not come back, each with a frame's memory.
-MOST_GIVEN_UP = 16
 
 # Each frame gets an instance of its own: one that is raised in several tasks would collect their tracebacks.
 _Fault = Callable[[], FlawlineError]
@@ -154,7 +148,7 @@ class Batcher:
         max_queue_size: frames that have a place at a time.
         run_times: learned from warming up; its length is the largest batch.
         stuck_after_s: a run that takes longer makes the batcher unhealthy, and preparing that does costs its runner;
-            time in which the process itself stood still does not count.
+            see `patience` for what of its time counts.
         meter: counts.
         clock: monotonic seconds.
         alone: how a batch runs beside which no other does, on any engine, and none waits; None: as every other.
@@ -188,9 +182,7 @@ class Batcher:
         self._max_queue_size = max_queue_size
         self._most = run_times.max_batch_size
         self._queue: BatchQueue[_Entry] = BatchQueue(runners, run_times)
-        self._stuck_after_s = stuck_after_s
-        self._looks_every_s = stuck_after_s / _LOOKS_FOR_STUCK
-        self._awake_since = -math.inf
+        self._patience = Patience(stuck_after_s)
         self._meter = meter
         self._clock = clock
         self._numbers = count()
@@ -198,9 +190,9 @@ class Batcher:
         self._places: set[Place] = set()
         self._places_of: Counter[str] = Counter()
         self._unanswered: dict[int, _Entry] = {}
-        self._next_step = _Alarm(self._step, clock)
-        self._next_expiry = _Alarm(self._expire_due, clock)
-        self._next_check = _Alarm(self._look_for_stuck, clock)
+        self._next_step = Alarm(self._step, clock)
+        self._next_expiry = Alarm(self._expire_due, clock)
+        self._next_check = Alarm(self._look_for_stuck, clock)
         self._fault: _Fault | None = None
         self._why_unhealthy: str | None = None
         self._is_lost = False
@@ -407,7 +399,7 @@ class Batcher:
         if self._fault is not None:
             return
         for batch in taken.batches:
-            self._next_check.ring_by(batch.started_at + self._looks_every_s)
+            self._next_check.ring_by(batch.started_at + self._patience.looks_every_s)
             for size in self._run_sizes(batch.weight):
                 self._meter.batch(size)
         if taken.look_again_at is not None:
@@ -423,20 +415,16 @@ class Batcher:
             self._next_expiry.ring_by(min(later))
 
     def _look_for_stuck(self) -> None:
-        """Lose the engine where a run has not ended for so long that this process was awake.
-
-        A runner that has not come back from preparing one is replaced instead.
-        """
+        """Lose the engine where a run has not ended for so long, and replace a runner that prepares one for so long."""
         now = self._clock()
-        if self._next_check.late_s > self._looks_every_s:  # it stood still, paused or starved, and its runners with it
+        if self._patience.look(now, self._next_check.late_s):
             _log.warning("the process stood still", extra={"seconds": round(self._next_check.late_s, 3)})
-            self._awake_since = now
         for batch in self._queue.under_way():
             if self._fault is not None:
                 return
-            is_stuck_at = max(batch.step_since, self._awake_since) + self._stuck_after_s
-            if is_stuck_at > now:
-                self._next_check.ring_by(min(is_stuck_at, now + self._looks_every_s))
+            left_s = self._patience.left_s(batch.step_since, now)
+            if left_s > 0:
+                self._next_check.ring_by(now + min(left_s, self._patience.looks_every_s))
                 return
             if batch.ran_from is None and batch.thread_id:
                 self._guard(partial(self._give_up, batch))
@@ -446,14 +434,14 @@ class Batcher:
     def _give_up(self, batch: Batch[_Entry]) -> None:
         """Replace a runner that does not come back from preparing a batch."""
         if not self._queue.give_up(batch):  # it has come back this very moment
-            self._next_check.ring_by(self._clock() + self._looks_every_s)
+            self._next_check.ring_by(self._clock() + self._patience.looks_every_s)
             return
         _log.error(
             "a runner is replaced: decoding does not end", extra={"lines": [e.place.line for e in batch.entries]}
         )
         self._meter.decoder_replaced()
         for entry in batch.entries:
-            _fail(entry, not_decoded(self._stuck_after_s) if entry.is_preparing else _beside_another())
+            _fail(entry, not_decoded(self._patience.stuck_after_s) if entry.is_preparing else _beside_another())
         self._running.end()
         hold_back(batch.thread_id, BEHIND_FRAMES)
         self._given_up += 1
@@ -659,48 +647,6 @@ class Batcher:
         return _Outcome(answers, None, is_engine_lost=False)
 
 
-class _Alarm:
-    """Rings at the earliest moment that was asked for; to ask for a later one costs a comparison and no timer.
-
-    Args:
-        ring: called then, on the event loop; it has to ask again for what is still to come.
-        clock: monotonic seconds.
-
-    Attributes:
-        late_s: how long after its moment it rang last.
-    """
-
-    __slots__ = ("_at", "_clock", "_handle", "_ring", "late_s")
-
-    def __init__(self, ring: Callable[[], None], clock: Callable[[], float]) -> None:
-        self._ring = ring
-        self._clock = clock
-        self._at = math.inf
-        self.late_s = 0.0
-        self._handle: asyncio.TimerHandle | None = None
-
-    def ring_by(self, time: float) -> None:
-        """Ring then, or before."""
-        if time >= self._at:
-            return
-        self.cancel()
-        self._at = time
-        delay_s = max(0.0, time - self._clock()) + _TIMER_SLACK_S
-        self._handle = asyncio.get_running_loop().call_later(delay_s, self._fire)
-
-    def cancel(self) -> None:
-        """Do not ring."""
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None
-        self._at = math.inf
-
-    def _fire(self) -> None:
-        self.late_s = self._clock() - self._at
-        self.cancel()
-        self._ring()
-
-
 class _Holding:
     """A place while it is held."""
 
@@ -717,11 +663,6 @@ class _Holding:
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
         self._give_back(self._place)
-
-
-def not_decoded(after_s: float) -> UnreadableFrame:
-    """Return what is said of a frame whose decoding does not end."""
-    return UnreadableFrame(f"The frame could not be decoded within {after_s:g} s; send it as the camera wrote it.")
 
 
 def _beside_another() -> Overloaded:

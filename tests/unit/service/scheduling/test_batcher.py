@@ -16,9 +16,10 @@ from service.engines.engine import EngineOutput, LoneRun
 from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded, UnreadableFrame
 from service.observability.telemetry import REQUEST_FAILED, Buckets, Depth, Discarded, EngineMeter, Telemetry
 from service.scheduling.batch_queue import Running
-from service.scheduling.batcher import MOST_GIVEN_UP, Batcher
+from service.scheduling.batcher import Batcher
+from service.scheduling.patience import MOST_GIVEN_UP
 from service.scheduling.schedule import Priority, RunTimes
-from tests.fakes import FakeClock, FakeEngine, grey_level, in_loop
+from tests.fakes import FakeClock, FakeEngine, grey_level, hold_time, in_loop, pass_time
 
 SOON_S = 0.05
 LONG_S = 20.0
@@ -595,25 +596,18 @@ async def test_batcher_when_a_run_does_not_end_then_is_unhealthy_and_answers_eve
     assert not bench.batcher.is_healthy
 
 
-async def _pass_time(clock, seconds):
-    """Let time pass at once, for the loop's own timers as well, as it does for a process that is paused."""
-    clock.advance(seconds)
-    for _ in range(5):
-        await asyncio.sleep(0)
-
-
 @pytest.mark.parametrize("paused_s", [29.99, 31, 3600])
 @in_loop
 async def test_batcher_when_the_whole_process_is_paused_then_stays_healthy_and_answers(make_bench, paused_s):
     """A run that was under way when the process was paused is given time to end once it goes on."""
-    clock = asyncio.get_running_loop().time = FakeClock()
+    clock = hold_time()
     bench = make_bench(stuck_after_s=30, clock=clock)
     bench.engine.hold()
     answer = bench.start(51, deadline_s=9999)
     await bench.until_a_run_starts()
 
-    await _pass_time(clock, paused_s)
-    await _pass_time(clock, 4)
+    await pass_time(clock, paused_s)
+    await pass_time(clock, 4)
     bench.engine.release()
 
     assert (await answer).scores == pytest.approx([0.2])
@@ -624,22 +618,65 @@ async def test_batcher_when_the_whole_process_is_paused_then_stays_healthy_and_a
 @in_loop
 async def test_batcher_when_a_run_does_not_end_after_a_pause_either_then_is_lost_one_period_later(make_bench, paused_s):
     """A pause does not hide a run that never ends: it is noticed once the process was awake for long enough."""
-    clock = asyncio.get_running_loop().time = FakeClock()
+    clock = hold_time()
     bench = make_bench(stuck_after_s=30, clock=clock)
     bench.engine.hold()
     answer = bench.start(deadline_s=9999)
     await bench.until_a_run_starts()
 
-    await _pass_time(clock, paused_s)
+    await pass_time(clock, paused_s)
     for _ in range(29):
-        await _pass_time(clock, 1)
+        await pass_time(clock, 1)
     was_healthy = bench.batcher.is_healthy
-    await _pass_time(clock, 1.1)
+    await pass_time(clock, 1.1)
 
     with pytest.raises(EngineFailed):
         await answer
     assert was_healthy
     assert not bench.batcher.is_healthy
+
+
+@pytest.mark.parametrize("awake_s", [1, 12])
+@in_loop
+async def test_batcher_when_paused_again_and_again_then_a_run_that_does_not_end_is_noticed_all_the_same(
+    make_bench, awake_s
+):
+    """However often the process is paused, and however briefly it is awake between, no hung engine is hidden by it."""
+    clock = hold_time()
+    bench = make_bench(stuck_after_s=30, clock=clock)
+    bench.engine.hold()
+    answer = bench.start(deadline_s=9999)
+    await bench.until_a_run_starts()
+
+    was_awake_s = 0
+    while bench.batcher.is_healthy and was_awake_s < 120:
+        await pass_time(clock, 31)
+        for _ in range(awake_s):
+            await pass_time(clock, 1)
+        was_awake_s += awake_s
+
+    assert isinstance(answer.exception(), EngineFailed)
+    assert bench.batcher.is_lost
+
+
+@pytest.mark.parametrize("awake_s", [0, 2, 29])
+@in_loop
+async def test_batcher_when_paused_more_than_once_during_a_run_then_stays_healthy_and_answers(make_bench, awake_s):
+    """An engine is never lost over a time in which its process stood still, whatever came before."""
+    clock = hold_time()
+    bench = make_bench(stuck_after_s=30, clock=clock)
+    bench.engine.hold()
+    answer = bench.start(51, deadline_s=99999)
+    await bench.until_a_run_starts()
+
+    for _ in range(awake_s):
+        await pass_time(clock, 1)
+    for paused_s in (11, 31, 3600, 29, 12, 7200, 31, 31):
+        await pass_time(clock, paused_s)
+    bench.engine.release()
+
+    assert (await answer).scores == pytest.approx([0.2])
+    assert bench.batcher.is_healthy
 
 
 class HeldWork:
@@ -778,18 +815,18 @@ async def test_batcher_when_decoders_came_back_then_they_are_not_counted_as_lost
 @in_loop
 async def test_batcher_when_younger_runs_begin_beside_one_that_does_not_end_then_is_lost_as_soon(make_bench):
     """What another runner is still in time with does not put off that a run which hangs is noticed."""
-    clock = asyncio.get_running_loop().time = FakeClock()
+    clock = hold_time()
     bench = make_bench(runners=2, stuck_after_s=30, clock=clock)
     bench.engine.hold()
     answers = [bench.start(deadline_s=9999)]
     await bench.until_a_run_starts()
 
     for _ in range(15):
-        await _pass_time(clock, 1)
+        await pass_time(clock, 1)
     answers.append(bench.start(deadline_s=9999))
     await bench.until_a_run_starts()
     for _ in range(16):
-        await _pass_time(clock, 1)
+        await pass_time(clock, 1)
 
     assert not bench.batcher.is_healthy
     assert [type(answer.exception()) for answer in answers] == [EngineFailed] * 2
