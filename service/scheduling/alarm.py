@@ -34,8 +34,8 @@ class Alarm:
             return
         self.cancel()
         self._at = time
-        delay_s = max(0.0, time - self._clock()) + _TIMER_SLACK_S
-        self._handle = asyncio.get_running_loop().call_later(delay_s, self._fire)
+        in_s = time - self._clock() + _TIMER_SLACK_S  # a moment that is past is the loop's next one
+        self._handle = asyncio.get_running_loop().call_later(in_s, self._fire)
 
     def cancel(self) -> None:
         """Do not ring."""
