@@ -155,11 +155,6 @@ class BatchQueue(Generic[_Entry]):
         """Whether any frame waits."""
         return bool(self._waiting)
 
-    @property
-    def has_idle_runner(self) -> bool:
-        """Whether a frame that came now would run at once."""
-        return len(self._running) < self._runners and not self._waiting
-
     def under_way(self) -> list[Batch[_Entry]]:
         """Return the batches that are prepared or run, the one whose step has taken longest first."""
         with self._lock:

@@ -1,7 +1,7 @@
 """One engine's queue: takes frames, asks the schedule, hands batches to the runners, and answers each frame once.
 
 Before: the frame has its place. After: it is answered. What a frame needs before and after its run is done by the
-runner, in the same thread, where whoever brings it wants that (`Work`).
+runner, in the same thread, where whoever brings it wants that (`engine_runs.Work`).
 
 The event loop owns all that is kept here. What it shares with the runners is in `batch_queue`: a runner that ends a
 batch takes the next one there by itself, posts to the loop what became of the first and what was decided, and runs on.
@@ -167,10 +167,6 @@ class Batcher:
     def is_idle(self) -> bool:
         """Whether no frame has a place here and nothing runs."""
         return not self._places and self._queue.is_empty
-
-    def has_idle_runner(self) -> bool:
-        """Whether a frame would run at once; shadow traffic to another engine may ask."""
-        return self._queue.has_idle_runner
 
     @property
     def has_spare_runner(self) -> bool:

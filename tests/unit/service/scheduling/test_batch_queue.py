@@ -124,9 +124,9 @@ def test_end_when_there_is_nothing_to_learn_then_the_runner_is_idle_again():
 
     queue.end(batch)
 
-    assert queue.has_idle_runner
     assert queue.is_empty
     assert queue.run_times == ONE_BY_ONE
+    assert queue.add(Frame(2))
 
 
 def test_give_up_when_a_batch_is_still_prepared_then_it_never_runs_and_its_runner_counts_as_idle():
@@ -136,7 +136,7 @@ def test_give_up_when_a_batch_is_still_prepared_then_it_never_runs_and_its_runne
 
     assert queue.give_up(batch)
     assert not queue.begin_run(batch, 1.0)
-    assert queue.has_idle_runner
+    assert queue.add(Frame(2))
 
 
 def test_give_up_when_a_batch_runs_then_leaves_it_alone():
