@@ -48,6 +48,11 @@ _LOOKS_AGAIN_S = 0.01
 _SHORT_WAIT_S = 0.2
 _NO_DIRECTORY = "No directory is named for it (FLAWLINE_STATE_DIRECTORY), so it is forgotten when the service ends."
 
+_NOT_READ = (
+    f"{CHOICES_FILE} in the state directory could not be read, in a way that nobody foresaw; the log says how. "
+    "Start the service again."
+)
+
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _NO_LOCKS = (
     "It was written, but the volume has no file locks (flock), so that a process which changes something in the same "
@@ -137,12 +142,14 @@ class Choices:
         """Take over what the file holds; one that does not hold is told of in `why_unknown`."""
         if self._file is None:
             return
+        self.why_unknown = _NOT_READ  # whatever ends this early, nothing is guessed
         try:
             self.chosen = _read(self._file, Chosen)
         except _Unreadable as error:
             self.why_unknown = error.sentence
             _log.exception("what administrators chose is not known")
         else:
+            self.why_unknown = None
             _log.info("choices recalled", extra={"choices": self.chosen.model_dump(mode="json")})
 
     def choose_version(self, bundle: str, live: str, held_back: Collection[str]) -> None:

@@ -57,6 +57,7 @@ from service.lines.versions import History, LoadedVersions, Refusal
 from service.stores.store import Needed
 
 _TAKEN_OUT = "It was unloaded by an administrator; load it again."
+_ENDED_EARLY = "Loading ended early, in a way that nobody foresaw; the log says how."
 
 _log = logging.getLogger("flawline")
 
@@ -148,7 +149,7 @@ class Registry(LoadedVersions):
         """
         missed = [status for status in self.statuses() if status.line not in self._late or status.live is not None]
         # Not whether the store can be read now: what is loaded needs it no longer.
-        is_whole = not self._is_loading and self._fault is None and self._has_scanned
+        is_whole = not self._is_loading and not self._is_unfinished
         is_served = any(status.state == "ready" or self._waits(status) for status in missed)
         return is_whole and is_served and {status.state for status in missed} <= {"ready", "unloaded", "loading"}
 
@@ -163,7 +164,7 @@ class Registry(LoadedVersions):
                 self._ask_store()
                 self._load_all()
         except Exception:  # noqa: BLE001 - the edge of this thread: whoever asks must hear that loading has ended
-            self._fault = "Loading ended early, in a way that nobody foresaw; the log says how."
+            self._fault = _ENDED_EARLY
             _log.exception("loading ended early")
         finally:
             give_back()
@@ -180,7 +181,7 @@ class Registry(LoadedVersions):
             self._refuse_to_guess()
             if not self._ask_store():
                 raise StoreUnreachable(self._catalogue.why_stale or "The store can't be asked.")
-            refused = self._load_new() if self._has_scanned else self._load_late()
+            refused = self._load_late() if self._is_unfinished else self._load_new()
             activated = tuple(key for key, reason in refused.items() if reason is None)
             if refused:
                 give_back()
@@ -195,7 +196,7 @@ class Registry(LoadedVersions):
         Neither a frame nor an administrator has to ask: a pod that is not ready gets no frames.
         """
         with self._looking:
-            if not self._has_scanned:
+            if self._is_unfinished:
                 loaded = self._load_late() if self._ask_store() else {}
             else:
                 names = list(self._histories)
@@ -443,12 +444,23 @@ class Registry(LoadedVersions):
         return loaded
 
     def _load_late(self) -> dict[VersionKey, str | None]:
-        """Begin anew where the store could not be read at the start: all of its lines are missed until they serve."""
+        """Begin anew where the start could not be finished: all lines of the store are missed until they serve."""
         self._is_loading = True
         try:
-            return self._load_all()
+            loaded = self._load_all()
+        except Exception:
+            self._fault = _ENDED_EARLY
+            raise
+        else:
+            self._fault = None
+            return loaded
         finally:
             self._is_loading = False
+
+    @property
+    def _is_unfinished(self) -> bool:
+        """Whether the store could not be read at the start, or loading ended early."""
+        return not self._has_scanned or self._fault is not None
 
     def _load_new(self) -> dict[VersionKey, str | None]:
         """Load what has come since, and return each version with why it was refused, or None."""

@@ -154,6 +154,25 @@ def test_start_when_another_process_began_with_another_version_then_that_one_is_
     assert [(record.version, record.other_version) for record in caplog.records] == [("2", "1")]
 
 
+def test_store_when_the_service_starts_again_then_it_is_told_what_must_not_be_missing(plant, monkeypatch):
+    """A store that has no room for all brings first what a restart begins with, or goes back to."""
+    told = []
+    plant.start()
+    monkeypatch.setattr(DirectoryStore, "refresh", lambda _, needed: told.append(needed))
+
+    running = plant.start()
+    running.start_shadow("demo_line", "1")
+    running.rescan()
+    running.roll_back("demo_line")
+    (plant.state / LAST_LIVE_FILE).unlink()
+    plant.start(activates_newest=False)
+
+    one, two = ("demo_line", "1"), ("demo_line", "2")
+    assert [set(needed.serving) for needed in told] == [{two}, {one, two}, {one}]
+    assert [set(needed.previous) for needed in told] == [set(), {one}, set()]
+    assert [needed.newest_waits for needed in told] == [False, False, True]
+
+
 def test_version_when_it_was_chosen_and_is_gone_then_the_line_is_refused_until_somebody_chooses_again(plant):
     """An older version than the chosen one is no substitute that anybody asked for."""
     plant.add("3")
@@ -256,6 +275,24 @@ def test_file_when_it_does_not_hold_then_nothing_is_served_and_nothing_is_guesse
             change()
     plant.file.write_bytes(kept)
     assert live_version(plant.start()) == "1"
+
+
+def test_file_when_reading_it_ends_early_then_nothing_is_guessed_either(plant, monkeypatch):
+    """The version that somebody stepped back from must not answer because memory was short at the start."""
+    plant.start().roll_back("demo_line")
+
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as short:
+        short.setattr("service.lines.choices._read", fail)
+        again = plant.start()
+    again.try_again()
+
+    assert (again.status("demo_line").state, again.is_ready) == ("refused", False)
+    assert "Start the service again" in again.status("demo_line").reason
+    with pytest.raises(BundleRefused, match="Start the service again"):
+        again.rescan()
 
 
 def test_file_when_it_does_not_hold_and_the_store_was_away_then_the_lines_say_so_once_it_is_back(plant):

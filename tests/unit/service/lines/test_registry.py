@@ -368,8 +368,8 @@ def test_load_when_engine_can_not_be_opened_then_line_is_refused(shelf, error):
     assert states(registry) == {"demo_line": "refused"}
 
 
-def test_load_when_it_ends_early_then_the_service_is_not_ready_though_lines_serve(shelf):
-    """Lines that nobody has tried to load are missed, whatever kept the thread from getting to them."""
+def test_load_when_it_ends_early_then_the_service_is_not_ready_until_it_was_finished(shelf):
+    """Lines that nobody has tried to load are missed, and come by themselves: nobody sends frames to such a pod."""
     for name in ("cap", "plate"):
         make_bundle(shelf.path, name)
     registry = shelf.open()
@@ -377,15 +377,21 @@ def test_load_when_it_ends_early_then_the_service_is_not_ready_though_lines_serv
 
     def fail(name, version):
         if name == "plate":
-            raise ValueError
+            raise ArithmeticError
         return looks(name, version)
 
     registry._catalogue.looks = fail
 
     registry.load()
+    at_first = (registry.find("cap", None, None).line.name, registry.is_ready)
+    with pytest.raises(ArithmeticError):
+        registry.try_again()
+    still = registry.is_ready
+    registry._catalogue.looks = looks
+    registry.try_again()
 
-    assert registry.find("cap", None, None).line.name == "cap"
-    assert not registry.is_ready
+    assert (at_first, still) == (("cap", False), False)
+    assert (registry.find("plate", None, None).line.name, registry.is_ready) == ("plate", True)
 
 
 def test_load_when_two_bundles_claim_a_line_then_the_second_is_refused(shelf):
