@@ -181,8 +181,10 @@ def test_keys_file_when_right_then_its_entries_count(tmp_path: Path):
         f'[{{"name": "a", "sha256": "{"A" * 64}", "lines": ["*"], "actions": ["inspect"]}}]',
         f'[{{"name": "a", "sha256": "{"a" * 64}", "lines": ["*"], "actions": ["fly"]}}]',
         f'[{{"name": "a", "sha256": "{"a" * 64}", "lines": [], "actions": ["inspect"]}}]',
+        f'[{{"name": "", "sha256": "{"a" * 64}", "lines": ["*"], "actions": ["inspect"]}}]',
+        f'[{{"name": "a", "sha256": "{"a" * 64}", "lines": ["*"], "actions": ["inspect"], "quota_per_minute": 0}}]',
     ],
-    ids=["no-json", "no-digest", "plain-key", "upper-case-digest", "unknown-action", "no-line"],
+    ids=["no-json", "no-digest", "plain-key", "upper-case-digest", "unknown-action", "no-line", "no-name", "no-quota"],
 )
 def test_keys_file_when_it_does_not_fit_then_refused_with_a_right_entry_and_without_its_content(tmp_path, text):
     """A wrong keys file stops the start with a sentence that shows a right entry and repeats no secret."""
@@ -220,6 +222,7 @@ def test_keys_file_when_changed_then_new_keys_count_and_old_ones_do_not(tmp_path
     _write_keys(file, _entry("old-key"))
     keyring = MountedKeyring(file, clock)
     _write_keys(file, _entry("new-key", name="press 5"))
+    assert keyring.identify("Bearer old-key", None).name == "press"  # nobody looks more often than once a second
 
     with caplog.at_level("INFO", "flawline"):
         for _ in range(3):

@@ -1,16 +1,20 @@
 """Promises of loading one version: every line of it is proved, every runner is warm, and nothing is kept twice."""
 
+import asyncio
 import gc
 import time
 import weakref
 
+import numpy as np
 import pytest
 
+from service.engines.engine import LoneRun
 from service.engines.ort import OrtEngine
-from service.errors import BundleRefused
+from service.errors import BundleRefused, Overloaded
 from service.lines.loading import BatcherOptions, Loader
 from service.observability.telemetry import Telemetry
 from tests.factories import make_bundle
+from tests.fakes import in_loop
 
 LINES = ("left", "middle", "right")
 
@@ -38,9 +42,10 @@ class Told(OrtEngine):
 class Loaded:
     """A version of three lines, loaded; ends with the test."""
 
-    def __init__(self, store, *, lines=LINES, spoilt=None, runners=1):
+    def __init__(self, store, *, lines=LINES, spoilt=None, **driven):
         self.read, self.engine, self._spoilt = None, None, spoilt
-        driven = BatcherOptions(runners=runners, max_batch_size=2, max_queue_size=4, stuck_after_s=20)
+        known = {"runners": 1, "max_batch_size": 2, "max_queue_size": 4, "stuck_after_s": 20}
+        driven = BatcherOptions(**known | driven)
         loader = Loader(store, self._open, driven, Telemetry(), time.monotonic)
         self.version = loader.load("trio", "1", lambda _: lines)
 
@@ -103,6 +108,63 @@ def test_load_when_runs_may_be_side_by_side_then_they_have_been(load):
     engine = load(runners=2).engine
 
     assert [size for size, _ in engine.runs[:8]] == [1, 1, 1, 2, 2, 2, 2, 2]
+
+
+def test_load_when_there_is_no_time_to_warm_up_then_batches_stay_as_small_as_was_tried(load):
+    """The limit is the one that was set; no batch is larger than the engine has run."""
+    engine = load(warm_up_limit_s=0.0).engine
+
+    assert {size for size, _ in engine.runs} == {1}
+
+
+def test_load_when_lines_share_an_engine_then_one_of_them_can_not_take_every_place(load):
+    """The batcher is told how many lines there are, or a busy one would shut its neighbours out."""
+    batcher = load().version.bundle.batcher
+
+    def place(line):
+        return batcher.place(time.monotonic() + 20, line=line)
+
+    with place("left"), place("left"), place("left"):
+        with pytest.raises(Overloaded):
+            place("left")
+        assert place("right")
+
+
+@in_loop
+async def test_load_when_the_engine_has_a_quicker_way_for_a_lone_frame_then_that_is_taken(store):
+    """What was tried on golden frames and found equal and quicker answers a frame that is alone."""
+    spent_s, alone = 0.0, []
+
+    def clock():
+        return time.monotonic() + spent_s
+
+    class Slow(OrtEngine):
+        def run(self, frames, line_index):
+            nonlocal spent_s
+            spent_s += 1.0
+            return super().run(frames, line_index)
+
+    def open_engine(bundle):
+        engine = Slow(bundle)
+
+        def run(frames, line_index):
+            alone.append(len(frames))
+            return OrtEngine.run(engine, frames, line_index)
+
+        engine.alone = LoneRun(run, 2.0)
+        return engine
+
+    driven = BatcherOptions(runners=1, max_batch_size=1, max_queue_size=4, stuck_after_s=20)
+    loader = Loader(store, open_engine, driven, Telemetry(), clock)
+    version = await asyncio.to_thread(loader.load, "trio", "1", lambda lines: lines)
+    batcher, tried = version.bundle.batcher, len(alone)
+
+    with batcher.place(clock() + 20, line="left") as place:
+        await batcher.submit(place, np.zeros((1, 32, 48, 3), np.uint8), 0)
+
+    assert alone[tried:] == [1]
+    batcher.close()
+    version.bundle.engine.close()
 
 
 def test_load_when_done_then_the_file_is_held_no_longer(load):

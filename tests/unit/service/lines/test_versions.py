@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import sys
 import threading
 import time
@@ -204,6 +205,38 @@ def test_rescan_when_a_frame_runs_then_the_runs_of_a_new_version_wait_for_its_en
     assert order[:3] == ["opened", "frame", "proved"]
 
 
+def test_store_when_it_could_not_bring_a_version_then_that_is_told_where_it_would_serve(shelf, monkeypatch):
+    """A version without room here is no missing one, and one that waits for somebody is no fault."""
+    registry, absent = shelf.load(), {("demo_line", "2"): "There is no room."}
+    monkeypatch.setattr(registry._catalogue._store, "absent", lambda: absent)
+
+    found = registry.rescan()
+    with pytest.raises(StoreUnreachable, match=r"Version 2 could not be brought .* no room"):
+        registry.activate("demo_line", "2")
+    registry.activate("demo_line", "1")
+    held_back = registry.rescan()
+
+    assert (found.refused, held_back.refused) == ({("demo_line", "2"): "There is no room."}, {})
+    assert 'flawline_versions_refused_total{engine="demo_line"} 1.0' in shelf.metrics()
+
+
+def test_rescan_when_a_version_is_being_loaded_then_the_store_may_not_remove_it(shelf, monkeypatch):
+    """Nor what is live, nor what somebody asks for: whoever looks meanwhile takes no file away that is being read."""
+    registry, needed = shelf.load(), []
+    monkeypatch.setattr(registry._catalogue._store, "refresh", needed.append)
+    shelf.add("2")
+
+    def ask(_bundle):
+        with pytest.raises(UnknownVersion):
+            registry.activate("demo_line", "9")
+
+    shelf.before_open = ask
+
+    registry.rescan()
+
+    assert set(needed[-1].serving) == {("demo_line", version) for version in ("1", "2", "9")}
+
+
 def test_rescan_when_nothing_came_then_nothing_is_loaded_again(shelf):
     """Looking is cheap: no engine is opened for what is live already."""
     registry = shelf.load()
@@ -344,8 +377,9 @@ def test_rescan_when_the_directory_is_away_then_what_is_loaded_stays_ready_and_e
     assert registry.rescan().activated == (("demo_line", "2"),)
 
 
+@pytest.mark.parametrize("is_removed", [False, True])
 def test_rescan_when_one_folder_can_not_be_read_then_its_line_goes_on_and_that_is_counted_and_logged_once(
-    shelf, caplog
+    shelf, caplog, is_removed
 ):
     """What hides new versions of one bundle is told like what hides those of all."""
     folder = shelf.add("1", "pair", lines=("left", "right")).parent
@@ -355,8 +389,11 @@ def test_rescan_when_one_folder_can_not_be_read_then_its_line_goes_on_and_that_i
     with rights_of_an_ordinary_user():
         registry.rescan()
         registry.rescan()
+        registry.load_line("demo_line")
         hidden = shelf.metrics()
     folder.chmod(0o700)
+    if is_removed:
+        shutil.rmtree(folder)
     registry.rescan()
 
     assert registry.is_ready
@@ -521,6 +558,18 @@ def test_rescan_when_a_line_comes_to_be_served_by_another_bundle_meanwhile_then_
     registry.close()
 
 
+def test_roll_back_when_the_version_before_could_not_be_brought_then_none_is_passed_over(shelf, monkeypatch):
+    """Who steps back means the version before, and not one that lies here by chance."""
+    shelf.add("3")
+    registry = shelf.load()
+    monkeypatch.setattr(registry._catalogue._store, "absent", lambda: {("demo_line", "2"): "There is no room."})
+
+    with pytest.raises(StoreUnreachable, match="There is no room"):
+        registry.roll_back("demo_line")
+
+    assert shelf.serving() == "3"
+
+
 def test_activate_when_an_older_version_is_named_then_it_stays_live(shelf):
     """What somebody chose by name is not replaced by what was there already."""
     shelf.add("2")
@@ -532,8 +581,9 @@ def test_activate_when_an_older_version_is_named_then_it_stays_live(shelf):
     assert shelf.serving() == "1"
     with pytest.raises(UnknownVersion):
         registry.activate("demo_line", "9")
+    make_bundle(shelf.path.parent, "beside", "1")
     with pytest.raises(UnknownVersion):
-        registry.activate("../demo_line", "1")
+        registry.activate("../beside", "1")
 
 
 @in_loop

@@ -51,6 +51,13 @@ def test_index_when_scores_move_then_rises_above_the_usual_limit(mean, deviation
     assert index > 0.25
 
 
+def test_index_when_few_good_parts_were_calibrated_on_then_a_moved_line_is_still_seen():
+    """Chance moves the index of a small calibration, and a change of the product all the more."""
+    index = _feed(ScoreDrift(_calibration(9)), np.random.default_rng(1).normal(1.6, 0.2, 1500))
+
+    assert index > 0.25
+
+
 def test_index_when_the_line_recovers_then_forgets():
     """After some hundred ordinary parts an old change no longer counts."""
     drift, draw = ScoreDrift(_calibration()), np.random.default_rng(1)
@@ -157,6 +164,12 @@ def test_noise_when_known_then_is_found():
     plane = np.full((200, 200), 0.5) + np.random.default_rng(0).normal(0, 0.03, (200, 200))
 
     assert measure_quality(_frame(plane)).noise == pytest.approx(0.03, rel=0.05)
+
+
+@pytest.mark.parametrize(("grey", "saturation"), [(249, 0.0), (250, 1.0)])
+def test_saturation_when_pixels_are_near_white_then_is_their_share(grey, saturation):
+    """Compression takes a saturated pixel a few levels down, and bright parts are not saturated."""
+    assert measure_quality(np.full((8, 8, 3), grey, np.uint8)).saturation == saturation
 
 
 def test_quality_when_a_picture_has_colours_then_its_green_counts():
