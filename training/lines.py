@@ -290,16 +290,20 @@ def _refuse_copies(lines: Sequence[GatheredLine]) -> None:
 
 
 def _refuse_fitted_frames(lines: Sequence[GatheredLine]) -> None:
-    """Refuse lines that calibrate on what the one network is fitted on for another of them."""
+    """Refuse lines that calibrate or are measured on what the one network is fitted on for another of them."""
     fitted = {line.data.content[sample.path]: sample.path for line in lines for sample in line.fitted_on}
     for line in lines:
-        for sample in line.held_out:
-            twin = fitted.get(line.data.content[sample.path])
-            if twin is not None:
-                raise DatasetFault(
-                    f"{twin} is fitted on, and {sample.path} of the line {line.name}, which has the same content, is "
-                    "held out; take one away, or the false-reject rate would be promised of what was learnt."
-                )
+        uses = {
+            "held out; take one away, or the false-reject rate would be promised of what was learnt.": line.held_out,
+            "a test frame; take one away, or the figures would be measured on what was learnt.": line.tested,
+        }
+        for use, samples in uses.items():
+            for sample in samples:
+                if (twin := fitted.get(line.data.content[sample.path])) is not None:
+                    raise DatasetFault(
+                        f"{twin} is fitted on, and {sample.path} of the line {line.name}, which has the same content, "
+                        f"is {use}"
+                    )
 
 
 def _refuse_lines_together(request: RunRequest) -> None:

@@ -348,3 +348,12 @@ def test_gather_when_one_line_holds_out_what_another_fits_on_then_refuses(tmp_pa
 
     with pytest.raises(DatasetFault, match="which has the same content, is held out; take one away"):
         _gather(tmp_path, bottle, cap)
+
+
+def test_gather_when_one_line_is_measured_on_what_another_fits_on_then_refuses(tmp_path, bottle, cap):
+    """Figures of a line are none of new parts either, where the network was fitted on its test frames for another."""
+    learnt = next(sample.path for sample in _gather(tmp_path, bottle).lines[0].fitted_on)
+    shutil.copy(learnt, min((cap / "test/good").iterdir()))
+
+    with pytest.raises(DatasetFault, match="which has the same content, is a test frame; take one away, or the fig"):
+        _gather(tmp_path, bottle, cap)
