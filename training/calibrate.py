@@ -178,8 +178,7 @@ def read_region_of_interest(path: Path) -> tuple[Polygon, ...]:
         raise UnreadableFrame(
             f"The region-of-interest mask {path} has no white; paint white where parts are inspected."
         )
-    # Outlines run along pixel edges, to an eighth of a pixel, and may so leave the frame by a hair.
-    return tuple(tuple((min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)) for x, y in polygon) for polygon in polygons)
+    return polygons
 
 
 def refuse_other_shape(path: Path, frame_sizes: Sequence[tuple[int, int]]) -> None:

@@ -14,6 +14,7 @@ from training.calibrate import (
     read_region_of_interest,
     refuse_other_shape,
     refuse_unsupported_rates,
+    refuse_unusable_region,
     tell_other_shapes,
 )
 
@@ -75,6 +76,20 @@ def test_calibrate_when_the_input_is_cropped_then_good_parts_are_scored_as_frame
     assert found.policy.map_floor == np.median(maps[:, :, :3])
     assert found.policy.region_threshold == found.calibration.peak_threshold(0.2).value
     assert found.policy.region_threshold < found.calibration.peak_threshold(0.05).value
+    assert ((found.peaks.places[:, 0] > 0.2) & (found.peaks.places[:, 0] < 0.4)).all()
+    assert len({x for x, _ in found.peaks.places}) == 3
+
+
+def test_refuse_unusable_region_when_it_lies_on_what_is_cropped_then_says_so_before_anything_is_fitted():
+    """What the network never sees can't be inspected, though it lies on the frame."""
+    window, corner = (0.2, 0.2, 0.6, 0.6), (((0.0, 0.0), (0.15, 0.0), (0.15, 0.15), (0.0, 0.15)),)
+    larger = (((0.0, 0.0), (0.4, 0.0), (0.4, 0.4), (0.0, 0.4)),)
+
+    with pytest.raises(BundleRefused, match="leaves nothing to inspect"):
+        refuse_unusable_region(corner, (10, 10), _TOP, window)
+    with pytest.raises(BundleRefused, match="how uneven its map is"):
+        refuse_unusable_region(larger, (10, 10), ScoreRule(kind="deviation"), window)
+    refuse_unusable_region(larger, (10, 10), _TOP, window)
 
 
 def test_calibrate_when_parts_have_several_views_then_rests_on_parts():
@@ -172,6 +187,8 @@ def test_read_region_of_interest_when_the_mask_is_white_somewhere_then_gives_pol
     assert len(polygons) == 1
     np.testing.assert_allclose(corners.min(axis=0), [0.5, 0.0], atol=0.005)
     np.testing.assert_allclose(corners.max(axis=0), [1.0, 0.5], atol=0.005)
+    assert corners.min() >= 0
+    assert corners.max() <= 1
 
 
 def test_read_region_of_interest_of_a_ring_leaves_its_middle_out(tmp_path):
