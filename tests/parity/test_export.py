@@ -17,7 +17,7 @@ from torch.nn import functional
 from models.detector import AnomalyOutput, LineConditioned, PassStage
 from service.contract.graph import opset_of, verify_graph
 from service.contract.policy import Policy, ScoreRule
-from tests.factories import make_frame, make_policy
+from tests.factories import make_frame, make_policy, make_self_policy
 from tests.tiny_detectors import TINY, make_detector
 from training.bundling.export import DetectorRun, ExportFailed, GraphRun, check_parity, export_graph
 from training.config import score_rule_of
@@ -295,6 +295,115 @@ def test_check_parity_when_a_verdict_differs_inside_the_region_of_interest_then_
 
     with pytest.raises(ExportFailed, match="verdicts differ"):
         check_parity(run, other, frames, _ONLY_LINE, [policy], _MAXIMUM)
+
+
+_NUMBERED = np.zeros((9, 2, 2, 3), np.uint8) + np.arange(9, dtype=np.uint8)[:, None, None, None]
+_TWO_LINES = np.arange(9, dtype=np.int64) % 2
+
+
+def _saying(maps, scores=None):
+    """Return what answers frame i of `_NUMBERED` with map i, and its largest value if there are no scores."""
+    told = maps.max(axis=(1, 2)) if scores is None else scores
+    return lambda frames, _: (told[frames[:, 0, 0, 0]], maps[frames[:, 0, 0, 0]])
+
+
+def _ramps(*highest):
+    """Return a map `(8, 12)` for each frame that rises from 0 to the given value."""
+    return np.linspace(0, 1, 96, dtype=np.float32).reshape(8, 12) * np.array(highest, np.float32)[:, None, None]
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_check_parity_when_answers_hang_on_the_size_of_a_batch_then_the_export_fails(size):
+    """Frames come alone and together, and a graph that was traced with two may say something else then."""
+    maps = _ramps(*[0.5] * 9)
+
+    def other(frames, line_index):
+        scores, ones = _saying(maps)(frames, line_index)
+        return (scores, ones * 1.01) if len(frames) == size else (scores, ones)
+
+    with pytest.raises(ExportFailed, match="anomaly maps"):
+        check_parity(_saying(maps), other, _NUMBERED, _ONLY_LINE, [_policy()], _MAXIMUM)
+
+
+@pytest.mark.parametrize(("off", "fails"), [(0.0005, False), (0.002, True)])
+def test_check_parity_when_a_quiet_line_stands_beside_a_loud_one_then_is_held_to_its_own_range(off, fails):
+    """A thousandth of a line's own range is allowed, and the record tells the worst line's difference."""
+    maps = _ramps(*[1000.0 if line else 1.0 for line in _TWO_LINES])
+    others = maps.copy()
+    others[0, 3, 3] += off  # of line 0
+
+    def check():
+        return check_parity(_saying(maps), _saying(others), _NUMBERED, _TWO_LINES, [_policy()] * 2, _MAXIMUM)
+
+    if fails:
+        with pytest.raises(ExportFailed, match="anomaly maps"):
+            check()
+    else:
+        assert check().map_difference == pytest.approx(off, rel=1e-3)
+
+
+@pytest.mark.parametrize(("off", "fails"), [(5e-5, False), (2e-4, True)])
+@pytest.mark.parametrize(
+    ("policy", "unit"),
+    [(_policy(), 1.0), (make_self_policy(), 0.01)],
+    ids=["thresholds of raw scores", "thresholds in a frame's own units"],
+)
+def test_check_parity_when_scores_differ_then_a_ten_thousandth_is_allowed(policy, unit, off, fails):
+    """It is one of the range, or of the threshold where that is larger and in units of raw scores."""
+    maps = _ramps(*[unit] * 9)
+    scores = maps.max(axis=(1, 2)) + np.float32(off * unit)
+
+    def check():
+        return check_parity(_saying(maps), _saying(maps, scores), _NUMBERED, _ONLY_LINE, [policy], _MAXIMUM)
+
+    if fails:
+        with pytest.raises(ExportFailed, match="graph's scores differ"):
+            check()
+    else:
+        assert check().score_difference == pytest.approx(off * unit, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "fails"),
+    [((0.52, 0.9), True), ((0.1, 0.52), True), ((0.5, 0.9), False), ((0.1, 0.5), False), ((0.6, 0.9), False)],
+    ids=["review", "fail", "at review", "at fail", "neither"],
+)
+def test_check_parity_when_a_score_crosses_a_threshold_of_its_line_then_the_export_fails(thresholds, fails):
+    """Each line has its own two; where PyTorch's score lies on one of them, either verdict is right."""
+    maps = _ramps(0.5, 0.5, *[1000.0] * 7)
+    others = maps.copy()
+    others[1, -1, -1] += 0.04  # of line 1, and little of its range
+    lax = _policy(review_threshold=5000, fail_threshold=5000)
+    strict = _policy(review_threshold=thresholds[0], fail_threshold=thresholds[1])
+
+    def check():
+        return check_parity(_saying(maps), _saying(others), _NUMBERED, _TWO_LINES, [lax, strict], _MAXIMUM)
+
+    if fails:
+        with pytest.raises(ExportFailed, match="verdicts differ from PyTorch's by 1 of 4 frames"):
+            check()
+    else:
+        assert check().verdicts_differ == 0
+
+
+@pytest.mark.parametrize(("column", "fails"), [(2, True), (4, False)])
+def test_check_parity_when_the_input_is_cropped_then_verdicts_are_of_what_is_inspected_of_it(column, fails):
+    """A region of interest lies on the frame, so it covers fewer columns of a crop's map than of the frame's."""
+    window, left = (0.2, 0.2, 0.6, 0.6), (((0.0, 0.0), (0.35, 0.0), (0.35, 1.0), (0.0, 1.0)),)
+    maps = np.full((9, 8, 12), 0.5, np.float32)
+    maps[:, 0, 11] = 1000.0
+    others = maps.copy()
+    others[:, 0, column] += 0.05
+    policy = _policy(review_threshold=0.52, region_of_interest=left)
+
+    def check():
+        return check_parity(_saying(maps), _saying(others), _NUMBERED, _ONLY_LINE, [policy], _MAXIMUM, window)
+
+    if fails:
+        with pytest.raises(ExportFailed, match="verdicts differ"):
+            check()
+    else:
+        assert check().verdicts_differ == 0
 
 
 def test_check_parity_when_the_score_rule_is_not_the_graphs_then_the_export_fails():

@@ -161,6 +161,26 @@ def test_check_verdicts_when_frames_are_judged_otherwise_then_says_what_to_do(be
     assert "--precision fp32" in refused.value.sentence
 
 
+@pytest.mark.parametrize(("column", "fails"), [(2, True), (4, False)])
+def test_check_verdicts_when_one_line_of_several_is_judged_otherwise_where_it_is_inspected_then_refuses(column, fails):
+    """Every line passes the gate by its own verdicts, which are of what a crop shows of its region of interest."""
+    window, left = (0.2, 0.2, 0.6, 0.6), (((0.0, 0.0), (0.35, 0.0), (0.35, 1.0), (0.0, 1.0)),)
+    policy = _POLICY.model_copy(update={"region_of_interest": left})
+    before = JudgedFrames(np.ones(3, np.float32), np.zeros((3, 8, 12), np.float32), policy)
+    before.maps[:, 0, 11] = 1
+    after = before._replace(maps=before.maps.copy())
+    after.maps[1, 0, column] = 0.7
+
+    def check():
+        return check_verdicts("int8", [(judged([0.1]), judged([0.1])), (before, after)], _MAXIMUM, window)
+
+    if fails:
+        with pytest.raises(ExportFailed, match="1 of 3 frames get another verdict"):
+            check()
+    else:
+        assert check().frames == 4
+
+
 def test_check_verdicts_when_maps_differ_in_the_mean_then_refuses():
     """Regions are drawn from maps, so maps are compared as well."""
     found = judged([0.1, 0.9])

@@ -72,6 +72,37 @@ def test_choose_when_scores_lie_near_a_threshold_then_those_frames_are_passed_ov
         _chooser(review_threshold=middle, fail_threshold=100.0, region_threshold=9.0).choose(good, None, 4)
 
 
+@pytest.mark.parametrize(("clearance", "is_clear"), [(1.5, False), (2.5, True)])
+@pytest.mark.parametrize("near", ["review", "fail"])
+def test_take_when_a_score_lies_below_a_threshold_then_twice_the_tolerance_must_lie_between(near, clearance, is_clear):
+    """A device may be off by the tolerance, which is a share of the fail threshold, and must find the same verdict."""
+    frames = [(make_frame(), "a good part")]
+    score = _chooser().take(frames, is_calibrated=True)[0].score
+    distance = clearance * 0.01  # in fail thresholds
+    thresholds = {"review_threshold": score + 0.2 * distance}
+    if near == "fail":
+        thresholds = {"review_threshold": score / 2, "fail_threshold": score / (1 - distance)}
+    chooser = _chooser(**thresholds)
+
+    if is_clear:
+        assert _verdicts(chooser.take(frames, is_calibrated=True)) == ["PASS" if near == "review" else "REVIEW"]
+    else:
+        with pytest.raises(GoldenFailed):
+            chooser.take(frames, is_calibrated=True)
+
+
+def test_choose_when_every_defect_passes_then_a_planted_one_takes_the_place_of_the_last(tmp_path):
+    """A device is asked for another verdict than PASS also where the detector finds none of the defects."""
+    good = _answers(read_dataset(write_line(tmp_path, tested=False)).train_good[:20])
+    missed = replace(good, samples=tuple(replace(s, split="test", label=1, kind="haze") for s in good.samples))
+
+    frames = _chooser().choose(good, missed, 4)
+
+    assert _verdicts(frames[:3]) == ["PASS"] * 3
+    assert _verdicts(frames[3:]) in (["REVIEW"], ["FAIL"])
+    assert [frame.description.split()[-1] for frame in frames] == ["part", "part", "haze", "defect"]
+
+
 def test_choose_when_frames_are_huge_then_they_are_stored_small(tmp_path):
     """A bundle stays small enough to be held in memory, and its answers are those of the stored frame."""
     path = tmp_path / "huge.png"

@@ -9,12 +9,18 @@ from typer.testing import CliRunner
 
 from service.contract.bundle import FITTED_FRAMES_FILE, FramesRecord, MetricRecord, ParentRecord, load_bundle
 from service.contract.frames import fit_to_input
+from service.contract.golden import read_golden
 from service.contract.pictures import contrast_of
-from service.contract.policy import policy_digest
-from tests.factories import REFERENCE, encode, make_bundle, make_frame, make_line_record
+from service.contract.policy import image_score, inspected_mask, policy_digest
+from tests.factories import REFERENCE, encode, make_bundle, make_frame, make_line_record, make_runner
+from tests.tiny_line import write_mvtec_ad2_line
 from training.__main__ import commands
 from training.bundling.fitted_frames import write_fitted_frames
+from training.data.detect import read_dataset
+from training.data.samples import UNKNOWN, Sample
 from training.golden import contrast_asked_for
+from training.measuring.evaluate import ask, evaluate, to_records
+from training.progress import SilentReporter
 
 GOOD = 24
 _MEASURED = MetricRecord(value=0.9, low=0.8, high=0.95)
@@ -132,6 +138,67 @@ def test_calibrate_when_test_frames_are_given_then_the_manifest_names_them(first
     assert carried.manifest.by_line["demo_line"].data.test_frames == data.test_frames
 
 
+_LEFT = (((0.0, 0.0), (0.35, 0.0), (0.35, 1.0), (0.0, 1.0)),)
+
+
+def test_calibrate_when_one_line_is_named_then_it_is_scored_as_it_will_be_judged_and_others_stay(tmp_path, good):
+    """Thresholds rest on what the network says of this very line, in the places of a crop that verdicts look at."""
+    own = {"version": "7", "region_of_interest": _LEFT, "min_region_area_px": 3.0, "max_regions": 7}
+    options = {"lines": ("first", "second"), "conditional": True, "margin": 8, "policies": {"second": own}}
+    bundle = load_bundle(make_bundle(tmp_path / "store", "pair", **options))
+
+    again = _calibrate(bundle, good, "--line", "second")
+    third = _calibrate(again, good, "--line", "first")
+
+    spec, rule, policy = bundle.manifest.input, bundle.manifest.output.score_rule, again.policies["second"]
+    frames = np.stack([fit_to_input(make_frame(seed=50 + index), spec) for index in range(GOOD)])
+    scores, maps = make_runner(bundle.model)(frames, np.ones(GOOD, np.int64))
+    inspected = inspected_mask(policy, *maps.shape[1:], window=spec.window(1, 1))
+    judged = [image_score(float(score), one, inspected, rule) for score, one in zip(scores, maps, strict=True)]
+    assert again.calibrations["second"].scores.tolist() == sorted(np.float32(judged).tolist())
+    assert policy == policy.model_copy(update=own | {"version": "8"})
+    assert [[answer.line for answer in read_golden(one).answers].count("second") for one in (again, third)] == [3, 3]
+    assert contrast_asked_for(bundle, "first") != contrast_asked_for(bundle, "second")  # of frames of its own
+    for before, after, other in ((bundle, again, "first"), (again, third, "second")):
+        for name in (f"lines/{other}/policy.json", f"lines/{other}/calibration.npz"):
+            assert after.files[name] == before.files[name]
+        assert after.manifest.by_line[other] == before.manifest.by_line[other]
+        kept, known = ([a for a in read_golden(one).answers if a.line == other] for one in (after, before))
+        assert [(a.score, a.verdict) for a in kept] == [(a.score, a.verdict) for a in known]
+    # Whoever wrote a bundle calibrated it on what fitting never saw; of frames that came later nobody knows.
+    assert _page(again).count("Which frames the detector was fitted on is not known here") == 1
+    assert _page(third).count("Which frames the detector was fitted on is not known here") == 2
+
+
+def test_calibrate_when_test_frames_are_given_then_figures_are_those_that_evaluation_finds(tmp_path, good):
+    """They are measured as the run's were: at its resolution, with its seed, and SegF1 by the new good frames."""
+    bundle = load_bundle(make_bundle(tmp_path / "store", evaluation_resolution="original", seed=5))
+    line = write_mvtec_ad2_line(tmp_path / "line")
+
+    again = _calibrate(bundle, good, "--line-folder", line)
+
+    asked = [sample for sample in read_dataset(line).test if sample.label != UNKNOWN]
+    unseen = [Sample(path, "validation", 0, "good") for path in sorted(good.iterdir())[:GOOD]]
+    spec, run = bundle.manifest.input, make_runner(bundle.model)
+    tested, held_out = (ask(run, samples, spec, SilentReporter(), title="frames") for samples in (asked, unseen))
+    rules = (again.policies["demo_line"], bundle.manifest.output.score_rule, spec)
+    found = evaluate(tested, *rules, "original", held_out=held_out, seed=5)
+    assert again.manifest.by_line["demo_line"].metrics == to_records(found.metrics)
+    assert found.metrics["seg_f1"].value is not None
+
+
+def test_calibrate_when_a_mask_or_a_name_is_unfit_then_it_refuses(first, good, tmp_path):
+    """A mask that would be squeezed covers other places than were painted, and some names must not be shown."""
+    (tmp_path / "roi.png").write_bytes(encode(np.full((40, 40), 255, np.uint8)))
+
+    assert "40x40 pixels and the frames 80x64, which is another aspect" in _refused(
+        first, good, "--roi", tmp_path / "roi.png"
+    )
+
+    (good / "000.png").rename(good / "0\u202e0.png")
+    assert "holds characters that a terminal would obey" in _refused(first, good)
+
+
 def test_calibrate_when_good_parts_have_far_less_contrast_then_the_new_bundle_does_not_refuse_them(first, good):
     """Golden frames of another light would make every frame of the present one a frame without a picture."""
     dull = [np.rint(255 * REFERENCE + (make_frame(seed=50 + index) - 255 * REFERENCE) / 8) for index in range(GOOD)]
@@ -236,7 +303,9 @@ def test_calibrate_when_the_bundle_forgot_its_frames_then_the_page_does_not_call
 
 def test_calibrate_when_the_list_of_fitted_frames_is_none_then_it_refuses(tmp_path, good):
     """A list that can't be read recognises nothing, which must not pass for a list without these frames."""
-    bundle = load_bundle(make_bundle(tmp_path / "store", extra_files={FITTED_FRAMES_FILE: b"000.png\n"}))
+    bundle = load_bundle(
+        make_bundle(tmp_path / "store", extra_files={FITTED_FRAMES_FILE: b"0123456789abcdef\n000.png\n"})
+    )
 
     assert "fitted_frames.txt is no list of digests" in _refused(bundle, good)
 

@@ -106,6 +106,13 @@ def test_p_value_when_counted_by_hand_is_the_same(scores, score):
     assert calibrate(scores).p_value(score) == (count + 1) / (scores.size + 1)
 
 
+def test_p_value_when_a_good_part_is_judged_again_counts_it_though_calibrations_hold_fewer_digits():
+    """A score is compared as it was kept: deviations are float64, and a part is at least as anomalous as itself."""
+    score = float(np.float32(0.1)) + 1e-10
+
+    assert calibrate(np.array([0.1, 0.05], np.float32)).p_value(score) == 2 / 3
+
+
 @pytest.mark.parametrize("n", [1, 19, 60, 199, 1000, 5000])
 @pytest.mark.parametrize("rate", [0.01, 0.02, 0.05, 0.1, 0.5, 0.9])
 def test_bound_when_compared_with_the_beta_quantile_is_equal(n, rate):
@@ -173,6 +180,7 @@ def test_threshold_when_each_part_has_many_views_counts_parts():
     assert calibration.part_scores.tolist() == list(range(90, 100))
     assert calibration.part_peaks.tolist() == list(range(91, 101))
     assert calibration.threshold(0.1).bound == pytest.approx(stats.beta.ppf(0.95, 1, 10))
+    assert calibration.peak_threshold(0.1).value == np.nextafter(np.float32(100), np.float32(np.inf))
     assert (calibration.p_value(89), calibration.p_value(98), calibration.p_value(100)) == (1, 3 / 11, 1 / 11)
     assert calibration.scores.size == calibration.histogram_counts.sum() == 100  # drift is a matter of frames
     with pytest.raises(CalibrationRefused, match=r"needs at least 19 good parts .* there are 10;"):
@@ -267,6 +275,9 @@ def changed(**arrays):
     return buffer.getvalue()
 
 
+_SIX = np.array([-1, 0, 1, 2, 3, 4], np.float32)
+
+
 @pytest.mark.parametrize(
     "arrays",
     [
@@ -286,6 +297,10 @@ def changed(**arrays):
         {"histogram_counts": np.zeros(3, np.int64)},
         {"part_scores": np.array([4], np.float32)},
         {"part_scores": np.array([3], np.float32), "part_peaks": np.array([4], np.float32)},
+        {"part_scores": np.array([3, 4], np.float32), "part_peaks": np.array([3, 3.5], np.float32)},
+        {"part_scores": np.array([3, 4], np.float32), "part_peaks": np.array([3, 4], np.float32), "peaks": _SIX},
+        {"scores": np.array([-math.inf, 1, 2, 3, 4], np.float32)},
+        {"histogram_edges": np.full(HISTOGRAM_BINS - 1, math.nan, np.float32)},
         {"part_scores": np.array([3, 4]), "part_peaks": np.array([3, 4], np.float32)},
         {"part_scores": np.arange(-1, 5, dtype=np.float32), "part_peaks": np.arange(-1, 5, dtype=np.float32)},
     ],

@@ -25,6 +25,7 @@ from training.fitting.fit import (
     fit,
     planned_iterations,
 )
+from training.fitting.optimisers import learning_rate_at
 from training.fitting.peers import Alone, PeerLost
 from training.progress import SilentReporter
 
@@ -193,6 +194,37 @@ def test_fit_lowers_the_loss():
 
     total = [sum(p.terms.values()) for p in report.losses if p.stage == "student"]
     assert np.mean(total[-8:]) < 0.7 * np.mean(total[:8])
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_fit_makes_the_steps_of_its_recipe(clip):
+    """Rates rise and fall, and gradients are cut, as in a plain loop over the recipe (atol: the order of frames)."""
+    recipe = dataclasses.replace(
+        Recipe("sgd", 0.5, 0.05, 0.0, batch_size=10, iterations=6, warmup_iterations=3),
+        betas=(0.0, 0.0),  # no momentum
+        clip_gradient_norm=clip,
+    )
+
+    class Head(_TinyDetector):
+        def stages(self):
+            return [GradientStage("head", self._head_loss, list(self.head.parameters()), recipe)]
+
+    fitted, plain = Head(), Head()
+    _fit(fitted)
+
+    images = torch.from_numpy(_frames().take(range(10))).permute(0, 3, 1, 2) / 255
+    weights = list(plain.head.parameters())
+    for step in range(6):
+        for weight in weights:
+            weight.grad = None
+        plain._head_loss(images, step)["fit"].backward()
+        norm = torch.stack([weight.grad.square().sum() for weight in weights]).sum().sqrt()
+        with torch.no_grad():
+            for weight in weights:
+                share = 1.0 if clip is None else min(1.0, clip / float(norm))
+                weight.sub_(learning_rate_at(recipe, step, 6) * share * weight.grad)
+    for one, other in zip(fitted.head.parameters(), weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def test_fit_twice_with_the_same_seed_gives_the_same_bits_and_with_another_seed_others():

@@ -300,6 +300,29 @@ def test_evaluate_when_defects_have_masks_of_their_own_then_spro_is_the_mean_of_
     assert found["i_auroc_logical_anomalies"].value == found["i_auroc_structural_anomalies"].value == 1.0
 
 
+def test_evaluate_when_one_kind_is_missed_then_figures_of_the_other_kind_stay(tmp_path):
+    """A kind is measured against good frames alone: defects of another kind are neither found nor missed with it."""
+    answers = _ask(read_dataset(_write_loco(tmp_path)).test)
+    missed = np.array([sample.kind == "structural_anomalies" for sample in answers.samples])
+    blind = replace(
+        answers,
+        scores=np.where(missed, np.float32(0), answers.scores),
+        maps=np.where(missed[:, None, None], np.float32(0), answers.maps),
+    )
+
+    before, after = (evaluate(one, make_policy(), _RULE, make_input()) for one in (answers, blind))
+
+    for name in ("spro_logical_anomalies", "i_auroc_logical_anomalies"):
+        assert after.metrics[name] == before.metrics[name]
+    assert after.metrics["spro_structural_anomalies"].value < 0.05
+    assert after.metrics["i_auroc_structural_anomalies"].value == 0
+    assert after.metrics["i_auroc_of_kinds"].value == 0.5
+    assert {kind: metric.value for kind, metric in after.by_kind.items()} == {
+        "logical_anomalies": 1,
+        "structural_anomalies": 0,
+    }
+
+
 def test_evaluate_when_maps_are_blank_then_spro_is_that_of_chance(tmp_path):
     """A map that says nothing gives the line from (0, 0) to (1, 1), of which 0.05 counts."""
     answers = _ask(read_dataset(_write_loco(tmp_path)).test)
