@@ -38,7 +38,7 @@ from training.bundling.fitted_frames import fitted_frames_file
 from training.bundling.precision import JudgedFrames, check_verdicts, layers_of, lower_precision
 from training.bundling.store import StoreFailed, StoreRefused, probe_store, publish
 from training.calibrate import calibrate
-from training.config import RunConfig
+from training.config import ConfigFault, RunConfig
 from training.data.labelled_defects import LabelledDefects, read_labelled_defects
 from training.data.loader import FileFrames, load_frame
 from training.data.samples import Sample
@@ -139,6 +139,7 @@ def train(
     config, spec = request.config, request.config.frame_input
     peers = peers or Alone()
 
+    _refuse_ranges_of_nothing(request)
     probe_store(request.store, request.name)
     gathered, defects, prepared = _prepare(request, reporter)
     lines, device, rule = gathered.lines, prepared.device, prepared.score_rule
@@ -207,6 +208,14 @@ def train(
     except (StoreRefused, StoreFailed) as fault:
         raise type(fault)(f"{fault} {_how_to_publish(directory, beginning)}") from fault
     return FinishedRun(bundle, directory, manifest, report, fitting)
+
+
+def _refuse_ranges_of_nothing(request: RunRequest) -> None:
+    if request.released is not None and request.config.precision == "int8":
+        raise ConfigFault(
+            "precision: int8 finds the ranges of values on good frames that fitting saw, and nothing was fitted here: "
+            f"the detector comes from {request.released}. Take fp16 or fp32."
+        )
 
 
 def _how_to_publish(directory: Path, beginning: Beginning) -> str:
@@ -441,11 +450,8 @@ def _lower(
     precision = config.precision
     if precision == "fp32":
         raise ValueError("float32 is what the graph is in")
-    seen = range(0, len(gathered.fitted_on), max(1, len(gathered.fitted_on) // _RANGE_FRAMES))[:_RANGE_FRAMES]
     spec = config.frame_input
-    tiles = [cut_tiles(load_frame(gathered.fitted_on[i], spec, FrameLimits()), spec) for i in seen]
-    frames = np.concatenate(tiles)
-    shown = np.repeat(np.array([gathered.fitted_on_lines[i] for i in seen], np.int64), [len(cut) for cut in tiles])
+    frames, shown = _frames_for_ranges(gathered, config)
     lowered = lower_precision(model, precision, frames, shown, config.keep_float)
     graphs = tuple(by_tiles(GraphRun(one), spec, rule) for one in (model, lowered))
     measured = [
@@ -462,6 +468,15 @@ def _lower(
         compared.append((before, after))
     parity = check_verdicts(precision, compared, rule, spec.window(1, 1), layers_of(model))
     return lowered, parity, measured
+
+
+def _frames_for_ranges(gathered: GatheredLines, config: RunConfig) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Return some of the frames that were fitted on, `(n, H, W, 3)` uint8, and their lines; none for who needs none."""
+    spec, count = config.frame_input, len(gathered.fitted_on) if config.precision == "int8" else 0
+    seen = range(0, count, max(1, count // _RANGE_FRAMES))[:_RANGE_FRAMES]
+    tiles = [cut_tiles(load_frame(gathered.fitted_on[i], spec, FrameLimits()), spec) for i in seen]
+    shown = [gathered.fitted_on_lines[i] for i, cut in zip(seen, tiles, strict=True) for _ in cut]
+    return np.concatenate([np.empty((0, spec.height, spec.width, 3), np.uint8), *tiles]), np.array(shown, np.int64)
 
 
 def _plant(line: MeasuredLine, config: RunConfig) -> NDArray[np.uint8]:

@@ -42,18 +42,34 @@ def test_import_when_a_released_checkpoint_fits_then_its_bundle_serves(tmp_path,
     places = ("--store", tmp_path / "store", "--runs", tmp_path / "runs", "--threads", 1)
     # Two blocks of the encoder rather than ten: the exporter takes its time for each.
     small = ("--size", 28, "--set", "hyperparameters.layers=[1, 2]")
+    half = ("--set", "precision=fp16")
 
-    result = _import("inp_former", tmp_path / "model.pth", "--line", line, *small, *places)
+    result = _import("inp_former", tmp_path / "model.pth", "--line", line, *small, *places, *half)
 
     assert result.exit_code == 0, result.output
     bundle = load_bundle(Path(re.search(r"bundle: (\S+)", result.output)[1]))
     replay(bundle, read_golden(bundle), make_runner(bundle.model))
     manifest = bundle.manifest
+    assert manifest.precision == "fp16"  # for which no fitted frame is needed
     assert (manifest.detector, manifest.backbone.name) == ("inp_former", "vit_small_patch14_reg4_dinov2")
     assert (manifest.input.height, manifest.input.resize_height) == (28, 32)
     assert (manifest.by_line["bottle"].data.fitted_on, manifest.by_line["bottle"].data.calibrated_on) == (0, GOOD)
     assert "model.pth" in bundle.files["report.html"].decode()
     assert has_checkpoint(Path(re.search(r"run: (\S+)", result.output)[1]))
+
+
+def test_import_when_int8_is_wanted_then_refuses_because_nothing_was_fitted(tmp_path, line):
+    """Its ranges come from good frames that fitting saw, never from those that thresholds rest on."""
+    torch.save(_official_state("inp_former"), tmp_path / "model.pth")
+    places = ("--store", tmp_path / "store", "--runs", tmp_path / "runs", "--threads", 1)
+
+    result = _import(
+        "inp_former", tmp_path / "model.pth", "--line", line, "--size", 28, *places, "--set", "precision=int8"
+    )
+
+    assert result.exit_code == 2, result.output
+    assert "on good frames that fitting saw, and nothing was fitted here" in " ".join(result.output.split())
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize(
