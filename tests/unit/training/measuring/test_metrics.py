@@ -154,20 +154,32 @@ def test_pixel_figures_inside_a_region_equal_plain_loops_over_its_pixels(case, b
         assert draws.min(axis=0) == pytest.approx(values, abs=1e-9) == draws.max(axis=0)
 
 
-@given(_maps_and_masks(), st.integers(1, 25), st.integers(1, 25), st.sampled_from([0.05, 0.3, 1.0]))
-def test_spro_with_overlapping_channels_equals_a_loop_over_all_thresholds(case, first, second, limit):
-    """Saturation and pixels shared by two channels are counted as the plain loop counts them."""
+@given(
+    *(_maps_and_masks(), st.integers(1, 25), st.integers(1, 25), st.sampled_from([0.05, 0.3, 1.0])),
+    *(st.lists(st.booleans(), min_size=20, max_size=20), st.booleans()),
+)
+def test_spro_with_overlapping_channels_equals_a_loop_over_all_thresholds(
+    case, first, second, limit, bits, is_all_inspected
+):
+    """Saturation, pixels shared by two channels and pixels that are not inspected count as in the plain loop."""
     maps, masks = case
+    region = np.array(bits).reshape(4, 5) | is_all_inspected
+    region[0, 0] = True  # where a defect is marked
     shifted = [np.roll(mask, 1, axis=1) for mask in masks]
     channels = [[c for c in pair if c.any()] for pair in zip(masks, shifted, strict=True)]
     saturations = [[first, second][: len(pair)] for pair in channels]
-    free = [~(mask | other) for mask, other in zip(masks, shifted, strict=True)]
+    free = [~(mask | other) & region for mask, other in zip(masks, shifted, strict=True)]
     if not any(f.any() for f in free):
         return
 
-    found = spro(maps, channels, saturations, limit)
+    found = spro(maps, channels, saturations, limit, inspected=None if is_all_inspected else [region] * len(maps))
 
-    assert found.value == pytest.approx(_reference_overlap(maps, channels, free, limit, saturations), abs=1e-9)
+    seen = [
+        [(c & region, enough) for c, enough in zip(*image, strict=True) if (c & region).any()]
+        for image in zip(channels, saturations, strict=True)
+    ]
+    cut, enough = ([[pair[place] for pair in image] for image in seen] for place in (0, 1))
+    assert found.value == pytest.approx(_reference_overlap(maps, cut, free, limit, enough), abs=1e-9)
 
 
 _GOOD_MAPS = [np.array([[0, 2], [0, 2]], np.float32), np.array([[0, 2, 0, 2]], np.float32)]
@@ -175,13 +187,15 @@ _GOOD_MAPS = [np.array([[0, 2], [0, 2]], np.float32), np.array([[0, 2, 0, 2]], n
 
 def test_seg_f1_of_a_small_map_equals_the_count_by_hand():
     """Good pixels of mean 1 and deviation 1 put the threshold at 4, and a pixel there is predicted."""
-    maps = [np.array([[9, 4, 3], [4, 0, 0]], np.float32), np.array([[5, 0]], np.float32)]
-    masks = [np.array([[True, True, True], [False] * 3]), np.zeros((1, 2), bool)]
+    maps = [np.array([[9, 4, 3], [4, 0, 0]], np.float32), np.array([[5, 0]], np.float32), np.zeros((1, 2), np.float32)]
+    masks = [np.array([[True, True, True], [False] * 3]), np.zeros((1, 2), bool), np.zeros((1, 2), bool)]
     # Predicted: 9, 4, 4 and 5; two of them are defective, and of three defective pixels one is missed.
 
     found = seg_f1(maps, masks, _GOOD_MAPS)
+    # An even frame at the end makes neither all frames even nor its value the threshold, which is 3.1 now.
+    beside_an_even_frame = seg_f1(maps, masks, [*_GOOD_MAPS, np.ones((2, 4), np.float32)])
 
-    assert found == Metric(2 * 2 / (2 * 2 + 2 + 1))
+    assert found == beside_an_even_frame == Metric(2 * 2 / (2 * 2 + 2 + 1))
 
 
 @given(_maps_and_masks(), st.lists(st.booleans(), min_size=20, max_size=20), st.integers(0, 2**32 - 1), st.booleans())
@@ -444,8 +458,9 @@ def test_scores_that_are_not_finite_are_refused(value):
         (lambda: pixel_metrics([np.zeros((2, 2), np.float32)], [np.eye(2, dtype=bool)], [0]), "labelled normal"),
         (lambda: spro([np.zeros((2, 2), np.float32)], [[np.eye(2, dtype=bool)]], [[]]), "saturation areas"),
         (lambda: spro([np.zeros((2, 2), np.float32)], [[np.eye(2, dtype=bool)]], [[0]]), "must be positive"),
+        (lambda: spro([np.full((2, 2), np.nan, np.float32)], [[]], [[]]), "image 0 holds NaN"),
     ],
-    ids=["rank", "count", "unknown label", "size", "type", "limit", "mask of a normal", "areas", "saturation"],
+    ids=["rank", "count", "unknown label", "size", "type", "limit", "mask of a normal", "areas", "saturation", "NaN"],
 )
 def test_inputs_that_do_not_fit_are_refused(call, sentence):
     """A wrong input ends with a sentence instead of a figure."""
