@@ -181,6 +181,24 @@ def test_hold_out_by_group_pattern_keeps_groups_together():
     assert len(held) in (14, 21)
 
 
+@pytest.mark.parametrize(
+    ("size", "fraction", "expected"), [(5, 0.3, 5), (5, 0.4, 10), (2, 0.95, 18)], ids=["fewer", "more", "not all"]
+)
+def test_hold_out_by_groups_takes_as_many_as_come_nearest_to_what_is_wanted_and_leaves_one(size, fraction, expected):
+    """Whole groups can't give every share, and fitting needs one of them; the seed says which are taken."""
+    samples = [sample for piece in range(20 // size) for sample in _views(piece, size)]
+
+    splits = [hold_out(samples, HoldOut(fraction, "groups", seed=seed)) for seed in range(9)]
+
+    assert {len(held) for _, held in splits} == {expected}
+    assert {len(kept) for kept, _ in splits} == {20 - expected}
+    assert len({frozenset(sample.group for sample in held) for _, held in splits}) > 1
+
+
+def _views(piece, count):
+    return _samples([f"{piece}_{view}" for view in range(count)], group=str(piece))
+
+
 def test_hold_out_by_the_samples_own_groups_keeps_them_together():
     """Without a pattern the group of the sample counts."""
     samples = _samples("abc", group="left") + _samples("de", group="right")
