@@ -16,6 +16,12 @@ Deviations from TSTB-dev/ST-MAE, each with its reason:
   cosine of masked autoencoders, again at the place where the decoder puts it;
 * each block has norms of its own; there all blocks share one;
 * the cosine term is taken a token at a time, as in PSA, so that a small defect is not lost in the whole image;
+* attention has biases, encoder and decoder end with a norm, and each value of a patch has a projection of its own, as
+  in PSA; the embedding's bias begins at 0, as all others do, instead of PyTorch's small draw;
+* both distances are multiplied on the grid, as there, and then resized and blurred, so that a map has the frame's size;
+  there nothing is resized and the score is the largest value, while PSA resizes each first and multiplies last;
+* AdamW has the betas of PSA (0.9 and 0.95), and gradients are clipped at a norm of 1, as neither source does, so that
+  one odd batch throws no descent off;
 * the rate falls to a tenth along a cosine; the two sources disagree (constant, or one step) and the loop has one shape.
 Chosen where nothing was published: the j-th token of one half, row by row, changes places with the j-th of the other;
 inference averages over a few deals that are drawn once and kept with the weights, because a new deal changes all
@@ -47,7 +53,7 @@ from models.blocks.smoothing import SmoothUpsampling
 from models.blocks.transformer import TransformerBlock, sincos_positions
 from models.detector import AnomalyOutput, GradientStage, Recipe, Stage
 
-_NORM_EPS = 1e-6  # of masked autoencoders
+_NORM_EPS = 1e-5  # of both sources, where masked autoencoders have 1e-6
 
 _PAPER_RECIPE = Recipe(
     optimiser="adamw",

@@ -4,8 +4,7 @@
 embeds, codes positions, decodes, weighs the loss and resizes maps alike; and with TSTB-dev/ST-MAE at a8afa00, which is
 by others and has the transition. Every tensor is filled by a rule that starts from its official name. Undone for the
 latter: its positions come before a norm or a layer, its blocks share one norm and none comes last, and attention has no
-bias. Its own order of the rebuilt tokens was mended in the recording. Both sides compute in float64, and layer norms
-get the official guard of their variance, so that all else can be compared closely.
+bias. Its own order of the rebuilt tokens was mended in the recording. Both sides compute in float64.
 """
 
 from collections.abc import Iterator
@@ -45,7 +44,6 @@ from training.fitting.optimisers import build_optimiser
 
 # The recording was rounded to float32, and so are the matrices that resize and blur.
 _EXACT = {"rtol": 1e-6, "atol": 1e-7}
-_OFFICIAL_EPS = 1e-5  # PyTorch's own, in both codes
 _WHOLE = StMaeConfig(
     image_size=IMAGES[2:],
     feature_grid=(16, 16),
@@ -67,7 +65,7 @@ _PARTS = StMaeConfig(
 
 
 def _build(config: StMaeConfig) -> StMae:
-    """Build a detector on a backbone as narrow as the recorded one, with the official guard of norms."""
+    """Build a detector on a backbone as narrow as the recorded one,."""
     from timm.models.vgg import VGG  # it needs what `models.backbones` has declared
 
     with patch("timm.models.vgg.ConvMlp", nn.Identity):  # thirty million values that are cut off again
@@ -75,9 +73,6 @@ def _build(config: StMaeConfig) -> StMae:
     network.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     with patch("models.st_mae.CnnBackbone", partial(CnnBackbone, network=network)):
         detector = StMae(config)
-    for module in detector.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = _OFFICIAL_EPS
     detector.backbone.is_loaded = True
     return detector
 
