@@ -60,7 +60,7 @@ from training.lines import GatheredLine, GatheredLines, gather_lines, lines_spli
 from training.measuring.evaluate import ask, evaluate, spread
 from training.measuring.peaks import mask_without_rim
 from training.progress import Reporter, SilentReporter
-from training.reporting.report import LineReport, ReportData, collect, render
+from training.reporting.report import LineReport, ReportData, collect, draw, render
 from training.reproducibility import describe_run, make_deterministic
 from training.run_directory import RunRequest, keep_request, keep_results, mask_path
 
@@ -192,7 +192,8 @@ def train(
         resolution=config.evaluation_resolution,
         lines=tuple(_report_line(line, rule, spec) for line in measured),
     )
-    page = render(report)
+    drawings = draw(report)  # of both pages, the run's and the bundle's
+    page = render(report, drawings=drawings)
     masks = _leave_rims_out(measured, directory, spec, reporter, how_to_leave_out or partial(_export_with, directory))
     keep_results(directory, manifest, report, page, {line.name: line.answers for line in measured}, masks)
     calibrations = {line.name: line.calibrated.calibration for line in measured}
@@ -203,7 +204,7 @@ def train(
             manifest,
             files,
             check=lambda path: verify_bundle(path, graph),
-            page=lambda version: render(report, version),
+            page=lambda version: render(report, version, drawings),
         )
     except (StoreRefused, StoreFailed) as fault:
         raise type(fault)(f"{fault} {_how_to_publish(directory, beginning)}") from fault

@@ -5,6 +5,7 @@ Templates lie beside this file. Whatever is not known to a template is an error,
 
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import cache
 
 import jinja2
 
@@ -16,6 +17,12 @@ def render_page(template: str, values: Mapping[str, object]) -> str:
         template: name of a file in `training/reporting/templates`.
         values: everything that the template names.
     """
+    return _environment().get_template(template).render(values)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """Return the one that keeps its templates: a run fills its page twice, and compiling takes longer than filling."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("training.reporting"),
         autoescape=True,
@@ -24,7 +31,7 @@ def render_page(template: str, values: Mapping[str, object]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(_FILTERS)
-    return environment.get_template(template).render(values)
+    return environment
 
 
 def percent(share: float, digits: int = 1) -> str:

@@ -383,20 +383,39 @@ def carry_over(
     )
 
 
-def render(data: ReportData, version: str | None = None) -> str:
+class Drawings(NamedTuple):
+    """What of a page takes most of its time and does not depend on the version of its bundle."""
+
+    lines: list["_Section"]
+    loss: str | None
+
+
+def draw(data: ReportData) -> Drawings:
+    """Draw the curves of a page, for whoever renders it more than once.
+
+    Args:
+        data: what the page shows.
+    """
+    lines = [_words_and_drawings(line, place) for place, line in enumerate(data.lines, start=1)]
+    return Drawings(lines, draw_loss(data.run.losses))
+
+
+def render(data: ReportData, version: str | None = None, drawings: Drawings | None = None) -> str:
     """Return the page as one self-contained HTML file.
 
     Args:
         data: what it shows.
         version: of the bundle that holds the page; None outside of one. The bundle's digest can't stand there, because
             it covers the page.
+        drawings: of the same data, where they are there already.
     """
+    drawings = drawings or draw(data)
     values = {
         "data": data,
         "version": version,
         "ramp": ", ".join(f"rgb{rgb} {100 * at:g}%" for at, rgb in zip(RAMP_AT, RAMP_RGB, strict=True)),
-        "lines": [_words_and_drawings(line, place) for place, line in enumerate(data.lines, start=1)],
-        "loss": draw_loss(data.run.losses),
+        "lines": drawings.lines,
+        "loss": drawings.loss,
         "metric_names": _METRIC_NAMES,
         "groups": _GROUPS,
         "glossary": _GLOSSARY,

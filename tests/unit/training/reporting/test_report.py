@@ -23,6 +23,7 @@ from training.reporting.report import (
     RunFacts,
     VerdictRow,
     carry_over,
+    draw,
     leave_out,
     render,
 )
@@ -257,6 +258,13 @@ def test_report_data_when_kept_and_read_again_then_renders_the_same_page():
     again = ReportData.model_validate_json(report.model_dump_json())
 
     assert render(again) == _page()
+
+
+def test_render_when_the_drawings_are_there_already_then_the_page_is_the_same():
+    """A run draws once for its own page and for that of its bundle."""
+    data = _report(*_SEVERAL)
+
+    assert render(data, "3", draw(data)) == render(data, "3")
 
 
 @pytest.mark.parametrize(
