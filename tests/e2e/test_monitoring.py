@@ -51,6 +51,7 @@ PANEL_QUERIES = [
 ]
 RULES = [rule for group in yaml.safe_load(BUILD.RULES.read_text("utf-8"))["groups"] for rule in group["rules"]]
 ALERTS = [rule for rule in RULES if "alert" in rule]
+RULE_TESTS = ("rules_test.yaml", "rules_of_days_test.yaml")
 needs_prometheus = pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 
@@ -181,7 +182,7 @@ def test_alerts_when_the_service_is_well_then_none_fires(prometheus):
 @needs_promtool
 def test_rules_when_checked_by_promtool_then_hold_and_fire_as_written():
     """The syntax is right, and every alert has a case in which it fires and one in which it does not."""
-    for command in (["check", "rules", "rules.yaml"], ["test", "rules", "rules_test.yaml"]):
+    for command in (["check", "rules", "rules.yaml"], ["test", "rules", *RULE_TESTS]):
         told = subprocess.run(["promtool", *command], cwd=MONITORING, capture_output=True, text=True, check=False)
         assert told.returncode == 0, told.stdout + told.stderr
 
@@ -225,7 +226,7 @@ def test_scaling_when_no_frame_comes_then_no_query_says_what_is_no_number(tmp_pa
 
 def test_rules_when_tested_then_no_alert_is_forgotten():
     """Each alert is made to fire once, and has a section of the runbook."""
-    tests = yaml.safe_load((MONITORING / "rules_test.yaml").read_text("utf-8"))["tests"]
+    tests = [test for file in RULE_TESTS for test in yaml.safe_load((MONITORING / file).read_text("utf-8"))["tests"]]
     fires = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case["exp_alerts"]}
     runbook = (K8S / "README.md").read_text("utf-8")
 
