@@ -73,7 +73,8 @@ def test_train_command_when_shots_leave_too_few_frames_then_refuses(tmp_path):
 def test_train_command_when_the_paper_takes_few_frames_otherwise_then_says_so(tmp_path, settings, is_told):
     """AMI-Net's paper has another batch for few frames; nobody is told who sets it."""
     line = write_line(tmp_path / "bottle", good=10)
-    options = ["--detector", "ami_net", "--config", "paper", "--weights", "untrained", "--shots", 4, *settings]
+    small = ("--set", "backbone=test_resnet", "--set", "hyperparameters.blocks=1")  # never fitted; only to be made
+    options = ["--detector", "ami_net", "--config", "paper", "--weights", "untrained", "--shots", 4, *small, *settings]
 
     answer = CliRunner().invoke(commands, ["train", *map(str, [line, *options, "--runs", tmp_path / "runs"])])
 

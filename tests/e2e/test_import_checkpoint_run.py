@@ -37,10 +37,12 @@ def _official_state(method):
 
 def test_import_when_a_released_checkpoint_fits_then_its_bundle_serves(tmp_path, line):
     """The authors' encoder and decoder arrive in the graph, all good frames calibrate, and the page says so."""
-    state = _official_state("inp_former")
+    # Two blocks of ten in the encoder and of eight in the decoder: the exporter takes its time for each.
+    state = {
+        name: value for name, value in _official_state("inp_former").items() if not re.match(r"decoder\.[2-7]\.", name)
+    }
     torch.save(state, tmp_path / "model.pth")
     places = ("--store", tmp_path / "store", "--runs", tmp_path / "runs", "--threads", 1)
-    # Two blocks of the encoder rather than ten: the exporter takes its time for each.
     small = ("--size", 28, "--set", "hyperparameters.layers=[1, 2]")
     half = ("--set", "precision=fp16")
 
