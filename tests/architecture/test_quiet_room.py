@@ -1,4 +1,4 @@
-"""Promises of the room in which tests run (`tests/conftest.py`)."""
+"""Promises of the room in which tests run (`tests/conftest.py`), and of what they share (`tests/one_export.py`)."""
 
 import os
 import random
@@ -6,6 +6,10 @@ import socket
 
 import numpy as np
 import pytest
+import torch
+
+from tests import one_export
+from tests.tiny_detectors import make_detector
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "example.invalid", "2001:db8::1"])
@@ -40,6 +44,23 @@ def test_environment_when_tests_run_holds_no_settings_of_ours():
 @pytest.mark.parametrize("_time", [1, 2])
 def test_seeds_when_a_test_starts_are_the_same(_time):
     """Libraries that read global random state give every test the same numbers, in whatever order tests run."""
-    drawn = random.random(), float(np.random.rand())  # noqa: NPY002, S311 - the very state that is promised
+    drawn = random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002, S311 - the very state
 
-    assert drawn == (0.8444218515250481, 0.5488135039273248)
+    assert drawn == (0.8444218515250481, 0.5488135039273248, 0.49625658988952637)
+
+
+def test_export_when_a_network_differs_in_one_number_or_setting_then_is_not_taken_from_an_equal_one(monkeypatch):
+    """Runs get the graph of their own network, though one of equal networks is exported for all."""
+    exported = []
+    monkeypatch.setattr(one_export, "_kept", {})
+    monkeypatch.setattr(one_export, "export_graph", lambda detector: exported.append(detector) or b"graph")
+    # PNPT has a hook, which torch numbers through the whole process.
+    first, equal, fitted, set_otherwise = (make_detector("pnpt") for _ in range(4))
+    with torch.no_grad():
+        next(parameter for parameter in fitted.parameters() if parameter.requires_grad).flatten()[0] += 1e-6
+    set_otherwise.image_size = (64, 32)
+
+    for detector in (first, equal, fitted, set_otherwise):
+        one_export.export_once(detector)
+
+    assert exported == [first, fitted, set_otherwise]

@@ -21,6 +21,7 @@ from service.contract.golden import read_golden, replay
 from service.contract.policy import inspected_mask, policy_digest
 from service.errors import CalibrationRefused
 from tests.factories import encode, make_frame, make_runner
+from tests.one_export import forget_exports
 from tests.tiny_line import (
     DEFECTS,
     GOOD,
@@ -103,6 +104,7 @@ def test_train_command_when_resumed_before_its_first_checkpoint_then_repeats_the
     directory = tmp_path / "runs" / "bottle" / "1"
     directory.mkdir(parents=True)
     (directory / "run.json").write_text(make_request(line, tmp_path / "store").model_dump_json())
+    forget_exports()
 
     result = _invoke("train", "--resume", directory, "--threads", "1")
 
@@ -350,30 +352,40 @@ def test_export_when_an_older_release_fitted_the_run_then_is_held_to_all_of_its_
     assert ("another data; put back" in result.stderr) == changed
 
 
-@pytest.mark.parametrize("beginning", ["resume", "export"])
-@pytest.mark.parametrize("rule", ["blocks", "random"])
-@pytest.mark.parametrize("keeps", ["all frames", "fitted frames"])
-def test_train_when_an_older_release_ordered_frames_otherwise_then_says_to_train_again(
-    tmp_path, keeps, rule, beginning
-):
-    """It fitted on frames that are held out now, so they would set thresholds, and nobody changed anything."""
-    frames = write_line(tmp_path / "bottle")
+@pytest.fixture(scope="module", params=["blocks", "random"])
+def ordered_otherwise(request, tmp_path_factory):
+    """A request, the run that an older release fitted for it, the names of what it fitted on, and the frames as now."""
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("older")
+    frames = write_line(place / "bottle")
     for path in sorted((frames / "train/good").iterdir()):
         path.rename(path.with_name(f"day{int(path.stem) // 24}_{int(path.stem) % 24:03d}.png"))
-    request = make_request(frames, tmp_path / "store", config=make_config(hold_out={"fraction": 0.5, "rule": rule}))
+    wanted = make_request(
+        frames, place / "store", config=make_config(hold_out={"fraction": 0.5, "rule": request.param})
+    )
     with pytest.MonkeyPatch.context() as older:
         older.setattr(RecordingOrder, "__init__", lambda order, _: setattr(order, "by_last_number", True))
-        fit_only(request, tmp_path / "run")
-        learnt = {path.name for path in gather_lines(request, SilentReporter()).fitted_on}
-    gathered = gather_lines(request, SilentReporter())
+        fit_only(wanted, place / "run")
+        learnt = {path.name for path in gather_lines(wanted, SilentReporter()).fitted_on}
+    return wanted, place / "run", learnt, gather_lines(wanted, SilentReporter())
+
+
+@pytest.mark.parametrize("beginning", ["resume", "export"])
+@pytest.mark.parametrize("keeps", ["all frames", "fitted frames"])
+def test_train_when_an_older_release_ordered_frames_otherwise_then_says_to_train_again(
+    ordered_otherwise, tmp_path, keeps, beginning
+):
+    """It fitted on frames that are held out now, so they would set thresholds, and nobody changed anything."""
+    wanted, run, learnt, gathered = ordered_otherwise
+    directory = shutil.copytree(run, tmp_path / "run")
     if keeps == "all frames":
-        _make_older(tmp_path / "run", gathered.lines[0].data.digest)
+        _make_older(directory, gathered.lines[0].data.digest)
 
     with pytest.raises(CheckpointRefused, match=r"an older release.* frames of bottle, .*Train again"):
-        train(request, tmp_path / "run", SilentReporter(), beginning)
+        train(wanted, directory, SilentReporter(), beginning)
 
     assert learnt.intersection(sample.path.name for sample in gathered.lines[0].held_out)
-    assert not (tmp_path / "store/bottle").exists()
+    assert not (wanted.store / "bottle").exists()
 
 
 def test_calibrate_when_other_good_parts_come_then_publishes_a_new_version(finished, line):
