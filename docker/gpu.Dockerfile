@@ -26,11 +26,12 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3-venv &&
 ARG EXTRAS="tracing s3"
 WORKDIR /src
 # Dependencies first: they change seldom, and their layer is kept when only the sources change.
-COPY constraints.txt docker/constraints-gpu.txt pyproject.toml README.md LICENSE ./
+COPY constraints.txt docker/constraints-gpu.txt pyproject.toml ./
 RUN python3 -c "import os, tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 e = [one for name in ['gpu', *os.environ['EXTRAS'].split()] for one in p['optional-dependencies'][name]]; \
 print('\n'.join(p['dependencies'] + e))" > wanted.txt \
     && /opt/flawline/bin/pip install --quiet -c constraints.txt -c constraints-gpu.txt -r wanted.txt
+COPY README.md LICENSE ./
 COPY service service
 COPY models models
 COPY training training

@@ -21,10 +21,11 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/flawline
 WORKDIR /src
 # Dependencies first: they change seldom, and their layer is kept when only the sources change.
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY constraints.txt pyproject.toml ./
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; e = p['optional-dependencies']; \
 print('\n'.join(p['dependencies'] + e['service'] + e['training'] + e['client']))" > wanted.txt \
     && /opt/flawline/bin/pip install --quiet ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} -c constraints.txt -r wanted.txt
+COPY README.md LICENSE ./
 COPY service service
 COPY models models
 COPY training training
