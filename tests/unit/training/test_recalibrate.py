@@ -1,6 +1,7 @@
 """Promises of a bundle that was calibrated again: what it says of itself is true of its own thresholds."""
 
 import hashlib
+import json
 import re
 
 import numpy as np
@@ -12,7 +13,16 @@ from service.contract.frames import fit_to_input
 from service.contract.golden import read_golden
 from service.contract.pictures import contrast_of
 from service.contract.policy import image_score, inspected_mask, policy_digest
-from tests.factories import REFERENCE, encode, make_bundle, make_frame, make_line_record, make_runner
+from tests.factories import (
+    REFERENCE,
+    encode,
+    make_bundle,
+    make_frame,
+    make_graph,
+    make_input,
+    make_line_record,
+    make_runner,
+)
 from tests.tiny_line import write_mvtec_ad2_line
 from training.__main__ import commands
 from training.bundling.fitted_frames import write_fitted_frames
@@ -373,6 +383,32 @@ def test_evaluate_when_test_frames_were_fitted_on_then_it_says_how_many(tmp_path
 
     assert done.exit_code == 0, done.output
     assert "The detector was fitted on 2 of the 3 test frames" in re.sub(r"\s+", " ", done.output)
+
+
+def test_evaluate_when_one_line_of_several_is_named_then_its_frames_are_judged_as_that_line(tmp_path):
+    """The network is told which line it sees, and the verdicts are those of this line's thresholds."""
+    frames = [make_frame(seed=700 + index) for index in range(12)]
+    spec = make_input()
+    run = make_runner(make_graph(conditional_lines=2))
+    canvases = np.stack([fit_to_input(frame, spec) for frame in frames])
+    as_first, as_second = (run(canvases, np.full(12, index, np.int64))[0] for index in (0, 1))
+    threshold = float(np.median(as_second))
+    policies = {"second": {"review_threshold": threshold}}
+    store = tmp_path / "store"
+    bundle = make_bundle(store, "pair", lines=("first", "second"), conditional=True, policies=policies)
+    for folder, shown in (("train/good", [make_frame(seed=800)]), ("test/good", frames)):
+        (tmp_path / "line" / folder).mkdir(parents=True)
+        for index, frame in enumerate(shown):
+            (tmp_path / "line" / folder / f"{index:02d}.png").write_bytes(encode(frame))
+    arguments = ["evaluate", bundle, tmp_path / "line", "--line", "second", "--output", tmp_path / "figures.json"]
+
+    done = CliRunner().invoke(commands, list(map(str, arguments)))
+
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "figures.json").read_text())
+    assert told["policy"]["review_threshold"] == threshold
+    assert told["verdicts"]["good"] == {"PASS": 6, "REVIEW": 6, "FAIL": 0}
+    assert (as_first < threshold).sum() != 6
 
 
 def test_evaluate_when_test_frames_have_another_aspect_ratio_then_it_says_so(tmp_path):
