@@ -108,15 +108,18 @@ def test_judging_when_every_region_is_too_small_still_fails():
     assert (judgement.verdict, judgement.regions, judgement.regions_total) == (Verdict.FAIL, [], 0)
 
 
-def test_judging_when_the_defect_lies_outside_of_the_region_of_interest_passes():
-    """What is not inspected counts neither for the score nor for regions."""
-    policy = make_policy(region_of_interest=LEFT_HALF)
-    anomaly_map = np.zeros((8, 8), np.float32)
+@pytest.mark.parametrize("shift", [0, -9], ids=["from zero on", "far below zero"])
+def test_judging_when_the_defect_lies_outside_of_the_region_of_interest_passes(shift):
+    """What is not inspected counts neither for the score nor for regions, wherever a detector's maps begin."""
+    ordinary = make_policy()
+    names = ("review_threshold", "fail_threshold", "region_threshold", "map_floor")
+    policy = make_policy(region_of_interest=LEFT_HALF, **{name: getattr(ordinary, name) + shift for name in names})
+    anomaly_map = np.full((8, 8), shift, np.float32)
     anomaly_map[2, 6] = 1
 
     judgement = judge(1.0, anomaly_map, policy, MAXIMUM, WINDOW, inspected_mask(policy, 8, 8))
 
-    assert (judgement.verdict, judgement.score, judgement.regions) == (Verdict.PASS, 0.0, [])
+    assert (judgement.verdict, judgement.score, judgement.regions) == (Verdict.PASS, shift, [])
 
 
 def test_judging_when_the_defect_lies_inside_of_the_region_of_interest_fails():
