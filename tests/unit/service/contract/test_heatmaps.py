@@ -78,7 +78,7 @@ def test_overlay_when_the_map_is_cold_leaves_the_frame_as_it_is():
 
 @pytest.mark.parametrize("frame_size", [(40, 60), (400, 600)], ids=["original", "reduced"])
 def test_overlay_when_the_map_is_hot_somewhere_paints_only_there(frame_size):
-    """Paint lies where the defect lies, at whatever resolution the frame is shown."""
+    """Paint and outline lie where the defect lies, at whatever resolution the frame is shown."""
     pixels = make_frame(40, 60)
     anomaly_map = np.zeros((8, 12), np.float32)
     anomaly_map[4, 6] = 1
@@ -91,6 +91,9 @@ def test_overlay_when_the_map_is_hot_somewhere_paints_only_there(frame_size):
     assert (rows.min(), columns.min()) >= (12, 22)
     assert rows.max() <= 32
     assert columns.max() <= 42
+    # Outlines are smoothed, so their cyan is hardly ever pure.
+    rows, columns = np.nonzero(np.abs(result - np.array([0.0, 255.0, 255.0])).sum(axis=2) < 60)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (20, 25, 30, 35)
 
 
 def test_overlay_when_the_input_is_cropped_paints_nothing_on_the_rim():
