@@ -162,7 +162,7 @@ class LoneTrial:
 
     def winner(self) -> LoneRun | None:
         """Return the lone way if it may be taken; runs known frames again for a while where it was not quicker."""
-        if self._engine.alone is None or self._last is None:
+        if self._last is None:  # there is no other way, or nothing was tried
             return None
         limit_s = self._spent_s + _LONE_LIMIT_S  # of running, as for the sizes
         for _ in range(_LONE_TRIES):

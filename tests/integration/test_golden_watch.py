@@ -114,8 +114,28 @@ async def test_replay_when_the_lines_are_taken_out_before_its_turn_then_nothing_
         service.meanwhile = lambda: [service.registry.unload_line(line) for line in ("left", "right")]
 
         await service.watch.look()
+        await service.watch.look()  # and where nothing is live, the period is waited for all the same
 
         assert [service.counted(outcome) for outcome in ("passed", "skipped", "failed")] == [0, 0, 0]
+        assert service.waited == [(20, 0), (20, 0)]
+
+
+@in_loop
+async def test_replay_when_it_ends_early_then_looking_goes_on(store):
+    """A fault of our own must not leave engines unwatched for the rest of the process."""
+    async with watched(store) as service:
+        batcher = service.registry.serving("left", None).bundle.batcher
+
+        def fail(*_, **__):
+            raise ArithmeticError
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(batcher, "place", fail)
+            await service.watch.look()
+        await service.watch.look()
+
+        assert [service.counted(outcome) for outcome in ("passed", "skipped", "failed")] == [1, 0, 0]
+        assert service.registry.is_ready
 
 
 @in_loop

@@ -346,6 +346,19 @@ def test_choices_when_others_changed_the_file_then_a_change_is_made_to_what_it_h
     assert {file.name for file in tmp_path.iterdir()} == {CHOICES_FILE, LOCK_FILE}
 
 
+def test_choices_when_the_file_does_not_hold_any_more_then_a_change_counts_is_told_and_writes_nothing_over_it(tmp_path):
+    """Whoever mends the file finds what was in it."""
+    choices = Choices(tmp_path)
+    choices.unload("cap")
+    (tmp_path / CHOICES_FILE).write_text("half of it")
+
+    choices.unload("bottle")
+
+    assert choices.chosen.unloaded == ("bottle", "cap")
+    assert "forgotten" in choices.why_forgotten
+    assert (tmp_path / CHOICES_FILE).read_text() == "half of it"
+
+
 # What the second process does. Its number is made that of the first, as those of containers are.
 ANOTHER_PROCESS = """
 import os, sys

@@ -46,8 +46,8 @@ class Loaded:
         self.read, self.engine, self._spoilt = None, None, spoilt
         known = {"runners": 1, "max_batch_size": 2, "max_queue_size": 4, "stuck_after_s": 20}
         driven = BatcherOptions(**known | driven)
-        loader = Loader(store, self._open, driven, Telemetry(), time.monotonic)
-        self.version = loader.load("trio", "1", lambda _: lines)
+        self.loader = Loader(store, self._open, driven, Telemetry(), time.monotonic)
+        self.version = self.loader.load("trio", "1", lambda _: lines)
 
     def _open(self, bundle):
         self.read, self.engine = weakref.ref(bundle), Told(bundle)
@@ -86,6 +86,17 @@ def test_load_when_a_line_far_down_answers_otherwise_then_the_version_is_refused
     """Golden frames of a few lines are kept to ask again, and those of all are asked before any of them is served."""
     with pytest.raises(BundleRefused, match="golden frame"):
         load(spoilt=2)
+
+
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_prove_again_when_one_of_the_lines_that_are_kept_answers_otherwise_then_it_is_refused(load, spoilt):
+    """What serves once more is asked for as many lines as are remembered, and not for the first one alone."""
+    loaded = load()
+    loaded.loader.prove_again(loaded.version)
+    loaded.engine.spoilt = spoilt
+
+    with pytest.raises(BundleRefused, match="golden frame"):
+        loaded.loader.prove_again(loaded.version)
 
 
 def test_load_when_lines_are_many_then_frames_of_each_must_show_a_picture(load):

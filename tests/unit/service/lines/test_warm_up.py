@@ -154,6 +154,16 @@ def test_winner_when_lone_way_is_held_up_at_first_then_is_tried_again(wait_s):
     assert trial.winner() is engine.alone
 
 
+def test_winner_when_lone_way_is_slow_on_a_large_network_then_is_not_tried_for_long():
+    """A line waits for it, so that what takes seconds a run is tried once or twice more, and not twenty times."""
+    trial, engine = trial_of(took_s=1.0, took_alone_s=1.5)
+    trial.run(FRAMES, LINE_INDEX)
+
+    trial.winner()
+
+    assert len(engine.batches) == 2
+
+
 def test_winner_when_lone_way_fails_then_is_not_taken_and_the_frames_are_answered():
     """A second session that can't run is no reason to refuse a line whose first one can."""
     trial, engine = trial_of(took_s=2.0, took_alone_s=1.0)

@@ -117,6 +117,7 @@ class Disk:
         self.threads = set()
         self._write = os.write
         monkeypatch.setattr(os, "write", self.write)
+        monkeypatch.setattr(log, "_LAST_S", 20.0)  # for a machine that is slow
 
     def write(self, descriptor, data):
         """Write as the real one."""
