@@ -12,7 +12,10 @@ Reference code: luow23/AMI-Net, MIT. Nothing of it is copied; numbers agree with
 Deviations, each with its reason:
 * the last iteration is kept, not the epoch that is best on the test frames: a plant has no test frames;
 * the backbone runs without gradients, and its layers may be kept from epoch to epoch: no optimiser ever moved it;
-* frames are resized to the whole image size rather than by their shorter side: other shapes do not fit the network;
+* gradients are cleared before each step, as the published scripts never do: each of their steps follows the sum of all
+  gradients so far;
+* frames are resized to the whole image size rather than by their shorter side: other shapes do not fit the network; the
+  filter is the one that training and service share, bilinear with antialiasing, instead of Lanczos;
 * resize and mean of a layer, resize and Gaussian of a map are one matrix an axis, the product of both: the same linear
   maps, cheaper, and reflected borders export as they are;
 * tokens are embedded by a matrix product, not by a convolution without overlaps: the same, and the patches are the

@@ -17,6 +17,11 @@ Deviations, each with its reason:
   VGG19 256, 512 and 512 channels, before the pools (`layers` 2, 3 and 4), and not 128, 256 and 512 behind them;
   MobileNetV3-L 24, 40 and 112 (1, 2 and 3), and not 24, 40 and 80. No other `layers` give those at strides 4, 8 and 16.
   ResNets and WideResNets, the default among them, are read as in the code;
+* gradients are cleared before each step; the published script of the first stage never does, so that each of its steps
+  follows the sum of all gradients so far, and published figures come from that: on 72 boards and 600 steps such a
+  descent left held-out features at a squared error of 0.94, a cleared one at 0.39;
+* biases of the patch embeddings begin at 0, as all others do, instead of PyTorch's small draw;
+* frames are resized by the one filter that training and service share, bilinear with antialiasing, instead of bicubic;
 * all sizes are free, so that one CPU core can train and serve a small network.
 
 Symbols: F, S, R = `features`, `rebuilt`, `remembered` (B, C, h, w), one entry a scale · X, M = `tokens`, `memory`

@@ -17,6 +17,9 @@ Deviations from the reference code, each with its reason:
 * both branches are always judged in the default fusion, alike; the evaluation script chooses one by the name of the
   product, a mix that it comments out weighs them 8 to 1, the demo script 5 to 1, and `branch_weights` can;
 * the rate falls to a tenth along a cosine instead of in one step at three fifths, the one shape that the loop has;
+* gradients are cleared before each step, as the published script never does: each of its steps follows the sum of all
+  gradients so far;
+* frames are resized by the one filter that training and service share, bilinear with antialiasing, instead of Lanczos;
 * biases of the patch embeddings begin at 0, as all others do, instead of PyTorch's small draw;
 * depths, widths and the number of levels are free, so that a CPU can train and serve.
 As in the code, where the paper may be read otherwise: each transformer block has a skip around its own skips, and the

@@ -25,6 +25,7 @@ Deviations, each with its reason:
   more than the margin, and would make every good texture's rim the oddest place of its map. With `border_mode="crop"`
   there is no such context and the margin is the image's own, as in the demo, and the map's rim holds the map's least
   value instead of being cut off, because maps are laid over whole frames;
+* frames are resized by the one filter that training and service share, bilinear with antialiasing, instead of Lanczos;
 * thresholds from good parts are this project's, with a stated bound, not the 99.5th percentile.
 The demo shows no image score: it is the map's largest value.
 
