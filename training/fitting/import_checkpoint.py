@@ -165,6 +165,11 @@ def import_inp_former(checkpoint: Mapping[str, Tensor] | Path, image_size: tuple
     }
 
     config = _read_config(head, image_size)
+    if encoder and "register_tokens" not in encoder:
+        raise NotImportable(
+            "its encoder has no register_tokens; only INP-Formers over DINOv2 with registers are imported: give one of "
+            "those, or fit another backbone anew with flawline train --detector inp_former"
+        )
     try:
         detector = InpFormer(config)
     except ValueError as error:  # all but the size of the image is the authors'

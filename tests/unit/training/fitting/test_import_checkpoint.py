@@ -111,7 +111,7 @@ def test_import_when_the_file_holds_something_else_then_refuses(tmp_path, name, 
         (lambda state: state.update({"prototype_token": torch.ones(6, 100)}), "100 channels"),
         (lambda state: state.update({"prototype_token": torch.ones(6)}), "prototype_token has shape"),
         (lambda state: state.update({"decoder.0.attn.learn_scale": torch.ones(12, 1, 1)}), "12 heads; 6"),
-        (lambda state: state.update({"encoder.cls_token": torch.ones(1, 1, 384)}), "lack register_tokens"),
+        (lambda state: state.update({"encoder.cls_token": torch.ones(1, 1, 384)}), "has no register_tokens"),
     ],
     ids=[
         "missing",
@@ -144,6 +144,19 @@ def test_read_when_the_side_does_not_fit_then_says_to_change_the_side_and_not_th
 
     with pytest.raises(CheckpointRefused, match=r"14.*leave --size out for the 392") as refused:
         read_released("inp_former", path, 400)
+
+    assert "the authors' own file" not in str(refused.value)
+
+
+def test_read_when_the_encoder_is_another_one_of_the_authors_options_then_sends_nobody_to_fetch_the_file(
+    tmp_path, checkpoint
+):
+    """Their scripts also fit over DINOv2 without registers, and the file is then just as they saved it."""
+    path = tmp_path / "model.pth"
+    torch.save(checkpoint | {"encoder.cls_token": torch.ones(1, 1, 384), "encoder.pos_embed": torch.ones(1)}, path)
+
+    with pytest.raises(CheckpointRefused, match=r"over DINOv2 with registers.*flawline train") as refused:
+        read_released("inp_former", path, _SIZE[0])
 
     assert "the authors' own file" not in str(refused.value)
 
