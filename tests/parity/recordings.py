@@ -68,6 +68,12 @@ def draw(key: str, shape: list[int] | tuple[int, ...], seed: int) -> np.ndarray:
     return generator.standard_normal(shape).astype(np.float32)
 
 
+def setting_of(folder: Path, name: str, default: float) -> float:
+    """Return a setting that no tensor tells, as the README says it, `sigma 0.5`, else the default."""
+    found = re.search(rf"\b{name}[ =]\s*(\d+(?:\.\d+)?)", (folder / "README.md").read_text("utf-8"))
+    return float(found[1]) if found else default
+
+
 def draw_images(shape: tuple[int, ...], seed: int, checksum: np.ndarray | None) -> np.ndarray:
     """Draw normalised images `(B, 3, side, side)` and compare them with what the recording has seen."""
     normalised = draw(f"input_{shape[-1]}", shape, seed)
