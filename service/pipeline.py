@@ -32,9 +32,9 @@ from service.errors import DeadlinePassed, ParameterInvalid, UnreadableFrame
 from service.inspection import HeatmapKind, Inspection, InspectionRequest, RawLayout, digest_differs
 from service.lines.live import Found
 from service.lines.registry import Registry
-from service.scheduling.batch_queue import Place
-from service.scheduling.batcher import RunResult
 from service.scheduling.decoders import Decoders
+from service.scheduling.engine_runs import RunResult
+from service.scheduling.places import Place
 from service.scheduling.schedule import Priority
 
 __all__ = ["HeatmapKind", "Inspection", "InspectionRequest", "Pipeline", "RawLayout"]

@@ -27,6 +27,22 @@ class FakeClock:
         self.now += seconds
 
 
+def hold_time() -> FakeClock:
+    """Have the running loop go by a clock that moves only when told to, and return it.
+
+    It shows a time long before the loop's own, so that what was to come by that, as the end of `in_loop`, does not.
+    """
+    asyncio.get_running_loop().time = clock = FakeClock(-1e6)
+    return clock
+
+
+async def pass_time(clock: FakeClock, seconds: float) -> None:
+    """Let time pass at once, for the timers of a loop whose time is held as well, as it does for a paused process."""
+    clock.advance(seconds)
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
 class FakeEngine:
     """Scores a frame by its mean grey level over 255, and maps every cell to the same value.
 

@@ -11,26 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from service.scheduling.schedule import Admission, Priority, RunTimes, Shares, WaitingFrame, admit, decide
-
-
-@dataclass(eq=False, slots=True)
-class Place:
-    """A frame's right to be answered, taken before it is decoded.
-
-    Attributes:
-        deadline: when the answer is due.
-        line: whose frame it is.
-        weight: network inputs of the frame.
-        priority: how much it matters beside others.
-        is_ahead: whether it still has its run before it.
-    """
-
-    deadline: float
-    line: str
-    weight: int
-    priority: Priority
-    is_ahead: bool = True
+from service.scheduling.places import Place
+from service.scheduling.schedule import Admission, RunTimes, Shares, WaitingFrame, admit, decide
 
 
 class Entry(Protocol):
@@ -172,11 +154,6 @@ class BatchQueue(Generic[_Entry]):
     def has_waiting(self) -> bool:
         """Whether any frame waits."""
         return bool(self._waiting)
-
-    @property
-    def has_idle_runner(self) -> bool:
-        """Whether a frame that came now would run at once."""
-        return len(self._running) < self._runners and not self._waiting
 
     def under_way(self) -> list[Batch[_Entry]]:
         """Return the batches that are prepared or run, the one whose step has taken longest first."""

@@ -1,17 +1,16 @@
 """One engine's queue: takes frames, asks the schedule, hands batches to the runners, and answers each frame once.
 
 Before: the frame has its place. After: it is answered. What a frame needs before and after its run is done by the
-runner, in the same thread, where whoever brings it wants that (`Work`).
+runner, in the same thread, where whoever brings it wants that (`engine_runs.Work`).
 
 The event loop owns all that is kept here. What it shares with the runners is in `batch_queue`: a runner that ends a
 batch takes the next one there by itself, posts to the loop what became of the first and what was decided, and runs on.
 Nothing polls: frames are taken when one arrives, a run ends, or a deadline comes. A frame's deadline fires by a timer
 of its own, so it is on time even behind a run that never ends.
 
-A batch that fails is run again frame by frame, so that one frame can't fail its neighbours. When a frame fails alone,
-the probe (golden frames) tells whose fault it is: where it fails too, the engine is lost and the batcher is unhealthy,
-as it is after a run that takes too long or a fault of its own. An unhealthy batcher answers everything that waits with
-`EngineFailed` and never recovers; the process has to be started again.
+Where the engine is found lost (`engine_runs`), a run takes too long (`patience`) or something in here fails, the
+batcher is unhealthy. It answers everything that waits with `EngineFailed` then, and never recovers; the process has to
+be started again.
 
 A frame that keeps its runner too long before its run, while it is decoded, says nothing about the engine. It is
 refused, another runner takes that one's place, and the one that was given up ends when it comes back, in what time the
@@ -20,76 +19,34 @@ others leave. Only where many do not come back is the batcher lost: a new proces
 
 import asyncio
 import logging
-import math
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, count, pairwise
+from itertools import count
 from queue import SimpleQueue
-from types import TracebackType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engines.engine import Engine, EngineOutput, LoneRun, RunBatch
-from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded, UnreadableFrame
+from service.engines.engine import Engine, LoneRun
+from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded
 from service.observability.telemetry import CALLER_LEFT, REQUEST_FAILED, Discarded, EngineMeter
-from service.scheduling.batch_queue import Batch, BatchQueue, Place, Running, Taken
-from service.scheduling.schedule import Priority, RunTimes, WaitingFrame, has_room
+from service.scheduling.alarm import Alarm
+from service.scheduling.batch_queue import Batch, BatchQueue, Running, Taken
+from service.scheduling.engine_runs import EngineRuns, Job, RunOutcome, RunResult, Work, run_sizes
+from service.scheduling.patience import MOST_GIVEN_UP, Patience, not_decoded
+from service.scheduling.places import Holding, Place, Places
+from service.scheduling.schedule import Priority, RunTimes, WaitingFrame
 from service.threads import BEHIND_FRAMES, BEHIND_THE_LOOP, hold_back, stand_back
-
-# The loop's timers may fire a little early; looking again just after the moment saves a second look.
-_TIMER_SLACK_S = 0.001
-# Looks for a stuck run in the time that makes it one; who looks seldom takes a process that stood still for one.
-_LOOKS_FOR_STUCK = 6
-# Threads that were given up and did not come back, each with a frame's memory.
-MOST_GIVEN_UP = 16
 
 # Each frame gets an instance of its own: one that is raised in several tasks would collect their tracebacks.
 _Fault = Callable[[], FlawlineError]
 
-_Outcome_co = TypeVar("_Outcome_co", covariant=True)
+_Outcome = TypeVar("_Outcome")
 
 _log = logging.getLogger("flawline")
-
-
-class RunResult(NamedTuple):
-    """What the engine said of one frame, and what it took.
-
-    Attributes:
-        scores: `(T,)` float32, raw scores of the graph, one for each network input of the frame.
-        anomaly_maps: `(T, h, w)` float32.
-        batch_size: frames that ran together.
-        batch_number: of their run; no other run of this engine has it.
-        queue_s: seconds from the arrival until a runner took it.
-        prepare_s: seconds that the runner spent on making network inputs of it.
-        infer_s: seconds in the engine.
-        ran_at: when the engine had answered.
-    """
-
-    scores: NDArray[np.float32]
-    anomaly_maps: NDArray[np.float32]
-    batch_size: int
-    batch_number: int
-    queue_s: float
-    prepare_s: float
-    infer_s: float
-    ran_at: float
-
-
-class Work(Protocol[_Outcome_co]):
-    """What a runner does with one frame beside running it, in its own thread; what it raises is this frame's alone."""
-
-    def prepare(self) -> NDArray[np.uint8]:
-        """Make the frame's network inputs `(T, H, W, 3)` uint8 RGB, as many as its place weighs."""
-        ...
-
-    def finish(self, result: RunResult) -> _Outcome_co:
-        """Make of what the engine said what is waited for."""
-        ...
 
 
 class _Ready:
@@ -106,37 +63,15 @@ class _Ready:
 
 
 @dataclass(eq=False, slots=True)
-class _Entry:
-    """A frame that waits or runs."""
+class _Entry(Job):
+    """A frame that waits or runs, and whoever waits for it."""
 
-    waiting: WaitingFrame
-    place: Place
-    work: Work[Any]
-    line_index: int
-    submitted_at: float
-    answer: asyncio.Future[Any]
-    frames: NDArray[np.uint8] | None = None
-    prepare_s: float = 0.0
-    is_preparing: bool = False
+    answer: asyncio.Future[Any] = field(kw_only=True)
 
     @property
     def is_left(self) -> bool:
         """Whether nobody waits for it any more; a runner may ask."""
         return self.answer.done()
-
-
-class _Outcome(NamedTuple):
-    """What became of a batch.
-
-    Attributes:
-        answers: what is waited for, or a fault, by the number of the frame.
-        run_s: seconds of the run, with what was prepared for it; None where there is nothing to learn from it.
-        is_engine_lost: whether known frames came out differently, too.
-    """
-
-    answers: dict[int, Any]
-    run_s: float | None
-    is_engine_lost: bool
 
 
 class _GivenUp(Exception):
@@ -154,7 +89,7 @@ class Batcher:
         max_queue_size: frames that have a place at a time.
         run_times: learned from warming up; its length is the largest batch.
         stuck_after_s: a run that takes longer makes the batcher unhealthy, and preparing that does costs its runner;
-            time in which the process itself stood still does not count.
+            see `patience` for what of its time counts.
         meter: counts.
         clock: monotonic seconds.
         alone: how a batch runs beside which no other does, on any engine, and none waits; None: as every other.
@@ -179,28 +114,28 @@ class Batcher:
         alone: LoneRun | None = None,
         running: Running | None = None,
     ) -> None:
-        self._engine = engine
-        self._alone = alone
         self._running = Running() if running is None else running
-        self._probe = probe
-        self._lines = lines
         self._runners = runners
-        self._max_queue_size = max_queue_size
-        self._most = run_times.max_batch_size
+        self._max_batch_size = run_times.max_batch_size
         self._queue: BatchQueue[_Entry] = BatchQueue(runners, run_times)
-        self._stuck_after_s = stuck_after_s
-        self._looks_every_s = stuck_after_s / _LOOKS_FOR_STUCK
-        self._awake_since = -math.inf
+        self._places = Places(max_queue_size, is_shared=lines > 1, tell=self._count_places)
+        self._runs = EngineRuns(
+            engine,
+            probe,
+            max_batch_size=run_times.max_batch_size,
+            clock=clock,
+            alone=alone,
+            is_alone=self._is_alone,
+            expected_s=self._expected_s,
+        )
+        self._patience = Patience(stuck_after_s)
         self._meter = meter
         self._clock = clock
         self._numbers = count()
-        self._run_numbers = count()
-        self._places: set[Place] = set()
-        self._places_of: Counter[str] = Counter()
         self._unanswered: dict[int, _Entry] = {}
-        self._next_step = _Alarm(self._step, clock)
-        self._next_expiry = _Alarm(self._expire_due, clock)
-        self._next_check = _Alarm(self._look_for_stuck, clock)
+        self._next_step = Alarm(self._step, clock)
+        self._next_expiry = Alarm(self._expire_due, clock)
+        self._next_check = Alarm(self._look_for_stuck, clock)
         self._fault: _Fault | None = None
         self._why_unhealthy: str | None = None
         self._is_lost = False
@@ -233,10 +168,6 @@ class Batcher:
         """Whether no frame has a place here and nothing runs."""
         return not self._places and self._queue.is_empty
 
-    def has_idle_runner(self) -> bool:
-        """Whether a frame would run at once; shadow traffic to another engine may ask."""
-        return self._queue.has_idle_runner
-
     @property
     def has_spare_runner(self) -> bool:
         """Whether one more frame would run at once and leave nobody waiting."""
@@ -267,7 +198,7 @@ class Batcher:
         weight: int = 1,
         priority: Priority = Priority.NORMAL,
         is_hopeful: bool = False,
-    ) -> "_Holding":
+    ) -> Holding:
         """Take a place for one frame, to be held by a `with` block, and given back in every outcome.
 
         Args:
@@ -284,14 +215,14 @@ class Batcher:
         place = Place(deadline, line, weight, priority)
         if not is_hopeful:
             self._admit(place)
-        return _Holding(place, self._take, self._give_back)
+        return self._places.hold(place)
 
     async def submit(self, place: Place, frames: NDArray[np.uint8], line_index: int) -> RunResult:
         """Run one frame whose network inputs `(T, H, W, 3)` are there; else as `run`."""
         place.weight = len(frames)
         return await self.run(place, _Ready(frames), line_index)
 
-    async def run(self, place: Place, work: Work[_Outcome_co], line_index: int) -> _Outcome_co:
+    async def run(self, place: Place, work: Work[_Outcome], line_index: int) -> _Outcome:
         """Run one frame, with others or alone.
 
         Args:
@@ -312,7 +243,7 @@ class Batcher:
             self._loop = asyncio.get_running_loop()
         now = self._clock()
         waiting = WaitingFrame(next(self._numbers), place.deadline, place.weight, place.priority, place.line)
-        entry = _Entry(waiting, place, work, line_index, now, self._loop.create_future())
+        entry = _Entry(waiting, place, work, line_index, now, answer=self._loop.create_future())
         self._unanswered[waiting.number] = entry
         self._next_expiry.ring_by(place.deadline)
         if self._queue.add(entry):
@@ -320,7 +251,7 @@ class Batcher:
         else:  # nothing to decide but when to look again, which costs the same behind however many frames
             self._next_step.ring_by(place.deadline - self._queue.run_times.of(place.weight))
         try:
-            outcome: _Outcome_co = await entry.answer
+            outcome: _Outcome = await entry.answer
             return outcome
         finally:
             del self._unanswered[waiting.number]
@@ -350,16 +281,9 @@ class Batcher:
         _log.error("a batcher is distrusted", extra={"why": why})
         self._end(partial(LineNotReady, f"{why} The part has no verdict, and the line waits for a restart."))
 
-    def _take(self, place: Place) -> None:
-        self._places.add(place)
-        self._places_of[place.line] += 1
-        self._meter.depth(len(self._places))
-
-    def _give_back(self, place: Place) -> None:
-        self._places.remove(place)
-        self._places_of[place.line] -= 1
-        self._meter.depth(len(self._places))
-        if not self._places:
+    def _count_places(self, held: int) -> None:
+        self._meter.depth(held)
+        if not held:
             self._all_answered.set()
 
     def _admit(self, new: Place) -> None:
@@ -370,14 +294,8 @@ class Batcher:
         now = self._clock()
         if now < new.deadline and self.is_idle:  # nothing is ahead of it, and what follows would find the same
             return
-        admission = self._queue.admit([place for place in self._places if place.is_ahead], new, now)
-        if not has_room(
-            self._max_queue_size,
-            len(self._places),
-            self._places_of[new.line],
-            new.priority,
-            is_shared=self._lines > 1,
-        ):
+        admission = self._queue.admit(self._places.ahead(), new, now)
+        if not self._places.has_room(new):
             raise Overloaded("The queue is full; slow down or try again later.", retry_after_s=admission.wait_s)
         if not admission.is_possible:
             raise _too_late(admission.wait_s)
@@ -403,12 +321,12 @@ class Batcher:
         for entry in taken.expired:
             self._expire(entry)
         for entry in taken.refused:
-            _fail(entry, _too_late(self._queue.run_times.of(entry.place.weight)))
+            _fail(entry, _too_late(self._expected_s(entry.place.weight)))
         if self._fault is not None:
             return
         for batch in taken.batches:
-            self._next_check.ring_by(batch.started_at + self._looks_every_s)
-            for size in self._run_sizes(batch.weight):
+            self._next_check.ring_by(batch.started_at + self._patience.looks_every_s)
+            for size in run_sizes(batch.weight, self._max_batch_size):
                 self._meter.batch(size)
         if taken.look_again_at is not None:
             self._next_step.ring_by(taken.look_again_at)
@@ -423,20 +341,16 @@ class Batcher:
             self._next_expiry.ring_by(min(later))
 
     def _look_for_stuck(self) -> None:
-        """Lose the engine where a run has not ended for so long that this process was awake.
-
-        A runner that has not come back from preparing one is replaced instead.
-        """
+        """Lose the engine where a run has not ended for so long, and replace a runner that prepares one for so long."""
         now = self._clock()
-        if self._next_check.late_s > self._looks_every_s:  # it stood still, paused or starved, and its runners with it
+        if self._patience.look(now, self._next_check.late_s):
             _log.warning("the process stood still", extra={"seconds": round(self._next_check.late_s, 3)})
-            self._awake_since = now
         for batch in self._queue.under_way():
             if self._fault is not None:
                 return
-            is_stuck_at = max(batch.step_since, self._awake_since) + self._stuck_after_s
-            if is_stuck_at > now:
-                self._next_check.ring_by(min(is_stuck_at, now + self._looks_every_s))
+            left_s = self._patience.left_s(batch.step_since, now)
+            if left_s > 0:
+                self._next_check.ring_by(now + min(left_s, self._patience.looks_every_s))
                 return
             if batch.ran_from is None and batch.thread_id:
                 self._guard(partial(self._give_up, batch))
@@ -446,14 +360,14 @@ class Batcher:
     def _give_up(self, batch: Batch[_Entry]) -> None:
         """Replace a runner that does not come back from preparing a batch."""
         if not self._queue.give_up(batch):  # it has come back this very moment
-            self._next_check.ring_by(self._clock() + self._looks_every_s)
+            self._next_check.ring_by(self._clock() + self._patience.looks_every_s)
             return
         _log.error(
             "a runner is replaced: decoding does not end", extra={"lines": [e.place.line for e in batch.entries]}
         )
         self._meter.decoder_replaced()
         for entry in batch.entries:
-            _fail(entry, not_decoded(self._stuck_after_s) if entry.is_preparing else _beside_another())
+            _fail(entry, not_decoded(self._patience.stuck_after_s) if entry.is_preparing else _beside_another())
         self._running.end()
         hold_back(batch.thread_id, BEHIND_FRAMES)
         self._given_up += 1
@@ -470,7 +384,7 @@ class Batcher:
         # Daemons, because a run that never ends must not keep the process from ending.
         threading.Thread(target=self._serve, name="flawline-runner", daemon=True).start()
 
-    def _finish(self, batch: Batch[_Entry], outcome: _Outcome, taken: Taken[_Entry]) -> None:
+    def _finish(self, batch: Batch[_Entry], outcome: RunOutcome, taken: Taken[_Entry]) -> None:
         """Answer a batch's frames, whose runner has gone on with what it took meanwhile."""
         if outcome.is_engine_lost:
             self._lose("The engine fails on frames whose answers are known")
@@ -529,12 +443,12 @@ class Batcher:
     def _run_batch(self, batch: Batch[_Entry]) -> Batch[_Entry] | None:
         """Run a batch, post what became of it, and return the one that this runner runs next."""
         batch.thread_id = threading.get_native_id()
-        began_at, answers = self._clock(), dict[int, Any]()
-        ready = [entry for entry in batch.entries if self._is_ready(entry, answers)]
+        began_at = self._clock()
+        ready, faults = self._runs.prepare(batch.entries)
         if not self._queue.begin_run(batch, self._clock()):
             raise _GivenUp
-        outcome = self._run(ready, began_at)
-        outcome = outcome._replace(answers=answers | outcome.answers)
+        outcome = self._runs.run(ready, began_at)
+        outcome.answers.update(faults)
         taken: Taken[_Entry] = Taken()
         try:
             if outcome.is_engine_lost:
@@ -555,185 +469,15 @@ class Batcher:
         except RuntimeError:  # the loop is closed: this run took longer than the service lived
             _log.warning("a run ended after the service")
 
-    def _run(self, ready: Sequence[_Entry], began_at: float) -> _Outcome:
-        answers: dict[int, Any] = {}
-        if not ready:
-            return _Outcome(answers, None, is_engine_lost=False)
-        started_at = self._clock()
-        alone = self._alone if self._is_alone(ready) else None
-        try:
-            output = self._run_together(ready, self._engine.run) if alone is None else self._run_wide(ready, alone)
-        except Exception as error:  # noqa: BLE001 - the edge: a runtime may raise anything
-            _log.exception("a run failed", extra={"batch_size": len(ready)})
-            return self._run_alone(ready) if len(ready) > 1 else self._blame(ready[0], error)
-        ended_at, number = self._clock(), next(self._run_numbers)
-        first_of = list(accumulate((entry.place.weight for entry in ready), initial=0))
-        for entry, (first, end) in zip(ready, pairwise(first_of), strict=True):
-            result = RunResult(
-                scores=output.scores[first:end],
-                anomaly_maps=output.anomaly_maps[first:end],
-                batch_size=len(ready),
-                batch_number=number,
-                queue_s=began_at - entry.submitted_at,
-                prepare_s=entry.prepare_s,
-                infer_s=ended_at - started_at,
-                ran_at=ended_at,
-            )
-            answers[entry.waiting.number] = _what_comes_of(partial(entry.work.finish, result))
-        if alone is None:
-            return _Outcome(answers, ended_at - began_at, is_engine_lost=False)
-        # Admission asks how long frames take side by side. A lone one only tells how long they take at most.
-        most_s = started_at - began_at + alone.speedup * (ended_at - started_at)
-        weight = first_of[-1]
-        return _Outcome(answers, most_s if most_s < self._queue.run_times.of(weight) else None, is_engine_lost=False)
+    def _is_alone(self) -> bool:
+        return self._running.count == 1 and not self._queue.has_waiting
 
-    def _is_alone(self, entries: Sequence[_Entry]) -> bool:
-        """Whether every core is there for the batch that asks, which it does once decoded: much may come till then.
-
-        Of frames that matter less, as golden ones do, every other one goes the ordinary way, so that both are watched.
-        """
-        has_turn = any(entry.waiting.priority is Priority.NORMAL or entry.waiting.number % 2 for entry in entries)
-        return has_turn and self._running.count == 1 and not self._queue.has_waiting
-
-    def _is_ready(self, entry: _Entry, answers: dict[int, Any]) -> bool:
-        """Prepare a frame that is not prepared yet; where that fails, the fault is its answer, and no neighbour's."""
-        if entry.frames is not None:
-            return True
-        began_at, entry.is_preparing = self._clock(), True
-        frames = _what_comes_of(entry.work.prepare)
-        entry.is_preparing = False
-        entry.prepare_s = self._clock() - began_at
-        if isinstance(frames, Exception):
-            answers[entry.waiting.number] = frames
-            return False
-        entry.frames = frames
-        return True
-
-    def _run_wide(self, entries: Sequence[_Entry], alone: LoneRun) -> EngineOutput:
-        """Run on every core; a way that fails where the ordinary one does not is not taken again."""
-        try:
-            return self._run_together(entries, alone.run)
-        except Exception:  # noqa: BLE001 - the edge: a runtime may raise anything
-            output = self._run_together(entries, self._engine.run)
-            _log.exception("lone frames run as others from now on")
-            self._alone = None
-            return output
-
-    def _run_together(self, entries: Sequence[_Entry], run: RunBatch) -> EngineOutput:
-        inputs = [entry.frames for entry in entries if entry.frames is not None]
-        frames = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)  # a single frame is not copied
-        line_index = np.repeat(
-            np.array([entry.line_index for entry in entries], np.int64), [entry.place.weight for entry in entries]
-        )
-        # Only a single frame can weigh more than a batch may.
-        runs, first = [], 0
-        for size in self._run_sizes(len(frames)):
-            runs.append(run(frames[first : first + size], line_index[first : first + size]))
-            if not len(runs[-1].scores) == len(runs[-1].anomaly_maps) == size:
-                raise EngineFailed("The engine answered with another number of frames than it was given.")
-            first += size
-        return runs[0] if len(runs) == 1 else EngineOutput(*map(np.concatenate, zip(*runs, strict=True)))
-
-    def _run_sizes(self, weight: int) -> Iterator[int]:
-        """Cut what weighs more than the largest batch into runs."""
-        return (min(self._most, weight - first) for first in range(0, weight, self._most))
-
-    def _run_alone(self, entries: Sequence[_Entry]) -> _Outcome:
-        answers: dict[int, Any] = {}
-        is_engine_lost = False
-        for entry in entries:
-            outcome = self._run([entry], self._clock())
-            answers |= outcome.answers
-            is_engine_lost |= outcome.is_engine_lost
-        return _Outcome(answers, None, is_engine_lost)
-
-    def _blame(self, entry: _Entry, error: Exception) -> _Outcome:
-        sentence = "The engine failed on this frame; the part has no verdict."
-        fault = error if isinstance(error, EngineFailed) else EngineFailed(sentence)
-        answers: dict[int, Any] = {entry.waiting.number: fault}
-        try:
-            self._probe()
-        except Exception:  # noqa: BLE001 - the edge: a runtime may raise anything
-            _log.exception("the probe failed as well")
-            return _Outcome(answers, None, is_engine_lost=True)
-        return _Outcome(answers, None, is_engine_lost=False)
-
-
-class _Alarm:
-    """Rings at the earliest moment that was asked for; to ask for a later one costs a comparison and no timer.
-
-    Args:
-        ring: called then, on the event loop; it has to ask again for what is still to come.
-        clock: monotonic seconds.
-
-    Attributes:
-        late_s: how long after its moment it rang last.
-    """
-
-    __slots__ = ("_at", "_clock", "_handle", "_ring", "late_s")
-
-    def __init__(self, ring: Callable[[], None], clock: Callable[[], float]) -> None:
-        self._ring = ring
-        self._clock = clock
-        self._at = math.inf
-        self.late_s = 0.0
-        self._handle: asyncio.TimerHandle | None = None
-
-    def ring_by(self, time: float) -> None:
-        """Ring then, or before."""
-        if time >= self._at:
-            return
-        self.cancel()
-        self._at = time
-        delay_s = max(0.0, time - self._clock()) + _TIMER_SLACK_S
-        self._handle = asyncio.get_running_loop().call_later(delay_s, self._fire)
-
-    def cancel(self) -> None:
-        """Do not ring."""
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None
-        self._at = math.inf
-
-    def _fire(self) -> None:
-        self.late_s = self._clock() - self._at
-        self.cancel()
-        self._ring()
-
-
-class _Holding:
-    """A place while it is held."""
-
-    __slots__ = ("_give_back", "_place", "_take")
-
-    def __init__(self, place: Place, take: Callable[[Place], None], give_back: Callable[[Place], None]) -> None:
-        self._place = place
-        self._take = take
-        self._give_back = give_back
-
-    def __enter__(self) -> Place:
-        self._take(self._place)
-        return self._place
-
-    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
-        self._give_back(self._place)
-
-
-def not_decoded(after_s: float) -> UnreadableFrame:
-    """Return what is said of a frame whose decoding does not end."""
-    return UnreadableFrame(f"The frame could not be decoded within {after_s:g} s; send it as the camera wrote it.")
+    def _expected_s(self, weight: int) -> float:
+        return self._queue.run_times.of(weight)
 
 
 def _beside_another() -> Overloaded:
     return Overloaded("A frame beside this one kept the decoder; send it again.")
-
-
-def _what_comes_of(step: Callable[[], Any]) -> Any:
-    """Return what a step gives, or the exception that it raises."""
-    try:
-        return step()
-    except Exception as error:  # noqa: BLE001 - the edge: a codec may raise anything, and only this frame fails with it
-        return error
 
 
 def _fail(entry: _Entry, fault: FlawlineError) -> None:

@@ -7,18 +7,15 @@ refused, another thread takes its place, and it ends by itself when it comes bac
 
 import asyncio
 import logging
-import math
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from service.scheduling.batcher import MOST_GIVEN_UP, not_decoded
+from service.scheduling.alarm import Alarm
+from service.scheduling.patience import MOST_GIVEN_UP, Patience, not_decoded
 from service.threads import BEHIND_FRAMES, hold_back
-
-# Looks in the time after which a thread is given up; who looks seldom takes a process that stood still for one frame's.
-_LOOKS_FOR_STUCK = 6
 
 _log = logging.getLogger("flawline")
 
@@ -47,7 +44,7 @@ class Decoders:
 
     Args:
         workers: threads.
-        stuck_after_s: a frame that takes longer costs its thread; time in which the process stood still does not count.
+        stuck_after_s: a frame that takes longer costs its thread; see `patience` for what of its time counts.
         clock: monotonic seconds.
         tell_of_replaced: called for each thread that was given up.
     """
@@ -55,9 +52,7 @@ class Decoders:
     def __init__(
         self, workers: int, *, stuck_after_s: float, clock: Callable[[], float], tell_of_replaced: Callable[[], None]
     ) -> None:
-        self._stuck_after_s = stuck_after_s
-        self._looks_every_s = stuck_after_s / _LOOKS_FOR_STUCK
-        self._awake_since = -math.inf
+        self._patience = Patience(stuck_after_s)
         self._clock = clock
         self._tell_of_replaced = tell_of_replaced
         self._changed = threading.Condition()
@@ -65,7 +60,7 @@ class Decoders:
         self._running: set[_Job] = set()
         self._given_up = 0
         self._is_closed = False
-        self._next_look: asyncio.TimerHandle | None = None
+        self._next_look = Alarm(self._look, clock)
         for _ in range(workers):
             self._start()
 
@@ -92,8 +87,7 @@ class Decoders:
         with self._changed:
             self._waiting.setdefault(job.line, deque()).append(job)
             self._changed.notify()
-        if self._next_look is None:
-            self._look_again()
+        self._look_again()
         return job.ended
 
     def close(self) -> None:
@@ -101,8 +95,7 @@ class Decoders:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        if self._next_look is not None:
-            self._next_look.cancel()
+        self._next_look.cancel()
 
     def _start(self) -> None:
         # Daemons, because decoding that never ends must not keep the process from ending.
@@ -157,28 +150,22 @@ class Decoders:
             return None
 
     def _look_again(self) -> None:
-        due_at = self._clock() + self._looks_every_s
-        self._next_look = asyncio.get_running_loop().call_later(self._looks_every_s, self._look, due_at)
+        self._next_look.ring_by(self._clock() + self._patience.looks_every_s)
 
-    def _look(self, due_at: float) -> None:
+    def _look(self) -> None:
         """Replace threads that are kept too long, and look again while any frame is there."""
-        self._next_look = None
         now = self._clock()
-        if now - due_at > self._looks_every_s:  # the process stood still, and its threads with it
-            self._awake_since = now
+        self._patience.look(now, self._next_look.late_s)
         with self._changed:
-            stuck = [job for job in self._running if self._is_stuck(job, now)]
+            stuck = [job for job in self._running if self._patience.left_s(job.begun_at, now) <= 0]
             self._running.difference_update(stuck)
             self._given_up += len(stuck)
             is_idle = not self._running and not self._waiting
         for job in stuck:
             _log.error("a decoder is replaced: decoding does not end", extra={"line": job.line})
             self._tell_of_replaced()
-            job.ended.set_exception(not_decoded(self._stuck_after_s))
+            job.ended.set_exception(not_decoded(self._patience.stuck_after_s))
             hold_back(job.thread_id, BEHIND_FRAMES)
             self._start()
         if not is_idle:
             self._look_again()
-
-    def _is_stuck(self, job: _Job, now: float) -> bool:
-        return max(job.begun_at, self._awake_since) + self._stuck_after_s <= now

@@ -47,6 +47,7 @@ DOORS = {
 ASYNC = (
     "service/app.py",
     "service/pipeline.py",
+    "service/scheduling/alarm.py",
     "service/scheduling/batcher.py",
     "service/scheduling/decoders.py",
     "service/protocol.py",
@@ -65,7 +66,14 @@ ENVIRONMENT = ("service/settings.py", "service/__main__.py", "training/__main__.
 # Layers of the service, lowest first: a file imports from lower layers, or from what stands there as one.
 LAYERS = (
     ("service.errors", "service.commands.frame_files", "service.heap", "service.bounded_sockets", "service.threads"),
-    ("service.ports.body_budget", "service.ports.connections", "service.contract", "service.scheduling.schedule"),
+    (
+        "service.ports.body_budget",
+        "service.ports.connections",
+        "service.contract",
+        "service.scheduling.alarm",
+        "service.scheduling.patience",
+        "service.scheduling.schedule",
+    ),
     (
         "service.observability.drift",
         "service.engines",
@@ -75,8 +83,13 @@ LAYERS = (
         "service.observability.tallies",
         "service.ports.tls",
     ),
-    ("service.settings", "service.observability.telemetry"),
-    ("service.scheduling.batch_queue", "service.observability.traces", "service.lines.warm_up"),
+    ("service.settings", "service.observability.telemetry", "service.scheduling.places"),
+    (
+        "service.scheduling.batch_queue",
+        "service.scheduling.engine_runs",
+        "service.observability.traces",
+        "service.lines.warm_up",
+    ),
     ("service.scheduling.batcher",),
     ("service.scheduling.decoders", "service.lines.live"),
     ("service.lines.policies",),

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.scheduling.batch_queue import BatchQueue, Place, Running
+from service.scheduling.batch_queue import BatchQueue, Running
+from service.scheduling.places import Place
 from service.scheduling.schedule import Priority, RunTimes, WaitingFrame
 from service.threads import begin
 
@@ -123,9 +124,9 @@ def test_end_when_there_is_nothing_to_learn_then_the_runner_is_idle_again():
 
     queue.end(batch)
 
-    assert queue.has_idle_runner
     assert queue.is_empty
     assert queue.run_times == ONE_BY_ONE
+    assert queue.add(Frame(2))
 
 
 def test_give_up_when_a_batch_is_still_prepared_then_it_never_runs_and_its_runner_counts_as_idle():
@@ -135,7 +136,7 @@ def test_give_up_when_a_batch_is_still_prepared_then_it_never_runs_and_its_runne
 
     assert queue.give_up(batch)
     assert not queue.begin_run(batch, 1.0)
-    assert queue.has_idle_runner
+    assert queue.add(Frame(2))
 
 
 def test_give_up_when_a_batch_runs_then_leaves_it_alone():
@@ -146,6 +147,18 @@ def test_give_up_when_a_batch_runs_then_leaves_it_alone():
     assert queue.begin_run(batch, 1.0)
     assert not queue.give_up(batch)
     assert queue.under_way() == [batch]
+
+
+def test_admit_when_a_run_takes_longer_than_expected_then_promises_no_more_by_it():
+    """A runner that should be free by now is free at once at best, and not the sooner the longer it is late."""
+    queue = make_queue(Frame(1))
+    queue.take(0.0)
+    ahead = [Place(41.0, "line", 1, Priority.NORMAL)] * 2
+
+    too_early, in_time = [queue.admit(ahead, Place(due, "line", 1, Priority.NORMAL), 40.0) for due in (43.0, 44.0)]
+
+    assert (too_early.is_possible, in_time.is_possible) == (False, True)
+    assert too_early.wait_s == 2 * RUN_S
 
 
 def test_under_way_when_one_was_prepared_for_long_then_its_time_counts_from_its_run():

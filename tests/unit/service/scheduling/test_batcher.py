@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from prometheus_client import Counter
 
-from service.engines.engine import EngineOutput, LoneRun
+from service.engines.engine import LoneRun
 from service.errors import DeadlinePassed, EngineFailed, FlawlineError, LineNotReady, Overloaded, UnreadableFrame
 from service.observability.telemetry import REQUEST_FAILED, Buckets, Depth, Discarded, EngineMeter, Telemetry
 from service.scheduling.batch_queue import Running
-from service.scheduling.batcher import MOST_GIVEN_UP, Batcher
+from service.scheduling.batcher import Batcher
+from service.scheduling.patience import MOST_GIVEN_UP
 from service.scheduling.schedule import Priority, RunTimes
-from tests.fakes import FakeClock, FakeEngine, grey_level, in_loop
+from tests.fakes import FakeClock, FakeEngine, grey_level, hold_time, in_loop, pass_time
 
 SOON_S = 0.05
 LONG_S = 20.0
@@ -353,17 +354,6 @@ async def test_place_when_one_line_sends_too_much_then_the_others_still_find_one
 
 
 @in_loop
-async def test_place_when_a_line_was_answered_then_it_has_its_share_of_places_again(make_bench):
-    """What counts against a line's share are the places that it has, not those that it had."""
-    bench = make_bench(lines=2, max_queue_size=4)
-
-    with bench.batcher.place(bench.clock() + LONG_S, line="quiet"):
-        answers = [await bench.inspect(line="busy") for _ in range(12)]
-
-    assert len(answers) == 12
-
-
-@in_loop
 async def test_place_when_frames_matter_less_then_they_are_shed_first(make_bench):
     """Frames of an archive, and shadow traffic still sooner, are refused while there is room for what matters."""
     bench = make_bench(max_queue_size=8)
@@ -450,6 +440,38 @@ async def test_place_when_run_times_say_too_late_then_refuses_at_once(make_bench
 
 
 @in_loop
+async def test_place_when_a_more_urgent_frame_runs_then_it_is_waited_for_once(make_bench):
+    """What runs is known by when its runner is free, and is not ahead as well: that would refuse frames in vain."""
+    bench = make_bench(run_times=RunTimes((1.0,)), clock=FakeClock())
+    bench.engine.hold()
+    first = bench.start(deadline_s=2)
+    await bench.until_a_run_starts()
+
+    bench.batcher.refuse_hopeless(bench.clock() + 2.6, line="line")
+    with pytest.raises(Overloaded):
+        bench.batcher.refuse_hopeless(bench.clock() + 2.2, line="line")
+    bench.engine.release()
+
+    assert (await first).batch_size == 1
+
+
+@in_loop
+async def test_spare_runner_when_as_many_frames_have_a_place_as_there_are_runners_then_there_is_none(make_bench):
+    """Who would take a runner for what nobody waits for leaves the last one to the next frame."""
+    bench = make_bench(runners=2)
+
+    spare = [bench.batcher.has_spare_runner]
+    with bench.batcher.place(bench.clock() + LONG_S, line="line"):
+        spare.append(bench.batcher.has_spare_runner)
+        with bench.batcher.place(bench.clock() + LONG_S, line="line"):
+            spare.append(bench.batcher.has_spare_runner)
+    bench.batcher.close()
+
+    assert spare == [True, True, False]
+    assert not bench.batcher.has_spare_runner
+
+
+@in_loop
 async def test_submit_when_frame_can_no_longer_be_in_time_then_refuses_it_before_its_deadline(make_bench):
     """A waiting frame is refused as soon as it could not end in time any more, well before its deadline."""
     bench = make_bench(run_times=RunTimes((0.3,)))
@@ -503,20 +525,6 @@ async def test_submit_when_one_frame_fails_its_batch_then_neighbours_are_answere
 
 
 @in_loop
-async def test_submit_when_one_of_two_frames_fails_then_the_other_is_answered(make_bench):
-    """A pair is run again one by one as well, whichever of them came first."""
-    bench = make_bench(run_times=BATCHES_PAY)
-    bench.engine.on_run = refuse_white
-
-    failed, answered = await together(bench, [bench.inspect(255), bench.inspect(20)])
-
-    assert bench.engine.batches == [1, 2, 1, 1]
-    assert isinstance(failed, EngineFailed)
-    assert answered.scores * 255 == pytest.approx([20])
-    assert bench.batcher.is_healthy
-
-
-@in_loop
 async def test_run_when_one_frame_can_not_be_prepared_and_another_fails_then_each_is_told_its_own_fault(make_bench):
     """What was known of a batch before its run is not lost when its frames have to be run again."""
     bench = make_bench(run_times=BATCHES_PAY)
@@ -544,19 +552,6 @@ async def test_submit_when_a_frame_fails_and_the_probe_too_then_no_neighbour_is_
     assert [type(answer) for answer in answers] == [EngineFailed] * 3
     assert not bench.batcher.is_healthy
     assert bench.batcher.is_lost
-
-
-@pytest.mark.parametrize(("scores", "maps"), [(0, 0), (2, 2), (1, 2), (2, 1)])
-@in_loop
-async def test_submit_when_engine_answers_another_number_of_frames_then_fails(make_bench, scores, maps):
-    """As many scores and as many maps as frames, or no verdict."""
-    bench = make_bench()
-    bench.engine.on_run = lambda frames: EngineOutput(
-        grey_level(np.repeat(frames, scores, axis=0)).scores, grey_level(np.repeat(frames, maps, axis=0)).anomaly_maps
-    )
-
-    with pytest.raises(EngineFailed):
-        await bench.inspect()
 
 
 @in_loop
@@ -595,25 +590,18 @@ async def test_batcher_when_a_run_does_not_end_then_is_unhealthy_and_answers_eve
     assert not bench.batcher.is_healthy
 
 
-async def _pass_time(clock, seconds):
-    """Let time pass at once, for the loop's own timers as well, as it does for a process that is paused."""
-    clock.advance(seconds)
-    for _ in range(5):
-        await asyncio.sleep(0)
-
-
 @pytest.mark.parametrize("paused_s", [29.99, 31, 3600])
 @in_loop
 async def test_batcher_when_the_whole_process_is_paused_then_stays_healthy_and_answers(make_bench, paused_s):
     """A run that was under way when the process was paused is given time to end once it goes on."""
-    clock = asyncio.get_running_loop().time = FakeClock()
+    clock = hold_time()
     bench = make_bench(stuck_after_s=30, clock=clock)
     bench.engine.hold()
     answer = bench.start(51, deadline_s=9999)
     await bench.until_a_run_starts()
 
-    await _pass_time(clock, paused_s)
-    await _pass_time(clock, 4)
+    await pass_time(clock, paused_s)
+    await pass_time(clock, 4)
     bench.engine.release()
 
     assert (await answer).scores == pytest.approx([0.2])
@@ -624,22 +612,83 @@ async def test_batcher_when_the_whole_process_is_paused_then_stays_healthy_and_a
 @in_loop
 async def test_batcher_when_a_run_does_not_end_after_a_pause_either_then_is_lost_one_period_later(make_bench, paused_s):
     """A pause does not hide a run that never ends: it is noticed once the process was awake for long enough."""
-    clock = asyncio.get_running_loop().time = FakeClock()
+    clock = hold_time()
     bench = make_bench(stuck_after_s=30, clock=clock)
     bench.engine.hold()
     answer = bench.start(deadline_s=9999)
     await bench.until_a_run_starts()
 
-    await _pass_time(clock, paused_s)
+    await pass_time(clock, paused_s)
     for _ in range(29):
-        await _pass_time(clock, 1)
+        await pass_time(clock, 1)
     was_healthy = bench.batcher.is_healthy
-    await _pass_time(clock, 1.1)
+    await pass_time(clock, 1.1)
 
     with pytest.raises(EngineFailed):
         await answer
     assert was_healthy
     assert not bench.batcher.is_healthy
+
+
+@in_loop
+async def test_batcher_when_a_run_does_not_end_then_is_lost_at_once_and_not_with_the_next_look(make_bench):
+    """Looks come late on a busy machine, and the last one comes when the time is over."""
+    clock = hold_time()
+    bench = make_bench(stuck_after_s=30, clock=clock)
+    bench.engine.hold()
+    answer = bench.start(deadline_s=9999)
+    await bench.until_a_run_starts()
+
+    for _ in range(4):
+        await pass_time(clock, 7)
+    was_healthy = bench.batcher.is_healthy
+    await pass_time(clock, 2.1)
+
+    assert was_healthy
+    assert isinstance(answer.exception(), EngineFailed)
+
+
+@pytest.mark.parametrize("awake_s", [1, 12])
+@in_loop
+async def test_batcher_when_paused_again_and_again_then_a_run_that_does_not_end_is_noticed_all_the_same(
+    make_bench, awake_s
+):
+    """However often the process is paused, and however briefly it is awake between, no hung engine is hidden by it."""
+    clock = hold_time()
+    bench = make_bench(stuck_after_s=30, clock=clock)
+    bench.engine.hold()
+    answer = bench.start(deadline_s=9999)
+    await bench.until_a_run_starts()
+
+    was_awake_s = 0
+    while bench.batcher.is_healthy and was_awake_s < 120:
+        await pass_time(clock, 31)
+        for _ in range(awake_s):
+            await pass_time(clock, 1)
+        was_awake_s += awake_s
+
+    assert isinstance(answer.exception(), EngineFailed)
+    assert bench.batcher.is_lost
+
+
+@pytest.mark.parametrize("awake_s", [0, 2, 29])
+@in_loop
+async def test_batcher_when_paused_more_than_once_during_a_run_then_stays_healthy_and_answers(make_bench, awake_s):
+    """An engine is never lost over a time in which its process stood still, whatever came before."""
+    clock = hold_time()
+    bench = make_bench(stuck_after_s=30, clock=clock)
+    bench.engine.hold()
+    answer = bench.start(51, deadline_s=99999)
+    await bench.until_a_run_starts()
+
+    for _ in range(awake_s):
+        await pass_time(clock, 1)
+    for paused_s in (11, 31, 3600, 29, 12, 7200, 31, 31):
+        await pass_time(clock, paused_s)
+    bench.engine.release()
+
+    assert (await answer).scores == pytest.approx([0.2])
+    assert bench.batcher.is_healthy
 
 
 class HeldWork:
@@ -778,18 +827,18 @@ async def test_batcher_when_decoders_came_back_then_they_are_not_counted_as_lost
 @in_loop
 async def test_batcher_when_younger_runs_begin_beside_one_that_does_not_end_then_is_lost_as_soon(make_bench):
     """What another runner is still in time with does not put off that a run which hangs is noticed."""
-    clock = asyncio.get_running_loop().time = FakeClock()
+    clock = hold_time()
     bench = make_bench(runners=2, stuck_after_s=30, clock=clock)
     bench.engine.hold()
     answers = [bench.start(deadline_s=9999)]
     await bench.until_a_run_starts()
 
     for _ in range(15):
-        await _pass_time(clock, 1)
+        await pass_time(clock, 1)
     answers.append(bench.start(deadline_s=9999))
     await bench.until_a_run_starts()
     for _ in range(16):
-        await _pass_time(clock, 1)
+        await pass_time(clock, 1)
 
     assert not bench.batcher.is_healthy
     assert [type(answer.exception()) for answer in answers] == [EngineFailed] * 2
@@ -973,15 +1022,37 @@ async def test_submit_when_another_engine_runs_then_the_lone_way_is_not_taken(ma
 
 
 @in_loop
-async def test_submit_when_frames_are_for_watching_then_both_ways_are_watched(make_bench):
-    """Golden frames come at low priority, and an engine that is broken one way alone is found by them."""
+async def test_submit_when_another_frame_waits_then_the_lone_way_is_not_taken(make_bench, make_held):
+    """A frame behind this one would wait for every core, though it could have most of them now."""
     wide = FakeEngine()
-    bench = make_bench(alone=LoneRun(wide.run, 2.0))
+    bench, work = make_bench(alone=LoneRun(wide.run, 2.0)), make_held()
+    first = asyncio.ensure_future(bench.inspect_work(work))
+    await asyncio.to_thread(work.began.wait)
+    second = bench.start()
+    await asyncio.sleep(0)
 
-    for _ in range(4):
-        await bench.inspect(priority=Priority.LOW)
+    work.gate.set()
+    await asyncio.gather(first, second)
 
-    assert (wide.batches, bench.engine.batches) == ([1, 1], [1, 1])
+    assert (bench.engine.batches, wide.batches) == ([1], [1])
+
+
+@in_loop
+async def test_submit_when_lone_runs_are_slow_then_the_estimate_does_not_rise(make_bench):
+    """They tell how long frames take at most, by what is thought of them by then, and not by what was at first."""
+    wide, clock = FakeEngine(), FakeClock()
+    bench = make_bench(run_times=RunTimes((LONG_S,)), alone=LoneRun(wide.run, 2.0), clock=clock)
+    took_s = 1
+    wide.on_run = lambda _: clock.advance(took_s)
+    for _ in range(10):
+        await bench.inspect()
+    fallen = bench.batcher._queue.run_times
+
+    took_s = 3
+    await bench.inspect()
+
+    assert fallen.of(1) == pytest.approx(2, abs=0.1)
+    assert bench.batcher._queue.run_times == fallen
 
 
 @in_loop
@@ -995,36 +1066,3 @@ async def test_submit_when_lone_runs_are_quick_then_a_wrong_estimate_falls(make_
     both = await asyncio.gather(bench.inspect(deadline_s=LONG_S / 2), bench.inspect(deadline_s=LONG_S / 2))
 
     assert len(both) == 2
-
-
-@in_loop
-async def test_submit_when_only_the_lone_way_fails_then_frames_are_answered_and_it_is_given_up(make_bench):
-    """A quicker way that is broken costs time and no verdict."""
-    wide = FakeEngine()
-    bench = make_bench(alone=LoneRun(wide.run, 2.0))
-    wide.on_run = fail
-
-    results = [await bench.inspect(grey=51), await bench.inspect(grey=51)]
-
-    assert [result.scores for result in results] == [pytest.approx([0.2])] * 2
-    assert (len(wide.batches), len(bench.engine.batches), bench.probes) == (1, 2, 0)
-
-
-@in_loop
-async def test_submit_when_both_ways_fail_then_the_frame_has_no_verdict_and_the_lone_way_stays(make_bench):
-    """A frame that no way can run says nothing about the ways."""
-    wide = FakeEngine()
-    bench = make_bench(alone=LoneRun(wide.run, 2.0))
-    wide.on_run = bench.engine.on_run = fail
-
-    with pytest.raises(EngineFailed):
-        await bench.inspect()
-    wide.on_run = bench.engine.on_run = lambda _: None
-    await bench.inspect()
-
-    assert (len(wide.batches), len(bench.engine.batches), bench.probes) == (2, 1, 1)
-
-
-def fail(_):
-    """Fail as a runtime may."""
-    raise OSError

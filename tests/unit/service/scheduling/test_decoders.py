@@ -9,9 +9,9 @@ import weakref
 import pytest
 
 from service.errors import UnreadableFrame
-from service.scheduling.batcher import MOST_GIVEN_UP
 from service.scheduling.decoders import Decoders
-from tests.fakes import FakeClock, in_loop
+from service.scheduling.patience import MOST_GIVEN_UP
+from tests.fakes import hold_time, in_loop, pass_time
 
 SOON_S = 0.05
 LONG_S = 20.0
@@ -183,22 +183,71 @@ async def test_run_when_its_caller_left_before_that_then_the_thread_is_replaced_
     assert stand.replaced == 1
 
 
+@pytest.mark.parametrize("awake_s", [0, 2, 29])
 @in_loop
-async def test_run_when_the_whole_process_was_paused_then_the_thread_keeps_its_place(make_stand):
-    """Decoding that was under way when the process was paused is given time to end once it goes on."""
-    clock = asyncio.get_running_loop().time = FakeClock()
+async def test_run_when_the_whole_process_was_paused_then_the_thread_keeps_its_place(make_stand, awake_s):
+    """Decoding that was under way when the process was paused, once or often, is given time to end once it goes on."""
+    clock = hold_time()
     stand = make_stand(stuck_after_s=30, clock=clock)
     step = stand.step()
     running = stand.start("line", step)
     await step.until_begun()
 
-    clock.advance(3600)
-    for _ in range(5):
-        await asyncio.sleep(0)
+    for _ in range(awake_s):
+        await pass_time(clock, 1)
+    for paused_s in (3600, 11, 31, 29, 12, 7200, 31, 31):
+        await pass_time(clock, paused_s)
     step.gate.set()
     await running
 
     assert stand.replaced == 0
+
+
+@pytest.mark.parametrize("paused_s", [0, 31])
+@in_loop
+async def test_run_when_a_step_does_not_end_after_a_pause_either_then_is_refused_one_period_later(make_stand, paused_s):
+    """A pause does not hide a step that never ends: it is noticed by a look once the process was awake for so long."""
+    clock = hold_time()
+    stand = make_stand(stuck_after_s=30, clock=clock)
+    step = stand.step()
+    running = stand.start("line", step)
+    await step.until_begun()
+
+    await pass_time(clock, paused_s)
+    for _ in range(29):
+        await pass_time(clock, 1)
+    replaced = stand.replaced
+    for _ in range(7):
+        await pass_time(clock, 1)
+
+    assert replaced == 0
+    assert stand.replaced == 1
+    with pytest.raises(UnreadableFrame):
+        await running
+
+
+@pytest.mark.parametrize("awake_s", [1, 12])
+@in_loop
+async def test_run_when_paused_again_and_again_then_a_step_that_does_not_end_is_noticed_all_the_same(
+    make_stand, awake_s
+):
+    """However often the process is paused, and however briefly it is awake between, no thread is kept for ever."""
+    clock = hold_time()
+    stand = make_stand(stuck_after_s=30, clock=clock)
+    step = stand.step()
+    running = stand.start("line", step)
+    await step.until_begun()
+
+    was_awake_s = 0
+    while not stand.replaced and was_awake_s < 120:
+        await pass_time(clock, 31)
+        for _ in range(awake_s):
+            await pass_time(clock, 1)
+        was_awake_s += awake_s
+
+    assert stand.replaced == 1
+    with pytest.raises(UnreadableFrame):
+        await asyncio.wait_for(running, LONG_S)
 
 
 @in_loop

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from service.scheduling.batcher import Place
+from service.scheduling.places import Place
 from service.scheduling.schedule import Decision, Priority, RunTimes, Shares, WaitingFrame, admit, decide, has_room
 
 NOW = 100.0
