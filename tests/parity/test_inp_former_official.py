@@ -315,8 +315,9 @@ def test_parameters_after_the_last_step_equal_the_official_code(trace):
         ours = after[key].flatten()[: len(value)].numpy()
         first = gradients[key].flatten()[: len(value)].abs().numpy()
         usual = float(expected[f"gradnorm__{key}"]) / gradients[key].numel() ** 0.5
-        # Adam moves an entry by about the rates, however small its gradient; one that is all rounding goes either way.
-        close = _gradient_tolerance(gradients)
-        share = np.clip(close * usual / np.maximum(first, 1e-30), 10 * close, 2)
+        # Adam moves an entry by about the rates, however small its gradient; one that is all rounding goes either way,
+        # and one attention of the decoder that rounding opens or shuts moves a row by hundredths of them: with Large
+        # a row of ours in float32 lay 0.02 of the rates from the recorded one, in float64 0.0002.
+        share = np.clip(_gradient_tolerance(gradients) * usual / np.maximum(first, 1e-30), 0.03, 2)
         least = np.maximum(1e-6, share * rows[:, -1].sum())
         assert (np.abs(ours - value) <= least + 1e-4 * np.abs(value)).all(), key
