@@ -312,6 +312,8 @@ def test_read_mvtec_ad2_leaves_private_frames_without_label_and_groups_lights(tm
     }
     assert len(dataset.train_good) == 2
     assert len({s.group for s in dataset.train_good}) == 1
+    # Numbers begin anew in each folder, so the first object of one is none of the objects of another.
+    assert len({s.group for s in dataset.samples}) == len({(s.split, s.kind) for s in dataset.samples}) == 6
     assert {(s.aupro_limit, s.seg_f1) for s in dataset.samples} == {(0.05, True)}
     assert dataset.has_masks
 

@@ -43,6 +43,19 @@ def test_file_frames_with_room_do_not_read_a_file_twice(paths):
     assert np.array_equal(first, second)
 
 
+def test_file_frames_without_room_keep_no_more_than_they_may(paths):
+    """The bound on memory holds: of two frames the first is kept, and the second needs its file."""
+    source = FileFrames(paths, plain_input(6, 8), FrameLimits(), threads=1, memory_bytes=6 * 8 * 3)
+    source.take([2, 3])
+    paths[2].unlink()
+
+    assert source.take([2])[0, 0, 0, 0] == 2
+    paths[3].unlink()
+    with pytest.raises(FileNotFoundError):
+        source.take([3])
+    source.close()
+
+
 def test_file_frames_with_a_crop_cut_the_rim(paths):
     """The source applies the bundle's own resize and crop."""
     spec = InputSpec(height=4, width=4, resize_height=8, resize_width=8)
@@ -101,3 +114,14 @@ def test_load_mask_of_a_frame_without_one_marks_nothing(tmp_path):
 
     assert not masks[0].any()
     assert np.array_equal(masks[1], np.eye(4, dtype=bool))
+
+
+def test_load_mask_of_defects_with_masks_of_their_own_marks_all_of_them(tmp_path):
+    """What any of the files marks is anomalous."""
+    files = (tmp_path / "000.png", tmp_path / "001.png")
+    for row, path in enumerate(files):
+        path.write_bytes(encode_png((np.arange(16).reshape(4, 4) // 4 == row).astype(np.uint8)))
+
+    mask = load_mask(Sample(tmp_path / "x.png", "test", 1, "hole", channels=files), 4, 4)
+
+    assert mask.tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
