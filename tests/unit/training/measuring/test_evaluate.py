@@ -21,10 +21,10 @@ from tests.factories import (
 )
 from tests.tiny_line import DEFECTS, TEST_GOOD, write_line, write_mvtec_ad2_line
 from training.data.detect import read_dataset
-from training.data.loader import load_mask
+from training.data.loader import load_channels, load_mask
 from training.data.samples import UNKNOWN, Sample
-from training.measuring.evaluate import ask, evaluate, spread, to_records, without_test_frames
-from training.measuring.metrics import Metric, auroc
+from training.measuring.evaluate import ask, evaluate, inspected_share, spread, to_records, without_test_frames
+from training.measuring.metrics import Metric, auroc, saturation_area, spro
 from training.progress import SilentReporter
 
 _RULE = ScoreRule(kind="top_fraction_mean", fraction=TOP_FRACTION)
@@ -102,6 +102,8 @@ def test_evaluate_when_several_frames_show_a_piece_then_it_scores_as_its_worst_f
     lights, views = views, [replace(view, s_auroc=True) for view in views]
 
     pieces = evaluate(_ask(views), make_policy(), _RULE, make_input())
+    by_frame = [*views[:3], replace(views[1], path=good[2].path, group="b")]  # labelled by what it shows
+    assert evaluate(_ask(by_frame), make_policy(), _RULE, make_input()).metrics["s_auroc"].value == 1.0
     by_light = evaluate(_ask(lights), make_policy(), _RULE, make_input())
     alone = evaluate(_ask([replace(view, group=None) for view in views]), make_policy(), _RULE, make_input())
 
@@ -232,6 +234,9 @@ def test_evaluate_when_a_region_is_inspected_then_pixel_figures_are_of_its_pixel
 
     expected = [auroc(np.concatenate(scores), np.concatenate(labels)).value, outside]
     assert [found.metrics["p_auroc"].value, found.defects_outside] == expected
+    # So are image figures: of the scores that verdicts are found by, and not of the network's own.
+    own = replace(answers, scores=-answers.scores)
+    assert evaluate(own, policy, _RULE, spec, resolution).metrics["i_auroc"] == found.metrics["i_auroc"]
     assert outside == 2
     assert evaluate(answers, make_policy(), _RULE, spec, resolution).defects_outside is None
 
@@ -321,6 +326,50 @@ def test_evaluate_when_one_kind_is_missed_then_figures_of_the_other_kind_stay(tm
         "logical_anomalies": 1,
         "structural_anomalies": 0,
     }
+
+
+def test_evaluate_when_a_region_cuts_defects_then_spro_is_that_of_its_pixels(tmp_path):
+    """Of a defect that is cut, its share of the part inside is enough, and pixels outside are no false alarms."""
+    answers, policy = _ask(read_dataset(_write_loco(tmp_path)).test), make_policy(region_of_interest=_LEFT)
+    inspected = inspected_mask(policy, *answers.maps.shape[1:])
+    kept = [i for i, sample in enumerate(answers.samples) if sample.kind in ("good", "logical_anomalies")]
+    maps, channels, enough = [], [], []
+    for index in kept:
+        height, width = answers.frame_sizes[index]
+        seen = resize_mask(inspected, height, width)
+        marks = [(mask[seen][None], rule) for mask, rule in load_channels(answers.samples[index])]
+        maps.append(resize_map(answers.maps[index], height, width)[seen][None])
+        channels.append([mask for mask, _ in marks])
+        enough.append([saturation_area(int(m.sum()), rule.threshold, relative=rule.relative) for m, rule in marks])
+
+    found = evaluate(answers, policy, _RULE, make_input()).metrics
+
+    assert found["spro_logical_anomalies"].value == pytest.approx(spro(maps, channels, enough).value)
+    assert found["spro_logical_anomalies"].value < 1
+    whole = evaluate(answers, make_policy(), _RULE, make_input()).metrics
+    assert found["spro_logical_anomalies"].value != whole["spro_logical_anomalies"].value
+
+
+def test_evaluate_when_a_mask_marks_nothing_then_no_defect_is_told_to_lie_outside(tmp_path):
+    """What nobody marked lies nowhere."""
+    answers = _ask(read_dataset(write_line(tmp_path)).test)
+    (tmp_path / "blank.png").write_bytes(encode(np.zeros((72, 80), np.uint8)))
+    blank = tuple(replace(s, mask_path=tmp_path / "blank.png") if s.label else s for s in answers.samples)
+    policy = make_policy(region_of_interest=_LEFT)
+
+    found = evaluate(replace(answers, samples=blank), policy, _RULE, make_input())
+
+    assert found.defects_outside == 0
+
+
+def test_inspected_share_when_the_input_is_cropped_then_is_one_of_the_frame():
+    """What the network never sees is not inspected, whatever the region of interest is."""
+    everything = make_policy(region_of_interest=(((0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)),))
+
+    shares = [inspected_share(everything, (16, 24), make_input(margin=margin)) for margin in (0, 8)]
+
+    assert shares == [1, pytest.approx(32 / 48 * 48 / 64)]
+    assert inspected_share(make_policy(), (16, 24), make_input()) is None
 
 
 def test_evaluate_when_maps_are_blank_then_spro_is_that_of_chance(tmp_path):
