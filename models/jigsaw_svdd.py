@@ -34,7 +34,9 @@ Deviations from the reference code, each with its reason:
   64, with 100 40,000 instead of 62,400, with 127 40,000 instead of 79,200, with 209 120,000 instead of 130,400. From
   64 frames on, `iterations` of 625 n in place of `epochs` are the code's number to half a percent. The loop that all
   detectors share shows a frame once an epoch;
-* the last epoch counts; the code keeps all of them and looks at test frames after each.
+* the last epoch counts; the code keeps all of them and looks at test frames after each, and trains in 399 of its 400,
+  because the first only looks;
+* piece 4 may also stay where it is, one of the offsets within its bound; in the code it always moves.
 As in the code: the classifier's last weight is normalised and, unless `learn_projection`, never learns; the two maps
 are not normalised before the product. Frames in the bank have distance 0 to themselves, so none of them may be judged:
 thresholds come from frames that were held out.
