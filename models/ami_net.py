@@ -24,8 +24,8 @@ Deviations, each with its reason:
 * an epoch drops its incomplete batch, as for all detectors, where the scripts train on it as well;
 * layers are brought to a quarter of the image's side, which is the code's 64 x 64 at its 256; there it is 64 x 64 at
   every size;
-* every backbone is read as the WideResNet-50 is: three stages, each with its 3 x 3 mean. The code's others take the stem
-  or the last stages, without the mean, and normalise the features of the two of 101 layers;
+* every backbone is read as the WideResNet-50 is: three stages, each with its 3 x 3 mean. The code's others take the
+  stem or the last stages, without the mean, and normalise the features of the two of 101 layers;
 * width, depth and patch are free, so that one CPU core can train and serve a small network.
 As in the reference code, where the paper may be read otherwise: the mask token is learnt, and losses cover all tokens.
 
