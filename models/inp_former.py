@@ -15,7 +15,7 @@ Deviations from the paper, all but the last two as in the reference code:
 * a frozen CNN may take the place of DINOv2, so that one CPU core can train and serve: one tensor made from its pyramid
   is then the input of the decoder and its single target (see `PyramidTokens`). A training step may look at some
   tokens only, because the decoder never mixes tokens;
-* the rate rises for 100 iterations, as in the code, but for a fifth of a run at most: a short one would see nothing else.
+* the rate rises for 100 iterations, as in the code, but for a fifth of a run at most, for the sake of short ones.
 
 Symbols: E, D = `tokens`, `rebuilt` (B, G, N, C), one entry a group of layers · F_Q = `fused` (B, N, C)
 · T = `prototype_tokens` (M, C) · P = `prototypes` (B, M, C) · gamma = `mining_exponent` · L_c = coherence
