@@ -18,8 +18,9 @@ from service.contract.frames import FrameLimits, fit_to_input, read_frame, resiz
 from service.contract.geometry import InputSpec
 from service.contract.pictures import contrast_of
 from service.contract.policy import Judgement, Policy, ScoreRule, Verdict, inspected_mask, judge
+from service.contract.regions import Window
 from service.contract.tiling import Run
-from service.errors import FlawlineError, UnreadableFrame
+from service.errors import FlawlineError, FrameNotComparable, UnreadableFrame
 from training.data.loader import load_channels, load_mask
 from training.data.samples import ANOMALOUS, AUPRO_LIMIT, NORMAL, Sample, parts_of
 from training.measuring.metrics import (
@@ -179,16 +180,37 @@ def ask(
 def judge_all(
     answers: Answers, policy: Policy, rule: ScoreRule, spec: InputSpec, least_contrast: float = 0.0
 ) -> tuple[Judgement, ...]:
-    """Judge every answer by a policy, as the service would; a frame of less contrast than asked for has no verdict."""
+    """Judge every answer by a policy, as the service would; a frame of less contrast than asked for has no verdict.
+
+    Raises:
+        FrameNotComparable: if a frame shall be measured by itself and is flat; the sentence names the file.
+    """
     inspected = inspected_mask(policy, *answers.maps.shape[1:], window=spec.window(1, 1))
     judged = (
-        judge(float(score), anomaly_map, policy, rule, spec.window(*size), inspected)
-        for score, anomaly_map, size in zip(answers.scores, answers.maps, answers.frame_sizes, strict=True)
+        _judge(sample, float(score), anomaly_map, policy, rule, spec.window(*size), inspected)
+        for sample, score, anomaly_map, size in zip(
+            answers.samples, answers.scores, answers.maps, answers.frame_sizes, strict=True
+        )
     )
     return tuple(
         replace(judgement, verdict=Verdict.NO_VERDICT) if contrast < least_contrast else judgement
         for judgement, contrast in zip(judged, answers.contrasts, strict=True)
     )
+
+
+def _judge(
+    sample: Sample,
+    score: float,
+    anomaly_map: NDArray[np.float32],
+    policy: Policy,
+    rule: ScoreRule,
+    window: Window,
+    inspected: NDArray[np.bool_] | None,
+) -> Judgement:
+    try:
+        return judge(score, anomaly_map, policy, rule, window, inspected)
+    except FrameNotComparable as flat:  # it has no score that could be ranked among the others
+        raise FrameNotComparable(f"{sample.path}: {flat.sentence} Take it out of the test frames.") from flat
 
 
 def evaluate(

@@ -1,5 +1,6 @@
 """Promises of evaluation: the service's pixels and policy, and a reason for every figure that is not defined."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ from sklearn.metrics import f1_score
 
 from service.contract.frames import FrameLimits, decode_image, decode_mask, resize_map, resize_mask
 from service.contract.policy import Verdict, inspected_mask
-from service.errors import UnreadableFrame
+from service.errors import FrameNotComparable, UnreadableFrame
 from tests.factories import (
     TOP_FRACTION,
     ScoreRule,
@@ -18,6 +19,7 @@ from tests.factories import (
     make_input,
     make_policy,
     make_runner,
+    make_self_policy,
 )
 from tests.tiny_line import DEFECTS, TEST_GOOD, write_line, write_mvtec_ad2_line
 from training.data.detect import read_dataset
@@ -89,6 +91,16 @@ def test_evaluate_when_a_frame_shows_no_picture_then_it_has_no_verdict_as_in_the
         Verdict.NO_VERDICT: 1,
     }
     assert found.scores.size == TEST_GOOD + DEFECTS + 1
+
+
+def test_evaluate_when_a_frame_is_measured_by_itself_and_flat_then_the_sentence_names_the_file(tmp_path):
+    """It has no score to rank; whoever reads the message knows which file to take out."""
+    answers = _ask(read_dataset(write_line(tmp_path)).test)
+    maps = answers.maps.copy()
+    maps[3] = 0.0
+
+    with pytest.raises(FrameNotComparable, match=re.escape(str(answers.samples[3].path))):
+        evaluate(replace(answers, maps=maps), make_self_policy(), _RULE, make_input())
 
 
 def test_evaluate_when_several_frames_show_a_piece_then_it_scores_as_its_worst_frame(tmp_path):
