@@ -727,7 +727,7 @@ def make_held():
 
 async def run_work(bench, work, *, deadline_s=LONG_S, line="line"):
     """Take a place and run a frame that is prepared by the runner."""
-    with bench.batcher.place(time.monotonic() + deadline_s, line=line) as place:
+    with bench.batcher.place(bench.clock() + deadline_s, line=line) as place:
         return await bench.batcher.run(place, work, 0)
 
 
@@ -822,6 +822,64 @@ async def test_batcher_when_decoders_came_back_then_they_are_not_counted_as_lost
         await asyncio.to_thread(work.thread.join)
 
     assert bench.batcher.is_healthy
+
+
+@in_loop
+async def test_wait_for_gap_when_decoding_does_not_end_then_there_is_one_once_the_runner_is_replaced(
+    make_bench, make_held
+):
+    """A runner that was given up counts no more, and not once less when it comes back: golden frames need the gap."""
+    clock, running = hold_time(), Running()
+    bench, work = make_bench(runners=2, stuck_after_s=30, running=running, clock=clock), make_held()
+    bench.engine.hold()
+    kept, beside = asyncio.ensure_future(run_work(bench, work, deadline_s=9999)), bench.start(deadline_s=9999)
+    await asyncio.to_thread(work.began.wait)
+    await bench.until_a_run_starts()
+    gaps = [(running.count, bench.batcher.wait_for_gap(0.0))]
+
+    bench.engine.release()
+    await beside
+    gaps.append((running.count, bench.batcher.wait_for_gap(0.0)))
+    for _ in range(31):
+        await pass_time(clock, 1)
+    gaps.append((running.count, bench.batcher.wait_for_gap(0.0)))
+    work.gate.set()
+    await asyncio.to_thread(work.thread.join)
+    gaps.append((running.count, bench.batcher.wait_for_gap(0.0)))
+
+    assert gaps == [(2, False), (1, False), (0, True), (0, True)]
+    assert isinstance(kept.exception(), UnreadableFrame)
+
+
+@in_loop
+async def test_batcher_when_decoding_ends_just_as_it_is_given_up_then_a_run_that_does_not_end_is_noticed(
+    make_bench, make_held
+):
+    """A frame that comes back at the last moment runs after all, and its run is watched like any other."""
+    clock = hold_time()
+    bench, work = make_bench(stuck_after_s=30, clock=clock), make_held()
+    bench.engine.hold()
+    answer = asyncio.ensure_future(run_work(bench, work, deadline_s=9999))
+    await asyncio.to_thread(work.began.wait)
+    give_up = bench.batcher._queue.give_up
+
+    def come_back_before(batch):
+        work.gate.set()
+        bench.engine.started.acquire()
+        return give_up(batch)
+
+    bench.batcher._queue.give_up = come_back_before
+
+    for _ in range(31):
+        await pass_time(clock, 1)
+    was_healthy, batches = bench.batcher.is_healthy, list(bench.engine.batches)
+    for _ in range(31):
+        await pass_time(clock, 1)
+
+    assert (was_healthy, batches) == (True, [1])
+    assert bench.batcher.is_lost
+    assert isinstance(answer.exception(), EngineFailed)
+    assert bench.metric("decoders_replaced_total") == 0
 
 
 @in_loop
