@@ -127,7 +127,7 @@ def train(
         directory: of the run; made where it is missing.
         reporter: shows how far the run is.
         beginning: fit anew, go on from the checkpoint, only export what is completely fitted, or take over what the
-            method's authors fitted (`import_checkpoint.py` has then put it into the directory).
+            method's authors fitted (`fitting/import_checkpoint.py` has then put it into the directory).
         peers: who fits together, this process being the first; the others call `help_to_fit`. None for this one alone.
         how_to_leave_out: says what to do with the mask that leaves the rim out, where the directory will not last;
             None for a new export of the directory.

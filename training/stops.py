@@ -1,7 +1,7 @@
 """What stops a command from outside: a termination signal ends it as Ctrl-C does.
 
-Fitting hears both between two steps only (`fit.py`); everywhere else, a command ends at once, says how it goes on, and
-leaves with 130.
+Fitting hears both between two steps only (`fitting/fit.py`); everywhere else, a command ends at once, says how it goes
+on, and leaves with 130.
 """
 
 import signal

@@ -19,7 +19,7 @@ newer one. Nor is it replaced while store or machine may be at fault rather than
 
 A version that somebody stepped back from, on purpose, is held back until somebody asks for it by name. A policy file
 that is refused is not offered, and one that is gone is withdrawn; the line goes on with its others, but where the one
-that was chosen to judge is gone, it is refused. `service/lines/policies.py` says which file may judge which bundle.
+that was chosen to judge is gone, it is refused. `policies.py` says which file may judge which bundle.
 
 What changes anything blocks and belongs into a thread; what only reads takes no lock. Looks at the store come one after
 another and may take long, for the store as well as for what is loaded. What administrators and frames want does not
@@ -511,7 +511,7 @@ class Registry(LoadedVersions):
                 self._hidden.add(name)
                 self._telemetry.store_unreachable()
                 lines = self._catalogue.wanted_of((name,))
-                self._refuse(name, lines, f"Its folder can't be read: {error.strerror}.")
+                self._refuse(name, self._without_live(lines), f"Its folder can't be read: {error.strerror}.")
                 known.update(lines)
                 continue
             first = self._first(name, versions) if versions else ""
@@ -519,7 +519,7 @@ class Registry(LoadedVersions):
             out = tuple(line for line in lines if line in self._taken_out)
             self._note(name, out, "unloaded", _TAKEN_OUT)
             known.update(lines)
-            lines = tuple(line for line in lines if line not in out)
+            lines = self._without_live(line for line in lines if line not in out)
             if lines and self._choices.why_unknown is not None:
                 self._refuse(name, lines, self._choices.why_unknown)
             elif lines and first not in versions:
@@ -528,7 +528,7 @@ class Registry(LoadedVersions):
                 candidates.append((name, first))
                 self._note(name, lines, "loading", "The line is loading; try again in a moment.")
         why_missing = self._catalogue.why_unreadable or "There is no bundle of this line in the store."
-        for missing in sorted((self._wanted or frozenset()) - known):
+        for missing in sorted((self._wanted or frozenset()) - known - self._state.live.keys()):
             absent = self._catalogue.absent(missing)
             newest = max(absent, key=int, default=None)
             why = (
@@ -600,6 +600,10 @@ class Registry(LoadedVersions):
         refusal = self._history(key.name).refusals.get(key.version)
         return refusal is None or self._is_overdue(refusal) or refusal.looks != self._catalogue.looks(*key)
 
+    def _without_live(self, lines: Iterable[str]) -> tuple[str, ...]:
+        """Return those that nothing serves: a start that is begun anew takes nothing from what it has reached."""
+        return tuple(line for line in lines if line not in self._state.live)
+
     def _is_overdue(self, refusal: Refusal) -> bool:
         return refusal.again_at <= self._clock()
 
@@ -638,11 +642,11 @@ class Registry(LoadedVersions):
         if not self._options.activates_newest and self._options.state_directory is None:
             _log.warning("versions wait for an administrator, and without a state directory a restart does not")
         self._choices.recall()
-        self._last_live.recall()
         chosen = self._choices.chosen
         self._taken_out |= set(chosen.unloaded)
         for name, version in chosen.versions.items():
             self._history(name).held_back |= set(version.held_back)
+        self._last_live.recall()  # in the end: where it ends early, what was chosen counts all the same
 
     def _refuse_to_guess(self) -> None:
         """Change nothing where nobody knows what administrators chose.

@@ -109,7 +109,7 @@ async def in_time(context: Context, deadline: float, what: str) -> AsyncIterator
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Wait for work, and cancel it as soon as the caller hangs up, where the server tells (`protocol.py`).
+    """Wait for work, and cancel it as soon as the caller hangs up, where the server tells (`service/protocol.py`).
 
     Raises:
         ClientDisconnect: if it did.

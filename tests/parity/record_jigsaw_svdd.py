@@ -3,9 +3,9 @@ r"""Record what the official SCL-VI (Jigsaw-SVDD) answers, for `test_jigsaw_svdd
     git clone https://github.com/wangpeng000/VisualInspection SOURCES/wangpeng000+VisualInspection    # at a593340
     .venv/bin/python -m tests.parity.record_jigsaw_svdd SOURCES
 
-Nothing of that code is copied: it runs from its checkout, and numbers alone are written. Tensors and images are filled
-from their names and the seed, so that none of them is stored. Changed at run time is where it runs: `cuda()` stays on
-the CPU. Its encoder has one size, the published one.
+Its README shows an MIT badge, and there is no licence file. Nothing of that code is copied: it runs from its checkout,
+and numbers alone are written. Tensors and images are filled from their names and the seed, so that none of them is
+stored. Changed at run time is where it runs: `cuda()` stays on the CPU. Its encoder has one size, the published one.
 """
 
 import argparse

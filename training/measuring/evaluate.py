@@ -183,7 +183,8 @@ def judge_all(
     """Judge every answer by a policy, as the service would; a frame of less contrast than asked for has no verdict.
 
     Raises:
-        FrameNotComparable: if a frame shall be measured by itself and is flat; the sentence names the file.
+        FrameNotComparable: if a frame shall be measured by itself and is flat, black ones among them: it has no score
+            to be ranked by, where the service says no more than that it has no verdict. The sentence names the file.
     """
     inspected = inspected_mask(policy, *answers.maps.shape[1:], window=spec.window(1, 1))
     judged = (

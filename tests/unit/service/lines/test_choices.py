@@ -12,6 +12,7 @@ import time
 import pytest
 
 from service.errors import BundleRefused, LineNotReady
+from service.lines.catalogue import Catalogue
 from service.lines.choices import CHOICES_FILE, LAST_LIVE_FILE, LOCK_FILE, Choices, LastLive, why_unusable
 from service.lines.loading import BatcherOptions
 from service.lines.registry import Registry
@@ -293,6 +294,74 @@ def test_file_when_reading_it_ends_early_then_nothing_is_guessed_either(plant, m
     assert "Start the service again" in again.status("demo_line").reason
     with pytest.raises(BundleRefused, match="Start the service again"):
         again.rescan()
+
+
+@pytest.mark.parametrize("look", ["try_again", "rescan"])
+def test_start_when_it_ends_early_behind_the_choices_then_they_count_where_it_is_begun_anew(plant, monkeypatch, look):
+    """Neither the version that was stepped back from nor the line that was taken out comes back by an accident."""
+    plant.add("1", "other_line")
+    before = plant.start()
+    before.roll_back("demo_line")
+    before.unload_line("other_line")
+
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as short:
+        short.setattr("service.lines.choices.LastLive.recall", fail)
+        again = plant.start()
+    was_ready = again.is_ready
+    getattr(again, look)()
+
+    assert (was_ready, again.is_ready) == (False, True)
+    assert live_version(again) == "1"
+    assert again.status("other_line").state == "unloaded"
+
+
+def test_start_when_it_is_late_and_ends_early_then_the_pod_is_not_ready_until_it_is_begun_anew(plant, monkeypatch):
+    """The store was away, came back, and then loading ended in a way that nobody foresaw: some lines may be missed."""
+    away = plant.store.rename(plant.store.with_name("away"))
+    registry = plant.start()
+    away.rename(plant.store)
+
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as short:
+        short.setattr(Registry, "_as_before", fail)
+        with pytest.raises(MemoryError):
+            registry.try_again()
+    was_ready = registry.is_ready
+    registry.try_again()
+
+    assert (was_ready, registry.is_ready) == (False, True)
+
+
+def test_start_when_it_is_begun_anew_and_a_folder_can_not_be_read_then_what_serves_from_it_is_not_called_refused(
+    plant, monkeypatch, caplog
+):
+    """The log says no line is refused that answers every frame."""
+
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as short:
+        short.setattr(Registry, "_as_before", fail)
+        registry = plant.start()
+    caplog.clear()
+    versions = Catalogue.versions
+
+    def hide(catalogue, name):
+        if name == "demo_line":
+            raise OSError(errno.EIO, "Input/output error")
+        return versions(catalogue, name)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Catalogue, "versions", hide)
+        registry.try_again()
+
+    assert registry.status("demo_line").state == "ready"
+    assert [record.line for record in caplog.records if record.message == "line refused"] == []
 
 
 def test_file_when_it_does_not_hold_and_the_store_was_away_then_the_lines_say_so_once_it_is_back(plant):
