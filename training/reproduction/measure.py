@@ -1,9 +1,9 @@
 """Fits a detector as publications do and measures it: on all good training frames, without thresholds or a bundle.
 
 A run for a plant (`training/run.py`) holds good frames back to calibrate on, and publishes what it fitted. A published
-figure rests on neither, so this way is shorter: checked lines → fit on every good training frame, or a few → figures of each
-line's test frames. Frames that a data set keeps for validation are not fitted on; where its makers' figures rest on
-them, they are asked about. Frames are decoded, resized and measured by the same functions as in a run.
+figure rests on neither, so this way is shorter: checked lines → fit on every good training frame, or a few → figures of
+each line's test frames. Frames that a data set keeps for validation are not fitted on; where its makers' figures rest
+on them, they are asked about. Frames are decoded, resized and measured by the same functions as in a run.
 """
 
 import time
