@@ -101,7 +101,8 @@ def _as_module(name: str, value: Any) -> Any:
 def declare_operators() -> None:
     """Let torchvision be imported where its compiled operators do not load; nothing here calls them.
 
-    `models.backbones` declares the same for our detectors, and is out of reach: checkouts bring a `models` of their own.
+    `models.backbones` declares the same for our detectors, and is out of reach: checkouts bring a `models` of their
+    own.
     """
     try:
         import torchvision  # noqa: F401  (only whether it can be imported)
