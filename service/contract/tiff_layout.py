@@ -17,6 +17,7 @@ from service.errors import FrameTooLarge, UnreadableFrame
 UNCOMPRESSED, JPEG = 1, 7
 _SEPARATE = 2  # planes, one after the other
 _WHITE_IS_ZERO, _BLACK_IS_ZERO = 0, 1
+_MOST_BITS_TURNED = 8  # of a grey value that a codec turns round where white is 0
 _HIGHEST_FIRST = 1  # of the bits of a byte
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _BIT_ORDER, _ORIENTATION = 256, 257, 258, 259, 262, 266, 274
 _STRIP_OFFSETS, _SAMPLES, _ROWS_PER_STRIP, _STRIP_COUNTS, _PLANES = 273, 277, 278, 279, 284
@@ -144,19 +145,27 @@ class TiffPage:
             raise UnreadableFrame("The TIFF's strips or tiles lie over each other; write it anew.")
 
     def demand_read_as_written(self) -> None:
-        """Refuse pixels without compression that Pillow, which reads them by itself, takes for others.
+        """Refuse pixels that Pillow takes for others than were written.
 
-        Of planes it reads bytes, whatever they hold: half of 16 bits, and each as it is. Of a tile at the right border
-        it goes on by a row's bits, without those that fill up the last byte. Pieces that are not needed it draws over
-        those that are. All of that goes without a word, and part of the image is never seen.
+        Of grey of more than 8 bits it passes over whether white is 0, which it is where the file does not say, so that
+        the frame comes out as its own negative.
+
+        Without compression it reads pixels by itself. Of planes it reads bytes, whatever they hold: half of 16 bits,
+        and each as it is. Of a tile at the right border it goes on by a row's bits, without those that fill up the last
+        byte. Pieces that are not needed it draws over those that are. All of that goes without a word, and part of the
+        image is never seen.
 
         Raises:
             UnreadableFrame: if it is one of these.
         """
-        if self.compression != UNCOMPRESSED:
-            return
         depths = set(self._all(_BITS)) or {1}
         tone = self._one(_PHOTOMETRIC, _WHITE_IS_ZERO)
+        if tone == _WHITE_IS_ZERO and max(depths) > _MOST_BITS_TURNED:
+            raise UnreadableFrame(
+                "White is 0 in this TIFF of more than 8 bits, or nothing says what is; write black as 0, or a PNG."
+            )
+        if self.compression != UNCOMPRESSED:
+            return
         is_plain = (depths == {8} and tone != _WHITE_IS_ZERO) or (depths == {1} and tone == _BLACK_IS_ZERO)
         if self._is_separate and not (is_plain and self._one(_BIT_ORDER, _HIGHEST_FIRST) == _HIGHEST_FIRST):
             raise UnreadableFrame(

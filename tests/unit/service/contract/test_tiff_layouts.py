@@ -94,7 +94,7 @@ def values_of(bits, samples):
 
 def as_frame(values, bits, photometric):
     """Return what a frame of these values is, found without any decoder."""
-    if photometric == WHITE_IS_ZERO and bits <= 8:
+    if photometric == WHITE_IS_ZERO:
         values = 2**bits - 1 - values
     levels = values * 255 // (2**bits - 1) if bits <= 8 else values >> (bits - 8)
     return np.broadcast_to(levels, (HEIGHT, WIDTH, 3))
@@ -179,6 +179,20 @@ def test_reading_when_planes_can_not_be_read_is_refused_for_headers_and_masks_to
 
     with pytest.raises(UnreadableFrame, match="separate planes"):
         read(data, *([FrameLimits()] if read is read_header else []))
+
+
+@pytest.mark.parametrize("compression", [UNCOMPRESSED, DEFLATE])
+@pytest.mark.parametrize("bits", [12, 16])
+@pytest.mark.parametrize("is_told", [True, False])
+def test_decoding_when_white_is_0_in_more_than_8_bits_is_refused_and_says_what_to_write(is_told, bits, compression):
+    """The codec turns the others round and not these; without a word in the file, nobody knows."""
+    options = {"compression": compression, "order": "II", "layout": STRIPS}
+    data = write(values_of(bits, 1), bits, photometric=WHITE_IS_ZERO, planes=CHUNKY, **options)
+    entry = struct.pack("<HHI", 262, SHORT, 1)
+    assert data.count(entry) == 1
+
+    with pytest.raises(UnreadableFrame, match="write black as 0, or a PNG"):
+        decode_image(data if is_told else data.replace(entry, struct.pack("<HHI", 263, SHORT, 1)), FrameLimits())
 
 
 @pytest.mark.parametrize("tag", [258, 259, 262, 266, 284])
