@@ -22,6 +22,7 @@ Sleep = Callable[[float], Awaitable[None]]
 
 # Latencies kept for percentiles; older ones make room.
 _KEPT_LATENCIES = 5000
+_INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,13 @@ class Tally:
     def note_interrupted(self) -> None:
         """Count a frame whose answer nobody waits for any more."""
         self.verdicts[Verdict.NO_VERDICT.value] += 1
-        self.problems["interrupted"] += 1
+        self.problems[_INTERRUPTED] += 1
+
+    @property
+    def saw_all(self) -> bool:
+        """Whether every frame had a verdict, but for those whose wait the end of the run cut short; one at least."""
+        without = self.verdicts[Verdict.NO_VERDICT.value] - self.problems[_INTERRUPTED]
+        return without == 0 and self.dropped == 0 and self.verdicts.total() > self.problems[_INTERRUPTED]
 
     def percentile_ms(self, fraction: float) -> float | None:
         """Return the latency that this fraction of the last frames did not exceed; None before the first."""

@@ -58,6 +58,7 @@ commands.add_typer(admin, name="admin")
 FrameFormat = Literal["file", "jpeg", "png", "rgb8", "mono8"]
 _COLOURS = {"PASS": "green", "REVIEW": "yellow", "FAIL": "red", "NO_VERDICT": "bold magenta"}
 _ALL_PASS, _NO_VERDICT, _NOT_ALL_PASS = 0, 1, 3  # 2 is the caller's fault
+_ALL_JUDGED = 0  # of a camera, which is there to ask: to stop a part is as good an answer as to let it pass
 _REFRESH_HZ = 2.0
 
 Deadline = Annotated[float, typer.Option(help="Milliseconds from sending a frame to its answer.", min=1)]
@@ -78,6 +79,9 @@ flawline inspect incoming/ --line cap --overlays overlays --connections 8
 flawline inspect incoming/ --line cap --json > verdicts.jsonl
 """
 _CAMERA_HELP = """Simulate cameras that trigger at a rate, and show a live table of what came back.
+
+The exit code is 0 if every frame was judged, whatever its verdict, and 1 if one had no verdict or was dropped, or none
+was judged. Frames whose answer Ctrl-C did not wait for don't count.
 
 [bold]Examples[/bold]
 
@@ -205,6 +209,7 @@ def camera(
         pass  # how a run without duration ends
     if as_json:
         typer.echo(json.dumps([_summary(plan, tally) for plan, tally in zip(plans, tallies, strict=True)]))
+    raise typer.Exit(_ALL_JUDGED if all(tally.saw_all for tally in tallies) else _NO_VERDICT)
 
 
 class _Display:

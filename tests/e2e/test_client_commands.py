@@ -249,8 +249,21 @@ def test_camera_when_it_is_interrupted_then_its_figures_add_up():
             told, _ = process.communicate(timeout=PATIENCE_S)
 
     [summary] = json.loads(told)
-    assert process.returncode == 0
+    assert process.returncode == 1  # no frame at all had a verdict
     assert summary["sent"] == summary["verdicts"]["NO_VERDICT"] == summary["problems"]["interrupted"] > 0
+
+
+def test_camera_when_a_frame_has_no_verdict_then_its_exit_code_says_so(url, frames):
+    """A script that runs a camera for a minute hears of it, as one that inspects files does."""
+    result = _flawline(
+        *("camera", "--line", "demo_line", "--url", url, "--frames", frames, "--rate", "20", "--duration", "0.1"),
+        *("--line", "unheard_of", "--json"),
+    )
+
+    judged, unheard_of = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert set(judged["verdicts"]) == {"PASS", "FAIL"}
+    assert set(unheard_of["verdicts"]) == {"NO_VERDICT"}
 
 
 def test_camera_when_nobody_watches_then_prints_its_table_once(url, frames):

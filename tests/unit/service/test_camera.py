@@ -120,3 +120,28 @@ def test_tally_when_asked_for_a_percentile_then_gives_a_latency_that_was_seen():
 
     assert before is None
     assert [tally.percentile_ms(fraction) for fraction in (0.0, 0.5, 0.99, 1.0)] == [1, 50, 99, 100]
+
+
+@pytest.mark.parametrize(
+    ("ends", "interrupted", "dropped", "expected"),
+    [
+        ([PASSED], 0, 0, True),
+        ([PASSED], 3, 0, True),
+        ([PASSED, LOST], 3, 0, False),
+        ([PASSED], 0, 1, False),
+        ([], 3, 0, False),
+        ([], 0, 0, False),
+    ],
+    ids=["judged", "stopped", "one lost", "one dropped", "stopped before any", "none sent"],
+)
+def test_tally_when_asked_whether_all_were_seen_then_forgives_only_whom_the_end_cut_off(
+    ends, interrupted, dropped, expected
+):
+    """Ctrl-C is how a run ends that has no other end; what was lost before it stays lost."""
+    tally = Tally(dropped=dropped)
+    for outcome in ends:
+        tally.note(outcome)
+    for _ in range(interrupted):
+        tally.note_interrupted()
+
+    assert tally.saw_all is expected
