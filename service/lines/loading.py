@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,18 @@ class BatcherOptions:
     warm_up_limit_s: float = 120
 
 
+class Loaded(NamedTuple):
+    """A version that may answer.
+
+    Attributes:
+        version: as loaded.
+        takes_s: how long that takes while somebody waits for it: less than it took where it gave way to frames.
+    """
+
+    version: LoadedVersion
+    takes_s: float
+
+
 class Loader:
     """Loads versions of bundles; blocks, and belongs into a thread.
 
@@ -92,7 +105,7 @@ class Loader:
         *,
         gives_way: bool = False,
         is_awaited: Callable[[], bool] = lambda: False,
-    ) -> LoadedVersion:
+    ) -> Loaded:
         """Load one version.
 
         Args:
@@ -107,9 +120,11 @@ class Loader:
             BundleRefused: if anything about it does not hold.
             EngineFailed: if the device does not take it.
         """
-        timed = _InGaps(self._running, self._clock, is_awaited) if gives_way else at_once(self._clock)
-        work = partial(self._load, name, version, wanted, timed)
-        return begin(work, name="flawline-load", niceness=BEHIND_THE_LOOP).result()
+        in_gaps = _InGaps(self._running, self._clock, is_awaited)
+        work = partial(self._load, name, version, wanted, in_gaps if gives_way else at_once(self._clock))
+        began_at = self._clock()
+        loaded = begin(work, name="flawline-load", niceness=BEHIND_THE_LOOP).result()
+        return Loaded(loaded, self._clock() - began_at - in_gaps.given_away_s)
 
     def _load(
         self, name: str, version: str, wanted: Callable[[tuple[str, ...]], tuple[str, ...]], timed: TimedRun
@@ -242,6 +257,11 @@ class _InGaps:
             work = partial(run, frames, line_index)
             output = begin(work, name="flawline-prove", niceness=BEHIND_FRAMES).result()
             return output, self._clock() - began_at
+
+    @property
+    def given_away_s(self) -> float:
+        """How long runs have waited that would not have, had somebody waited for them."""
+        return max(0.0, self._waited_s - _PATIENCE_WHILE_AWAITED_S)
 
     def _wait_for_gap(self) -> None:
         """Wait as long as there is patience left, which whoever comes to wait for the runs shortens."""

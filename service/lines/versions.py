@@ -107,7 +107,7 @@ class History:
         live: versions that were live, the present one last.
         held_back: versions that do not become live by themselves.
         refusals: why versions are not in use that were tried.
-        load_s: how long the last load took.
+        load_s: how long a load takes for which somebody waits, as the last one has shown.
     """
 
     live: list[str] = field(default_factory=list)
@@ -350,14 +350,13 @@ class LoadedVersions(ServedLines):
             BundleRefused: if it does not hold, or store or machine do not let it be loaded.
             EngineFailed: if the device does not take it.
         """
-        started_at = self._clock()
         self._loading_now = key
         self._telemetry.declare_engine(key.name)
         try:
             with self._telling_of_refusals(key):
                 held_before, closed_before = self._held_bytes(), self._closed_bytes
                 # Nobody makes room for what can't even be read.
-                loaded = self._loader.load(
+                loaded, takes_s = self._loader.load(
                     key.name,
                     key.version,
                     lambda lines: self._claim_and_make_room(key, lines),
@@ -374,7 +373,7 @@ class LoadedVersions(ServedLines):
                     raise
         finally:
             self._loading_now = None
-        self._history(key.name).load_s = max(_SHORTEST_RETRY_S, self._clock() - started_at)
+        self._history(key.name).load_s = max(_SHORTEST_RETRY_S, takes_s)
         return loaded
 
     @contextmanager

@@ -47,7 +47,7 @@ class Loaded:
         known = {"runners": 1, "max_batch_size": 2, "max_queue_size": 4, "stuck_after_s": 20}
         driven = BatcherOptions(**known | driven)
         self.loader = Loader(store, self._open, driven, Telemetry(), time.monotonic)
-        self.version = self.loader.load("trio", "1", lambda _: lines)
+        self.version = self.loader.load("trio", "1", lambda _: lines).version
 
     def _open(self, bundle):
         self.read, self.engine = weakref.ref(bundle), Told(bundle)
@@ -167,7 +167,7 @@ async def test_load_when_the_engine_has_a_quicker_way_for_a_lone_frame_then_that
 
     driven = BatcherOptions(runners=1, max_batch_size=1, max_queue_size=4, stuck_after_s=20)
     loader = Loader(store, open_engine, driven, Telemetry(), clock)
-    version = await asyncio.to_thread(loader.load, "trio", "1", lambda lines: lines)
+    version, _ = await asyncio.to_thread(loader.load, "trio", "1", lambda lines: lines)
     batcher, tried = version.bundle.batcher, len(alone)
 
     with batcher.place(clock() + 20, line="left") as place:

@@ -1061,6 +1061,21 @@ def test_memory_when_a_line_comes_back_then_its_camera_is_told_to_wait_as_long_a
     assert crowded.want("cap").retry_after_s == pytest.approx(7, abs=0.01)
 
 
+def test_memory_when_the_last_load_gave_way_to_frames_then_a_camera_is_not_told_to_wait_as_long(crowded):
+    """What nobody waited for took half a minute beside frames; for the camera it takes a moment."""
+    waited = never_a_gap(crowded)
+    crowded.sizes["zone"] = crowded.sizes["cap"]
+    crowded.add("1", "zone")
+    crowded.registry.rescan()
+    gave_way_s = sum(waited)
+    crowded.want("plate")
+
+    told_s = crowded.want("zone").retry_after_s
+
+    assert gave_way_s == pytest.approx(30.0, abs=0.01)
+    assert told_s == pytest.approx(1.0, abs=0.01)
+
+
 def test_memory_when_no_thread_can_be_begun_for_a_line_then_the_next_frame_asks_again(crowded, monkeypatch):
     """A machine that was full for a moment keeps no line away for good."""
 
