@@ -7,7 +7,8 @@ its own alarm; one that answers with other numbers is distrusted, and its lines 
 Priorities count among the frames of one engine, but cores are everybody's. So bundles are asked one after another,
 spread over the period, and each golden frame waits until the frames of all engines leave room for it. Where they leave
 none for a bundle's share of the period, or a queue has no room, or a deadline passes, nothing is proved: frames that
-are answered are proof enough, and saturation is no fault.
+are answered are proof enough, and saturation is no fault. A replay that ends by a fault of its own blames no engine, and
+proves nothing either: it is counted apart.
 
 An engine that nobody asks has no such proof while another line takes all the room. After a few turns it is replayed all
 the same: one golden frame at a time, at low priority.
@@ -30,8 +31,8 @@ from service.threads import BEHIND_THE_LOOP, begin
 
 _log = logging.getLogger("flawline")
 
-# Of an engine that answered no frame meanwhile; the next turn waits for no gap.
-_MOST_SKIPPED_IN_A_ROW = 3
+# Turns of an engine that answered no frame meanwhile; the next one waits for no gap.
+_MOST_UNPROVED_IN_A_ROW = 3
 
 _Answer = tuple[NDArray[np.float32], NDArray[np.float32]]
 
@@ -43,7 +44,7 @@ class _Watched:
     Attributes:
         turns: that it has had, which decide on the line whose golden frames are next.
         answered: frames that its engine had answered after the last one.
-        unproved: turns in a row that were skipped, and between which its engine answered no frame.
+        unproved: turns in a row that proved nothing, and between which its engine answered no frame.
     """
 
     turns: int = 0
@@ -102,15 +103,14 @@ class GoldenWatch:
         watched, batcher = self._watched[version.key], version.bundle.batcher
         if batcher.answered != watched.answered:
             watched.unproved = 0
-        gives_way = watched.unproved < _MOST_SKIPPED_IN_A_ROW
+        gives_way = watched.unproved < _MOST_UNPROVED_IN_A_ROW
         outcome = await self._ask(version, watched.turns, share_s if gives_way else None)
-        if outcome is not None:
-            self._telemetry.golden_checked(outcome)
+        self._telemetry.golden_checked(outcome)
         watched.turns += 1
         watched.answered = batcher.answered
-        watched.unproved = watched.unproved + 1 if outcome == "skipped" else 0
+        watched.unproved = watched.unproved + 1 if outcome in ("skipped", "ended_early") else 0
 
-    async def _ask(self, version: LoadedVersion, turn: int, patience_s: float | None) -> GoldenOutcome | None:
+    async def _ask(self, version: LoadedVersion, turn: int, patience_s: float | None) -> GoldenOutcome:
         """Replay the golden frames of one line.
 
         Args:
@@ -119,7 +119,7 @@ class GoldenWatch:
             patience_s: for gaps, all frames together; None does not ask for gaps.
 
         Returns:
-            What came of it; None where the replay itself is at fault.
+            What came of it.
         """
         bundle = version.bundle
         proof = bundle.proofs[turn % len(bundle.proofs)]
@@ -153,6 +153,7 @@ class GoldenWatch:
             _log.warning("a golden frame failed", extra={"bundle": version.key.name, "version": version.key.version})
             return "failed"
         except Exception:  # noqa: BLE001 - the edge of this task: looking goes on
-            _log.exception("a replay ended early")
-            return None
+            named = {"bundle": version.key.name, "version": version.key.version}
+            _log.exception("a golden replay ended early", extra=named)
+            return "ended_early"
         return "passed"

@@ -44,7 +44,7 @@ from service.ports.connections import Cut
 Discarded = Literal["caller_left", "late", "request_failed"]
 Sink = Literal["heatmaps", "disagreements", "traces", "log"]
 
-GoldenOutcome = Literal["passed", "failed", "skipped"]
+GoldenOutcome = Literal["passed", "failed", "skipped", "ended_early"]
 DisagreementKind = Literal["stricter", "laxer", "no_verdict"]
 
 UNKNOWN_LINE = "unknown"
@@ -515,7 +515,10 @@ class Telemetry:
         self._disagreements.labels(line, kind).inc()
 
     def golden_checked(self, outcome: GoldenOutcome) -> None:
-        """Count a replay of golden frames while lines are served; one that was skipped met a busy engine."""
+        """Count a replay of golden frames while lines are served.
+
+        One that was skipped met a busy engine; one that ended early was at fault itself, and says nothing of an engine.
+        """
         self._golden_checks.labels(outcome).inc()
 
     def record_dropped(self, sink: Sink, records: int = 1) -> None:
