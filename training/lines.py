@@ -83,14 +83,11 @@ class GatheredLines:
     warnings: tuple[str, ...]
 
     @property
-    def digest(self) -> str:
-        """SHA-256 in hex over names and data sets, in order: another order would be another network."""
-        lines = [[line.name, line.data.digest] for line in self.lines]
-        return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
-
-    @property
     def fitting_digest(self) -> str:
-        """SHA-256 in hex over names and contents of the frames that fitting sees, in order; of no other frame."""
+        """SHA-256 in hex over names and contents of the frames that fitting sees, in order; of no other frame.
+
+        Of the lines, another order would be another network.
+        """
         lines = [[line.name, [line.data.content[sample.path] for sample in line.fitted_on]] for line in self.lines]
         return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 

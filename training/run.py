@@ -72,7 +72,8 @@ _FEWEST_PARITY_FRAMES = 4
 _FITTING_KEYS = {"detector", "backbone", "hyperparameters", "input", "seed", "hold_out"}
 _DEEPEST_BITS = 16
 _FITTED_FRAMES = "set of fitted frames"
-_OLD_DATA = "data"
+# The first releases kept a digest of all frames under it, and none of those that fitting saw.
+_ALL_FRAMES = "data"
 _SHOT_KEYS = {"shots", "shot_seed", "shot_views"}
 
 # On which the ranges of activations are found.
@@ -291,12 +292,7 @@ def _fit(
     if request.processes > 1:
         identity["processes"] = str(request.processes)
     if beginning in ("resume", "export"):
-        kept = kept_identity(directory)
-        _refuse_older_order(directory, kept, identity, lines_split_by_names(gathered, request))
-        if _OLD_DATA in kept:
-            # Older releases kept a digest of all frames, those that fitting never saw included.
-            del identity[_FITTED_FRAMES]
-            identity[_OLD_DATA] = gathered.digest
+        _refuse_older_split(directory, identity, lines_split_by_names(gathered, request))
     if beginning == "import":
         adopt_released(prepared.detector, directory, identity)
     if beginning == "export":
@@ -336,33 +332,31 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     return deciding if config.tiles is None else deciding | {"tiles": config.tiles.model_dump()}
 
 
-def _refuse_older_order(
-    directory: Path, kept: Mapping[str, str], identity: Mapping[str, str], by_names: Sequence[str]
-) -> None:
-    """Refuse a run that an older release fitted on frames that are held out now, because it ordered them otherwise.
+def _refuse_older_split(directory: Path, identity: Mapping[str, str], by_names: Sequence[str]) -> None:
+    """Refuse a run that an older release fitted on frames that are held out now, or that might be.
 
     Args:
         directory: of the run.
-        kept: its identity.
-        identity: what it would be now.
+        identity: what its identity would be now.
         by_names: lines whose frames older releases split in another order.
 
     Raises:
-        CheckpointRefused: saying which lines, and why nothing but a new fit helps.
+        CheckpointRefused: saying why nothing but a new fit helps.
     """
-    if not by_names:
-        return
-    cause = (
-        "took the last number in each name for the order of good frames. Those numbers don't count the frames of "
-        f"{', '.join(by_names)}, so folders and whole names order them now, and others can be held out: those that "
-        "the run was fitted on would set its thresholds. Train again."
-    )
-    if _OLD_DATA in kept:
-        raise CheckpointRefused(f"{directory} was fitted by an older release, which {cause}")
-    if {key for key in kept.keys() | identity.keys() if kept.get(key) != identity.get(key)} == {_FITTED_FRAMES}:
+    kept = kept_identity(directory)
+    if _ALL_FRAMES in kept:
+        raise CheckpointRefused(
+            f"{directory} was fitted by an older release, which did not keep which good frames it was fitted on, and "
+            "since then others can be held out: those that the run was fitted on would set its thresholds. Train again."
+        )
+    differing = {key for key in kept.keys() | identity.keys() if kept.get(key) != identity.get(key)}
+    if by_names and differing == {_FITTED_FRAMES}:
         raise CheckpointRefused(
             f"{directory} belongs to a run with another {_FITTED_FRAMES}; put back what was changed, or begin another "
-            f"run. Where nothing was changed, an older release fitted it, which {cause}"
+            "run. Where nothing was changed, an older release fitted it, which took the last number in each name for "
+            f"the order of good frames. Those numbers don't count the frames of {', '.join(by_names)}, so folders and "
+            "whole names order them now, and others can be held out: those that the run was fitted on would set its "
+            "thresholds. Train again."
         )
 
 
