@@ -458,6 +458,12 @@ def evaluate_bundle(
         reporter.table("Verdicts", ("frames", *next(iter(of_kinds.values()))), rows)
     else:
         reporter.note("The line is not calibrated, so there are no verdicts, only how well frames are ranked.")
+    if found.unscored:
+        reporter.note(
+            f"{len(found.unscored)} of the {len(tested)} test frames are flat and have no score, since frames of this "
+            f"line are measured by themselves; for one {found.unscored[0].path}. They have no verdict, which stops a "
+            "part, and no figure counts them: figures are those of the other frames."
+        )
     share = inspected_share(policy, manifest.map_size, spec)
     if share is not None:
         reporter.note(str(Inspected(share=share, defects_outside=found.defects_outside)))
@@ -479,7 +485,8 @@ def _tell_evaluation(
     judges: bool,
 ) -> dict[str, Any]:
     """Return what a file of figures says: of what, on what, by which thresholds; no thresholds without verdicts."""
-    manifest, policy, labels = bundle.manifest, bundle.policies[line], found.answers.labels
+    manifest, policy = bundle.manifest, bundle.policies[line]
+    labels = [sample.label for sample in (*found.answers.samples, *found.unscored)]
     verdicts = {
         kind: {str(verdict): count for verdict, count in counts.items()}
         for kind, counts in found.verdict_counts().items()
@@ -495,8 +502,9 @@ def _tell_evaluation(
         },
         "data": {
             **frames.model_dump(include={"name", "digest"}),
-            "normal": int((labels == NORMAL).sum()),
-            "anomalous": int((labels == ANOMALOUS).sum()),
+            "normal": labels.count(NORMAL),
+            "anomalous": labels.count(ANOMALOUS),
+            "without_score": len(found.unscored),
         },
         "evaluation_resolution": found.resolution,
         "seed": manifest.seed,

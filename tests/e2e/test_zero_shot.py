@@ -17,6 +17,7 @@ from tests.factories import (
     make_frame,
     make_self_policy,
     network_of,
+    write_files,
     write_policy,
 )
 from tests.servers import ServerProcess
@@ -76,6 +77,23 @@ def test_line_when_its_policy_says_self_then_a_flat_frame_is_refused(server):
 
     problem = answer.json()
     assert (answer.status_code, problem["code"], problem["verdict"]) == (400, "frame_not_comparable", "NO_VERDICT")
+
+
+def test_evaluate_when_a_test_frame_is_flat_then_the_others_are_measured_and_it_is_counted(tmp_path):
+    """Whoever tries a line with its own frames learns of the covered lens, and of all other frames as well."""
+    bundle = make_bundle(tmp_path / "store", calibrated=False, policy=dict(SELF))
+    frames = {"test/good/0.png": GOOD, "test/good/1.png": FLAT, "test/square/0.png": DEFECT}
+    write_files(tmp_path / "line", {"train/good/0.png": encode(make_frame(seed=7)), **frames})
+
+    result = _invoke("evaluate", bundle, tmp_path / "line", "--output", tmp_path / "figures.json")
+
+    assert result.exit_code == 0, result.output
+    assert "1 of the 3 test frames are flat and have no score" in " ".join(result.output.split())
+    assert "test/good/1.png" in "".join(result.output.split())
+    told = json.loads((tmp_path / "figures.json").read_text())
+    assert [told["data"][key] for key in ("normal", "anomalous", "without_score")] == [2, 1, 1]
+    assert told["verdicts"]["good"] == {"PASS": 1, "REVIEW": 0, "FAIL": 0, "NO_VERDICT": 1}
+    assert told["figures"]["i_auroc"]["value"] == 1.0
 
 
 def test_picture_when_a_frame_is_measured_by_itself_then_its_headers_say_so(server):

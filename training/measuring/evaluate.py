@@ -17,8 +17,7 @@ from service.contract.bundle import MetricRecord
 from service.contract.frames import FrameLimits, fit_to_input, read_frame, resize_map, resize_mask
 from service.contract.geometry import InputSpec
 from service.contract.pictures import contrast_of
-from service.contract.policy import Judgement, Policy, ScoreRule, Verdict, inspected_mask, judge
-from service.contract.regions import Window
+from service.contract.policy import Judgement, Policy, ScoreRule, Verdict, bring_to_units, inspected_mask, judge
 from service.contract.tiling import Run
 from service.errors import FlawlineError, FrameNotComparable, UnreadableFrame
 from training.data.loader import load_channels, load_mask
@@ -45,6 +44,7 @@ _PIXEL_FIGURES = ("p_auroc", "p_ap", "p_f1max")
 # Pixel figures hold every pixel of every test frame several times over: 16 bytes each at the peak.
 _LARGEST_PIXEL_COUNT = 400_000_000
 _NONE_INSIDE = Metric(None, "no marked defect lies in the region of interest")
+_NONE_SCORED = Metric(None, "none of its frames has a score")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +75,24 @@ class Answers:
         """`(n,)`, which part each frame shows; views of one part share a number."""
         return np.array(parts_of(self.samples), np.int64)
 
+    def take(self, indices: Sequence[int]) -> "Answers":
+        """Return what was said of some of the frames."""
+        return Answers(
+            samples=tuple(self.samples[i] for i in indices),
+            scores=self.scores[list(indices)],
+            maps=self.maps[list(indices)],
+            frame_sizes=tuple(self.frame_sizes[i] for i in indices),
+            contrasts=tuple(self.contrasts[i] for i in indices),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """The figures of one line's test frames under one policy.
 
     Attributes:
-        answers: raw answers, one a frame; frames of unknown label are left out.
-        judgements: verdict, compared score and regions, one a frame.
+        answers: raw answers, one a frame that has a score; frames of unknown label are left out.
+        judgements: verdict, compared score and regions, one for each of these.
         metrics: image and pixel figures by name; an undefined one has a reason.
         by_kind: I-AUROC of each kind of defect against all good frames.
         roc: of the images.
@@ -90,6 +100,8 @@ class Evaluation:
         resolution: at which pixel figures were measured.
         defects_outside: how many defective frames have a mask whose marks all lie outside of the region of interest;
             None where there is no region, or no mask to tell it by.
+        unscored: frames without a score that could be ranked: flat ones, where each is measured by itself. They have no
+            verdict, and no part in any figure.
     """
 
     answers: Answers
@@ -100,6 +112,7 @@ class Evaluation:
     precision_recall: Curve
     resolution: Resolution
     defects_outside: int | None = None
+    unscored: tuple[Sample, ...] = ()
 
     @property
     def scores(self) -> NDArray[np.float32]:
@@ -108,13 +121,17 @@ class Evaluation:
 
     def verdict_counts(self) -> dict[str, dict[Verdict, int]]:
         """Count verdicts by kind, good frames first; `NO_VERDICT` is named only where there is any."""
+        given = [
+            *zip(self.answers.samples, (judgement.verdict for judgement in self.judgements), strict=True),
+            *((sample, Verdict.NO_VERDICT) for sample in self.unscored),
+        ]
         verdicts = _VERDICTS
-        if any(judgement.verdict is Verdict.NO_VERDICT for judgement in self.judgements):
+        if any(verdict is Verdict.NO_VERDICT for _, verdict in given):
             verdicts = (*_VERDICTS, Verdict.NO_VERDICT)
         counts: dict[str, dict[Verdict, int]] = defaultdict(lambda: dict.fromkeys(verdicts, 0))
-        for sample, judgement in zip(self.answers.samples, self.judgements, strict=True):
-            counts[sample.kind][judgement.verdict] += 1
-        labels = {sample.kind: sample.label for sample in self.answers.samples}
+        for sample, verdict in given:
+            counts[sample.kind][verdict] += 1
+        labels = {sample.kind: sample.label for sample, _ in given}
         return {kind: counts[kind] for kind in sorted(counts, key=lambda kind: (labels[kind], kind))}
 
 
@@ -183,15 +200,12 @@ def judge_all(
     """Judge every answer by a policy, as the service would; a frame of less contrast than asked for has no verdict.
 
     Raises:
-        FrameNotComparable: if a frame shall be measured by itself and is flat, black ones among them: it has no score
-            to be ranked by, where the service says no more than that it has no verdict. The sentence names the file.
+        FrameNotComparable: if a frame shall be measured by itself and is flat (`with_score`).
     """
     inspected = inspected_mask(policy, *answers.maps.shape[1:], window=spec.window(1, 1))
     judged = (
-        _judge(sample, float(score), anomaly_map, policy, rule, spec.window(*size), inspected)
-        for sample, score, anomaly_map, size in zip(
-            answers.samples, answers.scores, answers.maps, answers.frame_sizes, strict=True
-        )
+        judge(float(score), anomaly_map, policy, rule, spec.window(*size), inspected)
+        for score, anomaly_map, size in zip(answers.scores, answers.maps, answers.frame_sizes, strict=True)
     )
     return tuple(
         replace(judgement, verdict=Verdict.NO_VERDICT) if contrast < least_contrast else judgement
@@ -199,19 +213,24 @@ def judge_all(
     )
 
 
-def _judge(
-    sample: Sample,
-    score: float,
-    anomaly_map: NDArray[np.float32],
-    policy: Policy,
-    rule: ScoreRule,
-    window: Window,
-    inspected: NDArray[np.bool_] | None,
-) -> Judgement:
-    try:
-        return judge(score, anomaly_map, policy, rule, window, inspected)
-    except FrameNotComparable as flat:  # it has no score that could be ranked among the others
-        raise FrameNotComparable(f"{sample.path}: {flat.sentence} Take it out of the test frames.") from flat
+def with_score(
+    answers: Answers, policy: Policy, rule: ScoreRule, spec: InputSpec
+) -> tuple[Answers, tuple[Sample, ...]]:
+    """Part frames that have a score under a policy from those that have none, black ones among them.
+
+    A flat frame that is measured by itself has none. The service gives it no verdict, and among others it has no rank:
+    any would be made up.
+    """
+    inspected = inspected_mask(policy, *answers.maps.shape[1:], window=spec.window(1, 1))
+    flat = set()
+    for index, (score, anomaly_map) in enumerate(zip(answers.scores, answers.maps, strict=True)):
+        try:
+            bring_to_units(float(score), anomaly_map, policy, rule, inspected)
+        except FrameNotComparable:
+            flat.add(index)
+    return answers.take([i for i in range(len(answers.samples)) if i not in flat]), tuple(
+        answers.samples[i] for i in sorted(flat)
+    )
 
 
 def evaluate(
@@ -228,6 +247,7 @@ def evaluate(
     """Measure a line's test frames under a policy.
 
     Pixel figures are, as scores are, those of the inspected region: the cells of the map that a verdict looks at.
+    Frames without a score are left out of all figures.
 
     Args:
         answers: what was said of the test frames.
@@ -240,11 +260,16 @@ def evaluate(
         least_contrast: of a frame that shows a picture, as the line's golden frames say; others have no verdict, and
             count in the figures, which are of the detector.
     """
+    inspected = inspected_mask(policy, *answers.maps.shape[1:], window=spec.window(1, 1))
+    defects_outside = None if inspected is None else _defects_outside(answers, spec, inspected)
+    unscored: tuple[Sample, ...] = ()
+    if policy.calibration == "self":
+        answers, unscored = with_score(answers, policy, rule, spec)
     judgements = judge_all(answers, policy, rule, spec, least_contrast)
     scores = np.array([judgement.score for judgement in judgements], np.float32)
     labels = answers.labels
-    by_kind = _by_kind(answers.samples, scores)
-    inspected = inspected_mask(policy, *answers.maps.shape[1:], window=spec.window(1, 1))
+    kinds_without = {sample.kind for sample in unscored if sample.label == ANOMALOUS}
+    by_kind = dict.fromkeys(sorted(kinds_without), _NONE_SCORED) | _by_kind(answers.samples, scores)
     return Evaluation(
         answers=answers,
         judgements=judgements,
@@ -259,7 +284,8 @@ def evaluate(
         roc=roc_curve(scores, labels),
         precision_recall=precision_recall_curve(scores, labels),
         resolution=resolution,
-        defects_outside=None if inspected is None else _defects_outside(answers, spec, inspected),
+        defects_outside=defects_outside,
+        unscored=unscored,
     )
 
 

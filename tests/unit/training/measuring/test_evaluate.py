@@ -1,6 +1,5 @@
 """Promises of evaluation: the service's pixels and policy, and a reason for every figure that is not defined."""
 
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +8,7 @@ from sklearn.metrics import f1_score
 
 from service.contract.frames import FrameLimits, decode_image, decode_mask, resize_map, resize_mask
 from service.contract.policy import Verdict, inspected_mask
-from service.errors import FrameNotComparable, UnreadableFrame
+from service.errors import UnreadableFrame
 from tests.factories import (
     TOP_FRACTION,
     ScoreRule,
@@ -24,7 +23,7 @@ from tests.factories import (
 from tests.tiny_line import DEFECTS, TEST_GOOD, write_line, write_mvtec_ad2_line
 from training.data.detect import read_dataset
 from training.data.loader import load_channels, load_mask
-from training.data.samples import UNKNOWN, Sample
+from training.data.samples import ANOMALOUS, UNKNOWN, Sample
 from training.measuring.evaluate import ask, evaluate, inspected_share, spread, to_records, without_test_frames
 from training.measuring.metrics import Metric, auroc, saturation_area, spro
 from training.progress import SilentReporter
@@ -93,14 +92,42 @@ def test_evaluate_when_a_frame_shows_no_picture_then_it_has_no_verdict_as_in_the
     assert found.scores.size == TEST_GOOD + DEFECTS + 1
 
 
-def test_evaluate_when_a_frame_is_measured_by_itself_and_flat_then_the_sentence_names_the_file(tmp_path):
-    """It has no score to rank; whoever reads the message knows which file to take out."""
+@pytest.mark.parametrize("resolution", ["original", "model"])
+def test_evaluate_when_frames_are_measured_by_themselves_then_flat_ones_have_no_verdict_and_no_rank(
+    tmp_path, resolution
+):
+    """Any rank would be made up: the others have the figures that they would have alone."""
     answers = _ask(read_dataset(write_line(tmp_path)).test)
     maps = answers.maps.copy()
-    maps[3] = 0.0
+    flat = [3, TEST_GOOD + 1]
+    maps[flat] = 0.0
+    others = [i for i in range(len(answers.samples)) if i not in flat]
 
-    with pytest.raises(FrameNotComparable, match=re.escape(str(answers.samples[3].path))):
-        evaluate(replace(answers, maps=maps), make_self_policy(), _RULE, make_input())
+    found = evaluate(replace(answers, maps=maps), make_self_policy(), _RULE, make_input(), resolution)
+
+    alone = evaluate(answers.take(others), make_self_policy(), _RULE, make_input(), resolution)
+    assert found.unscored == tuple(answers.samples[i] for i in flat)
+    assert found.answers.samples == tuple(answers.samples[i] for i in others)
+    assert (found.metrics, found.by_kind) == (alone.metrics, alone.by_kind)
+    assert [counts[Verdict.NO_VERDICT] for counts in found.verdict_counts().values()] == [1, 1]
+    assert [sum(counts.values()) for counts in found.verdict_counts().values()] == [TEST_GOOD, DEFECTS]
+
+
+def test_evaluate_when_all_frames_of_a_kind_are_flat_then_the_kind_is_told_without_a_figure(tmp_path):
+    """A kind that nothing can be said of is not one that was never there."""
+    answers = _ask(read_dataset(write_line(tmp_path)).test)
+    defective = [i for i, sample in enumerate(answers.samples) if sample.label == ANOMALOUS]
+    maps = answers.maps.copy()
+    maps[defective] = 0.0
+
+    some = evaluate(replace(answers, maps=maps), make_self_policy(), _RULE, make_input())
+    none = evaluate(replace(answers, maps=np.zeros_like(maps)), make_self_policy(), _RULE, make_input())
+
+    for found in (some, none):
+        assert found.by_kind == {"square": Metric(None, "none of its frames has a score")}
+        assert all(metric.value is None and metric.reason for metric in found.metrics.values())
+        assert found.verdict_counts()["square"][Verdict.NO_VERDICT] == DEFECTS
+    assert none.verdict_counts()["good"][Verdict.NO_VERDICT] == TEST_GOOD
 
 
 def test_evaluate_when_several_frames_show_a_piece_then_it_scores_as_its_worst_frame(tmp_path):
