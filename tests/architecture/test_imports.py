@@ -24,6 +24,7 @@ DOORS = {
     "PIL": ("service/contract/frames.py",),
     "simplejpeg": ("service/contract/jpeg.py",),
     "cv2": ("service/contract/pictures.py", "service/contract/regions.py", "service/contract/raw_frames.py"),
+    "huggingface_hub": ("training/backbones/download.py",),
     "timm": ("models/backbones.py",),
     "torchvision": ("models/backbones.py",),
     "torch.distributed": ("training/fitting/peers.py",),

@@ -18,7 +18,8 @@ import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from models.backbones import BackboneUnavailable, fetch_pretrained
+from models.backbones import BackboneUnavailable
+from training.backbones.download import fetch_where_reachable
 
 LOCK_FILE = "weights.lock.json"
 PROJECT_LOCK = Path(__file__).with_name(LOCK_FILE)
@@ -137,7 +138,7 @@ def fetch_weights(
     folder: Path,
     *,
     search: Sequence[Path] = (),
-    fetch: Callable[[str], Mapping[str, Tensor]] = fetch_pretrained,
+    fetch: Callable[[str], Mapping[str, Tensor]] = fetch_where_reachable,
 ) -> list[LockedWeights]:
     """Bring weights into a folder and write its lock: from the folder itself, other folders, or a download.
 

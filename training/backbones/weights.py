@@ -15,7 +15,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from models.backbones import BackboneUnavailable, fetch_pretrained, untrained_weights
+from models.backbones import BackboneUnavailable, untrained_weights
+from training.backbones.download import fetch_where_reachable
 from training.backbones.weight_lock import SHIPPED_FOLDER, how_to_get, known_files, name_of_file, refuse_changed_file
 
 UNTRAINED: Literal["untrained"] = "untrained"
@@ -46,7 +47,7 @@ def resolve_weights(
     search: Sequence[Path] = (),
     *,
     seed: int = 0,
-    fetch: Callable[[str], Mapping[str, Tensor]] = fetch_pretrained,
+    fetch: Callable[[str], Mapping[str, Tensor]] = fetch_where_reachable,
 ) -> ResolvedWeights:
     """Find the weights of a backbone.
 
