@@ -57,6 +57,9 @@ def test_project_lock_when_read_then_names_the_backbones_of_the_documents():
     assert all(entry.source and entry.licence for entry in lock.values())
     names = [name for entry in lock.values() for name in (entry.name, *entry.aliases)]
     assert len(names) == len(set(names))
+    assert {
+        source.removeprefix("timm:") for entry in lock.values() if (source := entry.source).startswith("timm:")
+    } <= set(names)
 
 
 @pytest.mark.parametrize("path", sorted(_CONFIGS.glob("**/*.yaml")), ids=lambda path: str(path.relative_to(_CONFIGS)))
