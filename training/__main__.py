@@ -32,7 +32,6 @@ Product = Annotated[
 ]
 ReviewRate = Annotated[float | None, typer.Option(help="wanted share of good parts that are REVIEW or FAIL")]
 FailRate = Annotated[float | None, typer.Option(help="wanted share of good parts that are FAIL")]
-Roi = Annotated[Path | None, typer.Option(help="mask image, white where parts are inspected")]
 Rois = Annotated[
     list[str] | None,
     typer.Option(
@@ -186,7 +185,7 @@ def calibrate(
     good_folder: Annotated[Path, typer.Argument(help="good frames that fitting never saw")],
     review_rate: ReviewRate = None,
     fail_rate: FailRate = None,
-    roi: Roi = None,
+    roi: Rois = None,
     line: Line = None,
     line_folder: Annotated[
         Path | None, typer.Option(help="a line's folder whose test frames measure the new thresholds")
@@ -202,7 +201,9 @@ def calibrate(
     jobs = _jobs()
     rates = {"review_rate": review_rate, "fail_rate": fail_rate}
     with jobs.faults_as_sentences():
-        jobs.recalibrate_bundle(bundle, line, good_folder, line_folder, layout, rates, roi, group_by, threads or 1)
+        jobs.recalibrate_bundle(
+            bundle, line, good_folder, line_folder, layout, rates, roi or (), group_by, threads or 1
+        )
 
 
 @commands.command(

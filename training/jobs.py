@@ -249,6 +249,9 @@ def import_released(
         device=wishes.device,
     )
     _run(request, directory, "import", threads)
+    if hasattr(DETECTORS[detector].config, "zero_shot_settings"):
+        command = shlex.join(("flawline", "export", str(directory), "--zero-shot", "--name"))
+        _reporter().note(f"for a line that has no frames yet: {command} NAME")
 
 
 def _named_or_not(given: str) -> LineRequest:
@@ -520,7 +523,7 @@ def recalibrate_bundle(
     line_folder: Path | None,
     layout: str | None,
     rates: Mapping[str, float | None],
-    region_of_interest: Path | None,
+    regions_of_interest: Sequence[str],
     group_by: str | None,
     threads: int,
 ) -> None:
@@ -528,6 +531,7 @@ def recalibrate_bundle(
     bundle, reporter = load_bundle(path.resolve()), _reporter()
     name = _line_of(bundle, line)
     record = bundle.manifest.by_line[name]
+    masks = masks_of([name], regions_of_interest)
     published, report = recalibrate(
         bundle,
         name,
@@ -538,7 +542,7 @@ def recalibrate_bundle(
         reporter,
         review_rate=_rate("review_rate", rates["review_rate"], record.review_rate),
         fail_rate=_rate("fail_rate", rates["fail_rate"], record.fail_rate),
-        region_of_interest=region_of_interest,
+        region_of_interest=masks.get(name),
         threads=threads,
     )
     _tell(report, reporter, {"bundle": published, "report": published / REPORT_FILE})

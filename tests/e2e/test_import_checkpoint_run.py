@@ -57,7 +57,9 @@ def test_import_when_a_released_checkpoint_fits_then_its_bundle_serves(tmp_path,
     assert (manifest.input.height, manifest.input.resize_height) == (28, 32)
     assert (manifest.by_line["bottle"].data.fitted_on, manifest.by_line["bottle"].data.calibrated_on) == (0, GOOD)
     assert "model.pth" in bundle.files["report.html"].decode()
-    assert has_checkpoint(Path(re.search(r"run: (\S+)", result.output)[1]))
+    run = re.search(r"run: (\S+)", result.output)[1]
+    assert has_checkpoint(Path(run))
+    assert f"no frames yet: flawline export {run} --zero-shot --name NAME" in " ".join(result.output.split())
 
 
 def test_import_when_int8_is_wanted_then_refuses_because_nothing_was_fitted(tmp_path, line):

@@ -258,6 +258,16 @@ def test_calibrate_command_when_a_layout_is_given_then_the_line_folder_is_read_b
     assert "There is no layout 'photo_album'" in done.stderr
 
 
+def test_calibrate_command_when_two_regions_are_given_then_takes_neither_in_silence(tmp_path):
+    """A line has one region of interest; whoever gives two means something that would be lost."""
+    bundle = make_bundle(tmp_path / "store")
+
+    done = CliRunner().invoke(commands, ["calibrate", str(bundle), "nowhere", "--roi", "a.png", "--roi", "b.png"])
+
+    assert done.exit_code == 2
+    assert "give --roi once" in done.stderr
+
+
 def _views_of_five(folder, copies=0):
     folder.mkdir()
     for index in range(25):
