@@ -252,6 +252,7 @@ def _put_together(settings: Settings, open_engine: OpenEngine | None, clock: Cal
     bodies = BodyBudget(settings.body_budget_bytes)
     context = Context(settings, keyring, registry, pipeline, records, shadows, telemetry, clock, bodies, traces)
     telemetry.watch_readiness(lambda: not context.reasons_not_ready())
+    telemetry.watch_live_versions(lambda: registry.live_in_store)
     if isinstance(keyring, MountedKeyring):
         telemetry.watch_keys(keyring.oldest_made_at, keyring.is_in_force)
     return context

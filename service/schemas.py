@@ -460,7 +460,7 @@ class VersionAnswer(_Wire):
         live: whether it answers who names no version.
         state: `live`; `kept` is loaded for rolling back and answers who names it; `shadow` looks on and answers nobody;
             `loading`, `refused` and `stored` are not loaded.
-        reason: why it was refused.
+        reason: why it was refused, or that the live one is gone from the store.
     """
 
     version: str
@@ -488,7 +488,7 @@ class AdminVersionAnswer(_Wire):
         version: its number.
         state: `live`; `kept` is loaded for rolling back and answers who names it; `shadow` looks on and answers nobody;
             `loading`, `refused` and `stored` are not loaded.
-        reason: why it was refused.
+        reason: why it was refused, or that the live one is gone from the store.
         held_back: whether it becomes live only when it is activated by name.
         lines: that it serves, or would.
         size_bytes: memory that its engine takes; null where it is not loaded.

@@ -87,6 +87,17 @@ class Catalogue:
         """Return the versions of a name that the store has but could not bring here, each with why, in a sentence."""
         return {version: why for (known, version), why in self._store.absent().items() if known == name}
 
+    def is_gone(self, name: str, version: str) -> bool:
+        """Tell whether the store has a version no longer; False where nobody can tell, as while it can't be read."""
+        if (name, version) in self._store.gone():
+            return True
+        if self.why_stale is not None or (not self.names() and self.why_unreadable is not None):
+            return False
+        try:
+            return version not in self.versions(name) and version not in self.absent(name)
+        except OSError:
+            return False
+
     def names_elsewhere(self) -> set[str]:
         """Return the names of which the store has versions that it could not bring here."""
         return {name for name, _ in self._store.absent()}

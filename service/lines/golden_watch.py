@@ -7,8 +7,8 @@ its own alarm; one that answers with other numbers is distrusted, and its lines 
 Priorities count among the frames of one engine, but cores are everybody's. So bundles are asked one after another,
 spread over the period, and each golden frame waits until the frames of all engines leave room for it. Where they leave
 none for a bundle's share of the period, or a queue has no room, or a deadline passes, nothing is proved: frames that
-are answered are proof enough, and saturation is no fault. A replay that ends by a fault of its own blames no engine, and
-proves nothing either: it is counted apart.
+are answered are proof enough, and saturation is no fault. A replay that ends by a fault of its own blames no engine,
+and proves nothing either: it is counted apart.
 
 An engine that nobody asks has no such proof while another line takes all the room. After a few turns it is replayed all
 the same: one golden frame at a time, at low priority.

@@ -209,7 +209,7 @@ class VersionStatus:
     Attributes:
         version: its number.
         state: `live` answers, `kept` and `shadow` are loaded beside it, others are not loaded.
-        reason: why it was refused, or is unhealthy.
+        reason: why it was refused, or is unhealthy, or what is to be done about it.
         lines: that it serves, or could.
         size_bytes: memory of its engine, where it is loaded.
         is_held_back: whether it becomes live only when it is asked for by name.

@@ -17,6 +17,10 @@ older one, which perhaps nobody ever wanted: a silent step back would give verdi
 refused, with the sentence that says why, and the service is not ready. Whoever wants the older version removes the
 newer one. Nor is it replaced while store or machine may be at fault rather than the version: it is tried again.
 
+A version that is removed from the store is let go of at the next look, but where lines are judged by it: a hand that
+slipped in a bucket takes no line out of service. That one serves on until another one is made live or its lines are
+unloaded, and log, metric and the list of versions tell of it. Nobody steps back to one that is gone.
+
 A version that somebody stepped back from, on purpose, is held back until somebody asks for it by name. A policy file
 that is refused is not offered, and one that is gone is withdrawn; the line goes on with its others, but where the one
 that was chosen to judge is gone, it is refused. `policies.py` says which file may judge which bundle.
@@ -56,6 +60,7 @@ from service.lines.served import State
 from service.lines.versions import History, LoadedVersions, Refusal
 from service.stores.store import Needed
 
+_GONE = "It was removed from the store and serves on; put it back, or activate another version."
 _TAKEN_OUT = "It was unloaded by an administrator; load it again."
 _ENDED_EARLY = "Loading ended early, in a way that nobody foresaw; the log says how."
 
@@ -106,7 +111,7 @@ class Registry(LoadedVersions):
             VersionStatus(
                 version,
                 self._version_state(VersionKey(name, version), state, history),
-                self._why_version(version, loaded.get(version), history),
+                self._why_version(VersionKey(name, version), loaded.get(version), history),
                 self._lines_of(name, version, loaded.get(version)),
                 loaded[version].bundle.engine.size_bytes if version in loaded else None,
                 version in history.held_back,
@@ -141,6 +146,14 @@ class Registry(LoadedVersions):
         return known or "No line is loaded; the store may be empty."
 
     @property
+    def live_in_store(self) -> Mapping[str, bool]:
+        """Whether the version that judges lies in the store, as the last look found, by bundle whose lines are served.
+
+        Those included that made room for others.
+        """
+        return {key.name: key not in self._gone for key in self._in_use()}
+
+    @property
     def is_ready(self) -> bool:
         """Whether at least one line is served, and none of those that should be is missing.
 
@@ -163,6 +176,7 @@ class Registry(LoadedVersions):
                     self._recall()
                 self._ask_store()
                 self._load_all()
+                self._let_go_of_gone()
         except Exception:  # noqa: BLE001 - the edge of this thread: whoever asks must hear that loading has ended
             self._fault = _ENDED_EARLY
             _log.exception("loading ended early")
@@ -186,6 +200,7 @@ class Registry(LoadedVersions):
             if refused:
                 give_back()
             reasons = {key: reason for key, reason in refused.items() if reason is not None} | self._left_out()
+            self._let_go_of_gone()
             with self._changing:
                 seen = self._look_at_policies()
             return Rescanned(activated, reasons, tuple(seen.offered), tuple(seen.withdrawn), seen.refused)
@@ -383,16 +398,48 @@ class Registry(LoadedVersions):
         """Return what a store that has no room for all must have here: also what a restart would begin with."""
         chosen = self._choices.chosen.versions
         histories = dict(self._histories)
-        serving = {VersionKey(name, history.live[-1]) for name, history in histories.items() if history.live}
-        serving |= {VersionKey(name, version.live) for name, version in chosen.items() if self._begins_with(name)}
-        serving |= {VersionKey(*live) for live in self._last_live.versions.items()}
+        live = {name: history.live[-1] for name, history in histories.items() if history.live}
+        began_with = {name: version.live for name, version in chosen.items() if self._begins_with(name)}
+        # What was live before this start counts as in use until something else is live.
+        judging = {VersionKey(*key) for key in {**self._last_live.versions, **began_with, **live}.items()}
+        serving = judging | {VersionKey(*key) for key in (*began_with.items(), *self._last_live.versions.items())}
         serving |= {shadow.key for shadow in self._state.shadows.values()}
         serving |= set(self._called)
         if self._loading_now is not None:
             serving.add(self._loading_now)
         befores = ((name, self._before(name)) for name in histories.keys() | chosen.keys())
         previous = {VersionKey(name, before) for name, before in befores if before is not None}
-        return Needed(serving, previous, newest_waits=not self._options.activates_newest)
+        in_use = {key for key in judging if not self._taken_out.issuperset(self._catalogue.lines(*key))}
+        return Needed(serving, previous, newest_waits=not self._options.activates_newest, in_use=in_use)
+
+    def _in_use(self) -> set[VersionKey]:
+        """Return the versions that lines are judged by, or would be with their next frame."""
+        histories = dict(self._histories)
+        names = {status.bundle for status in self.statuses() if status.line not in self._taken_out}
+        return {VersionKey(name, histories[name].live[-1]) for name in names & histories.keys() if histories[name].live}
+
+    def _let_go_of_gone(self) -> None:
+        """Have nobody served by what the store has no longer, but for what lines are judged by: that is told."""
+        were_live = {VersionKey(name, one) for name, history in [*self._histories.items()] for one in history.live}
+        gone = {key for key in were_live.union(self._state.loaded) if self._catalogue.is_gone(*key)}
+        is_empty = not self._catalogue.names()  # rather a volume that is away than everything revoked
+        with self._changing:
+            in_use = self._in_use()
+            for key in () if is_empty else sorted(gone - in_use):
+                self._let_go_of(key)
+            for key in sorted((gone & in_use) - self._gone):
+                named = {"bundle": key.name, "version": key.version}
+                _log.error("the live version is gone from the store", extra={**named, "reason": _GONE})
+            self._gone = frozenset(gone & in_use)
+
+    def _let_go_of(self, key: VersionKey) -> None:
+        history, shadow = self._history(key.name), self._state.shadows.get(key.name)
+        history.live = [version for version in history.live if version != key.version]
+        if shadow is not None and shadow.key == key:
+            self._end_shadow(key.name)
+        if key in self._state.loaded:
+            self._retire((key,))
+            _log.warning("a version is gone from the store", extra={"bundle": key.name, "version": key.version})
 
     def _begins_with(self, name: str) -> bool:
         """Tell whether a restart would begin with the version that was chosen, rather than with a newer one."""
@@ -515,6 +562,7 @@ class Registry(LoadedVersions):
                 known.update(lines)
                 continue
             first = self._first(name, versions) if versions else ""
+            self._tell_of_step_back(name, first)
             lines = self._catalogue.lines(name, first if first in versions else versions[-1]) if versions else ()
             out = tuple(line for line in lines if line in self._taken_out)
             self._note(name, out, "unloaded", _TAKEN_OUT)
@@ -539,6 +587,13 @@ class Registry(LoadedVersions):
             self._refuse(missing, (missing,), why)
         self._left_out()
         return candidates
+
+    def _tell_of_step_back(self, name: str, first: str) -> None:
+        """Log where a start takes an older version than was live before, because the store has that no longer."""
+        before = self._last_live.versions.get(name)
+        if before is not None and first and int(first) < int(before) and self._catalogue.is_gone(name, before):
+            reason = f"Version {before}, which was live before, is gone from the store."
+            _log.warning("an older version is taken", extra={"bundle": name, "version": first, "reason": reason})
 
     def _why_chosen_is_missing(self, name: str, version: str) -> str:
         chosen = f"An administrator chose version {version}"
@@ -706,10 +761,13 @@ class Registry(LoadedVersions):
 
     # What is told.
 
-    def _why_version(self, version: str, loaded: LoadedVersion | None, history: History) -> str | None:
-        if loaded is not None:
+    def _why_version(self, key: VersionKey, loaded: LoadedVersion | None, history: History) -> str | None:
+        if loaded is not None and loaded.bundle.batcher.why_unhealthy is not None:
             return loaded.bundle.batcher.why_unhealthy
-        return history.refusals[version].reason if version in history.refusals else None
+        if key in self._gone:
+            return _GONE
+        is_refused = loaded is None and key.version in history.refusals
+        return history.refusals[key.version].reason if is_refused else None
 
     def _version_state(self, key: VersionKey, state: State, history: History) -> VersionState:
         if key in state.loaded:

@@ -162,6 +162,7 @@ class LoadedVersions(ServedLines):
         self._late: set[str] = set()  # lines that came while others were served, and were refused since
         self._hidden: set[str] = set()  # bundles whose folder in the store can't be read
         self._has_scanned = False  # whether the store could be read once, so that its lines are known
+        self._gone: frozenset[VersionKey] = frozenset()  # from the store at its last look, and in use all the same
         self._retired: list[LoadedVersion] = []
         self._sizes = EngineSizes()
         self._networks: dict[VersionKey, str] = {}  # of what was loaded here, to tell what it will take again
@@ -655,7 +656,10 @@ class LoadedVersions(ServedLines):
         self._unload(leaving)
 
     def _residents(self, name: str) -> list[Resident]:
-        """Return what is loaded; the live version of a bundle stays while another one of it is prepared."""
+        """Return what is loaded.
+
+        The live version of a bundle stays while another one of it is prepared, and where it could not come back.
+        """
         state = self._state
         live = {s.key for s in state.live.values()}
         return [
@@ -664,10 +668,14 @@ class LoadedVersions(ServedLines):
                 size_bytes=version.bundle.engine.size_bytes,
                 used_at=self._used_at.get(key, 0.0),
                 is_live=key in live,
-                is_pinned=(key.name == name and key in live) or not self._options.pinned.isdisjoint(version.lines),
+                is_pinned=(key in live and (key.name == name or self._can_not_come_back(key)))
+                or not self._options.pinned.isdisjoint(version.lines),
             )
             for key, version in state.loaded.items()
         ]
+
+    def _can_not_come_back(self, key: VersionKey) -> bool:
+        return key in self._gone and not self._catalogue.folder(*key).is_dir()
 
     def _unload(self, keys: Iterable[VersionKey]) -> None:
         """Unload engines whose lines are loaded again as soon as somebody asks for them."""

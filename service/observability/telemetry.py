@@ -247,6 +247,28 @@ class _DriftSeries(Collector):
         return index, review, quality
 
 
+class _InStoreSeries(Collector):
+    """Tells a scraper whether what judges lies in the store.
+
+    Args:
+        in_store: says it, by bundle whose lines are served.
+    """
+
+    def __init__(self, in_store: Callable[[], Mapping[str, bool]]) -> None:
+        self._in_store = in_store
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the family, also where nothing serves yet."""
+        family = GaugeMetricFamily(
+            "flawline_live_version_in_store",
+            "1 while the version that judges lies in the store, as its last look found; 0 where it was removed there.",
+            labels=("engine",),
+        )
+        for engine, is_there in self._in_store().items():
+            family.add_metric((engine,), float(is_there))
+        return (family,)
+
+
 def _tell(family: GaugeMetricFamily, labels: Sequence[str], value: float | None) -> None:
     if value is not None:
         family.add_metric(labels, value)
@@ -379,6 +401,14 @@ class Telemetry:
     def watch_readiness(self, is_ready: Callable[[], bool]) -> None:
         """Have readiness asked for at every scrape."""
         self._ready.set_function(lambda: float(is_ready()))
+
+    def watch_live_versions(self, in_store: Callable[[], Mapping[str, bool]]) -> None:
+        """Have it asked at every scrape whether what judges still lies in the store.
+
+        Args:
+            in_store: says it, by bundle whose lines are served.
+        """
+        self._collectors.register(_InStoreSeries(in_store))
 
     def watch_keys(self, oldest_made_at: Callable[[], float], is_in_force: Callable[[], bool]) -> None:
         """Have the age of the callers' keys told at every scrape; a service without keys has no such series."""

@@ -1,7 +1,7 @@
 """A store that is a local directory, or a volume that is mounted as one."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from service.errors import StoreUnreachable
@@ -33,3 +33,7 @@ class DirectoryStore:
     def absent(self) -> Mapping[tuple[str, str], str]:
         """Return nothing: the directory is the store."""
         return {}
+
+    def gone(self) -> Collection[tuple[str, str]]:
+        """Return nothing: what is removed is not there either."""
+        return ()

@@ -5,8 +5,8 @@ a folder of another name and held against the manifest's digest, and the folder 
 that was cut short goes on where it was. What the manifest doesn't name is left where it is, but for the signature.
 
 Versions never change: one whose manifest is replaced in the bucket is not fetched again, and that is said. One that is
-removed there is removed here. A version that does not hold keeps no other from coming, and is tried again when its
-objects have changed.
+removed there is removed here, but for what is in use: that stays until something else is, and is told as gone. A
+version that does not hold keeps no other from coming, and is tried again when its objects have changed.
 
 Where there is no room for all, what serves or was chosen to comes first and is never removed for others, then come the
 newest version of every name and the one that rolling back would take, and then the others, newer ones first. What has
@@ -98,12 +98,13 @@ class Mirror:
         self._crowded_out: Collection[tuple[str, str]] = ()
         self._said: set[str] = set()
         self._absent: Mapping[tuple[str, str], str] = {}
+        self._gone: Collection[tuple[str, str]] = ()
 
     def refresh(self, needed: Needed = NOTHING) -> None:
-        """Bring what is new, remove what is gone.
+        """Bring what is new, remove what is gone and not in use.
 
         Args:
-            needed: what comes first, and stays, where there is no room for all.
+            needed: what comes first, and stays, where there is no room for all; and what stays though it is gone.
 
         Raises:
             StoreUnreachable: if the bucket can't be listed or read, or the directory not be written; what lies in it
@@ -113,7 +114,7 @@ class Mirror:
         versions, policies = _sort(listed)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._remove_gone(versions)
+            self._gone = self._remove_gone(versions, needed.in_use)
             self._remove_policies(policies)
             fitting = self._fitting(versions, needed)
             faults = list(islice(self._bring_all(fitting, policies), _PATIENCE))
@@ -127,6 +128,10 @@ class Mirror:
     def absent(self) -> Mapping[tuple[str, str], str]:
         """Return the versions that the bucket has and the directory has not, by name and number, each with why."""
         return self._absent
+
+    def gone(self) -> Collection[tuple[str, str]]:
+        """Return the versions that the directory has and the bucket no longer, by name and number."""
+        return self._gone
 
     def _tell_absent(self, versions: Iterable[_Version]) -> Iterator[tuple[tuple[str, str], str]]:
         for version in versions:
@@ -153,7 +158,7 @@ class Mirror:
     def _fitting(self, versions: Iterable[_Version], needed: Needed) -> list[_Version]:
         """Choose what there is room for, most needed first, and make that room."""
         fitting: list[_Version] = []
-        left = self._max_bytes
+        left = self._max_bytes - sum(_size_of(self.directory / name / number) for name, number in self._gone)
         crowded_out: list[_Version] = []
         for version in self._by_need(versions, needed):
             # What serves stays where it is, even where somebody has lowered the limit: a restart has to find it.
@@ -265,15 +270,24 @@ class Mirror:
         aside.rename(target)
         _write(self._tag_file(path), listed.tag.encode())
 
-    def _remove_gone(self, versions: Iterable[_Version]) -> None:
+    def _remove_gone(
+        self, versions: Iterable[_Version], in_use: Collection[tuple[str, str]]
+    ) -> Collection[tuple[str, str]]:
+        """Remove what the bucket has no longer, and return the versions that stay because they are in use."""
         there = {version.key for version in versions}
+        staying: set[tuple[str, str]] = set()
         for folder in self.directory.glob("*/*"):
             name, number = folder.parent.name, folder.name.removeprefix(_FETCHING)
-            if folder.is_dir() and _VERSION.fullmatch(number) and (name, number) not in there:
+            if not (folder.is_dir() and _VERSION.fullmatch(number)) or (name, number) in there:
+                continue
+            if (name, number) in in_use and folder.name == number:
+                staying.add((name, number))
+            else:
                 shutil.rmtree(folder)
                 self._tag_file(f"{name}/{number}").unlink(missing_ok=True)
                 _log.info("a version is gone from the store", extra={"bundle": name, "version": number})
         self._refused = {key: refused for key, refused in self._refused.items() if key in there}
+        return staying
 
     def _remove_policies(self, policies: Mapping[str, Listed]) -> None:
         for file in self.directory.glob(f"*/{POLICIES_DIRECTORY}/*.json"):
@@ -363,6 +377,10 @@ def _digests_of_another(manifest: bytes) -> dict[str, str]:
 def _digest_of(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _write(path: Path, data: bytes) -> None:

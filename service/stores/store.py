@@ -17,11 +17,14 @@ class Needed(NamedTuple):
         previous: what rolling back would take.
         newest_waits: whether newest versions come after what rolling back would take, because they become live only
             when somebody asks for them.
+        in_use: of `serving`, what lines are judged by, or would be after a restart. That is not given up either where
+            the store has it no longer: whoever removed it by accident must not have taken lines out of service.
     """
 
     serving: Collection[tuple[str, str]] = ()
     previous: Collection[tuple[str, str]] = ()
     newest_waits: bool = False
+    in_use: Collection[tuple[str, str]] = ()
 
 
 NOTHING = Needed()
@@ -55,6 +58,13 @@ class Store(Protocol):
 
     def absent(self) -> Mapping[tuple[str, str], str]:
         """Return the versions that the store has and the directory has not, by name and number, each with why.
+
+        Of the last look; may be asked by any thread.
+        """
+        ...
+
+    def gone(self) -> Collection[tuple[str, str]]:
+        """Return the versions that lie in the directory and in the store no longer, by name and number.
 
         Of the last look; may be asked by any thread.
         """

@@ -284,6 +284,30 @@ def test_registry_when_newer_versions_fill_the_mirror_then_the_one_that_was_chos
     assert again.serving("demo_line", None).bundle.manifest.version == "1"
 
 
+def test_registry_when_the_live_version_is_removed_from_the_bucket_then_it_serves_through_restarts_until_another_does(
+    bucket, made, tmp_path, chosen
+):
+    """An accident takes no line out of service; a version that was revoked goes with the step to another one."""
+    for version in ("1", "2"):
+        bucket.publish(made / version)
+    registry = chosen()
+    for key in bucket.listed():
+        if key.startswith("demo_line/2/"):
+            bucket.remove(key)
+    registry.rescan()
+    again = chosen()
+    served = [one.serving("demo_line", None).bundle.manifest.version for one in (registry, again)]
+    told = [dict(one.live_in_store) for one in (registry, again)]
+
+    stepped = again.roll_back("demo_line")
+    again.rescan()
+
+    assert served == ["2", "2"]
+    assert told == [{"demo_line": False}] * 2
+    assert stepped == "1"
+    assert versions_of(tmp_path / "cache/demo_line") == ["1"]
+
+
 def test_registry_when_a_version_was_left_out_of_the_mirror_then_it_is_fetched_for_who_asks(bucket, made, chosen):
     """Activating names any version of the bucket, and rolling back takes the one before though it was left out."""
     for version in ("1", "2", "3"):

@@ -450,6 +450,104 @@ def test_roll_back_when_asked_then_the_version_before_is_live_without_being_load
     assert registry.rescan().activated == (("demo_line", "3"),)
 
 
+def test_rescan_when_the_live_version_is_gone_then_it_serves_on_and_that_is_told_until_another_one_does(shelf, caplog):
+    """A hand that slipped takes no line out of service, and whoever revoked a version hears that it judges on."""
+    registry = shelf.load()
+    shelf.telemetry.watch_live_versions(lambda: registry.live_in_store)
+    well = shelf.metrics()
+    away = (shelf.path / "demo_line/1").rename(shelf.path / "demo_line/.1")
+
+    for _ in range(2):
+        registry.rescan()
+    gone = (shelf.serving(), registry.is_ready, registry.versions("demo_line")[0].reason, shelf.metrics())
+    away.rename(shelf.path / "demo_line/1")
+    registry.rescan()
+    back = (registry.versions("demo_line")[0].reason, shelf.metrics())
+    shelf.add("2")
+    shutil.rmtree(shelf.path / "demo_line/1")
+    registry.rescan()
+
+    told = 'flawline_live_version_in_store{engine="demo_line"}'
+    assert f"{told} 1.0" in well
+    assert gone[:2] == ("1", True)
+    assert "removed from the store" in gone[2]
+    assert f"{told} 0.0" in gone[3]
+    assert [record.message for record in caplog.records].count("the live version is gone from the store") == 1
+    assert back[0] is None
+    assert f"{told} 1.0" in back[1]
+    assert shelf.states() == {"2": "live"}
+    assert f"{told} 1.0" in shelf.metrics()
+
+
+def test_rescan_when_the_version_before_is_gone_then_nobody_is_judged_by_it_any_more(shelf):
+    """What was revoked answers nobody who names it, and is stepped over on the way back."""
+    registry = shelf.load()
+    for version in ("2", "3"):
+        shelf.add(version)
+        registry.rescan()
+    shutil.rmtree(shelf.path / "demo_line/2")
+
+    registry.rescan()
+
+    with pytest.raises(UnknownVersion):
+        shelf.serving(version="2")
+    assert registry.roll_back("demo_line") == "1"
+
+
+def test_rescan_when_a_version_on_trial_is_gone_then_the_trial_ends(shelf):
+    """Only what lies in the store is tried."""
+    registry = shelf.load(activates_newest=False)
+    shelf.add("2")
+    registry.start_shadow("demo_line", "2")
+    shutil.rmtree(shelf.path / "demo_line/2")
+
+    registry.rescan()
+
+    assert shelf.states() == {"1": "live"}
+    assert registry.shadow_of("demo_line", "1", registry.serving("demo_line", None).default_policy) is None
+
+
+def test_rescan_when_an_unloaded_version_is_gone_then_its_line_comes_back_by_another_one(shelf):
+    """To unload a line is how its version is taken out of use before it is revoked."""
+    registry = shelf.load()
+    shelf.telemetry.watch_live_versions(lambda: registry.live_in_store)
+    shelf.add("2")
+    registry.rescan()
+    registry.unload_line("demo_line")
+    shutil.rmtree(shelf.path / "demo_line/2")
+    registry.rescan()
+
+    told = shelf.metrics()
+    registry.load_line("demo_line")
+
+    assert "flawline_live_version_in_store{" not in told
+    assert shelf.serving() == "1"
+
+
+def test_memory_when_the_live_version_is_gone_then_it_makes_no_room_since_it_could_not_come_back(crowded):
+    """A line that is served is worth more than one that is not yet."""
+    registry = crowded.registry
+    shutil.rmtree(crowded.path / "plate/1")
+    registry.rescan()
+
+    crowded.want("cap")
+
+    assert crowded.line_states() == {"cap": "unloaded", "plate": "ready"}
+
+
+def test_start_when_the_version_that_was_live_is_gone_then_an_older_one_is_taken_and_told(shelf, tmp_path, caplog):
+    """Whoever wants the older version removes the newer one; whoever did not mean to is told."""
+    shelf.add("2")
+    (tmp_path / "state").mkdir()
+    shelf.load(state_directory=tmp_path / "state").close()
+    shutil.rmtree(shelf.path / "demo_line/2")
+
+    shelf.load(state_directory=tmp_path / "state")
+
+    assert shelf.serving() == "1"
+    assert [record.message for record in caplog.records].count("an older version is taken") == 1
+
+
 def test_roll_back_when_several_versions_were_live_then_steps_back_one_at_a_time(shelf):
     """Versions are numbers: ten comes after nine, and the way back from it leads over nine to one."""
     registry = shelf.load()

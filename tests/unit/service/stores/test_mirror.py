@@ -55,9 +55,10 @@ class Mirrored:
         self.bucket, self.folder = Bucket(), folder
         self.mirror = Mirror(self.bucket, folder, max_bytes)
 
-    def refresh(self, serving=(), previous=(), *, newest_waits=False):
+    def refresh(self, serving=(), previous=(), *, newest_waits=False, in_use=()):
         """Bring what is new, where versions of `cap` are needed, and return which of them are there."""
-        needed = Needed([("cap", one) for one in serving], [("cap", one) for one in previous], newest_waits)
+        serving, in_use = {*serving, *in_use}, [("cap", one) for one in in_use]
+        needed = Needed([("cap", one) for one in serving], [("cap", one) for one in previous], newest_waits, in_use)
         self.mirror.refresh(needed if serving else NOTHING)
         return self.there()
 
@@ -201,6 +202,39 @@ def test_refresh_when_everything_is_removed_from_the_bucket_then_nothing_is_left
     assert mirrored.refresh() == []
 
     assert [file for file in mirrored.folder.rglob("*") if file.is_file()] == []
+
+
+def test_refresh_when_what_is_in_use_is_removed_from_the_bucket_then_it_stays_until_something_else_is(mirrored):
+    """An accident in the bucket takes no line out of service, and what was revoked goes with the next version."""
+    for version in ("1", "2"):
+        mirrored.bucket.publish(version)
+    mirrored.refresh(in_use=["1"])
+    (mirrored.folder / "cap/.fetching-1").mkdir()
+    mirrored.bucket.data.clear()
+
+    stayed = (mirrored.refresh(in_use=["1"]), set(mirrored.mirror.gone()))
+    left = [path.name for path in (mirrored.folder / "cap").iterdir()]
+    mirrored.bucket.publish("1")
+    put_back = (mirrored.refresh(in_use=["1"]), set(mirrored.mirror.gone()))
+    mirrored.bucket.data.clear()
+    mirrored.bucket.publish("3")
+    went = (mirrored.refresh(in_use=["3"]), set(mirrored.mirror.gone()))
+
+    assert stayed == (["1"], {("cap", "1")})
+    assert left == ["1"]
+    assert put_back == (["1"], set())
+    assert went == (["3"], set())
+
+
+def test_room_when_what_is_in_use_is_gone_then_it_counts_too(narrow):
+    """A directory that is full of what stays takes nothing beside it."""
+    narrow.bucket.publish("1")
+    narrow.refresh()
+    narrow.bucket.data.clear()
+    narrow.bucket.publish("2")
+
+    assert narrow.refresh(in_use=["1"]) == ["1"]
+    assert "FLAWLINE_MAX_STORE_BYTES" in narrow.mirror.absent()["cap", "2"]
 
 
 def test_room_when_versions_are_numbers_then_ten_is_newer_than_nine(narrow):
