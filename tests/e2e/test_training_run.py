@@ -419,7 +419,8 @@ def test_evaluate_when_a_bundle_is_measured_again_then_the_figures_are_those_of_
     assert told["bundle"] == {"name": "bottle", "version": "1", "digest": bundle.digest}
     assert told["policy"] == {"version": "1", "digest": digest, **thresholds}
     data = bundle.manifest.by_line["bottle"].data
-    assert told["data"] == {"name": "bottle", "digest": data.digest, "normal": TEST_GOOD, "anomalous": DEFECTS}
+    counts = {"normal": TEST_GOOD, "anomalous": DEFECTS, "without_score": 0}
+    assert told["data"] == {"name": "bottle", "digest": data.digest, **counts}
     assert {kind: sum(counts.values()) for kind, counts in told["verdicts"].items()} == {
         "good": TEST_GOOD,
         "square": DEFECTS,
