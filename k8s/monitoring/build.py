@@ -306,9 +306,13 @@ _FLEET_PANELS = (
     ),
     Panel(
         "Store unreachable",
-        "Pods whose last look at the store for new versions failed, or that had none yet. What is loaded is served.",
+        "Pods whose last look at the store for new versions failed, or that had none yet, and looks that failed in a "
+        "day. What is loaded is served.",
         "none",
-        [Query(f"sum(flawline_store_reachable{{{_FLEET}}} == bool 0)", "pods")],
+        [
+            Query(f"sum(flawline_store_reachable{{{_FLEET}}} == bool 0)", "pods"),
+            Query(f"sum(increase(flawline_store_unreachable_total{{{_FLEET}}}[1d]))", "misses in a day"),
+        ],
         kind="stat",
         width=8,
         warning=1,
@@ -347,6 +351,73 @@ _FLEET_PANELS = (
         warning=180 * 86400,
     ),
     Panel(
+        "Live versions that are gone from the store",
+        "They judge on, in these pods; pods that start now do not have them.",
+        "none",
+        [Query(f"sum(flawline_live_version_in_store{{{_FLEET}}} == bool 0)", "gone")],
+        kind="stat",
+        width=8,
+        critical=1,
+    ),
+    Panel(
+        "Refused policies",
+        "Policy files that a pod does not take as they lie in the store, since it started. What was offered goes on.",
+        "none",
+        [Query(f"sum(flawline_policies_refused_total{{{_FLEET}}})", "refused")],
+        kind="stat",
+        width=8,
+        warning=1,
+    ),
+    Panel(
+        "Certificate ends in",
+        "Of the pod whose certificate ends first; two weeks are too few.",
+        "s",
+        [
+            Query(
+                f"min(flawline_certificate_expiry_timestamp_seconds{{{_FLEET}}} - time())",
+                "ends in",
+                "the service speaks plain HTTP",
+            )
+        ],
+        kind="stat",
+        width=8,
+    ),
+    Panel(
+        "Connections cut off or turned away",
+        "In five minutes, by reason: no_room and turned_away want more room (FLAWLINE_MAX_CONNECTIONS), or fewer "
+        "connections that nobody uses; slow_head and unread_answer are a network that loses, or a caller that is slow.",
+        "none",
+        [
+            Query(
+                f"sum by (reason) (increase(flawline_connections_cut_total{{{_FLEET}}}[5m]))",
+                "{{reason}}",
+            )
+        ],
+        warning=10,
+    ),
+    Panel(
+        "Open files and connections",
+        "Of as many as a pod may have, by pod. At 100 % nobody gets in any more.",
+        "percentunit",
+        [Query(f"process_open_fds{{{_FLEET}}} / process_max_fds{{{_FLEET}}}", "{{instance}}")],
+        warning=0.8,
+    ),
+    Panel(
+        "Decoders replaced",
+        "Threads that a frame kept without end, so that they were given up, within an hour, by pod. Each goes on "
+        "taking what time the others leave; at 16 at a time the pod starts anew.",
+        "none",
+        [Query(f"increase(flawline_decoders_replaced_total{{{_FLEET}}}[1h])", "{{instance}}")],
+        warning=1,
+    ),
+    Panel(
+        "Records dropped",
+        "What made room for newer ones, or found nobody who took it: heatmaps and disagreements that are kept, traces, "
+        "lines of the log. Verdicts are not touched.",
+        "ops",
+        [Query(f"sum by (sink) (rate(flawline_records_dropped_total{{{_FLEET}}}{_RATE}))", "{{sink}}")],
+    ),
+    Panel(
         "Memory",
         "Resident, by pod.",
         "bytes",
@@ -361,7 +432,7 @@ _FLEET_PANELS = (
     Panel(
         "Golden replays",
         "Golden frames that were replayed while lines were served, by how that ended; one that was skipped met a busy "
-        "engine. None at all: FLAWLINE_GOLDEN_EVERY_S is 0.",
+        "engine, one that ended early was itself at fault. None at all: FLAWLINE_GOLDEN_EVERY_S is 0.",
         "none",
         [
             Query(
@@ -377,10 +448,38 @@ _FLEET_PANELS = (
         [Query(f"max by (engine) (flawline_engine_load_seconds{{{_FLEET}}})", "{{engine}}")],
     ),
     Panel(
+        "Memory of engines",
+        "What the engines of a pod take, as their budget counts it, and that budget; 0 is no limit.",
+        "bytes",
+        [
+            Query(f"sum by (instance) (flawline_engine_memory_bytes{{{_FLEET}}})", "{{instance}}"),
+            Query(f"flawline_engine_memory_budget_bytes{{{_FLEET}}}", "{{instance}} budget"),
+        ],
+    ),
+    Panel(
+        "Engines that made room for others",
+        "Unloaded within an hour, by engine. Each comes back with its line's next frame, which is refused.",
+        "none",
+        [Query(f"sum by (engine) (increase(flawline_engine_unloads_total{{{_FLEET}}}[1h]))", "{{engine}}")],
+    ),
+    Panel(
         "What serves each line",
         "Version, digest, policy and device of every line.",
         "none",
         [Query(f"sum by (line, version, digest, policy, device) (flawline_model_info{{{_FLEET}}})", "{{line}}")],
+        kind="table",
+        width=24,
+    ),
+    Panel(
+        "Engines in memory",
+        "Version, device, runtime and precision of every engine, and in how many pods it is loaded.",
+        "none",
+        [
+            Query(
+                f"sum by (engine, version, device, provider, precision) (flawline_engine_info{{{_FLEET}}})",
+                "{{engine}}",
+            )
+        ],
         kind="table",
         width=24,
     ),

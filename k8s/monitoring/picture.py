@@ -120,7 +120,8 @@ def _draw_series(axes: Axes, panel: Mapping[str, Any], prometheus: Prometheus) -
         axes.set(xticks=[], yticks=[])
         return
     low, high = axes.get_ylim()
-    axes.set_ylim(min(0, low), max(high, 1e-9))
+    is_flat = axes.dataLim.ymin == axes.dataLim.ymax == 0  # around which matplotlib leaves room on both sides
+    axes.set_ylim(0 if is_flat else min(0, low), 1 if is_flat else max(high, 1e-9))
     _name_axes(axes, panel, prometheus)
     axes.legend(
         loc="upper left",
@@ -168,10 +169,18 @@ def _draw_stat(axes: Axes, panel: Mapping[str, Any], prometheus: Prometheus) -> 
     answers = [(target, one) for target in panel["targets"] for one in prometheus.now(target["expr"])]
     for number, (target, one) in enumerate(answers):
         x = (number + 0.5) / len(answers)
-        told = _told(float(one["value"][1]), unit)
-        axes.text(x, 0.55, told, color=_COLOURS[0], fontsize=26, ha="center", transform=axes.transAxes)
+        value = float(one["value"][1])
+        colour = _colour_at(value, panel)
+        axes.text(x, 0.55, _told(value, unit), color=colour, fontsize=26, ha="center", transform=axes.transAxes)
         name = _legend(target["legendFormat"], one["metric"])
         axes.text(x, 0.2, name, color=_DIM, fontsize=8, ha="center", transform=axes.transAxes)
+
+
+def _colour_at(value: float, panel: Mapping[str, Any]) -> str:
+    """Return the colour of the last threshold that a value has reached."""
+    steps = panel["fieldConfig"]["defaults"].get("thresholds", {}).get("steps", ())
+    reached = [step["color"] for step in steps if step.get("value") is None or value >= step["value"]]
+    return _NAMED[reached[-1]] if reached else _NAMED["green"]
 
 
 def _draw_table(axes: Axes, panel: Mapping[str, Any], prometheus: Prometheus) -> None:

@@ -504,8 +504,9 @@ class Telemetry:
         self._drifts.by_line.pop(line, None)
 
     def declare_engine(self, engine: str) -> None:
-        """Let refusals of a bundle's versions be told of before the first."""
+        """Let what may happen to a bundle's engines be told of before it first does."""
         self._refused_versions.labels(engine).inc(0)
+        self._unloads.labels(engine).inc(0)
 
     def version_refused(self, engine: str) -> None:
         """Count a version of a bundle that was not taken into use."""

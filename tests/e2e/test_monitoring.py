@@ -28,8 +28,8 @@ K8S = ROOT / "k8s"
 MONITORING = K8S / "monitoring"
 LINES = ("cap", "screw")
 VARIABLES = {"$namespace": ".*", "$line": ".*", "$__rate_interval": "5s"}
-# There is no GPU, and everybody may call.
-NOT_IN_THE_TRIAL = ("DCGM", "flawline_keys_")
+# There is no GPU, and everybody may call, by plain HTTP.
+NOT_IN_THE_TRIAL = ("DCGM", "flawline_keys_", "flawline_certificate_")
 # Drift says nothing before fifty frames of a line.
 FRAMES = 60
 
@@ -164,6 +164,27 @@ def test_dashboard_when_drawn_without_grafana_then_every_panel_has_its_place(pro
 
     drawn = {text.get_text() for axes in figure.axes for text in axes.texts}
     assert {panel["title"] for panel in dashboard["panels"]} <= drawn
+
+
+def test_stat_when_its_value_reaches_a_threshold_then_is_drawn_in_its_colour():
+    """What is red in Grafana is not green in a picture of it."""
+    steps = [{"color": "green", "value": None}, {"color": "yellow", "value": 1}, {"color": "red", "value": 3}]
+    panel = {
+        "type": "stat",
+        "title": "gone",
+        "gridPos": {"x": 0, "y": 0, "w": 24, "h": 8},
+        "targets": [{"expr": str(value), "legendFormat": "gone"} for value in (0, 1, 2, 3)],
+        "fieldConfig": {"defaults": {"thresholds": {"steps": steps}}},
+    }
+
+    class Prometheus:
+        def now(self, expression):
+            return [{"metric": {}, "value": (0, expression)}]
+
+    figure = PICTURE.draw({"title": "fleet", "panels": [panel]}, Prometheus())
+
+    drawn = {text.get_text(): text.get_color() for axes in figure.axes for text in axes.texts}
+    assert [drawn[value] for value in "0123"] == ["#73bf69", "#f2cc0c", "#f2cc0c", "#f2495c"]
 
 
 @needs_prometheus

@@ -13,6 +13,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from service.observability.telemetry import Telemetry
 
@@ -73,6 +74,40 @@ def test_dashboard_when_a_line_was_never_judged_then_it_can_be_chosen_all_the_sa
         if variable["name"] == "line":
             [metric] = re.findall(r"label_values\((\w+)", variable["query"])
             assert {"refused", "unknown"} <= set(re.findall(rf'^{metric}{{.*?line="(\w+)"', told, re.MULTILINE))
+
+
+def test_dashboards_when_taken_together_then_show_every_metric_but_those_that_the_runbook_names():
+    """What nobody can look at was counted for nothing, and a metric that is new is not forgotten here."""
+    told = {family.name for family in _everything_that_is_told()}
+    runbook = (ROOT / "k8s/README.md").read_text("utf-8")
+    [left_out] = re.findall(r"Every metric that a pod exports is on a dashboard, but .*?\n\n", runbook, re.DOTALL)
+    left_out = set(re.findall(r"`(\w+)`", left_out))
+
+    asked = _with_what_rules_ask(" ".join(json.dumps(dashboard["panels"]) for dashboard in DASHBOARDS.values()))
+    drawn = {name for name in told if re.search(rf"\b{name}(_total|_bucket|_sum|_count)?\b", asked)}
+
+    assert len(told) > 30
+    assert (told - drawn, left_out - told) == (left_out, set())
+
+
+def _everything_that_is_told():
+    """Return the families of a service that asks for keys, over TLS."""
+    telemetry = Telemetry()
+    watched = {name for name in dir(Telemetry) if name.startswith("watch_")}
+    assert watched == {"watch_readiness", "watch_keys", "watch_certificate", "watch_live_versions"}
+    telemetry.watch_keys(lambda: 0.0, lambda: True)
+    telemetry.watch_certificate(lambda: 0.0)
+    telemetry.watch_live_versions(dict)
+    return telemetry.snapshot().collect()
+
+
+def _with_what_rules_ask(queries):
+    """Return queries with those of the recording rules that they ask, and that these ask."""
+    groups = yaml.safe_load((ROOT / "k8s/monitoring/rules.yaml").read_text("utf-8"))["groups"]
+    recorded = {rule["record"]: rule["expr"] for group in groups for rule in group["rules"] if "record" in rule}
+    while asked := [name for name in recorded if name in queries]:
+        queries += " ".join(recorded.pop(name) for name in asked)
+    return queries
 
 
 def _with_sources(dashboard):
