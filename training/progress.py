@@ -11,9 +11,10 @@ from typing import Protocol
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 _PLAIN_LINE_EVERY_S = 10.0
+_BAR_CHARACTERS = 20  # half of rich's, so that a terminal of 80 columns has room for figures
 
 
 class Bar(Protocol):
@@ -174,12 +175,13 @@ class TerminalReporter:
         """Draw a bar that stays when its work is done."""
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(_BAR_CHARACTERS),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[told]}", markup=False),
+            # Without a share of its own, long figures push bar, count and time off a narrow terminal.
+            TextColumn("{task.fields[told]}", markup=False, table_column=Column(ratio=1)),
         )
-        with Progress(*columns, console=self._console) as progress:
+        with Progress(*columns, console=self._console, expand=True) as progress:
             yield _TerminalBar(progress, name, total, done)
 
     def note(self, text: str) -> None:

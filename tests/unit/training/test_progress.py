@@ -53,6 +53,21 @@ def test_terminal_reporter_draws_bars_tables_and_notes(page):
     assert all(text in shown for text in ("[fitting]", "2/2", "loss 0.25", "[AUROC]", "[done]"))
 
 
+def test_terminal_reporter_keeps_count_and_time_beside_long_figures_at_80_columns(page):
+    """However many figures stand beside a bar, they take the room that is left, and fold where it is too narrow."""
+    reporter = TerminalReporter(Console(file=page, force_terminal=True, color_system=None, width=80))
+
+    with reporter.bar("reconstruction", 2000) as bar:
+        bar.advance(1238, {"loss": 0.07558, "reconstruction": 0.02255, "coherence": 0.05303, "images/s": 38.33})
+
+    last = page.getvalue().split("\r")[-1]
+    words = " ".join(last.split())
+    assert "reconstruction ━" in words
+    assert "1238/2000" in words
+    assert "-:--:--" in words
+    assert all(figure in words for figure in ("loss 0.07558", "0.02255", "0.05303", "38.33"))
+
+
 def test_silent_reporter_takes_everything_and_says_nothing(capsys):
     """Nothing reaches the terminal."""
     reporter = SilentReporter()
