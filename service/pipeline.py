@@ -37,7 +37,13 @@ from service.scheduling.engine_runs import RunResult
 from service.scheduling.places import Place
 from service.scheduling.schedule import Priority
 
-__all__ = ["HeatmapKind", "Inspection", "InspectionRequest", "Pipeline", "RawLayout"]
+__all__ = ["HeatmapKind", "Inspection", "InspectionRequest", "Pipeline", "RawLayout", "TellDigest"]
+
+TellDigest = Callable[[str], None]
+
+
+def _tell_nobody(_digest: str) -> None:
+    pass
 
 
 class Pipeline:
@@ -123,8 +129,12 @@ class Pipeline:
         """Whether so many decoders never came back that only a new process helps."""
         return self._decoders is not None and self._decoders.is_lost
 
-    async def inspect(self, request: InspectionRequest) -> Inspection:
+    async def inspect(self, request: InspectionRequest, *, tell_digest: TellDigest = _tell_nobody) -> Inspection:
         """Inspect one frame.
+
+        Args:
+            request: what is asked.
+            tell_digest: as for `inspect_by`.
 
         Raises:
             CallerError: if the frame, or what is asked of it, does not fit.
@@ -132,15 +142,23 @@ class Pipeline:
             OwnError: if the engine fails.
         """
         found = self._registry.find(request.line, request.bundle_version, request.policy_version)
-        return await self.inspect_by(found, request)
+        return await self.inspect_by(found, request, tell_digest=tell_digest)
 
-    async def inspect_by(self, found: Found, request: InspectionRequest, *, is_hopeful: bool = False) -> Inspection:
+    async def inspect_by(
+        self,
+        found: Found,
+        request: InspectionRequest,
+        *,
+        is_hopeful: bool = False,
+        tell_digest: TellDigest = _tell_nobody,
+    ) -> Inspection:
         """Inspect one frame by a version and a policy that were found already.
 
         Args:
             found: what serves it.
             request: what is asked.
             is_hopeful: whether `refuse_hopeless` has let it pass just now, with no other frame since.
+            tell_digest: called with the SHA-256 of the frame's bytes once they were looked at, however the frame ends.
 
         Raises:
             FlawlineError: whatever `inspect` raises.
@@ -155,14 +173,18 @@ class Pipeline:
             is_hopeful=is_hopeful,
         )
         work = _Work(request, found, self._limits, self._clock)
-        with reserved as place:
-            if self._decoders is None:
-                seen = await bundle.batcher.run(place, work, found.line.line_index)
-            else:
-                seen = await self._step_by_step(self._decoders, work, place, found, deadline)
-            judged_at = self._clock()
-        if judged_at > deadline:  # the process was stopped for a while, and its timers with it
-            raise _deadline_passed()
+        try:
+            with reserved as place:
+                if self._decoders is None:
+                    seen = await bundle.batcher.run(place, work, found.line.line_index)
+                else:
+                    seen = await self._step_by_step(self._decoders, work, place, found, deadline)
+                judged_at = self._clock()
+            if judged_at > deadline:  # the process was stopped for a while, and its timers with it
+                raise _deadline_passed()
+        finally:
+            if work.frame_digest:
+                tell_digest(work.frame_digest)
         frame, canvas, result, judgement, window = seen
         return Inspection(
             inspection_id=os.urandom(16).hex(),

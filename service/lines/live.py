@@ -182,6 +182,15 @@ class Found(NamedTuple):
     line: LiveLine
     policy: LivePolicy
 
+    def named(self) -> dict[str, str]:
+        """Return the versions and digests of bundle and policy, as the log has them."""
+        return {
+            "bundle_version": self.line.key.version,
+            "bundle_digest": self.line.bundle.digest,
+            "policy_version": self.policy.policy.version,
+            "policy_digest": self.policy.digest,
+        }
+
 
 @dataclass(frozen=True, eq=False)
 class LineStatus:

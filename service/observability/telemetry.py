@@ -621,7 +621,7 @@ class Telemetry:
             reason: an error code, or `CALLER_LEFT`; anything else is counted as `other`, and logged as it is.
             answered_at: when its answer was written, in seconds since 1970.
             seconds: by stage, as far as is known; `total` among them.
-            fields: whatever else is known, for the log: request and part id, bytes.
+            fields: whatever else is known, for the log: request and part id, what was to judge it, its digest.
         """
         known = self.known_line(line)
         self._no_verdicts[known, reason if reason in _REASONS else OTHER_REASON].inc()

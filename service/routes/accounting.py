@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -12,7 +13,9 @@ from starlette.requests import ClientDisconnect
 
 from service.errors import DeadlinePassed, FlawlineError
 from service.inspection import Inspection
+from service.lines.live import Found
 from service.observability.telemetry import CALLER_LEFT
+from service.pipeline import TellDigest
 from service.routes.context import Context, connection_of, context_of
 from service.routes.identity import received_at_of
 from service.routes.part_names import names_of
@@ -33,12 +36,29 @@ class Counting:
     Attributes:
         parts: names of what each frame shows; None until it is known which frames there are: then it counts as one, of
             the part that the request itself names.
+        found: what was to judge them; None until it was found.
     """
 
     def __init__(self, request: Request, line: str) -> None:
         self._request = request
         self._line = line
         self.parts: Sequence[PartNames] | None = None
+        self.found: Found | None = None
+        self._digests: dict[int, str] = {}
+
+    def noting_digest(self, index: int = 0) -> TellDigest:
+        """Return what notes the digest of a frame, by its place in the request."""
+        return partial(self._digests.__setitem__, index)
+
+    def part(self, index: int) -> PartNames:
+        """Return the names of what a frame shows, by its place in the request."""
+        return names_of(self._request) if self.parts is None else self.parts[index]
+
+    def known_of(self, index: int) -> dict[str, str | int]:
+        """Return what the log is to have of a frame without a verdict: its part, what was to judge it, its digest."""
+        judge = {} if self.found is None else self.found.named()
+        digest = {"frame_digest": self._digests[index]} if index in self._digests else {}
+        return {**self.part(index), **judge, **digest}
 
     def __enter__(self) -> Self:
         return self
@@ -50,24 +70,27 @@ class Counting:
         reason = CALLER_LEFT if isinstance(fault, ClientDisconnect) else code
         named = names_of(self._request)
         note_part(self._request, named)
-        count_later(self._request, self._line, reason, [named] if self.parts is None else self.parts)
+        if self.parts is None:
+            self.parts = [named]
+        frames = [self.known_of(index) for index in range(len(self.parts))]
+        count_later(self._request, self._line, reason, frames)
 
 
-def count_later(request: Request, line: str, reason: str, parts: Sequence[PartNames]) -> None:
-    """Count and log frames without a verdict, with the names of what each shows, once the answer is handed over."""
+def count_later(request: Request, line: str, reason: str, frames: Sequence[Mapping[str, str | int]]) -> None:
+    """Count and log frames without a verdict, with what is known of each, once the answer is handed over."""
     context, now = context_of(request), time.time()
     total_s, request_id = round(context.clock() - received_at_of(request), 6), request_id_of(request)
 
     def count() -> None:
-        for part in parts:
+        for frame in frames:
             context.telemetry.not_inspected(
-                line, reason, now, request_id=request_id, seconds={"total": total_s}, **part
+                line, reason, now, request_id=request_id, seconds={"total": total_s}, **frame
             )
 
     context.after_answers.later(count)
     if context.traces is not None:
         known, caller = context.telemetry.known_line(line), request.headers.get(TRACE_PARENT_HEADER)
-        for _ in parts:
+        for _ in frames:
             asyncio.get_running_loop().call_soon(context.traces.not_inspected, known, reason, caller, total_s)
 
 

@@ -28,7 +28,6 @@ from service.routes.openapi import BATCH_OPERATION, FRAME_OPERATION, HEATMAP_ANS
 from service.routes.part_names import names_in
 from service.routes.problems import (
     REQUEST_ID_HEADER,
-    PartNames,
     answer_fault,
     problem_document,
     request_id_of,
@@ -83,11 +82,11 @@ async def inspect(request: Request, line: str) -> Response:
     `Flawline-*` headers.
     """
     context = context_of(request)
-    with Counting(request, line):
+    with Counting(request, line) as counted:
         caller = caller_of(request)
         caller.demand("inspect", line)
         options = _read_options(request)
-        found = find_for(caller, context, line, options.bundle_version, options.policy)
+        found = counted.found = find_for(caller, context, line, options.bundle_version, options.policy)
         caller.spend_frame()
         # No body is taken that can't be judged, or not in time.
         deadline_s, priority = _deadline_s(options), _PRIORITIES[options.priority]
@@ -98,9 +97,12 @@ async def inspect(request: Request, line: str) -> Response:
             upload = await receive_frame(request, limits, left_s, body)
             asked = _ask(request, line, options, upload)
             if not is_next:  # another version may have become live meanwhile, and what was found been closed
-                found = find_for(caller, context, line, options.bundle_version, options.policy)
+                found = counted.found = find_for(caller, context, line, options.bundle_version, options.policy)
             # Where receiving it let nobody else come first, what was found of the queue still holds.
-            inspection = await unless_left(request, context.pipeline.inspect_by(found, asked, is_hopeful=is_next))
+            inspecting = context.pipeline.inspect_by(
+                found, asked, is_hopeful=is_next, tell_digest=counted.noting_digest()
+            )
+            inspection = await unless_left(request, inspecting)
         return await (_picture if _wants_picture(request) else _answer)(context, inspection)
 
 
@@ -163,16 +165,17 @@ async def inspect_batch(request: Request, line: str) -> Response:
         caller = caller_of(request)
         caller.demand("inspect", line)
         options = _read_options(request)
-        find_for(caller, context, line, options.bundle_version, options.policy)  # no body is taken that can't be judged
+        # No body is taken that can't be judged.
+        counted.found = find_for(caller, context, line, options.bundle_version, options.policy)
         limits, left_s = context.settings.frame_limits, _time_left_s(request, options)
         most = context.settings.max_frames_per_request
         with context.body_of(caller, line) as body:
             uploads = await receive_frames(request, "frames", most, limits, left_s, body)
             counted.parts = [names_in(options, index) for index in range(len(uploads))]
-            frames = (_item(request, caller, line, options, upload, index) for index, upload in enumerate(uploads))
+            frames = (_item(request, counted, caller, line, options, *one) for one in enumerate(uploads))
             outcomes = await unless_left(request, _side_by_side(frames))
         # Written and counted together, as they are answered: whoever left has got none of them.
-        items = [_write_item(request, line, *one) for one in zip(counted.parts, outcomes, strict=True)]
+        items = [_write_item(request, line, counted, index, outcome) for index, outcome in enumerate(outcomes)]
     head = b'{"request_id":' + to_json(request_id_of(request)) + b',"items":['
     return Response(head + b",".join(items) + b"]}", media_type="application/json")
 
@@ -290,25 +293,35 @@ async def _picture(context: Context, inspection: Inspection) -> Response:
 
 
 async def _item(
-    request: Request, caller: Caller, line: str, options: InspectionOptions, upload: Upload | FlawlineError, index: int
+    request: Request,
+    counted: Counting,
+    caller: Caller,
+    line: str,
+    options: InspectionOptions,
+    index: int,
+    upload: Upload | FlawlineError,
 ) -> Inspection | FlawlineError:
     """Inspect one frame of several; what goes wrong with it stays with it."""
     try:
         frame, context = usable(upload), context_of(request)
         caller.spend_frame()
         found = find_for(caller, context, line, options.bundle_version, options.policy)
-        return await context.pipeline.inspect_by(found, _ask(request, line, options, frame, index))
+        asked = _ask(request, line, options, frame, index)
+        return await context.pipeline.inspect_by(found, asked, tell_digest=counted.noting_digest(index))
     except FlawlineError as error:
         return error
     except Exception as error:  # noqa: BLE001 - the outermost handler of this frame, so that no neighbour fails with it
         return unexpected(request, error)
 
 
-def _write_item(request: Request, line: str, part: PartNames, outcome: Inspection | FlawlineError) -> bytes:
+def _write_item(
+    request: Request, line: str, counted: Counting, index: int, outcome: Inspection | FlawlineError
+) -> bytes:
     """Write what became of one frame of several, and have it counted once the answer is on its way."""
     if isinstance(outcome, Inspection):
         return _encode(context_of(request), outcome)[0]
-    count_later(request, line, outcome.code, [part])
+    count_later(request, line, outcome.code, [counted.known_of(index)])
+    part = counted.part(index)
     return to_json(problem_document(outcome.code, outcome.sentence, request_id_of(request), line, part))
 
 

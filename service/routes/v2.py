@@ -189,9 +189,10 @@ async def infer(request: Request, model: str) -> Response:
             counted.parts = [{} if part_id is None else {"part_id": part_id} for part_id in asked.part_ids]
             for _ in asked.frames[1:]:
                 caller.spend_frame()
-            find_for(caller, context, model, bundle_version, asked.policy)  # which policy is named stands in the body
+            # Which policy is named stands in the body.
+            counted.found = find_for(caller, context, model, bundle_version, asked.policy)
             works = _works(request, model, bundle_version, asked)
-            inspections = await unless_left(request, _together(context, works))
+            inspections = await unless_left(request, _together(context, works, counted))
         return await _answer(request, asked, inspections)
 
 
@@ -311,9 +312,12 @@ def _works(
         )
 
 
-async def _together(context: Context, works: Iterable[InspectionRequest]) -> list[Inspection]:
+async def _together(context: Context, works: Iterable[InspectionRequest], counted: Counting) -> list[Inspection]:
     """Inspect every frame, and let the first fault end all of them, whose caller is still there."""
-    tasks = [asyncio.ensure_future(context.pipeline.inspect(work)) for work in works]
+    tasks = [
+        asyncio.ensure_future(context.pipeline.inspect(work, tell_digest=counted.noting_digest(index)))
+        for index, work in enumerate(works)
+    ]
     try:
         inspections = await asyncio.gather(*tasks)
     finally:

@@ -24,9 +24,9 @@ async def test_infer_when_another_policy_becomes_live_between_two_frames_then_it
     context.registry.load()
     inspect, one_by_one = context.pipeline.inspect, asyncio.Lock()
 
-    async def then_activate(work):
+    async def then_activate(work, **options):
         async with one_by_one:
-            inspection = await inspect(work)
+            inspection = await inspect(work, **options)
             await asyncio.to_thread(context.registry.activate_policy, "demo_line", "strict")
             return inspection
 

@@ -1,7 +1,9 @@
 """A part that has no verdict is found by the name that its caller gave it: in the answer, and in the log."""
 
+import hashlib
 import json
 import logging
+from base64 import b64encode
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +21,9 @@ NAMES = {"part_id": "0815", "view": "top", "sequence": 7}
 HEADERS = {"Content-Type": "image/png", "X-Part-Id": "0815", "X-View": "top", "X-Sequence": "7"}
 GOOD = encode(make_frame())
 CUT = GOOD[:-40]
+JUDGE = {"bundle_version", "bundle_digest", "policy_version", "policy_digest"}
+FRAMES = {"name": "encoded_frames", "shape": [1], "datatype": "BYTES", "parameters": {"content_type": "base64"}}
+ENCODED = {"inputs": [FRAMES | {"data": [b64encode(CUT).decode()]}]}
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,38 @@ def test_batch_when_one_frame_has_no_verdict_then_it_is_named_by_its_own_number(
     assert (good["verdict"], bad["verdict"]) == ("PASS", "NO_VERDICT")
     assert (_names_in(good), _names_in(bad)) == (NAMES, NAMES | {"sequence": 8})
     assert [_names_in(line) for line in logged()] == [NAMES | {"sequence": 8}]
+
+
+@pytest.mark.parametrize(
+    ("change", "members"),
+    [
+        ({"content": CUT}, JUDGE | {"frame_digest"}),
+        ({"headers": {"X-Deadline-Ms": "0.001"}}, JUDGE),
+        ({"url": "/v1/lines/unheard_of/inspect"}, set()),
+        ({"params": {"policy": "unheard_of"}}, set()),
+        ({"url": f"{INSPECT}-batch", "files": {"frames": ("1.png", CUT, "image/png")}}, JUDGE | {"frame_digest"}),
+        ({"url": "/v2/models/demo_line/infer", "json": ENCODED}, JUDGE | {"frame_digest"}),
+    ],
+    ids=["unreadable", "no time", "no line", "no policy", "batch", "v2"],
+)
+def test_log_when_a_frame_has_no_verdict_then_says_which_frame_and_what_was_to_judge_it(http, logged, change, members):
+    """Whoever asks why a part was stopped can tell the frame that is kept, and the version that could not judge it."""
+    judged = http.post(INSPECT, content=GOOD, headers={"Content-Type": "image/png"}).json()
+    body = {} if change.keys() & {"files", "json"} else {"content": GOOD, "headers": {"Content-Type": "image/png"}}
+    request = {"url": INSPECT} | body | {name: value for name, value in change.items() if name != "headers"}
+    request["headers"] = request.get("headers", {}) | change.get("headers", {})
+
+    http.post(**request)
+
+    [line] = logged()
+    expected = {
+        "bundle_version": judged["bundle"]["version"],
+        "bundle_digest": judged["bundle"]["digest"],
+        "policy_version": judged["policy"]["version"],
+        "policy_digest": judged["policy"]["digest"],
+        "frame_digest": hashlib.sha256(CUT).hexdigest(),
+    }
+    assert {name: line[name] for name in expected if name in line} == {name: expected[name] for name in members}
 
 
 def test_infer_when_frames_have_no_verdict_then_the_log_names_each_part(http, logged):
