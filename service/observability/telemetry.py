@@ -393,6 +393,8 @@ class Telemetry:
         self._model_labels: dict[str, tuple[str, ...]] = {}
         self._tallies: dict[tuple[str, str], Tally] = {}
         self._measured_at: dict[str, float] = {}
+        # What served a line last, and how far the line had moved by then: one that makes room for others comes back.
+        self._last_drifts: dict[str, tuple[tuple[str, ...], LineDrift]] = {}
         self._depths: dict[str, Depth] = {}
         self._no_verdicts = _Children(self._no_verdict)
         self._served: dict[str, list[str]] = {}  # versions of each line, the last one last
@@ -480,6 +482,8 @@ class Telemetry:
     ) -> None:
         """Record what serves a line from now on, and forget what served it before.
 
+        How far a line has moved is measured on where the same serves it again that did so last.
+
         Args:
             line: its name.
             version: of the bundle.
@@ -491,10 +495,14 @@ class Telemetry:
         before = self._model_labels.get(line)
         if before is not None:
             self._model_info.remove(*before)
-        self._model_labels[line] = (line, version, digest, policy, device)
-        self._model_info.labels(*self._model_labels[line]).set(1)
+        self._model_labels[line] = labels = (line, version, digest, policy, device)
+        self._model_info.labels(*labels).set(1)
         self._forget_old_versions(line, version)
-        self._drifts.by_line[line] = LineDrift(None if calibration is None else ScoreDrift(calibration))
+        judged_by, drift = self._last_drifts.get(line, ((), None))
+        if drift is None or judged_by != labels or (drift.scores is None) != (calibration is None):
+            drift = LineDrift(None if calibration is None else ScoreDrift(calibration))
+        self._drifts.by_line[line] = drift
+        self._last_drifts[line] = labels, drift
 
     def line_leaves(self, line: str) -> None:
         """Forget what served a line, where nothing does any more, and what was told of its last frames."""

@@ -344,6 +344,22 @@ def test_series_when_a_line_leaves_then_its_gauges_go_and_its_counts_stay(teleme
     assert telemetry.statistics("demo_line", "4")["inference_stats"]["fail"]["count"] == 1
 
 
+@pytest.mark.parametrize(("digest", "is_kept"), [("d", True), ("e", False)], ids=["same version", "another one"])
+def test_drift_when_a_line_that_made_room_comes_back_then_it_is_measured_on_from_where_it_was(
+    telemetry, digest, is_kept
+):
+    """A line that comes and goes would never have the fifty frames that a figure takes."""
+    calibrated = np.linspace(0, 0.1, 100, dtype=np.float32)
+    calibration = Calibration.from_good_parts(calibrated, calibrated, 0.0)
+    for served in ("d", digest):
+        telemetry.line_leaves("demo_line")
+        telemetry.line_serves("demo_line", "4", served, "1", "cpu", calibration)
+        for _ in range(30):
+            telemetry.inspected(make_inspection(), encode_s=0.0, total_s=0.1, answered_at=ANSWERED_AT)
+
+    assert ('flawline_score_psi{line="demo_line"}' in metrics(telemetry)) is is_kept
+
+
 def test_series_when_a_line_begins_then_none_is_not_a_number(telemetry):
     """One NaN in a day's history makes NaN of its mean, and the alerts that compare with it blind for that day."""
     calibrated = np.linspace(0, 0.1, 100, dtype=np.float32)
