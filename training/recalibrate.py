@@ -26,7 +26,7 @@ from service.contract.golden import read_golden
 from service.contract.policy import Policy
 from service.contract.tiling import by_tiles
 from service.errors import CalibrationRefused, ParameterInvalid
-from training.bundling.bundles import bundle_files, verify_bundle
+from training.bundling.bundles import bundle_files
 from training.bundling.export import GraphRun
 from training.bundling.fitted_frames import (
     carry_fitted_frames_over,
@@ -400,7 +400,7 @@ def recalibrate(
         store,
         again,
         files,
-        check=lambda place: verify_bundle(place, graph),
+        graph,
         page=lambda version: render(report, version),
     )
     return path, report

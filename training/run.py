@@ -31,7 +31,6 @@ from training.bundling.bundles import (
     output_of,
     tell_facts,
     tell_line_facts,
-    verify_bundle,
 )
 from training.bundling.export import DetectorRun, GraphRun, check_parity, export_graph
 from training.bundling.fitted_frames import fitted_frames_file
@@ -204,7 +203,7 @@ def train(
             request.store,
             manifest,
             files,
-            check=lambda path: verify_bundle(path, graph),
+            graph,
             page=lambda version: render(report, version, drawings),
         )
     except (StoreRefused, StoreFailed) as fault:

@@ -17,14 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from models import DETECTORS
-from service.contract.bundle import BackboneRecord, Bundle, DataRecord, LineRecord, Manifest, OutputSpec, ParityRecord
+from service.contract.bundle import BackboneRecord, DataRecord, LineRecord, Manifest, OutputSpec, ParityRecord
 from service.contract.frames import fit_to_input
 from service.contract.geometry import InputSpec
 from service.contract.graph import opset_of
 from service.contract.policy import Policy, ScoreRule, spread_of
 from service.contract.tiling import Run, by_tiles
 from service.errors import FrameNotComparable
-from training.bundling.bundles import bundle_files, output_of, tell_input, verify_bundle
+from training.bundling.bundles import bundle_files, output_of, tell_input
 from training.bundling.export import DetectorRun, GraphRun, check_parity, export_graph
 from training.bundling.fitted_frames import write_fitted_frames
 from training.bundling.store import probe_store, publish
@@ -162,13 +162,10 @@ def make_zero_shot(request: ZeroShotRequest, reporter: Reporter) -> Path:
     if request.fitted_for is None:  # nothing was fitted; of other lines' frames only their run knew
         files |= write_fitted_frames(())
 
-    def check(path: Path) -> Bundle:
-        return verify_bundle(path, graph)
-
     def page(version: str) -> str:
         return _render(made, version)
 
-    return publish(request.store, _make_manifest(made), files, check, page)
+    return publish(request.store, _make_manifest(made), files, graph, page)
 
 
 def zero_shot_config(fitted: RunConfig) -> RunConfig:

@@ -1,4 +1,4 @@
-"""What a run says of itself in the bundle: manifest, facts of the report, files, and the last look before publishing.
+"""What a run says of itself in the bundle: manifest, facts of the report, and files.
 
 Comes after the report and before the store.
 """
@@ -16,7 +16,6 @@ from service.contract.bundle import (
     MODEL_FILE,
     POLICY_FILE,
     BackboneRecord,
-    Bundle,
     DataRecord,
     LabelledDefectsRecord,
     LineRecord,
@@ -24,11 +23,9 @@ from service.contract.bundle import (
     OutputSpec,
     ParityRecord,
     line_file,
-    load_bundle,
 )
 from service.contract.calibration import Calibration
 from service.contract.geometry import InputSpec
-from service.contract.golden import read_golden, replay
 from service.contract.graph import opset_of
 from service.contract.policy import Policy, ScoreRule
 from service.contract.tiling import Run, cut_tiles
@@ -246,17 +243,6 @@ def bundle_files(
             files[line_file(line, lines, CALIBRATION_FILE)] = calibrations[line].to_bytes()
         files[line_file(line, lines, POLICY_FILE)] = policies[line].model_dump_json(indent=2).encode() + b"\n"
     return files
-
-
-def verify_bundle(path: Path, run: Run) -> Bundle:
-    """Read a bundle as the service will, and replay its golden set.
-
-    Raises:
-        BundleRefused: if the service would refuse it.
-    """
-    bundle = load_bundle(path)
-    replay(bundle, read_golden(bundle), run)
-    return bundle
 
 
 def _line_record(line: MeasuredLine, config: RunConfig) -> LineRecord:

@@ -1,7 +1,9 @@
 """Writes a bundle into the store: under a hidden temporary name first, renamed into place last.
 
-Readers never see half a bundle, because a rename is all or nothing. Publishers need no lock either: a version number
-belongs to whoever renames first, and the other one seals again under the next number.
+Readers never see half a bundle, because a rename is all or nothing, nor one that the service would refuse: what was
+written is read and its golden set replayed before it is renamed, so that nobody can publish what was not verified.
+Publishers need no lock either: a version number belongs to whoever renames first, and the other one seals again under
+the next number.
 """
 
 import errno
@@ -12,7 +14,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from service.contract.bundle import REPORT_FILE, Manifest, seal, versions_of
+from service.contract.bundle import REPORT_FILE, Manifest, load_bundle, seal, versions_of
+from service.contract.golden import read_golden, replay
+from service.contract.tiling import Run
 
 # Begins with a dot, which no version does; `versions_of` passes over it.
 _TEMPORARY_PREFIX = ".publishing-"
@@ -58,7 +62,7 @@ def publish(
     store: Path,
     manifest: Manifest,
     files: Mapping[str, bytes],
-    check: Callable[[Path], object] | None = None,
+    graph: Run,
     page: Callable[[str], str] | None = None,
 ) -> Path:
     """Seal a bundle under the next free version of its name and put it into the store.
@@ -67,7 +71,7 @@ def publish(
         store: root of all names; made where it is missing.
         manifest: its `version` and `files` are replaced.
         files: contents by relative path, all but the manifest and its sidecar.
-        check: looks at the complete bundle under its temporary name; what it raises keeps the bundle out of the store.
+        graph: answers the golden set, before the bundle gets its name.
         page: returns the report, given the version that the bundle gets; None where `files` holds it.
 
     Returns:
@@ -76,9 +80,10 @@ def publish(
     Raises:
         StoreRefused: if it can't be a store.
         StoreFailed: if the machine can't write it.
+        BundleRefused: if the service would refuse the bundle, as it lies on the disk; then the store is as it was.
     """
     try:
-        return _publish(store / manifest.name, manifest, files, check, page)
+        return _publish(store / manifest.name, manifest, files, graph, page)
     except OSError as error:
         raise _fault_of(error, store) from error
 
@@ -87,7 +92,7 @@ def _publish(
     directory: Path,
     manifest: Manifest,
     files: Mapping[str, bytes],
-    check: Callable[[Path], object] | None,
+    graph: Run,
     page: Callable[[str], str] | None,
 ) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
@@ -97,7 +102,7 @@ def _publish(
         temporary.chmod(0o755)  # mkdtemp makes it private, but the server may run as another user
         for relative, data in files.items():
             _write(temporary / relative, data)
-        return _rename_into_place(temporary, directory, manifest, files, check, page)
+        return _rename_into_place(temporary, directory, manifest, files, graph, page)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -107,7 +112,7 @@ def _rename_into_place(
     directory: Path,
     manifest: Manifest,
     files: Mapping[str, bytes],
-    check: Callable[[Path], object] | None,
+    graph: Run,
     page: Callable[[str], str] | None,
 ) -> Path:
     number = 0
@@ -119,8 +124,8 @@ def _rename_into_place(
             _write(temporary / relative, sealed[relative])
         for folder in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
             _sync_directory(folder)
-        if check is not None:
-            check(temporary)
+        written = load_bundle(temporary)
+        replay(written, read_golden(written), graph)
         final = directory / str(number)
         try:
             temporary.rename(final)

@@ -3,22 +3,22 @@
 import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from service.contract.bundle import Manifest, load_bundle, versions_of
-from tests.factories import bundle_files
+from service.errors import BundleRefused
+from tests.factories import bundle_files, make_runner
 from training.bundling.store import StoreFailed, StoreRefused, probe_store, publish
 
 
 @pytest.fixture(scope="module")
 def parts():
-    """A manifest and the files of a small bundle, without manifest and sidecar."""
+    """A manifest, the files of a small bundle without manifest and sidecar, and its graph at work."""
     files = bundle_files()
     manifest = Manifest.model_validate_json(files.pop("manifest.json"))
     del files["manifest.sha256"]
-    return manifest, files
+    return manifest, files, make_runner(files["model.onnx"])
 
 
 def test_publish_when_versions_exist_then_takes_the_next_number(tmp_path, parts):
@@ -42,15 +42,31 @@ def test_publish_when_many_at_once_then_each_gets_a_whole_bundle_of_its_own(tmp_
     assert [load_bundle(path).manifest.version for path in paths] == [path.name for path in paths]
 
 
-def test_publish_when_the_last_look_fails_then_leaves_nothing(tmp_path, parts):
-    """What the check raises keeps the bundle out, and no temporary name stays."""
+def test_publish_when_the_graph_answers_otherwise_than_its_golden_set_then_leaves_nothing(tmp_path, parts):
+    """The service would refuse the bundle, so it gets no name in the store, and no temporary name stays."""
+    manifest, files, graph = parts
 
-    def refuse(path: Path) -> None:
-        assert load_bundle(path).manifest.version == "1"
-        raise ValueError("no")
+    def another(frames, line_index):
+        scores, maps = graph(frames, line_index)
+        return scores + 1, maps + 1
 
-    with pytest.raises(ValueError, match="no"):
-        publish(tmp_path, *parts, check=refuse)
+    with pytest.raises(BundleRefused, match="golden"):
+        publish(tmp_path, manifest, files, another)
+
+    assert list((tmp_path / "demo_line").iterdir()) == []
+
+
+def test_publish_when_the_disk_keeps_something_else_then_leaves_nothing(tmp_path, parts, monkeypatch):
+    """What lies on the disk is looked at, and not what was meant to lie there."""
+
+    def write_a_little_less(path, data):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data[:-1] if path.name == "calibration.npz" else data)
+
+    monkeypatch.setattr("training.bundling.store._write", write_a_little_less)
+
+    with pytest.raises(BundleRefused, match=r"calibration\.npz"):
+        publish(tmp_path, *parts)
 
     assert list((tmp_path / "demo_line").iterdir()) == []
 
