@@ -10,15 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from models import DETECTORS
+from models.backbones import untrained_weights
 from models.detector import Recipe
 from service.contract.bundle import MetricRecord, load_bundle
 from service.errors import ParameterInvalid, UnreadableFrame
 from tests.factories import encode, make_frame, make_graph
 from tests.tiny_detectors import TINY
 from tests.tiny_line import DEFECTS, TEST_GOOD, make_config, write_line
+from training.backbones.weights import UNTRAINED, resolve_weights
 from training.commands.compare_jobs import Wishes, compare_detectors
+from training.comparison import compare
 from training.comparison.compare import (
     Cell,
     CellFailed,
@@ -36,6 +40,7 @@ from training.comparison.compare import (
     sources_digest,
 )
 from training.comparison.page import (
+    TABLE_COLUMNS,
     Result,
     Settings,
     as_good_as_best,
@@ -45,12 +50,13 @@ from training.comparison.page import (
     stands_above_control,
     table_rows,
 )
-from training.comparison.speed import measure_speed
+from training.comparison.speed import GraphSpeed, measure_speed
 from training.config import ConfigFault, RunConfig
 from training.data.samples import DatasetFault
 from training.measuring.metrics import auroc
 from training.measuring.peaks import mask_without_rim
 from training.progress import SilentReporter
+from training.reporting.report import VerdictRow
 
 
 def _tiny(variant):
@@ -120,7 +126,9 @@ def compared(line, tmp_path_factory):
     fitted = CellPlan("bottle", line, _tiny("inp_former-cnn"), region_of_interest=mask)
     greedy = CellPlan("bottle", line, _tiny("st_mae").model_copy(update={"fail_rate": 1e-4}))
     plans = [fitted, control_of(fitted), greedy]
-    means = Means(tmp_path_factory.mktemp("cells"), weights="untrained", device="cpu", speed_s=0.0)
+    weights = tmp_path_factory.mktemp("weights") / "mine.safetensors"
+    save_file(untrained_weights(fitted.config.backbone, seed=5), weights)
+    means = Means(tmp_path_factory.mktemp("cells"), weights=weights, device="cpu", speed_s=0.0)
     return plans, means, list(complete(plans, means, SilentReporter()))
 
 
@@ -148,6 +156,40 @@ def test_complete_when_a_region_of_interest_is_given_then_the_cell_is_of_that_re
     assert bundle.policies["bottle"].region_of_interest is not None
     assert _digest(plans[0], means) == cell.digest
     assert _digest(dataclasses.replace(plans[0], region_of_interest=None), means) != cell.digest
+
+
+def test_complete_when_a_cell_is_a_control_then_its_backbone_is_untrained_whatever_weights_are_given(compared):
+    """A control with trained features would make every detector look as if it had learnt little."""
+    plans, means, (cell, control, *_) = compared
+    untrained = resolve_weights(plans[1].config.backbone, UNTRAINED, seed=plans[1].config.seed)
+
+    assert cell.backbone_digest == hashlib.sha256(means.weights.read_bytes()).hexdigest()
+    assert control.backbone_digest == untrained.digest
+
+
+def test_digest_when_anything_that_a_cell_depends_on_is_another_then_so_is_the_cell(line, tmp_path, monkeypatch):
+    """No figure is shown of other frames, weights, sources or seeds than those that it was measured with."""
+    plan, means = CellPlan("bottle", line, _tiny("inp_former-cnn")), Means(tmp_path)
+    files = []
+    for seed in (1, 2):
+        files.append(tmp_path / f"{seed}.safetensors")
+        save_file(untrained_weights(plan.config.backbone, seed), files[-1])
+    other = shutil.copytree(line, tmp_path / "bottle")
+    (other / "test/good/000.png").write_bytes(encode(make_frame(72, 80, seed=900)))
+    first = dataclasses.replace(means, weights=files[0])
+
+    digests = [
+        _digest(plan, first),
+        _digest(dataclasses.replace(plan, folder=other), first),
+        _digest(dataclasses.replace(plan, kind="control"), first),
+        _digest(dataclasses.replace(plan, config=plan.config.model_copy(update={"seed": 3})), first),
+        _digest(plan, dataclasses.replace(means, weights=files[1])),
+    ]
+    monkeypatch.setattr("training.comparison.compare.sources_digest", lambda _: "of tomorrow")
+    digests.append(_digest(plan, first))
+
+    assert len(set(digests)) == len(digests)
+    assert _digest(control_of(plan), first) == _digest(control_of(plan), dataclasses.replace(means, weights=files[1]))
 
 
 def test_complete_when_a_cell_is_a_control_then_its_bundle_is_not_kept(compared):
@@ -259,15 +301,38 @@ def test_sources_digest_when_detectors_differ_then_it_differs():
     assert digests == {name: sources_digest(name) for name in DETECTORS}
 
 
+def test_sources_digest_when_code_that_a_detector_imports_changes_then_so_does_it(monkeypatch):
+    """A block is as much of a detector as its own file; what is said about it is not."""
+    read = compare._source
+    sources = {}
+
+    def source(module):
+        sources.setdefault(module, read(module))
+        return sources[module]
+
+    monkeypatch.setattr(compare, "_source", source)
+    before = sources_digest("inp_former")
+    block = next(module for module in sources if module.startswith("models.blocks."))
+
+    sources[block] += b"\n# a comment\n"
+    assert sources_digest("inp_former") == before
+    sources[block] += b"\nANOTHER = 1\n"
+    assert sources_digest("inp_former") != before
+
+
 def test_resamples_when_drawn_then_they_lie_round_the_figure():
     """The draws' mean is the AUROC, and equal seeds draw equal frames."""
-    rng = np.random.default_rng(0)
-    cell = _cell(rng.normal(0, 1, 60).tolist(), rng.normal(1, 1, 50).tolist())
+    rng = np.random.default_rng(0)  # rounded, so that there are ties
+    cell, other = (
+        _cell(rng.normal(0, 1, 60).round().tolist(), rng.normal(1, 1, 50).round().tolist()) for _ in range(2)
+    )
 
     draws = auroc_resamples([cell])
 
     assert abs(draws.mean() - cell.metrics["i_auroc"].value) < 0.01
     np.testing.assert_array_equal(draws, auroc_resamples([cell]))
+    of_both = (draws + auroc_resamples([other])) / 2
+    np.testing.assert_allclose(auroc_resamples([cell, other]), of_both)
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(2.0, True), (0.0, False)], ids=["clearly better", "no better"])
@@ -345,6 +410,63 @@ def test_table_when_a_detector_failed_then_it_is_told_after_the_others(compared)
 
     assert [row[0] for row in rows] == ["inp_former", "st_mae"]
     assert rows[1][1].startswith("failed: ")
+
+
+def test_table_when_shown_then_every_figure_stands_under_its_name():
+    """Nobody takes the share of stopped good parts for that of found defects."""
+    figures = {name: MetricRecord(value=value) for name, value in (("i_ap", 0.81), ("p_auroc", 0.82), ("aupro", 0.83))}
+    cell = _cell([0.0, 1.0, 2.0, 3.0], [4.0, 2.5, 5.0, 6.0])
+    rows = [
+        ("good, held out", True, 0, 0, 9),
+        ("good", True, 6, 3, 1),
+        ("dent", False, 1, 1, 1),
+        ("cut", False, 0, 0, 1),
+    ]
+    verdicts = tuple(
+        VerdictRow(kind=kind, is_good=is_good, passed=passed, review=review, failed=failed)
+        for kind, is_good, passed, review, failed in rows
+    )
+    speed = GraphSpeed(cpu_ms=12.5, wall_ms=99.0, repeats=15, cpu="a", operators=())
+    update = {"metrics": cell.metrics | figures, "verdicts": verdicts, "speed": speed}
+    control = _cell([0.0, 1.0, 2.0, 3.0], [0.5, 1.5, 2.5, 3.5], kind="control")
+
+    (row,) = table_rows([dataclasses.replace(_result("dadf", cell.model_copy(update=update)), control=control)])
+
+    told = {name: text.replace("\u00a0", " ") for name, text in zip(TABLE_COLUMNS, row, strict=True)}
+    assert told.pop("95 %") == "-"
+    assert told == {
+        "detector": "dadf",
+        "I-AUROC": "93.8 %",
+        "control": "62.5 %",
+        "I-AP": "81.0 %",
+        "P-AUROC": "82.0 %",
+        "AUPRO": "83.0 %",
+        "defects stopped": "75.0 %",
+        "good stopped": "40.0 %",
+        "fit": "2 min",
+        "trained / all": "1.00 M / 2.00 M",
+        "graph": "1.0 MiB",
+        "ms a frame": "12.5",
+    }
+
+
+def test_pair_controls_when_there_are_several_lines_and_detectors_then_each_has_its_own():
+    """A detector is held against the control on the very line, of the very method."""
+    plans, cells = [], []
+    for line in ("bottle", "cap"):
+        for detector in ("inp_former", "dadf"):
+            for kind in ("fitted", "control"):
+                config = make_config().model_copy(update={"detector": detector})
+                plans.append(CellPlan(line, Path(), config, kind=kind))
+                cells.append(_cell([0.0], [1.0], line=line, detector=detector, kind=kind))
+
+    results = pair_controls(cells[::-1], plans[::-1])
+
+    assert len(results) == 4
+    for result in results:
+        of = (result.plan.line, result.plan.config.detector)
+        assert (result.cell.line, result.cell.detector, result.cell.kind) == (*of, "fitted")
+        assert (result.control.line, result.control.detector, result.control.kind) == (*of, "control")
 
 
 def test_read_cells_when_a_file_is_of_another_kind_then_it_is_passed_over(tmp_path):
