@@ -278,11 +278,19 @@ def _views_of_five(folder, copies=0):
 
 
 @pytest.mark.parametrize(
-    ("group_by", "words"), [(None, "25 are held out;"), (r"^(s\d)", "5 are held out, in 25 frames")]
+    ("of_run", "group_by", "words"),
+    [
+        (None, None, "25 are held out;"),
+        (None, r"^(s\d)", "5 are held out, in 25 frames"),
+        (r"^(s\d)", None, "5 are held out, in 25 frames"),
+        (r"^(s\d)", ".*", "25 are held out;"),
+    ],
 )
-def test_calibrate_command_when_frames_are_views_then_a_pattern_says_so(tmp_path, group_by, words):
-    """Frames of a folder each count as a part, unless a pattern finds in their names which part they show."""
-    bundle, good = make_bundle(tmp_path / "store"), _views_of_five(tmp_path / "good", copies=3)
+def test_calibrate_command_when_frames_are_views_then_a_pattern_says_so(tmp_path, of_run, group_by, words):
+    """Frames of a folder each count as a part, unless a pattern, or the run's own, finds which part a name is of."""
+    hyperparameters = {} if of_run is None else {"hold_out": {"rule": "groups", "group_by": of_run}}
+    bundle = make_bundle(tmp_path / "store", hyperparameters=hyperparameters)
+    good = _views_of_five(tmp_path / "good", copies=3)
     options = [] if group_by is None else ["--group-by", group_by]
 
     done = CliRunner().invoke(commands, ["calibrate", str(bundle), str(good), "--fail-rate", "0.03", *options])

@@ -127,9 +127,8 @@ def test_calibrate_when_it_ends_then_the_manifest_says_what_set_the_thresholds(f
     assert {data.calibration_frames.digest, first.digest} <= set(re.findall("[0-9a-f]{64}", page))
 
 
-def test_calibrate_when_test_frames_are_given_then_the_manifest_names_them(first, good, tmp_path):
-    """New figures are of the frames that were given, which need not be those of the run."""
-    line = tmp_path / "july"
+def _july(folder):
+    line = folder / "july"
     for kind, is_defect in (("good", False), ("square", True)):
         (line / "test" / kind).mkdir(parents=True)
         for index in range(3):
@@ -137,6 +136,38 @@ def test_calibrate_when_test_frames_are_given_then_the_manifest_names_them(first
             (line / "test" / kind / f"{index}.png").write_bytes(encode(frame))
     (line / "train/good").mkdir(parents=True)
     (line / "train/good/0.png").write_bytes(encode(make_frame(seed=300)))
+    return line
+
+
+def test_calibrate_when_it_ends_then_the_tables_tell_the_verdicts_and_promises_of_the_new_bundle(first, good, tmp_path):
+    """Whoever reads the terminal takes no average for a bound, and no part to be looked at for one that failed."""
+    rates = {"review": 0.4, "fail": 0.1}
+    options = [f"--{name}-rate={rate}" for name, rate in rates.items()]
+    arguments = ["calibrate", str(first.path), str(good), "--line-folder", str(_july(tmp_path)), *options]
+
+    done = CliRunner().invoke(commands, arguments)
+
+    rows = [line.split(" | ") for line in done.output.splitlines()]
+    again = load_bundle(first.path.parent / "2")
+    policy, calibration = again.policies["demo_line"], again.calibrations["demo_line"]
+    reviewed = sum(policy.review_threshold <= score < policy.fail_threshold for score in calibration.scores)
+    failed = sum(score >= policy.fail_threshold for score in calibration.scores)
+    assert 0 < failed < reviewed
+    assert ["frames", "PASS", "REVIEW", "FAIL"] in rows
+    assert ["good, held out", *map(str, (GOOD - reviewed - failed, reviewed, failed))] in rows
+    assert ["square", "0", "0", "3"] in rows
+    assert ["from", "score", "good parts stopped, on average", "with 95 % confidence"] in rows
+    for name, rate in rates.items():
+        promise = calibration.threshold(rate)
+        assert promise.false_reject_rate < promise.bound
+        told = f"{promise.value:.4g}", f"{100 * promise.false_reject_rate:.3g} %", f"{100 * promise.bound:.3g} %"
+        assert [name, *told] in rows
+    assert ["i_auroc", "100.0 %"] in [row[:2] for row in rows]
+
+
+def test_calibrate_when_test_frames_are_given_then_the_manifest_names_them(first, good, tmp_path):
+    """New figures are of the frames that were given, which need not be those of the run."""
+    line = _july(tmp_path)
 
     measured = _calibrate(first, good, "--line-folder", line)
     carried = _calibrate(measured, good)
@@ -383,6 +414,22 @@ def test_evaluate_when_test_frames_were_fitted_on_then_it_says_how_many(tmp_path
 
     assert done.exit_code == 0, done.output
     assert "The detector was fitted on 2 of the 3 test frames" in re.sub(r"\s+", " ", done.output)
+
+
+def test_evaluate_when_a_frame_shows_no_picture_then_it_is_counted_as_the_service_would(tmp_path):
+    """A black frame gets no verdict from a camera, so evaluation, whose policy would pass it, gives it none either."""
+    bundle = make_bundle(tmp_path / "store", policy={"review_threshold": 90.0, "fail_threshold": 90.0})
+    black = np.zeros_like(make_frame())
+    for name, pixels in (("train/good/0", make_frame()), ("test/good/0", make_frame(seed=9)), ("test/good/1", black)):
+        (tmp_path / "line" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "line" / f"{name}.png").write_bytes(encode(pixels))
+    figures = tmp_path / "figures.json"
+
+    done = CliRunner().invoke(commands, ["evaluate", str(bundle), str(tmp_path / "line"), "--output", str(figures)])
+
+    assert done.exit_code == 0, done.output
+    told = json.loads(figures.read_text())
+    assert told["verdicts"]["good"] == {"PASS": 1, "REVIEW": 0, "FAIL": 0, "NO_VERDICT": 1}
 
 
 def test_evaluate_when_one_line_of_several_is_named_then_its_frames_are_judged_as_that_line(tmp_path):

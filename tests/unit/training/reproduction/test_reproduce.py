@@ -11,9 +11,11 @@ import pytest
 import torch
 import yaml
 from pydantic import ValidationError
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from models import DETECTORS
+from models.backbones import untrained_weights
 from service.contract.bundle import MetricRecord
 from service.errors import ParameterInvalid
 from tests.shared_material import require_shared
@@ -27,9 +29,25 @@ from training.data.samples import DatasetFault
 from training.fitting.fit import FitStopped
 from training.progress import SilentReporter
 from training.reproduction.measure import Equipment
-from training.reproduction.pages import differences_of_configuration, summarise, to_html, to_markdown
+from training.reproduction.pages import (
+    COMPARISON_COLUMNS,
+    comparison_rows,
+    differences_of_configuration,
+    summarise,
+    to_html,
+    to_markdown,
+)
 from training.reproduction.published import PublishedDetector, read_published
-from training.reproduction.reproduce import Cell, CellFailed, Plan, cell_path, plan_lines, read_cell, reproduce
+from training.reproduction.reproduce import (
+    Cell,
+    CellFailed,
+    Plan,
+    _digest,
+    cell_path,
+    plan_lines,
+    read_cell,
+    reproduce,
+)
 
 _GOOD = 8
 _UNTRAINED = Equipment(weights="untrained", device="cpu")
@@ -123,6 +141,35 @@ def test_reproduce_with_another_configuration_measures_anew(dataset, finished, t
     again = reproduce(_plan(dataset, wanted=["bottle"], config=_brief(steps=3)), _UNTRAINED, copy, SilentReporter())
 
     assert again[0].digest != cells[0].digest
+
+
+def test_digest_of_a_model_is_another_where_anything_is_that_it_depends_on(dataset, tmp_path, monkeypatch):
+    """No figure is shown of other files, weights, sources, seeds or settings than those that it was measured with."""
+    root = shutil.copytree(dataset, tmp_path / "set")
+    plan = _plan(root, wanted=["bottle"])
+    files = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    for seed, file in enumerate(files):
+        save_file(untrained_weights(plan.config.backbone, seed), file)
+
+    def digest(setting="single-class", config=plan.config, weights=files[0]):
+        return _digest(plan.lines, setting, config, Equipment(weights))
+
+    digests = [
+        digest(),
+        digest(setting="multi-class"),
+        digest(config=plan.config.model_copy(update={"seed": 9})),
+        digest(config=plan.config.model_copy(update={"evaluation_resolution": "model"})),
+        digest(weights=files[1]),
+    ]
+    (root / "bottle/test/good/000.png").unlink()
+    digests.append(digest())
+    with next((root / "bottle/ground_truth/square").glob("*4_mask.png")).open("ab") as mask:
+        mask.write(b"more")
+    digests.append(digest())
+    monkeypatch.setattr("training.reproduction.reproduce.sources_digest", lambda _: "of tomorrow")
+    digests.append(digest())
+
+    assert len(set(digests)) == len(digests)
 
 
 def test_reproduce_when_stopped_keeps_what_is_finished_and_goes_on_where_it_stood(dataset, finished, tmp_path):
@@ -293,7 +340,12 @@ def test_summarise_of_a_complete_set_puts_the_mean_beside_the_published_one(tmp_
     """The mean of every seed goes into the mean over seeds, with its spread, its source and the difference."""
     plan = _whole_plan(tmp_path, seeds=(1, 2))
     names = BENCHMARKS["mvtec_ad"].categories
-    cells = [_cell(name, seed, i_auroc=0.9 + seed / 100) for seed in (1, 2) for name in names]
+    middle = len(names) // 2  # categories differ, so that no other mean is the same
+    cells = [
+        _cell(name, seed, i_auroc=0.9 + seed / 100 + (place - middle) / 1000)
+        for seed in (1, 2)
+        for place, name in enumerate(names)
+    ]
 
     found = summarise(plan, cells, "mvtec", [])
 
@@ -303,6 +355,22 @@ def test_summarise_of_a_complete_set_puts_the_mean_beside_the_published_one(tmp_
     assert mean.ours.spread == pytest.approx(0.5**0.5)
     assert (mean.published, mean.source) == (98.3, "arXiv:2303.17882, abstract")
     assert any("best on the test frames" in text for text in mean.differs)
+    row = ("mean over all 15 categories", "I-AUROC", "91.50 ± 0.71", "98.3", "-6.80", mean.source)
+    assert comparison_rows([mean]) == [row]
+    assert dict(zip(COMPARISON_COLUMNS, row, strict=True))["ours minus published"] == "-6.80"
+
+
+@pytest.mark.parametrize("setting", ["single-class", "multi-class", "2-shot"])
+@pytest.mark.parametrize("detector", sorted(DETECTORS))
+def test_summarise_when_a_paper_has_several_settings_then_compares_with_that_of_the_run(tmp_path, detector, setting):
+    """One model for each category is easier than one for all, so figures of another setting say nothing of ours."""
+    plan = replace(_whole_plan(tmp_path, detector=detector), setting=setting)
+    of_setting = [row for row in read_published()[detector].figures if (row.data, row.setting) == (plan.data, setting)]
+
+    found = summarise(plan, [], "mvtec", [])
+
+    shown = {(row.metric, row.published) for row in (*found.means, *found.by_category) if row.published is not None}
+    assert shown == {value for row in of_setting for value in row.values.items()}
 
 
 @pytest.mark.parametrize(
