@@ -142,6 +142,21 @@ class LiveLine:
             raise UnknownPolicy("The policy that was chosen for this version is gone; name another one.")
         raise UnknownPolicy("The line has no policy of this version; leave it out to take the default one.")
 
+    @property
+    def card(self) -> "LineCard":
+        """What is told of it."""
+        bundle = self.bundle
+        return LineCard(
+            self.name,
+            bundle.manifest,
+            bundle.digest,
+            bundle.device,
+            bundle.provider,
+            bundle.precision,
+            self.default_policy,
+            self.gives_verdicts,
+        )
+
     def may_be_judged_by(self, policy: LivePolicy) -> bool:
         """Tell whether a policy may give a verdict here: most need a calibration."""
         return may_judge(policy.policy, is_calibrated=self.calibration is not None)
@@ -149,6 +164,31 @@ class LiveLine:
     def calibration_for(self, policy: Policy) -> Calibration | None:
         """Return the calibration where it speaks of a policy's scores; None where nothing is promised of them."""
         return self.calibration if scores_alike(policy, self.policies[self.own_policy].policy) else None
+
+
+@dataclass(frozen=True, eq=False)
+class LineCard:
+    """What is told of a line to whoever only asks; it is as true of one that made room for others and comes back.
+
+    Attributes:
+        name: of the line.
+        manifest: of the bundle that serves it.
+        digest: of that bundle.
+        device: where its engine runs.
+        provider: what runs it there.
+        precision: what it computes in.
+        default_policy: version of the policy that judges where the caller names none.
+        gives_verdicts: whether frames that name no policy may get a verdict.
+    """
+
+    name: str
+    manifest: Manifest
+    digest: str
+    device: str
+    provider: str
+    precision: str
+    default_policy: str
+    gives_verdicts: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,6 +242,7 @@ class LineStatus:
         state: `ready` lines are served, others are not.
         reason: why it is not ready, or why it is and gives no verdict, in a sentence.
         live: what serves it, once it was loaded.
+        card: of a line that is not in memory, what was told of it when it last was; None where that says nothing of it.
     """
 
     line: str
@@ -209,6 +250,7 @@ class LineStatus:
     state: LineState
     reason: str | None
     live: LiveLine | None
+    card: LineCard | None = None
 
 
 @dataclass(frozen=True)

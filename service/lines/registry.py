@@ -163,7 +163,7 @@ class Registry(LoadedVersions):
         missed = [status for status in self.statuses() if status.line not in self._late or status.live is not None]
         # Not whether the store can be read now: what is loaded needs it no longer.
         is_whole = not self._is_loading and not self._is_unfinished
-        is_served = any(status.state == "ready" or self._waits(status) for status in missed)
+        is_served = any(status.state == "ready" or self.comes_back(status) for status in missed)
         return is_whole and is_served and {status.state for status in missed} <= {"ready", "unloaded", "loading"}
 
     # What changes something: in a thread.

@@ -15,7 +15,16 @@ from service.errors import (
     UnknownLine,
     UnknownVersion,
 )
-from service.lines.live import NOT_CALIBRATED, Found, LineStatus, LiveLine, LoadedVersion, VersionKey, status_of
+from service.lines.live import (
+    NOT_CALIBRATED,
+    Found,
+    LineCard,
+    LineStatus,
+    LiveLine,
+    LoadedVersion,
+    VersionKey,
+    status_of,
+)
 
 WHILE_LOADING_S = 5.0
 
@@ -88,17 +97,25 @@ class ServedLines(ABC):
         self._used_at[serving.key] = self._clock()
         return serving
 
-    def look_at(self, line: str, bundle_version: str | None) -> LiveLine:
-        """Return what serves a line to somebody who only looks: no use of it, and nothing is loaded for that.
+    def look_at(self, line: str, bundle_version: str | None) -> LineCard:
+        """Return what is told of a line to somebody who only looks: no use of it, and nothing is loaded for that.
+
+        One that made room for others is as it was. Whoever waited to send a frame until something else was told would
+        wait for ever, since it is a frame that brings it back.
 
         Args:
             line: name of the line.
             bundle_version: None takes the live one.
 
         Raises:
-            FlawlineError: whatever `serving` raises.
+            FlawlineError: whatever `serving` raises of a line that no frame brings back.
         """
-        return self._serving(line, bundle_version, is_wanted=False)
+        state = self._state
+        absent = None if line in state.live else state.not_live.get(line)
+        card = absent.card if absent is not None and self.comes_back(absent) else None
+        if card is not None and bundle_version in (None, card.manifest.version):
+            return card
+        return self._serving(line, bundle_version, is_wanted=False).card
 
     def _serving(self, line: str, bundle_version: str | None, *, is_wanted: bool) -> LiveLine:
         state = self._state
@@ -209,6 +226,10 @@ class ServedLines(ABC):
         self._ask_again(status.bundle)
         wait_s = self._load_takes_s(status.bundle)
         return LineLoading("The line is loaded again; try again in a moment.", retry_after_s=wait_s)
+
+    @abstractmethod
+    def comes_back(self, status: LineStatus) -> bool:
+        """Tell whether a line is not in memory and would come back with its next frame, or is on its way."""
 
     @abstractmethod
     def _ask_again(self, name: str) -> None:

@@ -30,6 +30,7 @@ from service.heap import held_bytes, lacked_memory
 from service.lines.catalogue import Catalogue
 from service.lines.choices import Choices, LastLive
 from service.lines.live import (
+    LineCard,
     LineState,
     LineStatus,
     LiveLine,
@@ -275,7 +276,7 @@ class LoadedVersions(ServedLines):
         refused = not_served if was_live else tuple(line for line in not_served if line not in waiting)
         self._note(key.name, refused, "refused", f"Version {key.version}: {fault.sentence}")
 
-    def _waits(self, status: LineStatus) -> bool:
+    def comes_back(self, status: LineStatus) -> bool:
         """Tell whether a line is not in memory and would come back with its next frame, or is on its way."""
         return (
             status.state in ("unloaded", "loading")
@@ -578,8 +579,14 @@ class LoadedVersions(ServedLines):
     def _note(self, bundle: str, lines: tuple[str, ...], state: LineState, reason: str) -> None:
         for line in lines:
             self._telemetry.declare_line(line)
-        noted = {line: LineStatus(line, bundle, state, reason, None) for line in lines}
+        cards = {line: None if state == "refused" else self._card_of(line, bundle) for line in lines}
+        noted = {line: LineStatus(line, bundle, state, reason, None, card) for line, card in cards.items()}
         self._state = replace(self._state, not_live={**self._state.not_live, **noted})
+
+    def _card_of(self, line: str, bundle: str) -> LineCard | None:
+        """Return what was told of a line that is not in memory, where the same bundle is to bring it back."""
+        before = self._state.not_live.get(line)
+        return before.card if before is not None and before.bundle == bundle else None
 
     def _hold_back_newer(self, name: str, version: str) -> None:
         there = {*self._catalogue.readable_versions(name), *self._catalogue.absent(name)}
@@ -681,9 +688,12 @@ class LoadedVersions(ServedLines):
         """Unload engines whose lines are loaded again as soon as somebody asks for them."""
         for key in keys:
             state = self._state
-            lines = {line for line, s in state.live.items() if s.key == key}
+            lines = {line: serving for line, serving in state.live.items() if serving.key == key}
             reason = "The line makes room for others; it is loaded as soon as a frame comes."
-            absent = {line: LineStatus(line, key.name, "unloaded", reason, None) for line in lines}
+            absent = {
+                line: LineStatus(line, key.name, "unloaded", reason, None, serving.card)
+                for line, serving in lines.items()
+            }
             live = {line: serving for line, serving in state.live.items() if line not in lines}
             shadows = {name: version for name, version in state.shadows.items() if version.key != key}
             self._become(replace(state, live=live, not_live={**state.not_live, **absent}, shadows=shadows))
@@ -708,7 +718,7 @@ class LoadedVersions(ServedLines):
         if not live or VersionKey(name, live[-1]) in self._state.loaded:
             return ()
         there = (status for status in self._state.not_live.values() if status.bundle == name)
-        return tuple(status.line for status in there if self._waits(status))
+        return tuple(status.line for status in there if self.comes_back(status))
 
     def _absent(self, name: str) -> VersionKey | None:
         """Return the version of a bundle that lines wait for, which is not in memory."""

@@ -20,9 +20,10 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from service import open_inference
+from service.contract.bundle import Manifest
 from service.errors import LineNotCalibrated, LineNotReady, NotAuthorised, UnknownLine
 from service.inspection import Inspection, InspectionRequest
-from service.lines.live import NOT_CALIBRATED, LineStatus, LiveLine
+from service.lines.live import NOT_CALIBRATED, LineCard, LineStatus
 from service.lines.registry import Registry
 from service.observability.telemetry import REQUEST_FAILED
 from service.open_inference import JSON_LENGTH_HEADER, Coding, InferAnswer, InferRequest, ModelSpec, Values
@@ -68,7 +69,8 @@ async def all_statistics(request: Request) -> dict[str, Any]:
     caller.demand("read")
     context = context_of(request)
     models = [status for status in context.registry.statuses() if caller.may("read", status.line)]
-    return {"model_stats": [_statistics(context, status.live) for status in models if status.live is not None]}
+    cards = [status.card if status.live is None else status.live.card for status in models]
+    return {"model_stats": [_statistics(context, card) for card in cards if card is not None]}
 
 
 @router.get("/models/{model}/stats")
@@ -95,7 +97,7 @@ async def model_ready(request: Request, model: str) -> dict[str, Any]:
 async def model_metadata(request: Request, model: str) -> dict[str, Any]:
     """Tell what a model takes and gives."""
     line, context = _readable(request, model), context_of(request)
-    spec, manifest = _spec(line, context.settings), line.bundle.manifest
+    spec, manifest = _spec(line.manifest, context.settings), line.manifest
     return {
         "name": line.name,
         "versions": [manifest.version],
@@ -104,10 +106,10 @@ async def model_metadata(request: Request, model: str) -> dict[str, Any]:
         "outputs": [tensor.metadata() for tensor in spec.outputs],
         "properties": {
             "detector": manifest.detector,
-            "device": line.bundle.device,
-            "provider": line.bundle.provider,
-            "precision": line.bundle.precision,
-            "digest": line.bundle.digest,
+            "device": line.device,
+            "provider": line.provider,
+            "precision": line.precision,
+            "digest": line.digest,
             "policy": line.default_policy,
         },
     }
@@ -118,8 +120,8 @@ async def model_metadata(request: Request, model: str) -> dict[str, Any]:
 async def model_configuration(request: Request, model: str) -> dict[str, Any]:
     """Tell how a model is run, in the words of Triton's configuration."""
     line, settings = _readable(request, model), context_of(request).settings
-    spec = _spec(line, settings)
-    on_gpu = "cuda" in line.bundle.device
+    spec = _spec(line.manifest, settings)
+    on_gpu = "cuda" in line.device
     return {
         "name": line.name,
         "platform": PLATFORM,
@@ -185,7 +187,7 @@ async def infer(request: Request, model: str) -> Response:
         refuse_choice(caller, context, line, None)
         caller.spend_frame()
         with context.body_of(caller, model) as body:
-            asked = await _receive(request, _spec(line, context.settings), body)
+            asked = await _receive(request, _spec(line.bundle.manifest, context.settings), body)
             counted.parts = [{} if part_id is None else {"part_id": part_id} for part_id in asked.part_ids]
             for _ in asked.frames[1:]:
                 caller.spend_frame()
@@ -214,8 +216,8 @@ def _version(request: Request, model: str) -> str | None:
     return wanted
 
 
-def _readable(request: Request, model: str) -> LiveLine:
-    """Return the line that a request asks about.
+def _readable(request: Request, model: str) -> LineCard:
+    """Return what is told of the line that a request asks about.
 
     Raises:
         FlawlineError: if the caller may not know of it, or it is not there, or not ready.
@@ -224,8 +226,7 @@ def _readable(request: Request, model: str) -> LiveLine:
     return context_of(request).registry.look_at(model, _version(request, model))
 
 
-def _spec(line: LiveLine, settings: Settings) -> ModelSpec:
-    manifest = line.bundle.manifest
+def _spec(manifest: Manifest, settings: Settings) -> ModelSpec:
     return open_inference.model_spec(
         (manifest.input.canvas_height, manifest.input.canvas_width),
         manifest.map_size,
@@ -233,18 +234,19 @@ def _spec(line: LiveLine, settings: Settings) -> ModelSpec:
     )
 
 
-def _statistics(context: Context, line: LiveLine) -> dict[str, Any]:
+def _statistics(context: Context, line: LineCard) -> dict[str, Any]:
     context.after_answers.settle()
-    return context.telemetry.statistics(line.name, line.bundle.manifest.version)
+    return context.telemetry.statistics(line.name, line.manifest.version)
 
 
 def _index(registry: Registry, status: LineStatus) -> list[dict[str, str]]:
     known = registry.versions(status.line)
-    state = _index_state(status)
+    state = "READY" if registry.comes_back(status) and status.card is not None else _index_state(status)
     if not known:
         return [_entry(status.line, "", state, status.reason or "")]
     newest = known[-1].version
-    serving = newest if status.live is None else status.live.bundle.manifest.version
+    card = status.card if status.live is None else status.live.card
+    serving = newest if card is None else card.manifest.version
     return [
         _entry(status.line, one.version, state, status.reason or "")
         if one.version == serving

@@ -1,4 +1,4 @@
-"""Questions about models under `/v2`: the truth about what a frame would find, and nothing happens for them."""
+"""Questions about models under `/v2`: what they are told is true of frames to come, and nothing happens for them."""
 
 import httpx
 import pytest
@@ -23,8 +23,8 @@ def _client(app):
 
 
 @in_loop
-async def test_model_when_it_made_room_for_another_then_questions_about_it_load_nothing(tmp_path):
-    """Probes that ask for every model must not have them take each other's place in turn, with no frame in sight."""
+async def test_model_when_it_made_room_for_another_then_is_told_as_it_was_and_nothing_is_loaded_for_that(tmp_path):
+    """Who sends nothing before a model is ready must not wait for ever, nor probes have models take turns in memory."""
     opened = []
 
     def open_engine(bundle):
@@ -42,14 +42,23 @@ async def test_model_when_it_made_room_for_another_then_questions_about_it_load_
         answers = {
             (name, question): await http.get(f"/v2/models/{name}{question}")
             for name in ("one", "two")
-            for question in ("/ready", "", "/config", "/stats", "/versions/1/ready")
+            for question in ("/ready", "", "/config", "/stats", "/versions/1/ready", "/versions/2/ready")
         }
+        index = (await http.post("/v2/repository/index")).json()
     registry.close()
 
-    assert {answer.status_code for (name, _), answer in answers.items() if name == "two"} == {200}
-    out = [answer for (name, _), answer in answers.items() if name == "one"]
-    assert {answer.status_code for answer in out} == {503}
-    assert all("as soon as a frame comes" in answer.json()["error"] for answer in out)
+    told = {question: answer.json() for (name, question), answer in answers.items() if name == "one"}
+    others = {question: answer.json() for (name, question), answer in answers.items() if name == "two"}
+    not_there = [answer.status_code for (_, question), answer in answers.items() if question == "/versions/2/ready"]
+    assert not_there == [503, 404]
+    assert {answer.status_code for (_, question), answer in answers.items()} == {200, 503, 404}
+    for question in ("/ready", "", "/config", "/versions/1/ready"):
+        told[question].get("properties", {}).pop("digest", None)
+        others[question].get("properties", {}).pop("digest", None)
+        assert told[question] == others[question] | {"name": "one"}
+    assert told["/stats"]["model_stats"][0]["version"] == "1"
+    assert [(entry["name"], entry["state"]) for entry in index] == [("one", "READY"), ("two", "READY")]
+    assert "as soon as a frame comes" in index[0]["reason"]
     assert opened == ["one", "two"]
     assert (registry._asked_again, registry._used_at) == (set(), used_at)
 
