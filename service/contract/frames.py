@@ -11,7 +11,8 @@ scaled JPEG decoding, and one resize. Pixel rules:
   more is refused.
 - JPEG is decoded at the smallest DCT scale (1/1, 1/2, 1/4, 1/8) that is no smaller than the target. It is about six
   times faster than a full decode and moves pixels by about one grey level, which is why calibration uses it as well.
-  Files in which nothing is amiss go a quicker way to the same pixels (`service/contract/jpeg.py`).
+  Files in which nothing is amiss go a quicker way to the same pixels (`service/contract/jpeg.py`), and where they are
+  written as nearly all are, Pillow need not open them.
 - The resize is Pillow's bilinear filter with antialias on 8-bit pixels.
 
 Limits are arguments and are checked on the header, before any pixel is decoded. A file of which a decoder would work
@@ -32,7 +33,7 @@ from PIL import Image, ImageFile
 from service.contract.geometry import InputSpec, NetworkInput
 from service.contract.jpeg import PixelsMadeUp, decode_clean
 from service.contract.jpeg_restarts import restarts_fit
-from service.contract.jpeg_segments import has_all_scans, is_progressive, without_notes
+from service.contract.jpeg_segments import PlainHead, has_all_scans, is_progressive, plain_head, without_notes
 from service.contract.jpeg_zeros import holds_lost_stretch
 from service.contract.png_checks import chunks_are_sound, holds_all_rows
 from service.contract.png_chunks import chunks
@@ -88,7 +89,8 @@ _WEBP_CHUNKS_AT, _WEBP_LOSSY = 12, b"VP8 "
 _PNG_DEPTH_AT = 24
 _BMP_INFO_AT, _BMP_WITH_PACKING = 14, 40  # where the info header begins, and how long one is that names a packing
 _BMP_RUN_LENGTHS = (1, 2)
-_JPEG_END = b"\xff\xd9"
+_JPEG_BEGIN, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+_JPEG_SCALES = (8, 4, 2)
 _WHITES = (1, 2**8 - 1, 2**16 - 1)
 _JPEG_FILLER = 128  # what libjpeg draws where the data ended early
 
@@ -181,18 +183,25 @@ def decode_image(
         MediaTypeNotAllowed: if the format is known but not accepted here.
         UnreadableFrame: if it can't be decoded completely, or a value has more bits than `bit_depth`.
     """
+    plain = _plain_jpeg(data, limits)
+    if plain is not None:
+        frame = _decode_plain_jpeg(data, plain, target)
+        if frame is not None:
+            return frame
     data = _admit(data, limits)
     with _open(data, limits) as image:
         header = _header_of(image, data)
         try:
             _demand_sound(data, image)
-            decoded = _decode_jpeg(data, image, header, target) if header.format == "JPEG" else None
+            decoded = None
+            if header.format == "JPEG":
+                decoded = _decode_jpeg(data, image, header, target, is_clean=plain is None)
             if decoded is None:
                 decoded = _decode(image)
                 if not _is_complete(data, image, decoded, target):
-                    raise _damaged(header)
+                    raise _damaged(header.format)
         except _CODEC_ERRORS as error:
-            raise _damaged(header) from error
+            raise _damaged(header.format) from error
     return Frame(to_rgb(_to_eight_bits(decoded, data, header, bit_depth)), header.height, header.width)
 
 
@@ -297,7 +306,8 @@ def decode_mask_values(data: bytes) -> NDArray[Any]:
         try:
             _demand_sound(data, image)
             if image.format == "JPEG":
-                _decode_jpeg(data, image, ImageHeader("JPEG", image.height, image.width, image.mode), None)
+                header = ImageHeader("JPEG", image.height, image.width, image.mode)
+                _decode_jpeg(data, image, header, None, is_clean=True)
             values = _visible(image)
             if not _is_complete(data, image, values, None):
                 raise PixelsMadeUp("Rows or blocks are missing.")
@@ -386,7 +396,7 @@ def _admit(data: bytes, limits: FrameLimits) -> bytes:
     if not data:
         raise UnreadableFrame("The image is empty: it has no byte.")
     try:
-        if data.startswith(b"\xff\xd8\xff"):
+        if data.startswith(_JPEG_BEGIN):
             return without_notes(data)
         if data.startswith(b"\x89PNG"):
             for _ in chunks(data):
@@ -429,9 +439,9 @@ def _too_many_pixels(limits: FrameLimits) -> FrameTooLarge:
     return FrameTooLarge(f"The image has more than {limits.max_pixels} pixels; crop it or bin the sensor.")
 
 
-def _damaged(header: ImageHeader) -> UnreadableFrame:
+def _damaged(image_format: str) -> UnreadableFrame:
     return UnreadableFrame(
-        f"The {header.format} image is damaged or truncated; send the complete file as the camera wrote it."
+        f"The {image_format} image is damaged or truncated; send the complete file as the camera wrote it."
     )
 
 
@@ -461,12 +471,46 @@ def _decode(image: ImageFile.ImageFile) -> NDArray[Any]:
     return np.asarray(image.convert("L" if image.mode == "1" else "RGB"))
 
 
+def _plain_jpeg(data: bytes, limits: FrameLimits) -> PlainHead | None:
+    """Return the head of a JPEG as nearly all are written; None where a look at the whole file is to say what it is.
+
+    Nothing is said here of a file that is refused: what follows does, of this one as of all others.
+    """
+    if not data.startswith(_JPEG_BEGIN) or len(data) > limits.max_bytes or "JPEG" not in limits.formats:
+        return None
+    head = plain_head(data)
+    if head is None or head.height * head.width > limits.max_pixels:
+        return None
+    return None if another_follows(data, "JPEG") or holds_lost_stretch(data) else head
+
+
+def _decode_plain_jpeg(data: bytes, head: PlainHead, target: tuple[int, int] | None) -> Frame | None:
+    """Decode a JPEG whose head is plain; None where libjpeg warns of what follows it, or can't read it."""
+    size = head.height, head.width
+    try:
+        pixels = decode_clean(data, size, _drafted(size, target), is_grey=head.is_grey)
+    except _CODEC_ERRORS as error:
+        raise _damaged("JPEG") from error
+    return None if pixels is None else Frame(to_rgb(pixels), *size)
+
+
+def _drafted(size: tuple[int, int], target: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the `(height, width)` of a JPEG at the smallest scale that is no smaller than a target, as Pillow does."""
+    if target is None:
+        return size
+    most = min(size[0] // target[0], size[1] // target[1])
+    scale = next((scale for scale in _JPEG_SCALES if scale <= most), 1)
+    return -(-size[0] // scale), -(-size[1] // scale)
+
+
 def _decode_jpeg(
-    data: bytes, image: ImageFile.ImageFile, header: ImageHeader, target: tuple[int, int] | None
+    data: bytes, image: ImageFile.ImageFile, header: ImageHeader, target: tuple[int, int] | None, *, is_clean: bool
 ) -> NDArray[np.uint8] | None:
     """Choose the scale, and decode a file in which nothing is amiss; None where `image` is to be looked at closely."""
     if target is not None:
         image.draft(None, (target[1], target[0]))
+    if not is_clean:  # as libjpeg has found before
+        return None
     if not has_all_scans(data):
         raise PixelsMadeUp("A scan is missing.")
     if holds_lost_stretch(data):
