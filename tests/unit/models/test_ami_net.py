@@ -5,12 +5,27 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from scipy import ndimage
+from torch import Tensor, nn
 from torch.nn import functional
 
 from models.ami_net import AmiNet, _distances, _embed, assign_tokens, find_outliers
 from models.backbones import untrained_weights
 from models.blocks.patches import patchify
+from tests.plain_networks import (
+    array_of,
+    attend,
+    cosine,
+    cosine_distances,
+    embed,
+    linear,
+    normalise,
+    perceptron,
+    place,
+    positions,
+    resize,
+    shake,
+)
 from tests.tiny_detectors import TINY, make_detector
 
 _CONFIG = TINY["ami_net"]
@@ -172,12 +187,105 @@ def test_mask_when_recomputed_in_numpy_then_distances_agree_and_the_same_tokens_
     expected = np.zeros((3, 40, 4))
     for image, token, centre in np.ndindex(*expected.shape):
         one, other = points[image, token].double().numpy(), centres[image, centre].double().numpy()
-        cosine = one @ other / np.sqrt((one @ one) * (other @ other))
-        expected[image, token, centre] = np.sqrt(((one - other) ** 2).sum()) * (1 - cosine)
+        expected[image, token, centre] = np.sqrt(((one - other) ** 2).sum()) * (1 - cosine(one, other))
     np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-5, atol=1e-5)
     slowly = _mask_slowly(expected.min(axis=2), expected.argmin(axis=2), 4, 0.5)
     np.testing.assert_array_equal(masked.numpy() == 1, slowly)
     assert 0 < masked.mean() < 1
+
+
+def _transform_slowly(rows: np.ndarray, blocks: nn.Sequential) -> np.ndarray:
+    """Pass rows through blocks of attention and hidden layers, each with a norm before and a skip around."""
+    for block in blocks:
+        parts = np.split(linear(normalise(rows, block.norm1), block.attn.qkv), 3, axis=1)
+        rows = rows + linear(attend(*parts, block.attn.heads), block.attn.proj)
+        rows = rows + perceptron(normalise(rows, block.norm2), block.mlp.fc1, block.mlp.fc2)
+    return rows
+
+
+def _smooth_slowly(layers: list[np.ndarray]) -> np.ndarray:
+    """Bring layers `(C, h, w)` to the grid of the first, corners on corners, and take 3 x 3 means, zeros around."""
+    size = layers[0].shape[1:]
+    features = np.concatenate([resize(layer, size, align_corners=True) for layer in layers])
+    padded = np.pad(features, ((0, 0), (1, 1), (1, 1)))
+    return np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2)).mean(axis=(3, 4))
+
+
+def _measure_slowly(detector: AmiNet, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the centres of an image's tokens `(M, D)` and the distances of its tokens to them `(N, M)`."""
+    kernel, bias = (array_of(one) for one in detector.centre_embedding.parameters())
+    tokens = embed(features, kernel, bias) + positions(detector.token_grid, len(bias))
+    rows = np.concatenate((array_of(detector.centre_queries)[0], tokens))
+    centres = normalise(_transform_slowly(rows, detector.centre_blocks)[: _CONFIG.centres], detector.centre_norm)
+    return centres, _lengths_times_directions(tokens, centres)
+
+
+def _lengths_times_directions(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    return np.array([[np.linalg.norm(one - other) * (1 - cosine(one, other)) for other in centres] for one in points])
+
+
+def _inpaint_slowly(detector: AmiNet, features: np.ndarray, masked: np.ndarray) -> np.ndarray:
+    """Return what stands under each token `(N, k k C)` where those that are masked are hidden."""
+    kernel, bias = (array_of(one) for one in detector.patch_embedding.parameters())
+    tokens = embed(features, kernel, bias)
+    tokens[masked] = array_of(detector.mask_token)[0, 0]
+    rows = _transform_slowly(tokens + positions(detector.token_grid, len(bias)), detector.blocks)
+    return linear(normalise(rows, detector.norm), detector.prediction)
+
+
+def test_map_when_recomputed_in_numpy_then_agrees():
+    """From the layers to the score: centres, adaptive mask, inpainting, and the product of both smoothed errors."""
+    detector = _detector(mask_softness=0.0)
+    shake(detector.learnable_parameters(), 0.1)
+    images = _draw(1, 3, *detector.image_size)
+
+    with torch.no_grad():
+        output = detector(images)
+        layers = [array_of(layer)[0] for layer in detector.backbone(images)]
+
+    features = _smooth_slowly(layers)
+    _, apart = _measure_slowly(detector, features)
+    masked = _mask_slowly(apart.min(axis=1)[None], apart.argmin(axis=1)[None], _CONFIG.centres, 0.5)[0]
+    rebuilt = place(_inpaint_slowly(detector, features, masked), detector.token_grid, _CONFIG.patch_size)
+    errors = (((features - rebuilt) ** 2).mean(axis=0), cosine_distances(features, rebuilt))
+    smooth = [ndimage.gaussian_filter(resize(one, (64, 64), align_corners=True), 4.0, truncate=4.0) for one in errors]
+    expected = smooth[0] * smooth[1]
+    np.testing.assert_allclose(output.anomaly_map[0].numpy(), expected, rtol=0, atol=1e-5 * expected.max())
+    assert float(output.score) == pytest.approx(expected.std(), rel=1e-5)
+    assert 0 < masked.mean() < 1
+
+
+def test_loss_when_recomputed_in_numpy_then_all_four_terms_agree():
+    """Five times the directions, the squared error, compactness, and a tenth of the distance of two other centres."""
+    detector = _detector(jitter=0.0)
+    shake(detector.learnable_parameters(), 0.1)
+    features = _draw(2, sum(detector.backbone.channels), *detector.feature_grid)
+    masked = _draw(2, detector.positions.shape[0]) < 0.5
+
+    with torch.no_grad():
+        terms = detector._weigh_terms(features, masked.float(), torch.Generator())
+
+    directions, errors, scores, spreads = [], [], [], []
+    for image, hidden in zip(array_of(features), masked.numpy(), strict=True):
+        centres, apart = _measure_slowly(detector, image)
+        scores.append(apart.min(axis=1).mean())
+        count = len(centres)
+        spreads.append(_lengths_times_directions(centres, centres).sum() / (count * (count - 1)))
+        patches = [  # row in the patch, column, channel
+            image[:, row : row + 2, column : column + 2].transpose(1, 2, 0).ravel()
+            for row in range(0, image.shape[1], 2)
+            for column in range(0, image.shape[2], 2)
+        ]
+        for seen, made in zip(patches, _inpaint_slowly(detector, image, hidden), strict=True):
+            directions.append(1 - cosine(seen, made))
+            errors.append(np.mean((seen - made) ** 2))
+    expected = {
+        "direction": 5 * np.mean(directions),
+        "distance": np.mean(errors),
+        "compactness": np.mean(scores),
+        "diversity": -0.1 * np.mean(spreads),
+    }
+    assert {name: float(one) for name, one in terms.items()} == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_loss_when_steps_differ_then_masks_and_noise_differ():
@@ -224,8 +332,8 @@ def test_distances_when_points_almost_coincide_then_keep_their_digits():
     distances = _distances(points, centre)
 
     exact, wide = points.double() - centre.double(), centre.double()
-    cosine = functional.cosine_similarity(points.double(), wide, dim=2)
-    torch.testing.assert_close(distances[..., 0].double(), exact.norm(dim=2) * (1 - cosine), rtol=1e-4, atol=0.0)
+    alike = functional.cosine_similarity(points.double(), wide, dim=2)
+    torch.testing.assert_close(distances[..., 0].double(), exact.norm(dim=2) * (1 - alike), rtol=1e-4, atol=0.0)
 
 
 def test_loss_when_centres_move_apart_then_diversity_rewards_it():

@@ -1,40 +1,18 @@
 """What is INP-Former's own: soft mining, sampling, and its configuration's limits."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 from models.blocks.soft_mining import mined_direction_loss
 from models.detector import PassStage
 from models.inp_former import InpFormer, InpFormerConfig, _distance_to_nearest
+from tests.plain_inp_branch import draw_prototypes, mine, rebuild
+from tests.plain_networks import array_of, cosine, resize, shake, top_mean
 from tests.tiny_detectors import TINY, make_detector
-
-
-def _cosine(first: np.ndarray, second: np.ndarray) -> float:
-    return float(first @ second / np.sqrt((first @ first) * (second @ second)))
-
-
-def _mine_slowly(targets: np.ndarray, rebuilt: np.ndarray, exponent: float) -> tuple[float, np.ndarray]:
-    """Return the mined cosine distance and its gradient, image by image and token by token."""
-    images, groups, tokens, _ = targets.shape
-    value, gradient = 0.0, np.zeros_like(rebuilt)
-    for group in range(groups):
-        distance = np.array(
-            [[1 - _cosine(targets[b, group, n], rebuilt[b, group, n]) for n in range(tokens)] for b in range(images)]
-        )
-        for image in range(images):
-            seen, made = targets[image, group].ravel(), rebuilt[image, group].ravel()
-            cosine = _cosine(seen, made)
-            value += (1 - cosine) / (images * groups)
-            slope = cosine * made / (made @ made) - seen / np.sqrt((seen @ seen) * (made @ made))
-            weight = (distance[image] / distance.mean()) ** exponent
-            gradient[image, group] = weight[:, None] * slope.reshape(tokens, -1) / (images * groups)
-    return value, gradient
 
 
 @pytest.mark.parametrize("exponent", [0.0, 3.0])
@@ -47,7 +25,7 @@ def test_soft_mining_when_recomputed_in_numpy_then_value_and_gradient_agree(expo
     loss = mined_direction_loss(targets, rebuilt, exponent)
     loss.backward()
 
-    value, gradient = _mine_slowly(targets.double().numpy(), rebuilt.detach().double().numpy(), exponent)
+    value, gradient = mine(targets.double().numpy(), rebuilt.detach().double().numpy(), exponent)
     assert loss.item() == pytest.approx(value, abs=1e-5)
     np.testing.assert_allclose(rebuilt.grad.numpy(), gradient, rtol=1e-5, atol=1e-5)
 
@@ -60,7 +38,7 @@ def test_coherence_when_recomputed_in_numpy_then_agrees():
     distance = _distance_to_nearest(fused, prototypes)
 
     expected = [
-        [min(1 - _cosine(token, prototype) for prototype in drawn) for token in tokens]
+        [min(1 - cosine(token, prototype) for prototype in drawn) for token in tokens]
         for tokens, drawn in zip(fused.double().numpy(), prototypes.double().numpy(), strict=True)
     ]
     np.testing.assert_allclose(distance.numpy(), expected, rtol=0, atol=1e-5)
@@ -164,58 +142,76 @@ def test_map_source_when_prototypes_then_the_decoder_is_not_asked():
     assert not torch.allclose(output.anomaly_map, reconstruction.anomaly_map)
 
 
-def _norm_slowly(rows: np.ndarray, norm: nn.LayerNorm) -> np.ndarray:
-    spread = np.sqrt(rows.var(axis=-1, keepdims=True) + norm.eps)
-    return (rows - rows.mean(axis=-1, keepdims=True)) / spread * _array(norm.weight) + _array(norm.bias)
+def _built(**changes: object) -> InpFormer:
+    """Build the tiny transformer variant with weights that are no longer those of the beginning."""
+    detector = InpFormer(replace(TINY["inp_former-vit"], map_size=(48, 48), **changes)).eval()
+    detector.load_backbone_weights(make_detector("inp_former-vit").backbone.network.state_dict())
+    shake(detector.learnable_parameters())
+    return detector
 
 
-def _linear_slowly(rows: np.ndarray, linear: nn.Linear) -> np.ndarray:
-    return rows @ _array(linear.weight).T + _array(linear.bias)
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().double().numpy()
-
-
-def _draw_prototypes_slowly(detector: InpFormer, fused: np.ndarray) -> np.ndarray:
-    """Return P of one image's F_Q `(N, C)`, head by head: T + attention over tokens, then the hidden layers."""
-    block, heads = detector.extractor, detector.extractor.attn.heads
-    drawn = _array(detector.prototype_tokens)
-    queries = _linear_slowly(_norm_slowly(drawn, block.norm1), block.attn.q)
-    keys, values = np.split(_linear_slowly(_norm_slowly(fused, block.norm1), block.attn.kv), 2, axis=1)
-    read = []
-    for q, k, v in zip(*(np.split(x, heads, axis=1) for x in (queries, keys, values)), strict=True):
-        weights = np.exp(q @ k.T / np.sqrt(q.shape[1]))
-        read.append(weights / weights.sum(axis=1, keepdims=True) @ v)
-    drawn = drawn + _linear_slowly(np.concatenate(read, axis=1), block.attn.proj)
-    hidden = _linear_slowly(_norm_slowly(drawn, block.norm2), block.mlp.fc1)
-    gelu = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
-    return drawn + _linear_slowly(gelu, block.mlp.fc2)
+def _finish_slowly(distance: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Bring distances of tokens to the map: two resizes, and a blur with zeros behind the border."""
+    large = resize(distance.reshape(grid), (64, 64), align_corners=True)
+    resized = resize(large, (48, 48), align_corners=False)
+    offsets = np.arange(-2, 3)
+    kernel = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 4.0**2))
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(resized, 2), (5, 5))
+    return (windows * kernel / kernel.sum()).sum(axis=(2, 3))
 
 
 def test_zero_shot_map_when_recomputed_in_numpy_then_agrees():
     """From F_Q to the score: nearest of the drawn prototypes, two resizes, blur with zeros behind it, top 1 %."""
-    config = replace(TINY["inp_former-vit"], map_source="prototypes", map_size=(48, 48))
-    detector = InpFormer(config).eval()
-    detector.load_backbone_weights(make_detector("inp_former-vit").backbone.network.state_dict())
+    detector = _built(map_source="prototypes")
     images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
     with torch.no_grad():
         output = detector(images)
         taps = detector.backbone(images)
 
-    fused = np.mean([_array(tap)[0] for tap in taps], axis=0)
-    prototypes = _draw_prototypes_slowly(detector, fused)
-    distance = np.array([min(1 - _cosine(token, prototype) for prototype in prototypes) for token in fused])
-    grid = torch.from_numpy(distance.reshape(1, 1, *detector.grid))
-    large = functional.interpolate(grid, size=(64, 64), mode="bilinear", align_corners=True)
-    resized = functional.interpolate(large, size=(48, 48), mode="bilinear", align_corners=False)[0, 0].numpy()
-    offsets = np.arange(-2, 3)
-    kernel = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 4.0**2))
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(resized, 2), (5, 5))
-    expected = (windows * kernel / kernel.sum()).sum(axis=(2, 3))
+    fused = np.mean([array_of(tap)[0] for tap in taps], axis=0)
+    prototypes = draw_prototypes(detector, fused)
+    distance = np.array([min(1 - cosine(token, prototype) for prototype in prototypes) for token in fused])
+    expected = _finish_slowly(distance, detector.grid)
     np.testing.assert_allclose(output.anomaly_map[0].numpy(), expected, rtol=0, atol=1e-5)
-    assert float(output.score) == pytest.approx(np.sort(expected.ravel())[-int(0.01 * 48 * 48) :].mean(), abs=1e-5)
+    assert float(output.score) == pytest.approx(top_mean(expected, 0.01), abs=1e-5)
+
+
+def test_reconstruction_map_when_recomputed_in_numpy_then_agrees():
+    """From the tapped layers to the score: what the decoder reads from the prototypes, walked back group by group."""
+    detector = _built()
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    with torch.no_grad():
+        output = detector(images)
+        taps = [array_of(tap)[0] for tap in detector.backbone(images)]
+
+    targets = [np.mean(taps[:2], axis=0), np.mean(taps[2:], axis=0)]
+    rebuilt = rebuild(detector, np.mean(taps, axis=0))
+    apart = [[1 - cosine(*pair) for pair in zip(*group, strict=True)] for group in zip(targets, rebuilt, strict=True)]
+    expected = _finish_slowly(np.mean(apart, axis=0), detector.grid)
+    np.testing.assert_allclose(output.anomaly_map[0].numpy(), expected, rtol=0, atol=1e-5)
+    assert float(output.score) == pytest.approx(top_mean(expected, 0.01), abs=1e-5)
+
+
+def test_loss_when_recomputed_in_numpy_then_agrees():
+    """L_sm is one cosine an image and group, averaged, and L_c, of each image's own prototypes, counts a fifth."""
+    detector = _built()
+    tokens = torch.randn(2, 2, 16, 64, generator=torch.Generator().manual_seed(0))
+
+    with torch.no_grad():
+        terms = {name: float(value) for name, value in detector.loss(tokens, 0).items()}
+
+    apart, nearest = [], []
+    for targets in array_of(tokens):
+        fused = targets.mean(axis=0)
+        prototypes = draw_prototypes(detector, fused)
+        nearest += [min(1 - cosine(token, prototype) for prototype in prototypes) for token in fused]
+        apart += [
+            1 - cosine(*(rows.ravel() for rows in pair)) for pair in zip(targets, rebuild(detector, fused), strict=True)
+        ]
+    expected = {"reconstruction": np.mean(apart), "coherence": 0.2 * np.mean(nearest)}
+    assert terms == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.backbones import untrained_weights
+from models.blocks.draws import generator_of_step
 from models.blocks.soft_mining import mined_direction_loss
 from models.inp_former_pp import (
     InpFormerPp,
@@ -18,6 +19,8 @@ from models.inp_former_pp import (
     _mix_prototypes,
     _soft_coherence_loss,
 )
+from tests.plain_inp_branch import draw_prototypes, mine, rebuild
+from tests.plain_networks import array_of, cosine, resize, shake, top_mean
 from tests.tiny_detectors import TINY, make_detector
 
 _STAGED = replace(TINY["inp_former_pp-vit"], schedule="staged")
@@ -33,28 +36,6 @@ def _build(**changes: object) -> InpFormerPp:
     return detector.eval()
 
 
-def _cosine(first: np.ndarray, second: np.ndarray) -> float:
-    return float(first @ second / np.sqrt((first @ first) * (second @ second)))
-
-
-def _mine_slowly(targets: np.ndarray, rebuilt: np.ndarray, exponent: float) -> tuple[float, np.ndarray]:
-    """Return the mined cosine distance and its gradient, image by image and token by token."""
-    images, groups, tokens, _ = targets.shape
-    value, gradient = 0.0, np.zeros_like(rebuilt)
-    for group in range(groups):
-        distance = np.array(
-            [[1 - _cosine(targets[b, group, n], rebuilt[b, group, n]) for n in range(tokens)] for b in range(images)]
-        )
-        for image in range(images):
-            seen, made = targets[image, group].ravel(), rebuilt[image, group].ravel()
-            cosine = _cosine(seen, made)
-            value += (1 - cosine) / (images * groups)
-            slope = cosine * made / (made @ made) - seen / np.sqrt((seen @ seen) * (made @ made))
-            weight = (distance[image] / distance.mean()) ** exponent
-            gradient[image, group] = weight[:, None] * slope.reshape(tokens, -1) / (images * groups)
-    return value, gradient
-
-
 def test_soft_coherence_when_recomputed_in_numpy_then_agrees():
     """Plain loops in float64 give the same L_sc (Eq. 3), to 1e-5."""
     generator = torch.Generator().manual_seed(0)
@@ -66,9 +47,9 @@ def test_soft_coherence_when_recomputed_in_numpy_then_agrees():
     for tokens, drawn in zip(fused.double().numpy(), prototypes.double().numpy(), strict=True):
         mixtures = []
         for token in tokens:
-            likeness = np.exp([_cosine(token, prototype) for prototype in drawn])
+            likeness = np.exp([cosine(token, prototype) for prototype in drawn])
             mixtures.append(sum(share * one for share, one in zip(likeness / likeness.sum(), drawn, strict=True)))
-        distances.append(1 - _cosine(tokens.ravel(), np.array(mixtures).ravel()))
+        distances.append(1 - cosine(tokens.ravel(), np.array(mixtures).ravel()))
     assert loss.item() == pytest.approx(np.mean(distances), abs=1e-5)
 
 
@@ -81,7 +62,7 @@ def test_mined_direction_when_recomputed_in_numpy_then_value_and_gradient_agree(
     loss = mined_direction_loss(targets, rebuilt, 3.0)
     loss.backward()
 
-    value, gradient = _mine_slowly(targets.double().numpy(), rebuilt.detach().double().numpy(), 3.0)
+    value, gradient = mine(targets.double().numpy(), rebuilt.detach().double().numpy(), 3.0)
     assert loss.item() == pytest.approx(value, abs=1e-5)
     np.testing.assert_allclose(rebuilt.grad.numpy(), gradient, rtol=1e-5, atol=1e-5)
 
@@ -117,8 +98,135 @@ def test_reconstruction_error_when_recomputed_in_numpy_then_agrees():
     expected = np.zeros((3, 16))
     for image, group, token in np.ndindex(3, 2, 16):
         one, other = seen[image, group, token], made[image, group, token]
-        expected[image, token] += (1 - _cosine(one, other) + np.sqrt(((one - other) ** 2).sum())) / 2 / 2
+        expected[image, token] += (1 - cosine(one, other) + np.sqrt(((one - other) ** 2).sum())) / 2 / 2
     np.testing.assert_allclose(error.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def _run_head_slowly(head: nn.Sequential, residual: np.ndarray) -> np.ndarray:
+    """Return logits `(4h, 4w)` of `(C, h, w)`: two steps that spread each place over 4 x 4, and one that sums."""
+    x = residual
+    for layer in (head[0], head[2]):
+        kernel = array_of(layer.weight)  # (C, D, 4, 4)
+        _, height, width = x.shape
+        spread = np.zeros((kernel.shape[1], 2 * height + 2, 2 * width + 2))
+        for row, column in np.ndindex(height, width):
+            patch = np.tensordot(x[:, row, column], kernel, axes=1)
+            spread[:, 2 * row : 2 * row + 4, 2 * column : 2 * column + 4] += patch
+        x = np.maximum(spread[:, 1:-1, 1:-1] + array_of(layer.bias)[:, None, None], 0)
+    padded, kernel = np.pad(x, ((0, 0), (1, 1), (1, 1))), array_of(head[4].weight)[0]
+    logits = np.empty(x.shape[1:])
+    for row, column in np.ndindex(*logits.shape):
+        logits[row, column] = (kernel * padded[:, row : row + 3, column : column + 3]).sum()
+    return logits + array_of(head[4].bias)
+
+
+@pytest.mark.parametrize("is_scaled", [False, True], ids=["as published", "scaled"])
+def test_map_when_recomputed_in_numpy_then_agrees(is_scaled):
+    """From the tapped layers to the score: what is rebuilt, Eq. 7's residual, the head, and Eq. 9, to 1e-5 of loops."""
+    detector = _build(scale_distance=is_scaled)
+    shake([*detector.learnable_parameters()], 0.1)
+
+    with torch.no_grad():
+        output = detector(_images(1))
+        taps = [array_of(tap)[0] for tap in detector.backbone(_images(1))]
+
+    targets, residual, apart = [np.mean(taps[:2], axis=0), np.mean(taps[2:], axis=0)], np.zeros((16, 64)), np.zeros(16)
+    for seen, made in zip(targets, rebuild(detector, np.mean(taps, axis=0)), strict=True):
+        for token, (one, other) in enumerate(zip(seen, made, strict=True)):
+            direction, magnitude = 1 - cosine(one, other), np.sqrt(((one - other) ** 2).sum())
+            residual[token] += direction * np.abs(one - other) / 2
+            apart[token] += (direction + magnitude / (8 if is_scaled else 1)) / 2 / 2
+    logits = _run_head_slowly(detector.seg_head, residual.T.reshape(64, 4, 4))
+    of_head = 1 / (1 + np.exp(-resize(logits, (64, 64), align_corners=False)))
+    expected = (resize(apart.reshape(4, 4), (64, 64), align_corners=True) + of_head) / 2
+    np.testing.assert_allclose(output.anomaly_map[0].numpy(), expected, rtol=1e-5, atol=1e-5)
+    assert float(output.score) == pytest.approx(top_mean(expected, 0.01), rel=1e-5)
+    assert np.ptp(of_head) > 0.1  # the head says something
+
+
+def test_zero_shot_map_when_recomputed_in_numpy_then_agrees():
+    """Each token's distance to the prototypes, mixed by the softmax of its cosines to them, is what the map shows."""
+    detector = _build(map_source="prototypes")
+    shake(detector.learnable_parameters())
+
+    with torch.no_grad():
+        output = detector(_images(1))
+        taps = detector.backbone(_images(1))
+
+    fused = np.mean([array_of(tap)[0] for tap in taps], axis=0)
+    prototypes, apart = draw_prototypes(detector, fused), []
+    for token in fused:
+        likeness = np.exp([cosine(token, prototype) for prototype in prototypes])
+        apart.append(1 - cosine(token, likeness / likeness.sum() @ prototypes))
+    expected = resize(np.reshape(apart, (4, 4)), (64, 64), align_corners=True)
+    np.testing.assert_allclose(output.anomaly_map[0].numpy(), expected, rtol=0, atol=1e-5)
+    assert float(output.score) == pytest.approx(top_mean(expected, 0.01), abs=1e-5)
+
+
+def test_normal_loss_when_recomputed_in_numpy_then_agrees():
+    """L_sm of both errors and a fifth of L_sc, of what each image's own prototypes rebuild and mix."""
+    detector = _build(magnitude_weight=0.5)
+    shake(detector.learnable_parameters(), 0.1)
+    tokens = torch.randn(2, 2, 16, 64, generator=torch.Generator().manual_seed(0))
+
+    with torch.no_grad():
+        terms = {name: float(value) for name, value in detector.loss(tokens, 0).items()}
+
+    directions, errors, mixtures = [], [], []
+    for targets in array_of(tokens):
+        fused = targets.mean(axis=0)
+        prototypes = draw_prototypes(detector, fused)
+        likeness = np.exp([[cosine(token, prototype) for prototype in prototypes] for token in fused])
+        mixture = likeness / likeness.sum(axis=1, keepdims=True) @ prototypes
+        mixtures.append(1 - cosine(fused.ravel(), mixture.ravel()))
+        for seen, made in zip(targets, rebuild(detector, fused), strict=True):
+            directions.append(1 - cosine(seen.ravel(), made.ravel()))
+            errors.append(np.mean((seen - made) ** 2))
+    expected = {
+        "direction": np.mean(directions),
+        "magnitude": 0.5 * np.mean(errors),
+        "coherence": 0.2 * np.mean(mixtures),
+    }
+    assert terms == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_dice_when_recomputed_in_numpy_then_agrees():
+    """Twice the overlap over the sum of both, image by image (Eq. 8)."""
+    predicted, drawn = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)).unbind()
+    masks = (drawn > 0.6).float()
+
+    loss = _dice_loss(predicted, masks)
+
+    shares = [
+        (2 * (seen * mask).sum() + 1e-6) / (seen.sum() + mask.sum() + 1e-6)
+        for seen, mask in zip(array_of(predicted), array_of(masks), strict=True)
+    ]
+    assert loss.item() == pytest.approx(1 - np.mean(shares), abs=1e-5)
+
+
+def test_head_when_it_learns_then_from_planted_defects_alone_and_nothing_else_gets_a_gradient():
+    """Its loss is the Dice loss of its map of the planted frames, and the branch before it is left alone."""
+    detector = _build()
+    images = _images()
+
+    loss = detector.head_loss(images, 3)["dice"]
+    loss.backward()
+
+    planted, masks = detector._plant_defects(images, generator_of_step(detector.config.seed, 3))
+    with torch.no_grad():
+        tokens = detector.encode(planted)
+        fused = tokens.mean(dim=1)
+        residual = detector._residual(tokens, detector.rebuild(fused, detector.extract(fused)))
+    logits = [_run_head_slowly(detector.seg_head, one) for one in array_of(residual)]
+    maps = [1 / (1 + np.exp(-resize(one, (64, 64), align_corners=False))) for one in logits]
+    shares = [
+        (2 * (one * mask).sum() + 1e-6) / (one.sum() + mask.sum() + 1e-6)
+        for one, mask in zip(maps, array_of(masks), strict=True)
+    ]
+    assert loss.item() == pytest.approx(1 - np.mean(shares), abs=1e-5)
+    touched = {name for name, one in detector.named_parameters() if one.grad is not None}
+    assert touched == {name for name, _ in detector.named_parameters() if name.startswith("seg_head.")}
+    assert all(1 <= float(mask.sum()) < mask.numel() for mask in masks)
 
 
 def test_mixture_when_compared_with_its_formula_then_weights_are_the_softmax_of_cosines():

@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch import Tensor, nn
 
 from models.backbones import untrained_weights
@@ -14,6 +15,19 @@ from models.blocks.packing import unpack
 from models.blocks.patches import patchify, unpatchify
 from models.detector import LineConditioned, Recipe
 from models.pnpt import UNKNOWN_LINE, Pnpt, PnptConfig, _CrossAttention, _PatchEmbedding
+from tests.plain_networks import (
+    array_of,
+    attend,
+    cosine_distances,
+    embed,
+    linear,
+    normalise,
+    perceptron,
+    place,
+    positions,
+    resize,
+    shake,
+)
 from tests.tiny_detectors import TINY
 from training.fitting.optimisers import build_optimiser, learning_rate_at
 
@@ -224,6 +238,95 @@ def test_global_prompt_is_the_same_everywhere_before_it_is_told_its_place():
     bare = detector.prompts - detector.transformer.positions - detector.transformer.prior_stream
 
     torch.testing.assert_close(bare, bare[:, :1].expand_as(bare))
+
+
+def _block_slowly(rows: np.ndarray, block: nn.Module) -> np.ndarray:
+    """Let rows attend to each other and pass the hidden layers, each with a norm before and a skip around."""
+    parts = np.split(linear(normalise(rows, block.norm1), block.attn.qkv), 3, axis=1)
+    rows = rows + linear(attend(*parts, block.attn.heads), block.attn.proj)
+    return rows + perceptron(normalise(rows, block.norm2), block.mlp.fc1, block.mlp.fc2)
+
+
+def _encode_slowly(encoder: nn.Module, sample: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return Z_X and Z_P: of one row of tokens, or, in DADF's way, of two that share the sample's keys."""
+    if not hasattr(encoder.blocks[0].attn, "_split"):  # joint
+        rows = np.concatenate((sample, prior))
+        for block in encoder.blocks:
+            rows = _block_slowly(rows, block)
+        sample, prior = np.split(rows, 2)
+    else:
+        for block in encoder.blocks:
+            q, k, v = np.split(linear(normalise(sample, block.norm1), block.attn.qkv), 3, axis=1)
+            own_q, _, own_v = np.split(linear(normalise(prior, block.norm1), block.attn.qkv), 3, axis=1)
+            read = [attend(*asked, block.attn.heads) for asked in ((q, k, v), (own_q, k, own_v))]
+            sample, prior = (
+                rows + linear(one, block.attn.proj) for rows, one in zip((sample, prior), read, strict=True)
+            )
+            sample, prior = (
+                rows + perceptron(normalise(rows, block.norm2), block.mlp.fc1, block.mlp.fc2)
+                for rows in (sample, prior)
+            )
+    return normalise(sample, encoder.norm), normalise(prior, encoder.norm)
+
+
+def _decode_slowly(decoder: nn.Module, rows: np.ndarray, condition: np.ndarray) -> np.ndarray:
+    """Attend to itself, then to the condition, then the hidden layers."""
+    for block in decoder.blocks:
+        parts = np.split(linear(normalise(rows, block.norm1), block.attn.qkv), 3, axis=1)
+        rows = rows + linear(attend(*parts, block.attn.heads), block.attn.proj)
+        keys, values = np.split(linear(condition, block.cross.keys_values), 2, axis=1)
+        queries = linear(normalise(rows, block.norm2), block.cross.queries)
+        rows = rows + linear(attend(queries, keys, values, block.cross.heads), block.cross.proj)
+        rows = rows + perceptron(normalise(rows, block.norm3), block.mlp.fc1, block.mlp.fc2)
+    return normalise(rows, decoder.norm)
+
+
+@pytest.mark.parametrize("prompt", ["spatial", "global"])
+@pytest.mark.parametrize("sace", ["joint", "dual"])
+def test_map_and_loss_when_recomputed_in_numpy_then_agree(sace, prompt):
+    """From the layers to the score: embedded sums, coupled streams, conditioned decoders, and both streams' cosines."""
+    detector = _build(lines=2, sace=sace, prompt=prompt, encoder_blocks=2, decoder_blocks=2, prior_share=0.25)
+    shake([*detector.transformer.parameters()], 0.1)
+    good, line_index = _draw_lines(2)
+    _observe(detector, good, line_index)
+    image, of_line = _images(1, seed=1), torch.tensor([1])
+
+    with torch.no_grad():
+        output = detector(image, of_line)
+        terms = {name: float(one) for name, one in detector.loss(detector.encode(image), of_line, 0).items()}
+        layers, prompts = detector.backbone(image), detector.backbone(good[line_index == 1])
+
+    network, grid, convolutions = detector.transformer, (4, 4), detector.transformer.embedding.embeddings
+    seen = [array_of(layer)[0] for layer in layers]
+    usual = [array_of(layer).mean(axis=0) for layer in prompts]
+    if prompt == "global":
+        usual = [np.broadcast_to(one.mean(axis=(1, 2), keepdims=True), one.shape) for one in usual]
+    sample, prior = (
+        sum(embed(one, *map(array_of, own.parameters())) for one, own in zip(maps, convolutions, strict=True))
+        + positions(grid, 32)
+        + array_of(stream)
+        for maps, stream in ((seen, network.sample_stream), (usual, network.prior_stream))
+    )
+    sample, prior = _encode_slowly(network.encoder, sample, prior)
+    decoded = {
+        "prior": _decode_slowly(network.prior_decoder, prior, sample),
+        "sample": _decode_slowly(network.sample_decoder, sample, prior),
+    }
+    maps, expected = {}, {}
+    for name, rows in decoded.items():
+        rebuilt = [
+            place(linear(rows, head), grid, one.shape[1] // grid[0])
+            for one, head in zip(seen, network.predictions, strict=True)
+        ]
+        apart = [cosine_distances(*pair) for pair in zip(seen, rebuilt, strict=True)]
+        expected[name] = sum(one.mean() for one in apart)
+        maps[name] = sum(
+            ndimage.gaussian_filter(resize(one, _SIZE, align_corners=False), 4.0, truncate=4.0) for one in apart
+        )
+    assert terms == pytest.approx(expected, abs=1e-5)
+    mixed = 0.25 * maps["prior"] + 0.75 * maps["sample"]
+    np.testing.assert_allclose(output.anomaly_map[0].numpy(), mixed, rtol=0, atol=1e-5)
+    assert float(output.score) == pytest.approx(mixed.max(), abs=1e-5)
 
 
 def test_loss_when_recomputed_in_numpy_then_agrees():
