@@ -642,13 +642,13 @@ def _tell_line(line: LineReport, of_line: str, reporter: Reporter) -> None:
 def _figure_rows(figures: Mapping[str, MetricRecord]) -> list[tuple[str, str, str]]:
     rows = []
     for name, figure in figures.items():
-        value = f"not defined: {figure.reason}" if figure.value is None else f"{100 * figure.value:.1f} %"
-        interval = ""
+        if figure.value is None:
+            rows.append((name, f"not defined: {figure.reason}", ""))
+            continue
+        told = [] if figure.reason is None else [figure.reason]
         if figure.low is not None and figure.high is not None:
-            interval = f"{100 * figure.low:.1f} to {100 * figure.high:.1f} %"
-        elif figure.value is not None and figure.reason is not None:
-            interval = figure.reason
-        rows.append((name, value, interval))
+            told.insert(0, f"{100 * figure.low:.1f} to {100 * figure.high:.1f} %")
+        rows.append((name, f"{100 * figure.value:.1f} %", "; ".join(told)))
     return rows
 
 

@@ -18,6 +18,7 @@ from service.contract.frames import FrameLimits, fit_to_input, read_frame, resiz
 from service.contract.geometry import InputSpec
 from service.contract.pictures import contrast_of
 from service.contract.policy import Judgement, Policy, ScoreRule, Verdict, bring_to_units, inspected_mask, judge
+from service.contract.regions import label_components
 from service.contract.tiling import Run
 from service.errors import FlawlineError, FrameNotComparable, UnreadableFrame
 from training.data.loader import load_channels, load_mask
@@ -372,7 +373,37 @@ def _pixel_metrics(
     seen = _inspected_at(sizes, inspected)
     if not _marks_something(masks, seen):
         return dict.fromkeys(figures, _NONE_INSIDE)
-    return pixel_metrics(maps, masks, answers.labels, limits, inspected=seen, seed=seed)
+    found = pixel_metrics(maps, masks, answers.labels, limits, inspected=seen, seed=seed)
+    lost = _lost_regions(answers, spec, inspected) if resolution == "model" else None
+    return found if lost is None else {name: _weakened(metric, lost) for name, metric in found.items()}
+
+
+def _lost_regions(answers: Answers, spec: InputSpec, inspected: NDArray[np.bool_] | None) -> str | None:
+    """Say how many marked regions have no pixel left once masks are resized to the maps; None where each has one."""
+    marked, kept = 0, 0
+    for sample, frame_size, anomaly_map in zip(answers.samples, answers.frame_sizes, answers.maps, strict=True):
+        top, left, bottom, right = _crop_of(spec, frame_size)
+        regions, _ = label_components(load_mask(sample, *frame_size)[top:bottom, left:right])
+        if inspected is not None:
+            regions *= resize_mask(inspected, *regions.shape)
+        # The nearest neighbours that `resize_mask` takes, of numbers instead of marks.
+        nearest = (
+            ((np.arange(new) + 0.5) * old / new).astype(np.int64)
+            for new, old in zip(anomaly_map.shape, regions.shape, strict=True)
+        )
+        marked += int(np.count_nonzero(np.unique(regions)))
+        kept += int(np.count_nonzero(np.unique(regions[np.ix_(*nearest)])))
+    if marked == kept:
+        return None
+    are = "lies" if marked - kept == 1 else "lie"
+    return (
+        f"{marked - kept} of {marked} marked regions {are} between the cells of the map and can't be measured at its "
+        "size; use evaluation_resolution: original"
+    )
+
+
+def _weakened(metric: Metric, reason: str) -> Metric:
+    return replace(metric, reason=reason if metric.reason is None else f"{metric.reason}; {reason}")
 
 
 def _figure_at_a_fixed_threshold(

@@ -293,6 +293,34 @@ def test_evaluate_when_every_defect_lies_outside_of_the_region_then_pixel_figure
     assert found.metrics["i_auroc"].value is not None
 
 
+def _with_a_speck(line, at):
+    """Mark one pixel more on the first defect's mask."""
+    path = min((line / "ground_truth/square").iterdir())
+    marked = decode_mask(path.read_bytes())
+    marked[at] = True
+    path.write_bytes(encode((marked * 255).astype(np.uint8)))
+    return line
+
+
+@pytest.mark.parametrize(
+    ("resolution", "region", "is_told"),
+    [("model", None, True), ("model", _LEFT, False), ("original", None, False)],
+    ids=["lost", "not inspected", "measured as it is"],
+)
+def test_evaluate_when_a_mark_falls_between_the_cells_of_the_map_then_pixel_figures_say_so(
+    tmp_path, resolution, region, is_told
+):
+    """A defect that vanishes with the resize was not found; one that nobody inspects was not to be found."""
+    answers = _ask(read_dataset(_with_a_speck(write_line(tmp_path), (1, -1))).test)
+    policy = make_policy() if region is None else make_policy(region_of_interest=region)
+
+    found = evaluate(answers, policy, _RULE, make_input(), resolution).metrics
+
+    told = f"1 of {DEFECTS + 1} marked regions lies between the cells"
+    assert [told in (found[name].reason or "") for name in ("p_auroc", "p_ap", "p_f1max", "aupro")] == [is_told] * 4
+    assert all(metric.value is not None for metric in found.values())
+
+
 def test_evaluate_when_there_are_no_masks_then_pixel_figures_have_a_reason(tmp_path):
     """Image labels alone give image figures, and pixel figures that say why they are missing."""
     answers = _ask(read_dataset(write_line(tmp_path, masks=False)).test)
