@@ -27,7 +27,8 @@ Deviations, each with its reason:
   value instead of being cut off, because maps are laid over whole frames;
 * frames are resized by the one filter that training and service share, bilinear with antialiasing, instead of Lanczos;
 * thresholds from good parts are this project's, with a stated bound, not the 99.5th percentile.
-The demo shows no image score: it is the map's largest value.
+The demo shows no image score: it is the map's largest value. How many times the map's middle that is, which would tell
+textures of different restlessness apart, is told by the frame's own units where frames are measured by themselves.
 
 Symbols: E = `features` (B, C, H, W), as rows (B, n, C) · Q = a row of E · S_G = the typical rows, mu = their mean
 (B, C) · S_L = `neighbours` (B, n, 8, C) · N = `support` · lambda = `regularisation` · eps = `ridge`.

@@ -8,14 +8,16 @@ Paper: Luo, Cao, Yao, Zhang, Lou, Cheng, Shen, Yu, "Exploring Intrinsic Normal P
 Universal Anomaly Detection", CVPR 2025, arXiv:2503.02424.
 Reference code: luow23/INP-Former, MIT. Nothing of it is copied; numbers agree with it (tests/parity).
 
-Deviations from the paper, all but the last two as in the reference code:
+Deviations from the paper, all but the last three as in the reference code:
 * features of several layers are averaged, not summed: the bottleneck is not scale-free and checkpoints depend on it;
 * the soft mining weight multiplies gradients and leaves the loss value alone;
 * queries and keys of the decoder are L2-normalised and scaled by one learnt number a head;
 * a frozen CNN may take the place of DINOv2, so that one CPU core can train and serve: one tensor made from its pyramid
   is then the input of the decoder and its single target (see `PyramidTokens`). A training step may look at some
   tokens only, because the decoder never mixes tokens;
-* the rate rises for 100 iterations, as in the code, but for a fifth of a run at most, for the sake of short ones.
+* the rate rises for 100 iterations, as in the code, but for a fifth of a run at most, for the sake of short ones;
+* where masks are resized, they take the nearest pixel; the code's are interpolated and cut at a half, which drops thin
+  defects. So pixel figures are not exactly the code's.
 
 Symbols: E, D = `tokens`, `rebuilt` (B, G, N, C), one entry a group of layers · F_Q = `fused` (B, N, C)
 · T = `prototype_tokens` (M, C) · P = `prototypes` (B, M, C) · gamma = `mining_exponent` · L_c = coherence

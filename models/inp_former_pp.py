@@ -12,10 +12,14 @@ Reference code: none was published. This is a re-implementation from the paper's
 Chosen where the description is silent:
 * the head's channels (256, 64) and kernels; squared errors are averaged over channels, so as not to drown the cosine;
 * the normal branch is trained first and then the head alone; the authors call this and joint training both valid;
-* planted defects have textures that are drawn or scrambled from the frame: DTD's photographs can't be shipped;
+* planted defects have textures that are drawn or scrambled from the frame: DTD's photographs can't be shipped, and with
+  a folder of somebody's own a run could not be repeated from its configuration;
+* the head never sees a frame without a defect: the Dice loss of an empty mask is about 1 whatever the map says;
 * maps are finished at image size without a blur; both are options.
 Ours, as in `inp_former.py`: a frozen CNN may take the transformer's place, and a training step may look at some tokens
 only. Semi-supervised learning: `keep_labelled_defects` before fitting gives the head real defects beside planted ones.
+Left out: a command that begins with INP-Former's released weights and fits the head alone. The names of the branch are
+the same, so Python can.
 
 Symbols: E, D = `tokens`, `rebuilt` (B, G, N, C), one entry a group of layers · P = `prototypes` (B, M, C)
 · gamma = `mining_exponent` · L_sc = coherence · L_sm = direction + magnitude · R = `residual` (B, C, h, w) · H = head.

@@ -19,6 +19,8 @@ Chosen where the paper could not be read, or changed, each with its reason:
   which the prompt's stream has values of its own only;
 * every line is shown equally often, because lines differ in the number of their frames;
 * gradients are clipped at norm 1; the authors' other codes do not clip;
+* the descent is in float32 throughout, where those codes scale gradients for half precision, which a CPU gains nothing
+  from;
 * the last iteration is kept, not the epoch that is best on the test frames: a plant has no test frames;
 * hiding a token's own place from the sample stream's attention is left out: the skip around it shows that place again;
 * all sizes are free, so that one CPU core can train and serve a small network.
@@ -26,6 +28,9 @@ Chosen where the paper could not be read, or changed, each with its reason:
 The line of a frame is told by whoever asks. `retrieve_line` guesses it, and refuses what is like no line. Left out:
 that guess in the service. Every request names its line in its address, and where a service guessed it, a part might be
 judged by another line's thresholds and pass; so retrieval is for Python alone.
+Left out too: figures of each stream in an evaluation, which is of what the line's verdicts rest on. `maps_by_stream`
+tells both maps, and a detector with a `prior_share` of 1 or 0 is judged by one stream. And a line that is added without
+fitting: `judge` takes any prompts, but nobody measured what they are worth, so no command makes them.
 
 Symbols: F_i = `features`, one map `(B, C, h, w)` a scale · P_i^c = `pool`, a row a line · X = `tokens`, T^c = `prompts`
 (B, N, D) · Z_X, Z_P = the encoded streams · A^P, A^S = the maps of the prior and the sample stream · omega =
