@@ -93,6 +93,25 @@ def test_infer_when_a_bundle_of_several_lines_is_named_itself_then_there_is_no_s
     assert "error" in answer.json()
 
 
+def test_frame_when_the_network_was_never_fitted_on_its_line_then_gets_no_other_lines_verdict(http):
+    """An unknown class ends in 404 on both ways in, without a verdict."""
+    answer = http.post("/v1/lines/unseen/inspect", content=encode(PIXELS), headers=PNG)
+
+    assert (answer.status_code, answer.json()["verdict"]) == (404, "NO_VERDICT")
+    assert _infer(http, "unseen").status_code == 404
+
+
+def test_infer_when_the_caller_gives_an_index_of_its_own_then_is_refused(http):
+    """The address alone says which line a frame shows, so an index out of range never reaches the network."""
+    tensor = {"name": "frames", "datatype": "UINT8", "shape": [1, HEIGHT, WIDTH, 3], "data": PIXELS.ravel().tolist()}
+    index = {"name": "line_index", "datatype": "INT64", "shape": [1], "data": [0]}
+
+    answer = http.post(f"/v2/models/{PATIENT}/infer", json={"inputs": [tensor, index]})
+
+    assert answer.status_code == 400
+    assert "this model takes encoded_frames, frames, part_id" in answer.json()["error"]
+
+
 def test_models_when_a_bundle_serves_several_lines_then_are_listed_and_counted_by_line(http):
     """The index has a model a line, all of the bundle's version, and each counts its own frames."""
     listed = http.post("/v2/repository/index").json()
