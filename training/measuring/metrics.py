@@ -7,6 +7,11 @@ Pure numpy; comes after `evaluate` has maps and scores, before the report. Rules
   outside are left out, good and defective ones, and a defect counts with the part inside.
 - What is not defined is a `Metric` without a value and with a reason, never 0 and never NaN.
 - Sorting and ties are the business of `ranking.py`, intervals that of `bootstrap.py`.
+
+Left out, each with its reason: image figures of a map's largest value, which the makers of MVTec's sets rank by, beside
+those of a detector's own score: of two figures the better one would be quoted, and verdicts rest on the score; the area
+under precision and recall by trapezoids, as VisA's makers take it, which is optimistic beside AP; the files that the
+server of MVTec AD 2 takes for its private frames.
 """
 
 import math
@@ -248,6 +253,9 @@ def spro(
 
 def saturation_area(area_px: int, threshold: float, *, relative: bool) -> int:
     """Return how many pixels of a channel are enough, by the `defects_config.json` of MVTec LOCO.
+
+    A number of pixels above the channel's area means all of it, as in the kit; the kit warns of it too, but there is
+    nothing that a user could mend.
 
     Args:
         area_px: pixels of the channel.
