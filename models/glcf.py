@@ -24,7 +24,9 @@ Deviations from the reference code, each with its reason:
 * depths, widths and the number of levels are free, so that a CPU can train and serve.
 As in the code, where the paper may be read otherwise: each transformer block has a skip around its own skips, and the
 third loss has no stopped gradient, so both of its sides meet each other. Maps are normalised by the frames that the
-network was fitted on. The score is the standard deviation of the map.
+network was fitted on: a change of scale moves no ranking of a branch, and thresholds rest on held-out frames anyway.
+The score is the standard deviation of the map. Left out: the code's first version (Swin-T, 49 semantic tokens, squared
+errors), whose windows make graphs of hundreds of slices.
 
 Symbols: f = `targets`, the backbone's finest levels · X = `local` tokens (B, N, D) · g = `semantic` token (B, 1, D)
 · G_k = `global_features` (Phi_G) · G^_k = `global_estimates` (Psi_G) · L^_k = `local_estimates` (Psi_L)

@@ -19,7 +19,8 @@ Chosen where the abstracts are silent, or changed, each with its reason:
 * nobody warns where held-out good frames are painted badly, as where the reference shows less than a period of its
   texture: what that means for verdicts stands in the thresholds, which rest on these very frames;
 * the reference frame itself is part of the exported graph; runtimes compute its keys and values once, when they load;
-* sources of artificial defects are drawn textures and good frames, changed and shuffled: ImageNet can't be shipped;
+* sources of artificial defects are drawn textures and good frames of the batch, changed and shuffled: ImageNet can't be
+  shipped. A folder of one's own pictures is no choice: a run would then hang on files that no bundle has;
 * queries and keys have length one and a learnt sharpness, which starts at 10: products of plain convolutions start
   nearly equal, every place then reads the same, and the batch norm behind blows the rest up in ways that differ from
   batch to single frame;
@@ -27,7 +28,10 @@ Chosen where the abstracts are silent, or changed, each with its reason:
   reference, of which TFA-Net, by the same authors, decodes the reference's. There a frame's own tokens are values too,
   so a defect could reach the decoder, the reference's keys would no longer be constants, and the finest scale would
   cost four times as much;
-* the map is the mean cosine distance of the scales, without learnt parameters; a learnt head is an option;
+* the map is the mean cosine distance of the scales, without learnt parameters; a learnt head is an option. Left out: a
+  share of the difference of edges between frame and repainting, whose weight would be 0 until something asks for it;
+* the encoder is learnt from scratch; a pretrained one, of which the abstracts say nothing, would be frozen to what the
+  loss of pixels has to move;
 * the rate of the second descent falls along a cosine instead of in one step, as in all recipes of this project;
 * the last iteration is kept, not the epoch that is best on the test frames: a plant has no test frames;
 * all sizes are free, so that one CPU core can train and serve a small network.

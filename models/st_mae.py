@@ -25,8 +25,8 @@ Deviations from TSTB-dev/ST-MAE, each with its reason:
 * the rate falls to a tenth along a cosine; the two sources disagree (constant, or one step) and the loop has one shape.
 Chosen where nothing was published: the j-th token of one half, row by row, changes places with the j-th of the other;
 inference averages over a few deals that are drawn once and kept with the weights, because a new deal changes all
-scores; features are not standardised channel by channel; the score is the standard deviation of the map, as in the
-authors' other evaluations.
+scores; frames are not augmented and features not standardised channel by channel; the score is the standard deviation
+of the map, as in the authors' other evaluations.
 
 With `decoder_mode="joint"`, as drawn in the paper, the decoder sees all moved codes at once, so what it rebuilds at a
 place may draw on the code that was made from this very place. `"split"` rebuilds each half from the other alone.

@@ -4,7 +4,7 @@
 
 A frame is defective where its mask marks a pixel, so each mask is opened once here. Defective frames of `train` are
 left out: detectors are fitted on good ones. Bozic, Tabernik, Skocaj, "Mixed supervision for surface-defect detection",
-Computers in Industry 2021, arXiv:2104.06064.
+Computers in Industry 2021, arXiv:2104.06064. The first KolektorSDD has other folders and no split, and is not read.
 """
 
 from pathlib import Path

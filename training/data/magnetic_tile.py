@@ -3,8 +3,9 @@
     <root>/MT_{Blowhole,Break,Crack,Fray,Free,Uneven}/Imgs/<stem>.jpg and <stem>.png, its mask
 
 Good tiles (`MT_Free`) bring an empty mask, which is not used. Four fifths of them are for training, the rest and all
-defects for the test; the draw is seeded and stratified by the exposure that begins a name (`exp1` to `exp6`). Huang,
-Qiu, Yuan, "Surface defect saliency of magnetic tile", The Visual Computer 36 (2020).
+defects for the test; the draw is seeded and stratified by the exposure that begins a name (`exp1` to `exp6`). There is
+one such split and no folds: what a run reports is of frames that its bundle was never fitted on. Huang, Qiu, Yuan,
+"Surface defect saliency of magnetic tile", The Visual Computer 36 (2020).
 """
 
 import random

@@ -13,6 +13,7 @@ from models.backbones import CnnBackbone, untrained_weights
 from models.blocks.packing import map_shapes, unpack
 from models.dadf import Dadf, DadfConfig, _DualTransformer, _Flow, _FlowStep
 from tests.tiny_detectors import TINY, make_detector
+from training.fitting.optimisers import build_optimiser
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -254,6 +255,24 @@ def test_stages_when_followed_then_the_second_leaves_the_transformer_alone():
     assert {names[id(value)].partition(".")[0] for value in first.parameters} == {"transformer"}
     assert {names[id(value)].partition(".")[0] for value in second.parameters} == {"flows"}
     assert "transformer.memory" in {names[id(value)] for value in first.parameters}
+
+
+def test_stages_when_run_then_each_moves_its_own_part_alone():
+    """The backbone and its batch norms never move, the transformer only in the first stage, flows in the second."""
+    detector = _build().train()
+    moved = []
+    for stage in detector.stages():
+        before = {name: value.clone() for name, value in detector.state_dict().items()}
+        encoded = stage.encode(_images(4))
+        optimiser = build_optimiser(stage.recipe, stage.parameters)
+        for step in range(2):
+            optimiser.zero_grad()
+            sum(stage.loss(encoded, step).values()).backward()
+            optimiser.step()
+        moved.append({name for name, value in detector.state_dict().items() if not torch.equal(value, before[name])})
+
+    learnt = {name for name, parameter in detector.named_parameters() if parameter.requires_grad}
+    assert moved == [{name for name in learnt if name.startswith(part)} for part in ("transformer.", "flows.")]
 
 
 def test_map_is_one_plus_the_published_one_over_e():

@@ -202,11 +202,11 @@ def test_calibration_when_its_own_frames_are_judged_then_maps_have_mean_zero_and
     with torch.no_grad():
         maps = detector._distance_maps(detector.encode(frames))
 
-    normalised = (maps - detector.means[..., None, None]) / detector.deviations[..., None, None]
+    normalised = (maps.double() - detector.means[..., None, None]) / detector.deviations[..., None, None]
     assert normalised.shape == (6, 2, 2, 64, 64)
-    torch.testing.assert_close(normalised.mean(dim=(0, 3, 4)), torch.zeros(2, 2), rtol=0, atol=1e-4)
+    torch.testing.assert_close(normalised.mean(dim=(0, 3, 4)), torch.zeros(2, 2).double(), rtol=0, atol=1e-5)
     spread = normalised.std(dim=(3, 4), correction=0).mean(dim=0)
-    torch.testing.assert_close(spread, torch.ones(2, 2), rtol=0, atol=1e-4)
+    torch.testing.assert_close(spread, torch.ones(2, 2).double(), rtol=0, atol=1e-5)
 
 
 def test_calibration_when_no_frames_were_observed_then_refuses():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.blocks.draws import generator_of_step
 from models.jigsaw_svdd import (
     _LARGE,
     _RELATIONS,
@@ -353,6 +354,32 @@ def test_svdd_term_when_written_out_in_numpy_then_is_the_weighted_mean_of_plain_
     pairs = embedded[1].detach().double().numpy().reshape(2, 4, 8)
     expected = sum(math.sqrt(sum((a - b) ** 2)) for a, b in zip(*pairs, strict=True)) / 4
     assert float(term.detach()) == pytest.approx(0.25 * expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["as published", "learnt projection"])
+def test_relation_term_when_written_out_in_numpy_then_is_the_cross_entropy_of_the_difference(learns):
+    """Two hidden layers of the difference, a last weight of columns of length one, cross-entropy; to 1e-5."""
+    detector = _fitted(_texture(4), learn_projection=learns, colour_noise=0.0, pixel_noise=0.0)
+    centred = detector.encode(_texture(4))
+    embedded = []
+    embed = detector.encoder.encode_large
+    detector.encoder.encode_large = lambda patches: embedded.append(embed(patches)) or embedded[-1]
+
+    term = detector.loss(centred, 3)["relation_large"]
+
+    _, _, classes = _draw_pairs(4, (192, 192), _LARGE, generator_of_step(detector.config.seed, 3))
+    state = {name: value.detach().double().numpy() for name, value in detector.large_classifier.state_dict().items()}
+    first, second = embedded[0].detach().double().numpy().reshape(2, 4, -1)
+    weight = state["projection"] / np.sqrt((state["projection"] ** 2).sum(axis=0))
+    expected = 0.0
+    for one, other, relation in zip(first, second, classes.tolist(), strict=True):
+        hidden = one - other
+        for layer in ("hidden.0", "hidden.2"):
+            hidden = state[f"{layer}.weight"] @ hidden + state[f"{layer}.bias"]
+            hidden = np.where(hidden > 0, hidden, 0.1 * hidden)
+        logits = weight @ hidden + state["bias"]
+        expected += (math.log(np.exp(logits).sum()) - logits[relation]) / 4
+    assert float(term.detach()) == pytest.approx(expected, abs=1e-5)
 
 
 def test_svdd_term_when_several_pairs_are_asked_for_then_is_their_mean_over_frames_with_pairs_of_their_own():
