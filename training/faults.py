@@ -9,7 +9,7 @@ from training.bundling.store import StoreFailed, StoreRefused
 from training.config import ConfigFault
 from training.data.samples import DatasetFault
 from training.fitting.checkpoint import CheckpointRefused
-from training.fitting.fit import FitFailed
+from training.fitting.fit import FitFailed, FramesRefused
 from training.fitting.peers import PeerLost
 from training.golden import GoldenFailed
 from training.measuring.ranking import ScoreNotFinite
@@ -31,6 +31,7 @@ CALLERS: tuple[type[Exception], ...] = (
     ConfigFault,
     DatasetFault,
     FlawlineError,
+    FramesRefused,
     RunDirectoryFault,
     RunNotFitted,
     StoreRefused,

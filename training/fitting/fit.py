@@ -60,6 +60,10 @@ class FitFailed(Exception):
     """A stage can't go on; the sentence names it, and the step of a descent."""
 
 
+class FramesRefused(Exception):
+    """A look at all good frames showed that they do not serve for what was asked; the sentence says why."""
+
+
 @dataclass(frozen=True)
 class FitSettings:
     """How fitting runs, as far as the detector's recipe leaves it open.
@@ -135,8 +139,8 @@ def fit(
         ValueError: if there are no frames, their lines are not those that the detector is conditioned on, or the
             processes can't compute equally many shares.
         FitStopped: after Ctrl-C or a termination signal, once the state is kept.
-        FitFailed: if the loss is not finite, a stage refuses the frames that it saw, or a batch has fewer frames than
-            shares.
+        FitFailed: if the loss is not finite, a descent can't go on, or a batch has fewer frames than shares.
+        FramesRefused: if a pass refuses the frames that it saw.
         PeerLost: if another process has ended.
         CheckpointRefused: if the run shall be resumed from a checkpoint that does not fit.
     """
@@ -247,7 +251,7 @@ class _Run:
             try:
                 stage.finish()
             except ValueError as error:
-                raise FitFailed(f"The frames do not serve for '{stage.name}': {error}.") from error
+                raise FramesRefused(f"The frames do not serve for '{stage.name}': {error}.") from error
 
     def _follow_first(self) -> None:
         """Take over what the first process has, as a resumed run takes over what was kept."""

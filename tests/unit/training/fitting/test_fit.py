@@ -16,12 +16,14 @@ from torch.nn import functional
 from models.detector import AnomalyOutput, GradientStage, PassStage, Recipe
 from training.config import load_config
 from training.data.loader import MemoryFrames
+from training.faults import CALLERS
 from training.fitting.checkpoint import CheckpointRefused, load_checkpoint
 from training.fitting.fit import (
     CheckpointPlan,
     FitFailed,
     FitSettings,
     FitStopped,
+    FramesRefused,
     fit,
     planned_iterations,
 )
@@ -398,14 +400,15 @@ def test_fit_with_a_loss_that_is_not_finite_names_the_step():
 
 
 def test_fit_when_a_pass_refuses_the_frames_then_names_it_and_its_reason():
-    """What only a look at the frames can tell is told in a sentence, before any descent."""
+    """What only a look at the frames can tell is told before any descent, as a fault that the caller can mend."""
 
     class Choosy(_TinyDetector):
         def _finish(self):
             raise ValueError("ten frames are too few")
 
-    with pytest.raises(FitFailed, match=r"'mean': ten frames are too few\."):
+    with pytest.raises(FramesRefused, match=r"'mean': ten frames are too few\."):
         _fit(Choosy())
+    assert FramesRefused in CALLERS
 
 
 def test_fit_when_a_loss_refuses_what_it_is_given_then_names_the_stage_its_step_and_the_reason():
