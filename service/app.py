@@ -23,9 +23,9 @@ from service.engines.opening import open_engine
 from service.errors import FlawlineError
 from service.lines.choices import why_unusable
 from service.lines.golden_watch import GoldenWatch
+from service.lines.ledger import RegistryOptions
 from service.lines.loading import BatcherOptions, OpenEngine
 from service.lines.registry import Registry
-from service.lines.versions import RegistryOptions
 from service.observability.telemetry import Telemetry
 from service.observability.traces import Traces
 from service.pipeline import Pipeline

@@ -27,16 +27,16 @@ that was chosen to judge is gone, it is refused. `policies.py` says which file m
 
 What changes anything blocks and belongs into a thread; what only reads takes no lock. Looks at the store come one after
 another and may take long, for the store as well as for what is loaded. What administrators and frames want does not
-wait for them: it comes between two versions, or at once where nothing has to be loaded. `versions.py` says how
-that is kept apart, and how versions get in and out of memory; `served.py` is what readers see.
+wait for them: it comes between two versions, or at once where nothing has to be loaded. `versions.py` says how that is
+kept apart. Here is what may be asked and changed; below it lie, each knowing only those before it, what readers see
+(`served.py`), what all share (`ledger.py`), which version should serve (`wanted.py`), which stay in memory
+(`residence.py`), how one becomes live (`going_live.py`), how one is loaded (`versions.py`), and what comes from the
+store (`store_looks.py`).
 """
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import replace
 
 from service.errors import (
     BundleRefused,
@@ -46,7 +46,7 @@ from service.errors import (
     UnknownLine,
     UnknownVersion,
 )
-from service.heap import give_back
+from service.lines.ledger import GONE, TAKEN_OUT, History
 from service.lines.live import (
     NOT_CALIBRATED,
     LineStatus,
@@ -57,38 +57,13 @@ from service.lines.live import (
     VersionStatus,
 )
 from service.lines.served import State
-from service.lines.versions import History, LoadedVersions, Refusal
-from service.stores.store import Needed
-
-_GONE = "It was removed from the store and serves on; put it back, or activate another version."
-_TAKEN_OUT = "It was unloaded by an administrator; load it again."
-_ENDED_EARLY = "Loading ended early, in a way that nobody foresaw; the log says how."
+from service.lines.store_looks import StoreLooks
 
 _log = logging.getLogger("flawline")
 
 
-@dataclass(frozen=True)
-class Rescanned:
-    """What looking at the store has changed.
-
-    Attributes:
-        activated: versions that became live.
-        refused: versions that did not, with the reason.
-        policies: new policies, as line and version.
-        withdrawn: policies that are offered no more, as line and version.
-        refused_policies: files of lines that are served which do not hold, with the reason, however often they were
-            looked at.
-    """
-
-    activated: tuple[VersionKey, ...]
-    refused: Mapping[VersionKey, str]
-    policies: tuple[tuple[str, str], ...]
-    withdrawn: tuple[tuple[str, str], ...]
-    refused_policies: Mapping[tuple[str, str], str]
-
-
-class Registry(LoadedVersions):
-    """The lines of one store; see `LoadedVersions` for what it is made of."""
+class Registry(StoreLooks):
+    """The lines of one store; see `Ledger` for what it is made of."""
 
     # What callers ask.
 
@@ -140,12 +115,6 @@ class Registry(LoadedVersions):
         return self._choices.why_forgotten
 
     @property
-    def why_empty(self) -> str:
-        """Why no line is served, where none is even known."""
-        known = self._catalogue.why_stale or self._catalogue.why_unreadable or self._fault
-        return known or "No line is loaded; the store may be empty."
-
-    @property
     def live_in_store(self) -> Mapping[str, bool]:
         """Whether the version that judges lies in the store, as the last look found, by bundle whose lines are served.
 
@@ -166,58 +135,7 @@ class Registry(LoadedVersions):
         is_served = any(status.state == "ready" or self.comes_back(status) for status in missed)
         return is_whole and is_served and {status.state for status in missed} <= {"ready", "unloaded", "loading"}
 
-    # What changes something: in a thread.
-
-    def load(self) -> None:
-        """Load every wanted line of the store; whatever is wrong with a bundle refuses its lines and no others."""
-        try:
-            with self._looking:
-                with self._changing:
-                    self._recall()
-                self._ask_store()
-                self._load_all()
-                self._let_go_of_gone()
-        except Exception:  # noqa: BLE001 - the edge of this thread: whoever asks must hear that loading has ended
-            self._fault = _ENDED_EARLY
-            _log.exception("loading ended early")
-        finally:
-            give_back()
-            self._is_loading = False
-
-    def rescan(self) -> Rescanned:
-        """Ask the store for what is new: versions become live, policies are offered, and withdrawn where they are gone.
-
-        Raises:
-            StoreUnreachable: if it can't be asked; nothing has changed then.
-            BundleRefused: if nobody knows what administrators chose.
-        """
-        with self._looking:
-            self._refuse_to_guess()
-            if not self._ask_store():
-                raise StoreUnreachable(self._catalogue.why_stale or "The store can't be asked.")
-            refused = self._load_late() if self._is_unfinished else self._load_new()
-            activated = tuple(key for key, reason in refused.items() if reason is None)
-            if refused:
-                give_back()
-            reasons = {key: reason for key, reason in refused.items() if reason is not None} | self._left_out()
-            self._let_go_of_gone()
-            with self._changing:
-                seen = self._look_at_policies()
-            return Rescanned(activated, reasons, tuple(seen.offered), tuple(seen.withdrawn), seen.refused)
-
-    def try_again(self) -> None:
-        """Load what store or machine kept from being loaded, where it is time; nothing else is looked for.
-
-        Neither a frame nor an administrator has to ask: a pod that is not ready gets no frames.
-        """
-        with self._looking:
-            if self._is_unfinished:
-                loaded = self._load_late() if self._ask_store() else {}
-            else:
-                names = list(self._histories)
-                loaded = self._load_each(names, lambda name: self._overdue(name) or self._as_before(name))
-            if loaded:
-                give_back()
+    # What administrators change: in a thread.
 
     def activate(self, name: str, version: str) -> None:
         """Make a version live, after it was proved; newer ones no longer become live by themselves.
@@ -375,238 +293,14 @@ class Registry(LoadedVersions):
             self._choices.unload(line)
             state = self._state
             live = {known: serving for known, serving in state.live.items() if known != line}
-            status = LineStatus(line, name, "unloaded", _TAKEN_OUT, None)
+            status = LineStatus(line, name, "unloaded", TAKEN_OUT, None)
             self._become(replace(state, live=live, not_live={**state.not_live, line: status}))
             if not any(serving.bundle.manifest.name == name for serving in live.values()):
                 self._end_shadow(name)
                 self._retire(key for key in state.loaded if key.name == name)
             _log.info("line unloaded", extra={"line": line})
 
-    # The store.
-
-    def _ask_store(self) -> bool:
-        with self._asking:
-            if self._catalogue.refresh(self._needed()):
-                self._hidden.intersection_update(self._catalogue.names())
-                if not self._hidden:
-                    self._telemetry.store_read()
-                return True
-            self._telemetry.store_unreachable()
-            return False
-
-    def _needed(self) -> Needed:
-        """Return what a store that has no room for all must have here: also what a restart would begin with."""
-        chosen = self._choices.chosen.versions
-        histories = dict(self._histories)
-        live = {name: history.live[-1] for name, history in histories.items() if history.live}
-        began_with = {name: version.live for name, version in chosen.items() if self._begins_with(name)}
-        # What was live before this start counts as in use until something else is live.
-        judging = {VersionKey(*key) for key in {**self._last_live.versions, **began_with, **live}.items()}
-        serving = judging | {VersionKey(*key) for key in (*began_with.items(), *self._last_live.versions.items())}
-        serving |= {shadow.key for shadow in self._state.shadows.values()}
-        serving |= set(self._called)
-        if self._loading_now is not None:
-            serving.add(self._loading_now)
-        befores = ((name, self._before(name)) for name in histories.keys() | chosen.keys())
-        previous = {VersionKey(name, before) for name, before in befores if before is not None}
-        in_use = {key for key in judging if not self._taken_out.issuperset(self._catalogue.lines(*key))}
-        return Needed(serving, previous, newest_waits=not self._options.activates_newest, in_use=in_use)
-
-    def _in_use(self) -> set[VersionKey]:
-        """Return the versions that lines are judged by, or would be with their next frame."""
-        histories = dict(self._histories)
-        names = {status.bundle for status in self.statuses() if status.line not in self._taken_out}
-        return {VersionKey(name, histories[name].live[-1]) for name in names & histories.keys() if histories[name].live}
-
-    def _let_go_of_gone(self) -> None:
-        """Have nobody served by what the store has no longer, but for what lines are judged by: that is told."""
-        were_live = {VersionKey(name, one) for name, history in [*self._histories.items()] for one in history.live}
-        gone = {key for key in were_live.union(self._state.loaded) if self._catalogue.is_gone(*key)}
-        is_empty = not self._catalogue.names()  # rather a volume that is away than everything revoked
-        with self._changing:
-            in_use = self._in_use()
-            for key in () if is_empty else sorted(gone - in_use):
-                self._let_go_of(key)
-            for key in sorted((gone & in_use) - self._gone):
-                named = {"bundle": key.name, "version": key.version}
-                _log.error("the live version is gone from the store", extra={**named, "reason": _GONE})
-            self._gone = frozenset(gone & in_use)
-
-    def _let_go_of(self, key: VersionKey) -> None:
-        history, shadow = self._history(key.name), self._state.shadows.get(key.name)
-        history.live = [version for version in history.live if version != key.version]
-        if shadow is not None and shadow.key == key:
-            self._end_shadow(key.name)
-        if key in self._state.loaded:
-            self._retire((key,))
-            _log.warning("a version is gone from the store", extra={"bundle": key.name, "version": key.version})
-
-    def _begins_with(self, name: str) -> bool:
-        """Tell whether a restart would begin with the version that was chosen, rather than with a newer one."""
-        known = {*self._catalogue.readable_versions(name), *self._catalogue.absent(name)}
-        return self._first(name, sorted(known, key=int)) == self._choices.chosen.versions[name].live
-
-    def _left_out(self) -> dict[VersionKey, str]:
-        """Return the versions that would become live and could not be brought from the store; each is counted once."""
-        found: dict[VersionKey, str] = {}
-        for name in self._catalogue.names_elsewhere():
-            absent, history = self._catalogue.absent(name), self._history(name)
-            newest = max((*absent, *self._catalogue.readable_versions(name)), key=int)
-            live = history.live[-1] if history.live else "0"
-            waits = newest in history.held_back or (history.live and not self._options.activates_newest)
-            if newest in absent and int(newest) > int(live) and not waits:
-                found[VersionKey(name, newest)] = absent[newest]
-        for key, reason in found.items():
-            if self._told_left_out.get(key) != reason:
-                self._telemetry.version_refused(key.name)
-                _log.error(
-                    "a version can't be brought", extra={"bundle": key.name, "version": key.version, "reason": reason}
-                )
-        self._told_left_out = found
-        return found
-
-    @contextmanager
-    def _called_for(self, name: str, version: str | None) -> Iterator[None]:
-        """Have the store bring a version that is not here, and keep it inside of the block."""
-        if version is None:
-            yield
-            return
-        key = VersionKey(name, version)
-        self._called.append(key)
-        try:
-            if key not in self._state.loaded and version not in self._catalogue.readable_versions(name):
-                self._ask_store()  # what became of it is told by whoever looks for it
-            yield
-        finally:
-            self._called.remove(key)
-
-    def _load_all(self) -> dict[VersionKey, str | None]:
-        """Load what is to begin with, and return each version with why it was refused, or None."""
-        with self._changing:
-            first = {name: VersionKey(name, version) for name, version in self._scan()}
-        loaded = self._load_each(list(first), lambda name: None if self._history(name).live else first[name])
-        loaded |= self._load_each(list(first), self._as_before)
-        if not self.statuses():
-            _log.error("no line is served", extra={"reason": self.why_empty})
-        return loaded
-
-    def _load_late(self) -> dict[VersionKey, str | None]:
-        """Begin anew where the start could not be finished: all lines of the store are missed until they serve."""
-        self._is_loading = True
-        try:
-            loaded = self._load_all()
-        except Exception:
-            self._fault = _ENDED_EARLY
-            raise
-        else:
-            self._fault = None
-            return loaded
-        finally:
-            self._is_loading = False
-
-    @property
-    def _is_unfinished(self) -> bool:
-        """Whether the store could not be read at the start, or loading ended early."""
-        return not self._has_scanned or self._fault is not None
-
-    def _load_new(self) -> dict[VersionKey, str | None]:
-        """Load what has come since, and return each version with why it was refused, or None."""
-        readable = [name for name in self._catalogue.names() if self._can_be_looked_into(name)]
-        return self._load_each(readable, lambda name: self._newer(name) or self._lost(name) or self._as_before(name))
-
-    def _load_each(
-        self, names: Iterable[str], choose: Callable[[str], VersionKey | None]
-    ) -> dict[VersionKey, str | None]:
-        """Load a version of each bundle but where its lines are all taken out; others may change something between."""
-
-        def chosen(name: str) -> VersionKey | None:
-            key = choose(name)
-            return None if key is None or self._taken_out.issuperset(self._catalogue.lines(*key)) else key
-
-        found: dict[VersionKey, str | None] = {}
-        for name in names:
-            found |= self._load_if(partial(chosen, name))
-        return found
-
-    def _can_be_looked_into(self, name: str) -> bool:
-        """Tell whether new versions of a bundle would be found; what hides them is counted, and logged once."""
-        try:
-            self._catalogue.versions(name)
-        except OSError as error:
-            self._telemetry.store_unreachable()
-            if name not in self._hidden:
-                self._hidden.add(name)
-                _log.error("a folder of the store can't be read", extra={"bundle": name, "reason": error.strerror})
-            return False
-        if name in self._hidden:
-            self._hidden.discard(name)
-            if not self._hidden:
-                self._telemetry.store_read()
-        return True
-
-    def _scan(self) -> list[tuple[str, str]]:
-        """Find the newest version of each name, and say that its lines are loading."""
-        candidates = []
-        names = self._catalogue.names()
-        self._has_scanned = self._catalogue.why_unreadable is None
-        known: set[str] = set()
-        for name in names:
-            try:
-                versions = self._catalogue.versions(name)
-            except OSError as error:
-                _log.exception("a folder of the store can't be read", extra={"bundle": name})
-                self._hidden.add(name)
-                self._telemetry.store_unreachable()
-                lines = self._catalogue.wanted_of((name,))
-                self._refuse(name, self._without_live(lines), f"Its folder can't be read: {error.strerror}.")
-                known.update(lines)
-                continue
-            first = self._first(name, versions) if versions else ""
-            self._tell_of_step_back(name, first)
-            lines = self._catalogue.lines(name, first if first in versions else versions[-1]) if versions else ()
-            out = tuple(line for line in lines if line in self._taken_out)
-            self._note(name, out, "unloaded", _TAKEN_OUT)
-            known.update(lines)
-            lines = self._without_live(line for line in lines if line not in out)
-            if lines and self._choices.why_unknown is not None:
-                self._refuse(name, lines, self._choices.why_unknown)
-            elif lines and first not in versions:
-                self._refuse(name, lines, self._why_chosen_is_missing(name, first))
-            elif lines and not self._history(name).live:
-                candidates.append((name, first))
-                self._note(name, lines, "loading", "The line is loading; try again in a moment.")
-        why_missing = self._catalogue.why_unreadable or "There is no bundle of this line in the store."
-        for missing in sorted((self._wanted or frozenset()) - known - self._state.live.keys()):
-            absent = self._catalogue.absent(missing)
-            newest = max(absent, key=int, default=None)
-            why = (
-                why_missing
-                if newest is None
-                else f"Version {newest} could not be brought from the store. {absent[newest]}"
-            )
-            self._refuse(missing, (missing,), why)
-        self._left_out()
-        return candidates
-
-    def _tell_of_step_back(self, name: str, first: str) -> None:
-        """Log where a start takes an older version than was live before, because the store has that no longer."""
-        before = self._last_live.versions.get(name)
-        if before is not None and first and int(first) < int(before) and self._catalogue.is_gone(name, before):
-            reason = f"Version {before}, which was live before, is gone from the store."
-            _log.warning("an older version is taken", extra={"bundle": name, "version": first, "reason": reason})
-
-    def _why_chosen_is_missing(self, name: str, version: str) -> str:
-        chosen = f"An administrator chose version {version}"
-        why = self._catalogue.absent(name).get(version) or self._catalogue.why_stale
-        if why is not None:
-            return f"{chosen}, which could not be brought from the store. {why}"
-        return f"{chosen}, which is not in the store; put it back, or activate another one."
-
-    def _refuse(self, name: str, lines: tuple[str, ...], reason: str) -> None:
-        """Refuse lines before anything of them is loaded, and log why."""
-        self._note(name, lines, "refused", reason)
-        for line in lines:
-            _log.error("line refused", extra={"line": line, "reason": reason})
+    # What is meant.
 
     def _stored(self, name: str, version: str) -> VersionKey:
         key = VersionKey(name, version)
@@ -627,91 +321,6 @@ class Registry(LoadedVersions):
         if not self._catalogue.names() and self._catalogue.why_unreadable is not None:
             raise StoreUnreachable(self._catalogue.why_unreadable)
 
-    def _newer(self, name: str, *, asks_again: bool = False) -> VersionKey | None:
-        """Return the newest version where it should become live: not held back, and not refused as it is."""
-        stored = self._catalogue.readable_versions(name)
-        history = self._history(name)
-        live = history.live[-1] if history.live else None
-        newest = (stored[-1] if live is not None else self._first(name, stored)) if stored else ""
-        if newest not in stored or not self._catalogue.lines(name, newest):
-            return None
-        if live is not None and (int(newest) <= int(live) or newest in history.held_back):
-            return None
-        if live is not None and not self._options.activates_newest:
-            return None
-        key = VersionKey(name, newest)
-        return key if asks_again or self._may_be_tried(key) else None
-
-    def _lost(self, name: str) -> VersionKey | None:
-        """Return the version that was live, made room for others and could not come back, where it may be tried."""
-        history = self._history(name)
-        if not history.live or history.live[-1] not in history.refusals:
-            return None
-        key = VersionKey(name, history.live[-1])
-        return key if key not in self._state.loaded and self._may_be_tried(key) else None
-
-    def _may_be_tried(self, key: VersionKey) -> bool:
-        """Tell whether a version was not refused, or has changed since, or whether its fault may have passed."""
-        refusal = self._history(key.name).refusals.get(key.version)
-        return refusal is None or self._is_overdue(refusal) or refusal.looks != self._catalogue.looks(*key)
-
-    def _without_live(self, lines: Iterable[str]) -> tuple[str, ...]:
-        """Return those that nothing serves: a start that is begun anew takes nothing from what it has reached."""
-        return tuple(line for line in lines if line not in self._state.live)
-
-    def _is_overdue(self, refusal: Refusal) -> bool:
-        return refusal.again_at <= self._clock()
-
-    def _overdue(self, name: str) -> VersionKey | None:
-        """Return the version of a bundle that should serve and does not, where its fault may have passed by now."""
-        history = self._history(name)
-        if history.live:
-            return self._lost(name)
-        due = {version for version, refusal in history.refusals.items() if self._is_overdue(refusal)}
-        stored = self._catalogue.readable_versions(name) if due else []
-        wanted = self._first(name, stored) if stored else ""
-        return VersionKey(name, wanted) if wanted in due else None
-
-    def _as_before(self, name: str) -> VersionKey | None:
-        """Return the version that was live before the start, where the one to begin with was refused for good."""
-        history, version = self._history(name), self._last_live.versions.get(name)
-        if history.live or version is None or version in history.held_back:
-            return None
-        stored = self._catalogue.readable_versions(name)
-        refusal = history.refusals.get(self._first(name, stored)) if version in stored else None
-        if refusal is None or refusal.again_at < math.inf:
-            return None
-        key = VersionKey(name, version)
-        return key if self._may_be_tried(key) else None
-
-    def _first(self, name: str, stored: Sequence[str]) -> str:
-        """Return the version to begin with: what an administrator chose, or the newest one that is not held back."""
-        chosen = self._choices.chosen.versions.get(name)
-        if chosen is None:
-            return stored[-1]
-        newer = [version for version in stored if int(version) > int(chosen.live) and version not in chosen.held_back]
-        return newer[-1] if newer and self._options.activates_newest else chosen.live
-
-    def _recall(self) -> None:
-        """Take over what administrators chose before this start."""
-        if not self._options.activates_newest and self._options.state_directory is None:
-            _log.warning("versions wait for an administrator, and without a state directory a restart does not")
-        self._choices.recall()
-        chosen = self._choices.chosen
-        self._taken_out |= set(chosen.unloaded)
-        for name, version in chosen.versions.items():
-            self._history(name).held_back |= set(version.held_back)
-        self._last_live.recall()  # in the end: where it ends early, what was chosen counts all the same
-
-    def _refuse_to_guess(self) -> None:
-        """Change nothing where nobody knows what administrators chose.
-
-        Raises:
-            BundleRefused: if that is so.
-        """
-        if self._choices.why_unknown is not None:
-            raise BundleRefused(self._choices.why_unknown)
-
     def _loaded_line(self, line: str) -> LiveLine:
         """Return what serves a line, or would but for its policy.
 
@@ -727,21 +336,6 @@ class Registry(LoadedVersions):
             if version is not None and line in version.lines:
                 return version.lines[line]
         return self.serving(line, None)
-
-    def _before(self, name: str) -> str | None:
-        """Return the version that was live before, or the next older one in the store where none was.
-
-        Older than the one that should be live, where none is.
-        """
-        history = self._histories.get(name, History())
-        if len(history.live) > 1:
-            return history.live[-2]
-        stored = self._catalogue.readable_versions(name)
-        if not history.live and not stored:
-            return None
-        live = history.live[-1] if history.live else self._first(name, stored)
-        older = {version for version in (*stored, *self._catalogue.absent(name)) if int(version) < int(live)}
-        return max(older, key=int, default=None)
 
     def _bundle_of(self, line: str) -> str:
         """Return the name of the bundle that serves a line, or would if it were loaded."""
@@ -765,7 +359,7 @@ class Registry(LoadedVersions):
         if loaded is not None and loaded.bundle.batcher.why_unhealthy is not None:
             return loaded.bundle.batcher.why_unhealthy
         if key in self._gone:
-            return _GONE
+            return GONE
         is_refused = loaded is None and key.version in history.refusals
         return history.refusals[key.version].reason if is_refused else None
 

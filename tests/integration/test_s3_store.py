@@ -13,9 +13,9 @@ from obstore.store import S3Store
 from service.contract.bundle import load_bundle, versions_of
 from service.engines.ort import OrtEngine
 from service.errors import StoreUnreachable
+from service.lines.ledger import RegistryOptions
 from service.lines.loading import BatcherOptions
 from service.lines.registry import Registry
-from service.lines.versions import RegistryOptions
 from service.observability.telemetry import Telemetry
 from service.stores.mirror import Mirror
 from service.stores.objects import Location, Objects

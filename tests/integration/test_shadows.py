@@ -11,9 +11,9 @@ import pytest
 
 from service.contract.frames import FrameLimits
 from service.contract.policy import Verdict
+from service.lines.ledger import RegistryOptions
 from service.lines.loading import BatcherOptions
 from service.lines.registry import Registry
-from service.lines.versions import RegistryOptions
 from service.observability.log import JsonLines
 from service.observability.telemetry import Telemetry
 from service.pipeline import Pipeline

@@ -14,9 +14,9 @@ import pytest
 from service.errors import BundleRefused, LineNotReady
 from service.lines.catalogue import Catalogue
 from service.lines.choices import CHOICES_FILE, LAST_LIVE_FILE, LOCK_FILE, Choices, LastLive, why_unusable
+from service.lines.ledger import RegistryOptions
 from service.lines.loading import BatcherOptions
 from service.lines.registry import Registry
-from service.lines.versions import RegistryOptions
 from service.observability.telemetry import Telemetry
 from service.stores.directory import DirectoryStore
 from tests.factories import make_bundle, make_policy

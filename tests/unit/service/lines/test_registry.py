@@ -20,9 +20,9 @@ from service.errors import (
     UnknownVersion,
 )
 from service.lines.choices import Choices
+from service.lines.ledger import RegistryOptions
 from service.lines.loading import BatcherOptions
 from service.lines.registry import Registry
-from service.lines.versions import RegistryOptions
 from service.observability.telemetry import Telemetry
 from service.scheduling.schedule import RunTimes
 from service.stores.directory import DirectoryStore

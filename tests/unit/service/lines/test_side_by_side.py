@@ -7,9 +7,9 @@ import pytest
 
 from service.engines.ort import OrtEngine
 from service.errors import LineLoading, UnknownVersion
+from service.lines.ledger import RegistryOptions
 from service.lines.loading import BatcherOptions
 from service.lines.registry import Registry
-from service.lines.versions import RegistryOptions
 from service.observability.telemetry import Telemetry
 from service.stores.directory import DirectoryStore
 from service.threads import Turns, begin

@@ -23,10 +23,10 @@ from service.errors import (
     UnknownPolicy,
     UnknownVersion,
 )
+from service.lines.ledger import RegistryOptions
 from service.lines.live import VersionKey
 from service.lines.loading import BatcherOptions
 from service.lines.registry import Registry
-from service.lines.versions import RegistryOptions
 from service.observability.telemetry import Telemetry
 from service.stores.directory import DirectoryStore
 from service.threads import begin
@@ -898,7 +898,7 @@ def test_memory_when_loading_takes_more_than_is_promised_then_that_counts(tmp_pa
         shelf.add("1", name)
         shelf.sizes[name] = 10
     held = iter([1000, 1100, 1100, 1200, 1200, 1300])
-    monkeypatch.setattr("service.lines.versions.held_bytes", lambda: next(held))
+    monkeypatch.setattr("service.lines.residence.held_bytes", lambda: next(held))
 
     registry = shelf.load(budget_bytes=250, weighs_engines=True)
 
@@ -918,7 +918,7 @@ def test_memory_when_a_network_will_outgrow_its_file_then_room_is_made_before_it
     shelf = Shelf(tmp_path)
     sizes = [(shelf.add("1", name) / "model.onnx").stat().st_size for name in ("one", "two", "zone")]
     held = iter([0, 2, 2, 4, 4, 6])  # files' worth
-    monkeypatch.setattr("service.lines.versions.held_bytes", lambda: next(held) * max(sizes))
+    monkeypatch.setattr("service.lines.residence.held_bytes", lambda: next(held) * max(sizes))
     in_memory = []
     shelf.before_open = lambda _bundle: in_memory.append(
         [line for line, state in shelf.line_states().items() if state == "ready"] if shelf.registry else []
@@ -937,7 +937,7 @@ def test_memory_when_another_engine_is_closed_meanwhile_then_its_memory_is_no_pa
     shelf = Shelf(tmp_path)
     shelf.add("1")
     held = iter([1000, 1100, 1100, 1110])
-    monkeypatch.setattr("service.lines.versions.held_bytes", lambda: next(held))
+    monkeypatch.setattr("service.lines.residence.held_bytes", lambda: next(held))
     registry = shelf.load(weighs_engines=True, keeps_previous=False)
     registry._retire([VersionKey("demo_line", "1")])
     shelf.before_open = lambda _bundle: registry.tend()
