@@ -290,13 +290,24 @@ def _load_and_look(context: Context, settings: Settings) -> None:
         try:
             if settings.store_poll_s and context.clock() >= looks_at:
                 looks_at = context.clock() + settings.store_poll_s
-                context.registry.rescan()
+                _look(context)
             else:
                 context.registry.try_again()
         except FlawlineError:
             pass  # logged and counted where it happened; what is live still is
         except Exception:  # noqa: BLE001 - the edge of this thread: looking goes on
             _log.exception("a look at the store ended early")
+
+
+def _look(context: Context) -> None:
+    """Look for what is new; a look that ends early by a fault of its own has missed it as any other, and is counted."""
+    try:
+        context.registry.rescan()
+    except FlawlineError:
+        raise
+    except Exception:
+        context.telemetry.store_unreachable()
+        raise
 
 
 async def _watch(context: Context, when_lost: Callable[[], None] | None) -> None:
@@ -315,4 +326,7 @@ async def _renew(certificate: ServerCertificate) -> None:
     """Look for a renewed certificate; whoever renews one does so days before the old one ends."""
     while True:
         await asyncio.sleep(_RENEW_EVERY_S)
-        await asyncio.to_thread(certificate.renew)
+        try:
+            await asyncio.to_thread(certificate.renew)
+        except Exception:  # noqa: BLE001 - the edge of this task: a machine without a thread to spare may have one later
+            _log.exception("a look for a renewed certificate ended early")

@@ -19,6 +19,7 @@ from service.observability.telemetry import Telemetry
 from service.stores.store import Store
 from service.threads import Turns
 
+SHORTEST_RETRY_S = 1.0
 GONE = "It was removed from the store and serves on; put it back, or activate another version."
 TAKEN_OUT = "It was unloaded by an administrator; load it again."
 
@@ -125,6 +126,7 @@ class Ledger(ServedLines):
         self._changing = threading.Lock()
         self._histories: dict[str, History] = {}
         self._loading_now: VersionKey | None = None
+        self._loading_since = 0.0
         self._asked_again: set[str] = set()
         self._late: set[str] = set()  # lines that came while others were served, and were refused since
         self._hidden: set[str] = set()  # bundles whose folder in the store can't be read
@@ -149,7 +151,10 @@ class Ledger(ServedLines):
         return 0.0 if refusal is None else max(0.0, refusal.again_at - self._clock())
 
     def _load_takes_s(self, name: str) -> float:
-        return self._history(name).load_s
+        load_s, loading = self._history(name).load_s, self._loading_now
+        if loading is None or loading.name != name:
+            return load_s
+        return max(SHORTEST_RETRY_S, load_s - (self._clock() - self._loading_since))
 
     def _history(self, name: str) -> History:
         return self._histories.setdefault(name, History())

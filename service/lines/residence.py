@@ -30,11 +30,15 @@ class ResidentVersions(WantedVersions):
         """Close what was replaced, as soon as the last of its frames is answered."""
         for version in list(self._retired):
             if version.bundle.batcher.is_idle:
-                version.bundle.batcher.close()
-                version.bundle.engine.close()
-                self._closed_bytes += version.bundle.engine.size_bytes
                 self._retired.remove(version)
-                _log.info("version closed", extra=named(version.key))
+                self._closed_bytes += version.bundle.engine.size_bytes
+                try:
+                    version.bundle.batcher.close()
+                    version.bundle.engine.close()
+                except Exception:  # noqa: BLE001 - the edge: whoever tends looks for lost engines too, and must go on
+                    _log.exception("an engine could not be closed", extra=named(version.key))
+                else:
+                    _log.info("version closed", extra=named(version.key))
 
     async def drain(self) -> None:
         """Admit nothing more, and return when all that was admitted is answered."""

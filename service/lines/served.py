@@ -241,7 +241,7 @@ class ServedLines(ABC):
 
     @abstractmethod
     def _load_takes_s(self, name: str) -> float:
-        """Return how many seconds it may take to load a bundle."""
+        """Return how many seconds it may take, or still take, to load a bundle."""
 
     def _unknown(self) -> FlawlineError:
         if self._is_loading:

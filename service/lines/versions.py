@@ -22,11 +22,10 @@ from service.errors import (
 )
 from service.heap import lacked_memory
 from service.lines.going_live import LiveVersions
-from service.lines.ledger import Refusal, named
+from service.lines.ledger import SHORTEST_RETRY_S, Refusal, named
 from service.lines.live import LoadedVersion, VersionKey
 from service.lines.residence import running
 
-_SHORTEST_RETRY_S = 1.0
 # Of a fault that may pass: each pause is twice the one before, up to this. What never was live is given up after so
 # many tries, a quarter of an hour, and waits until it changes.
 _LONGEST_PAUSE_S = 300.0
@@ -94,7 +93,7 @@ class LoadedVersions(LiveVersions):
         tries = before.tries + 1 if before is not None and before.looks == looks else 1
         # What was live here was proved here, so that it comes back however long the fault takes to pass.
         may_pass = _may_pass(fault) and (key.version in history.live or tries < _MOST_TRIES)
-        pause_s = min(_SHORTEST_RETRY_S * 2 ** min(tries - 1, _MOST_TRIES), _LONGEST_PAUSE_S)
+        pause_s = min(SHORTEST_RETRY_S * 2 ** min(tries - 1, _MOST_TRIES), _LONGEST_PAUSE_S)
         again_at = self._clock() + pause_s if may_pass else math.inf
         history.refusals[key.version] = Refusal(fault.sentence, looks, tries, again_at)
 
@@ -185,6 +184,7 @@ class LoadedVersions(LiveVersions):
             BundleRefused: if it does not hold, or store or machine do not let it be loaded.
             EngineFailed: if the device does not take it.
         """
+        self._loading_since = self._clock()
         self._loading_now = key
         self._telemetry.declare_engine(key.name)
         try:
@@ -208,7 +208,7 @@ class LoadedVersions(LiveVersions):
                     raise
         finally:
             self._loading_now = None
-        self._history(key.name).load_s = max(_SHORTEST_RETRY_S, takes_s)
+        self._history(key.name).load_s = max(SHORTEST_RETRY_S, takes_s)
         return loaded
 
     @contextmanager

@@ -73,6 +73,25 @@ async def test_drain_when_a_frame_is_on_a_replaced_version_then_waits_for_its_an
     registry.close()
 
 
+def test_tend_when_an_engine_can_not_be_closed_then_that_is_said_once_and_the_others_are_closed(shelf, caplog):
+    """Who closes what was replaced also looks for engines that are lost, and must not end over one that is gone."""
+    registry = shelf.load(keeps_previous=False)
+    for version in ("2", "3"):
+        shelf.add(version)
+        registry.rescan()
+    first, second, _ = shelf.engines
+
+    def fail():
+        raise RuntimeError("the device is gone")
+
+    first.close = fail
+    registry.tend()
+    registry.tend()
+
+    assert [record.message for record in caplog.records].count("an engine could not be closed") == 1
+    assert second.is_closed
+
+
 def test_memory_when_the_budget_is_full_then_the_line_not_asked_for_makes_room_and_comes_back(tmp_path):
     """Lines beyond the budget are unloaded, and loaded again by the first frame, which is told to come back."""
     shelf = Shelf(tmp_path)
@@ -309,6 +328,28 @@ def test_memory_when_a_line_comes_back_then_its_camera_is_told_to_wait_as_long_a
     crowded.want("plate")
 
     assert crowded.want("cap").retry_after_s == pytest.approx(7, abs=0.01)
+
+
+def test_memory_when_a_line_is_half_way_back_then_its_camera_is_told_to_wait_for_the_rest(crowded):
+    """Each frame that asks meanwhile is told the same moment, and not one that moves away."""
+    told = []
+
+    def take_seven_seconds(_bundle):
+        crowded.now += 7
+
+    def ask_after_five_seconds(_bundle):
+        crowded.now += 5
+        with pytest.raises(LineLoading) as refused:
+            crowded.registry.serving("cap", None)
+        told.append(refused.value.retry_after_s)
+
+    crowded.before_open = take_seven_seconds
+    crowded.want("cap")
+    crowded.want("plate")
+    crowded.before_open = ask_after_five_seconds
+    crowded.want("cap")
+
+    assert told == [pytest.approx(2, abs=0.01)]
 
 
 def test_memory_when_the_last_load_gave_way_to_frames_then_a_camera_is_not_told_to_wait_as_long(crowded):
