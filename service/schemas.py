@@ -686,6 +686,7 @@ class RescanAnswer(_Wire):
         policies: that are offered now, and were not before.
         withdrawn: policies whose file is gone, or no longer for the network that serves.
         refused_policies: policy files that do not hold, at every look until they do.
+        gone: live versions that were removed from the store and serve on, at every look until another one is live.
     """
 
     activated: list[VersionOf]
@@ -693,6 +694,7 @@ class RescanAnswer(_Wire):
     policies: list[str]
     withdrawn: list[str] = []
     refused_policies: list[PolicyRefusedAnswer] = []
+    gone: list[RefusedAnswer] = []
 
 
 class PolicyAnswer(_Wire):

@@ -214,6 +214,7 @@ def rescan(context: typer.Context) -> None:
         answer = administrator.rescan()
     rows: list[Sequence[str]] = [("live", one.bundle, one.version, "") for one in answer.activated]
     rows += [("refused", one.bundle, one.version, one.reason) for one in answer.refused]
+    rows += [("gone", one.bundle, one.version, one.reason) for one in answer.gone]
     rows += [("offered", *one.split("/", 1), "policy") for one in answer.policies]
     rows += [("withdrawn", *one.split("/", 1), "policy") for one in answer.withdrawn]
     rows += [("refused", one.line, one.version, f"policy: {one.reason}") for one in answer.refused_policies]

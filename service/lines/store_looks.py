@@ -31,6 +31,7 @@ class Rescanned:
         withdrawn: policies that are offered no more, as line and version.
         refused_policies: files of lines that are served which do not hold, with the reason, however often they were
             looked at.
+        gone: live versions that the store has no longer, with what is to be done; they serve on.
     """
 
     activated: tuple[VersionKey, ...]
@@ -38,6 +39,7 @@ class Rescanned:
     policies: tuple[tuple[str, str], ...]
     withdrawn: tuple[tuple[str, str], ...]
     refused_policies: Mapping[tuple[str, str], str]
+    gone: Mapping[VersionKey, str]
 
 
 class StoreLooks(LoadedVersions):
@@ -88,7 +90,8 @@ class StoreLooks(LoadedVersions):
             self._let_go_of_gone()
             with self._changing:
                 seen = self._look_at_policies()
-            return Rescanned(activated, reasons, tuple(seen.offered), tuple(seen.withdrawn), seen.refused)
+            gone = dict.fromkeys(sorted(self._gone), GONE)
+            return Rescanned(activated, reasons, tuple(seen.offered), tuple(seen.withdrawn), seen.refused, gone)
 
     def try_again(self) -> None:
         """Load what store or machine kept from being loaded, where it is time; nothing else is looked for.

@@ -183,7 +183,8 @@ async def rescan(request: Request) -> RescanAnswer:
     """Ask the store for new versions and policies now; needs a key that covers every line.
 
     A policy whose file is gone is withdrawn, and a line that it was chosen to judge is refused. A file that was changed
-    under the same name is refused, and the policy stays as it was first read.
+    under the same name is refused, and the policy stays as it was first read. A version that is gone is let go of, but
+    where it is live: that one serves on, and is told.
     """
     caller, registry = _administrator(request), context_of(request).registry
     if not caller.covers_every_line:
@@ -192,6 +193,7 @@ async def rescan(request: Request) -> RescanAnswer:
         found = await make_change(registry.rescan)
         noted |= {"activated": len(found.activated), "refused": len(found.refused), "policies": len(found.policies)}
         noted |= {"withdrawn": len(found.withdrawn), "refused_policies": len(found.refused_policies)}
+        noted["gone"] = len(found.gone)
     return RescanAnswer(
         activated=[VersionOf(bundle=name, version=version) for name, version in found.activated],
         refused=[
@@ -203,6 +205,9 @@ async def rescan(request: Request) -> RescanAnswer:
         refused_policies=[
             PolicyRefusedAnswer(line=line, version=version, reason=reason)
             for (line, version), reason in found.refused_policies.items()
+        ],
+        gone=[
+            RefusedAnswer(bundle=name, version=version, reason=reason) for (name, version), reason in found.gone.items()
         ],
     )
 

@@ -96,6 +96,18 @@ def test_policy_when_set_then_the_line_is_listed_with_it(served):
     assert (line["policy"], line["policies"]) == ("strict", ["1", "strict"])
 
 
+def test_rescan_when_a_live_version_was_removed_then_it_is_told_and_serves_on(served):
+    """Whoever removed it hears what is left to do, whether that was meant or not."""
+    away = (served.store / "listed" / "1").rename(served.store / "listed" / ".1")
+    rescanned = _flawline(served, "rescan")
+    listed = json.loads(_flawline(served, "lines", before=("--json",)).stdout)["lines"]
+    away.rename(served.store / "listed" / "1")
+
+    (row,) = [line.split() for line in rescanned.stdout.splitlines() if "listed" in line]
+    assert row[:3] == ["gone", "listed", "1"]
+    assert [line["state"] for line in listed if line["line"] == "listed"] == ["ready"]
+
+
 def test_line_when_unloaded_and_loaded_then_told(served):
     """A line can be taken out of service and put back."""
     states = [_flawline(served, verb, "paused").stdout for verb in ("unload", "load")]

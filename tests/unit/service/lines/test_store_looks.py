@@ -265,8 +265,7 @@ def test_rescan_when_the_live_version_is_gone_then_it_serves_on_and_that_is_told
     well = shelf.metrics()
     away = (shelf.path / "demo_line/1").rename(shelf.path / "demo_line/.1")
 
-    for _ in range(2):
-        registry.rescan()
+    looks = [list(registry.rescan().gone) for _ in range(2)]
     gone = (shelf.serving(), registry.is_ready, registry.versions("demo_line")[0].reason, shelf.metrics())
     away.rename(shelf.path / "demo_line/1")
     registry.rescan()
@@ -277,6 +276,7 @@ def test_rescan_when_the_live_version_is_gone_then_it_serves_on_and_that_is_told
 
     told = 'flawline_live_version_in_store{engine="demo_line"}'
     assert f"{told} 1.0" in well
+    assert looks == [[("demo_line", "1")]] * 2
     assert gone[:2] == ("1", True)
     assert "removed from the store" in gone[2]
     assert f"{told} 0.0" in gone[3]
