@@ -502,9 +502,12 @@ def _read(path: Path, relative: str) -> bytes:
         if not file.resolve().is_relative_to(path.resolve()):
             raise BundleRefused(f"{relative} lies outside of the bundle.")
         if not file.is_file():  # a pipe would be read for ever
+            bundle = f"the bundle {path.parent.name}/{path.name}"
+            if file.exists():
+                raise BundleRefused(f"{relative} is no plain file in {bundle}.")
             # Of a store that is away everything is missing.
-            kind = BundleRefused if file.exists() else BundleNotLoaded
-            raise kind(f"{relative} is no plain file in the bundle {path.parent.name}/{path.name}.")
+            why = "" if path.is_dir() else ", because there is no such folder; give one version's, as in store/line/1"
+            raise BundleNotLoaded(f"{relative} is missing from {bundle}{why}.")
         return file.read_bytes()
     except OSError as error:
         raise BundleNotLoaded(

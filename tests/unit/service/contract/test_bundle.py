@@ -256,9 +256,17 @@ def test_loading_when_the_folder_itself_is_reached_by_a_link_is_allowed(bundle, 
 
 
 def test_loading_when_the_folder_does_not_exist_is_refused(tmp_path):
-    """A bundle that is not there is refused like a broken one."""
-    with pytest.raises(BundleRefused, match=r"manifest\.json"):
+    """A bundle that is not there is refused like a broken one, and whoever mistyped its folder learns of it."""
+    with pytest.raises(BundleRefused, match=r"manifest\.json is missing from .* demo_line/9, because there is no such"):
         load_bundle(tmp_path / "demo_line" / "9")
+
+
+def test_loading_when_a_file_is_missing_says_which(bundle):
+    """The folder is there, so nobody is sent to look for it."""
+    (bundle / "model.onnx").unlink()
+
+    with pytest.raises(BundleRefused, match=r"model\.onnx is missing from the bundle demo_line/1\.$"):
+        load_bundle(bundle)
 
 
 @pytest.mark.parametrize(
