@@ -45,6 +45,9 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
+# Where a legend hides least. It is matplotlib's default as well, but only who asks for it is spared a warning when the
+# search takes more than a second, as on a busy machine.
+_EMPTIEST = "best"
 
 
 def draw_histogram(
@@ -80,7 +83,7 @@ def draw_histogram(
         axes.axvline(thresholds[1], color=_FAIL, linewidth=1.6, label="fail threshold")
         axes.set_xlabel("score (larger is more anomalous)")
         axes.set_ylabel("percent of the group's frames")
-        axes.legend()
+        axes.legend(loc=_EMPTIEST)
 
     label = (
         f"Histogram of scores of good and defective frames, with the review threshold at {thresholds[0]:.4g} and the "
@@ -150,7 +153,7 @@ def draw_loss(losses: Sequence[tuple[str, int, float]]) -> str | None:
             axes.set(xlabel="iteration", ylabel="loss", xlim=(0, max(1, len(values) - 1)))
             if has_title:
                 axes.set_title(stage)
-            axes.legend()
+            axes.legend(loc=_EMPTIEST)
 
         return paint
 

@@ -1,6 +1,7 @@
 """Promises of the page: it needs nothing outside of itself, and it says what is not known."""
 
 import base64
+import itertools
 import re
 from functools import cache
 
@@ -296,6 +297,16 @@ def test_loss_when_there_are_several_stages_then_each_has_a_panel_of_its_own():
     assert all(f">{stage}<" in together for stage in ("flows", "map"))
     assert ">map<" not in alone
     assert "flows: 50 iterations, from 900 to 851; map: 30 iterations, from 0.5 to 0.5" in together
+
+
+def test_legends_when_the_machine_is_busy_then_whoever_trains_reads_no_warning(monkeypatch):
+    """The search for the emptiest place may take seconds; it says nothing among the run's own sentences."""
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+
+    drawn = draw_histogram([0.1] * 5, [0.2], [0.9], (0.1, 0.1)), draw_loss([("a", 0, 2.0), ("a", 1, 1.0)])
+
+    assert all("legend" in drawing for drawing in drawn)
 
 
 def test_render_when_good_parts_have_peaks_then_each_is_a_circle_on_an_ordinary_frame():
