@@ -439,10 +439,12 @@ def evaluate_bundle(
         )
     spec, rule = manifest.input, manifest.output.score_rule
     run, index = by_tiles(GraphRun(bundle.model, threads), spec, rule), manifest.lines.index(name)
-    answers = ask(run, tested, spec, reporter, title="test frames", line_index=index)
+    answers = ask(run, tested, spec, reporter, title="test frames", content=checked.content, line_index=index)
     held_out = None
     if kept_out and needs_held_out(tested):
-        held_out = ask(run, kept_out, spec, reporter, title="validation frames", line_index=index)
+        held_out = ask(
+            run, kept_out, spec, reporter, title="validation frames", content=checked.content, line_index=index
+        )
     policy = bundle.policies[name]
     found = evaluate(
         answers,

@@ -92,6 +92,11 @@ class GatheredLines:
         return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
     @property
+    def content(self) -> dict[Path, str]:
+        """SHA-256 in hex of each frame's file, of all lines."""
+        return {path: digest for line in self.lines for path, digest in line.data.content.items()}
+
+    @property
     def fitted_on(self) -> list[Path]:
         """The files to fit on, line by line."""
         return [sample.path for line in self.lines for sample in line.fitted_on]

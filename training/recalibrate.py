@@ -314,7 +314,7 @@ def recalibrate(
     good = _unseen_frames(bundle, good, tested, reporter, review_rate=review_rate, fail_rate=fail_rate)
     graph = GraphRun(bundle.model, threads)
     whole = by_tiles(graph, spec, rule)
-    held_out = ask(whole, good.samples, spec, reporter, title="good frames", line_index=index)
+    held_out = ask(whole, good.samples, spec, reporter, title="good frames", content=good.content, line_index=index)
     if region_of_interest is not None:
         _check_region(region_of_interest, good, reporter)
     calibrated = calibrate(
@@ -331,7 +331,9 @@ def recalibrate(
     calibrated = _with_filters_of(old, calibrated)
     evaluation = answers = None
     if tested is not None:
-        answers = ask(whole, tested.samples, spec, reporter, title="test frames", line_index=index)
+        answers = ask(
+            whole, tested.samples, spec, reporter, title="test frames", content=tested.content, line_index=index
+        )
         evaluation = evaluate(
             answers,
             calibrated.policy,

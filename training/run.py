@@ -297,7 +297,9 @@ def _fit(
     if beginning == "export":
         _refuse_unfitted(directory, identity, prepared)
     plan = CheckpointPlan(directory, identity, resume=beginning != "new")
-    frames = FileFrames(gathered.fitted_on, config.frame_input, FrameLimits(), gathered.fitted_on_lines)
+    frames = FileFrames(
+        gathered.fitted_on, config.frame_input, FrameLimits(), gathered.fitted_on_lines, content=gathered.content
+    )
     try:
         seen = views_of(frames, config.frame_input, makes_views=config.makes_views)
         if defects is not None and beginning != "export":
@@ -381,7 +383,13 @@ def _measure(
     """Ask a fitted detector about one line's frames, calibrate it there, and evaluate it."""
     of_line = "" if lines == 1 else f" of {line.name}"
     asked = partial(
-        ask, run, spec=config.frame_input, reporter=reporter, line_index=index, batch_size=config.batch_size
+        ask,
+        run,
+        spec=config.frame_input,
+        reporter=reporter,
+        content=line.data.content,
+        line_index=index,
+        batch_size=config.batch_size,
     )
     held_out = asked(samples=line.held_out, title=f"good frames{of_line}")
     tested = asked(samples=line.tested, title=f"test frames{of_line}") if line.tested else None

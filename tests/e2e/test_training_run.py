@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from tests.tiny_line import (
 )
 from training.__main__ import commands
 from training.config import ConfigFault
+from training.data.samples import DatasetFault
 from training.data.split import RecordingOrder
 from training.fitting.checkpoint import CheckpointRefused, has_checkpoint
 from training.fitting.detectors import prepare_detector, refuse_unseen_defects
@@ -132,6 +134,31 @@ def test_train_when_good_parts_cannot_carry_the_rate_then_refuses_before_fitting
         train(request, tmp_path / "run", SilentReporter())
 
     assert list(tmp_path.iterdir()) == []
+
+
+class _FolderChanges(SilentReporter):
+    """Somebody writes other frames over those of a folder, as soon as a piece of work has ended."""
+
+    def __init__(self, folder, ended):
+        self._folder, self._ended = folder, ended
+
+    @contextmanager
+    def bar(self, name, total, done=0):
+        """Write over the frames after the piece of that name."""
+        with super().bar(name, total, done) as bar:
+            yield bar
+        if name == self._ended:
+            for path in self._folder.rglob("*.png"):
+                path.write_bytes(encode(make_frame(72, 80, seed=900)))
+
+
+@pytest.mark.parametrize(("ended", "read_next"), [("checking files", "train/good"), ("good frames", "test")])
+def test_train_when_frames_change_after_their_check_then_refuses_to_learn_or_measure_others(tmp_path, ended, read_next):
+    """The digests of the manifest and of `fitted_frames.txt` are of the frames that the network learnt."""
+    line = write_line(tmp_path / "bottle")
+
+    with pytest.raises(DatasetFault, match="has changed since this command checked it"):
+        train(make_request(line, tmp_path / "store"), tmp_path / "run", _FolderChanges(line / read_next, ended))
 
 
 def _with_rough_rims(line):

@@ -1,9 +1,12 @@
 """Frames for fitting and evaluation: files to uint8 arrays, by the decoder and the resize that the service uses.
 
-A source can be read again and again, in any order. Decoded frames stay in memory while they fit.
+A source can be read again and again, in any order. Decoded frames stay in memory while they fit. Where the check of the
+data set told what a file held, a file that holds something else is refused: what is learnt and measured is what the
+manifest's digests name.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +16,7 @@ from numpy.typing import NDArray
 
 from service.contract.frames import FrameLimits, decode_mask, decode_mask_values, fit_to_input, read_frame
 from service.contract.geometry import InputSpec
-from training.data.samples import Sample, Saturation
+from training.data.samples import DatasetFault, Sample, Saturation
 
 Pixels = NDArray[np.uint8]
 
@@ -71,6 +74,7 @@ class FileFrames:
         spec: what becomes of each.
         limits: what the decoder accepts.
         line_index: which line each frame shows; None if all show the first.
+        content: SHA-256 in hex of each file, as the check of the data set saw it; None where nobody looked.
         threads: decoders at work.
         memory_bytes: decoded frames are kept for the next time up to this bound.
     """
@@ -82,6 +86,7 @@ class FileFrames:
         limits: FrameLimits,
         line_index: Sequence[int] | None = None,
         *,
+        content: Mapping[Path, str] | None = None,
         threads: int = 2,
         memory_bytes: int = 2 * 2**30,
     ) -> None:
@@ -89,6 +94,7 @@ class FileFrames:
         self.line_index = _one_line_each(line_index, len(self._paths))
         self._spec = spec
         self._limits = limits
+        self._content = content
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="frames")
         self._places = memory_bytes // (spec.canvas_height * spec.canvas_width * 3)
         self._kept: dict[int, Pixels] = {}
@@ -100,7 +106,8 @@ class FileFrames:
         """Return the frames as `(B, H, W, 3)` uint8 RGB, in the order of the indices.
 
         Raises:
-            FlawlineError: if a file is no longer the image that the check of the data set saw.
+            DatasetFault: if a file is no longer what the check of the data set saw.
+            FlawlineError: if a file that nobody checked is no image that the limits allow.
             OSError: if a file can't be opened.
         """
         return np.stack(list(self._pool.map(self._frame, indices)))
@@ -113,7 +120,7 @@ class FileFrames:
     def _frame(self, index: int) -> Pixels:
         if (kept := self._kept.get(index)) is not None:
             return kept
-        pixels = load_frame(self._paths[index], self._spec, self._limits)
+        pixels = load_frame(self._paths[index], self._spec, self._limits, self._content)
         # Two threads may pass this bound together; one frame more does not matter.
         if len(self._kept) < self._places:
             self._kept[index] = pixels
@@ -127,14 +134,44 @@ def _one_line_each(line_index: Sequence[int] | None, count: int) -> LineIndex:
     return found
 
 
-def load_frame(path: Path, spec: InputSpec, limits: FrameLimits) -> Pixels:
+def load_frame(path: Path, spec: InputSpec, limits: FrameLimits, content: Mapping[Path, str] | None = None) -> Pixels:
     """Read one image file as the canvas that the network takes or is cut for it, `(H, W, 3)` uint8 RGB.
 
+    Args:
+        path: of the file.
+        spec: the network's input.
+        limits: what the decoder accepts.
+        content: SHA-256 in hex of each file, as the check of the data set saw it; None where nobody looked.
+
     Raises:
+        DatasetFault: if the file is not what the check saw.
         FlawlineError: if the file is no image that the limits allow.
         OSError: if the file can't be opened.
     """
-    return fit_to_input(read_frame(path.read_bytes(), limits, spec).pixels, spec)
+    return fit_to_input(read_frame(read_checked(path, content), limits, spec).pixels, spec)
+
+
+def read_checked(path: Path, content: Mapping[Path, str] | None) -> bytes:
+    """Read a frame's file, and hold it to what the check of the data set saw.
+
+    A folder that a camera still writes to, or that somebody tidies, may change while a run takes an hour. Its manifest
+    would name other frames than it learnt, and `flawline calibrate` would take these for frames that it never saw.
+
+    Args:
+        path: of the file.
+        content: SHA-256 in hex of each checked file; None where nobody looked.
+
+    Raises:
+        DatasetFault: if the file is not what the check saw.
+        OSError: if the file can't be opened.
+    """
+    data = path.read_bytes()
+    if content is not None and hashlib.sha256(data).hexdigest() != content[path]:
+        raise DatasetFault(
+            f"{path} has changed since this command checked it; put back what it was, or begin anew, with a folder "
+            "that nobody writes to meanwhile."
+        )
+    return data
 
 
 def load_mask(sample: Sample, height: int, width: int) -> NDArray[np.bool_]:

@@ -5,9 +5,10 @@ functions, scores are judged by the service's own policy, so that a figure here 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from service.contract.policy import Judgement, Policy, ScoreRule, Verdict, bring
 from service.contract.regions import label_components
 from service.contract.tiling import Run
 from service.errors import FlawlineError, FrameNotComparable, UnreadableFrame
-from training.data.loader import load_channels, load_mask
+from training.data.loader import load_channels, load_mask, read_checked
 from training.data.samples import ANOMALOUS, AUPRO_LIMIT, NORMAL, Sample, parts_of
 from training.measuring.metrics import (
     Curve,
@@ -152,6 +153,7 @@ def ask(
     reporter: Reporter,
     *,
     title: str,
+    content: Mapping[Path, str] | None = None,
     line_index: int = 0,
     batch_size: int = 8,
     threads: int = 2,
@@ -164,11 +166,13 @@ def ask(
         spec: the network's input.
         reporter: shows how far the work is.
         title: what the bar says.
+        content: SHA-256 in hex of each frame's file, as the check of the data set saw it; None where nobody looked.
         line_index: of the line that the frames show, among those of the run or bundle.
         batch_size: frames a call of `run`.
         threads: decoders at work.
 
     Raises:
+        DatasetFault: if a file is no longer what the check of the data set saw.
         UnreadableFrame: if a frame can't be decoded; the sentence names the file.
     """
     batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
@@ -178,7 +182,9 @@ def ask(
     with ThreadPoolExecutor(threads) as pool, reporter.bar(title, len(samples)) as bar:
 
         def begin(index: int) -> list[Future[_Fitted]]:
-            return [pool.submit(_read, sample, spec) for sample in batches[index]] if index < len(batches) else []
+            return (
+                [pool.submit(_read, sample, spec, content) for sample in batches[index]] if index < len(batches) else []
+            )
 
         waiting = begin(0)
         for index, batch in enumerate(batches):
@@ -340,9 +346,10 @@ def to_records(metrics: dict[str, Metric]) -> dict[str, MetricRecord]:
     }
 
 
-def _read(sample: Sample, spec: InputSpec) -> _Fitted:
+def _read(sample: Sample, spec: InputSpec, content: Mapping[Path, str] | None) -> _Fitted:
+    data = read_checked(sample.path, content)
     try:
-        frame = read_frame(sample.path.read_bytes(), FrameLimits(), spec)
+        frame = read_frame(data, FrameLimits(), spec)
     except FlawlineError as error:
         raise UnreadableFrame(f"{sample.path}: {error.sentence}") from error
     canvas = fit_to_input(frame.pixels, spec)

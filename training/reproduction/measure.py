@@ -114,12 +114,14 @@ def measure(
     prepared = prepare_detector(config, equipment.weights, equipment.weight_folders, device, len(lines))
     chosen = [_to_fit_on(data, config) for data in lines.values()]
     begun = time.monotonic()
-    _fit(prepared, chosen, config, CheckpointPlan(directory, {"cell": digest}, has_checkpoint(directory)), reporter)
+    content = {path: sha for data in lines.values() for path, sha in data.content.items()}
+    plan = CheckpointPlan(directory, {"cell": digest}, has_checkpoint(directory))
+    _fit(prepared, chosen, content, config, plan, reporter)
     fit_s = time.monotonic() - begun
 
     spec, rule = config.frame_input, prepared.score_rule
     run = by_tiles(DetectorRun(prepared.module, device), spec, rule)
-    asked = partial(ask, run, spec=spec, reporter=reporter, batch_size=config.batch_size)
+    asked = partial(ask, run, spec=spec, reporter=reporter, content=content, batch_size=config.batch_size)
     figures, frames = {}, {}
     for index, (name, data) in enumerate(lines.items()):
         tested = [sample for sample in data.dataset.test if sample.label != UNKNOWN]
@@ -151,13 +153,16 @@ def _names(data: CheckedDataset, samples: Sequence[Sample]) -> tuple[str, ...]:
 def _fit(
     prepared: PreparedDetector,
     chosen: Sequence[Sequence[Sample]],
+    content: Mapping[Path, str],
     config: RunConfig,
     plan: CheckpointPlan,
     reporter: Reporter,
 ) -> None:
     files = [(sample.path, index) for index, samples in enumerate(chosen) for sample in samples]
     spec = config.frame_input
-    frames = FileFrames([path for path, _ in files], spec, FrameLimits(), [index for _, index in files])
+    frames = FileFrames(
+        [path for path, _ in files], spec, FrameLimits(), [index for _, index in files], content=content
+    )
     try:
         fit(
             prepared.module,

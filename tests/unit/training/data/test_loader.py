@@ -1,12 +1,14 @@
 """Promises of the frame sources."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
 from service.contract.frames import FrameLimits, encode_png
 from service.contract.geometry import InputSpec, plain_input
 from training.data.loader import FileFrames, MemoryFrames, load_mask
-from training.data.samples import Sample
+from training.data.samples import DatasetFault, Sample
 
 
 @pytest.fixture
@@ -65,6 +67,20 @@ def test_file_frames_with_a_crop_cut_the_rim(paths):
     source.close()
 
     assert taken.shape == (1, 4, 4, 3)
+
+
+def test_file_frames_that_changed_since_they_were_checked_are_refused_by_name(paths):
+    """What is learnt is what the manifest's digests name, though somebody writes to the folder meanwhile."""
+    content = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    source = FileFrames(paths, plain_input(6, 8), FrameLimits(), content=content)
+    paths[1].write_bytes(paths[2].read_bytes())
+
+    unchanged = source.take([0])
+    with pytest.raises(DatasetFault, match=r"1\.png has changed since this command checked it"):
+        source.take([1])
+    source.close()
+
+    assert unchanged[0, 0, 0, 0] == 0
 
 
 def test_memory_frames_give_what_they_hold():

@@ -1,5 +1,6 @@
 """Promises of evaluation: the service's pixels and policy, and a reason for every figure that is not defined."""
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +24,7 @@ from tests.factories import (
 from tests.tiny_line import DEFECTS, TEST_GOOD, write_line, write_mvtec_ad2_line
 from training.data.detect import read_dataset
 from training.data.loader import load_channels, load_mask
-from training.data.samples import ANOMALOUS, UNKNOWN, Sample
+from training.data.samples import ANOMALOUS, UNKNOWN, DatasetFault, Sample
 from training.measuring.evaluate import ask, evaluate, inspected_share, spread, to_records, without_test_frames
 from training.measuring.metrics import Metric, auroc, saturation_area, spro
 from training.progress import SilentReporter
@@ -54,6 +55,15 @@ def test_ask_when_a_frame_is_damaged_then_the_sentence_names_the_file(tmp_path):
 
     with pytest.raises(UnreadableFrame, match="broken"):
         _ask([Sample(path, "test", 0, "good")])
+
+
+def test_ask_when_a_frame_changed_since_it_was_checked_then_refuses_it_by_name(tmp_path):
+    """Thresholds and figures are of the frames that the manifest names."""
+    path = tmp_path / "part.png"
+    path.write_bytes(encode(make_frame()))
+
+    with pytest.raises(DatasetFault, match=r"part\.png has changed since this command checked it"):
+        _ask([Sample(path, "test", 0, "good")], content={path: hashlib.sha256(b"another frame").hexdigest()})
 
 
 @pytest.mark.parametrize("resolution", ["original", "model"])
