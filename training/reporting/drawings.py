@@ -6,7 +6,7 @@ The one door to matplotlib. Numbers in, text out; nothing here knows runs or bun
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import matplotlib as mpl
 import numpy as np
@@ -47,7 +47,7 @@ _STYLE: dict[Any, Any] = {
 }
 # Where a legend hides least. It is matplotlib's default as well, but only who asks for it is spared a warning when the
 # search takes more than a second, as on a busy machine.
-_EMPTIEST = "best"
+_EMPTIEST: Final = "best"
 
 
 def draw_histogram(
