@@ -1,10 +1,10 @@
 """Which of several configurations is better, judged without a single test frame.
 
 Each is fitted on a line's good frames as a run fits it, and then tells the good frames that were held out from the same
-frames with a defect planted into them at their own size: a scratch, a spot, a moved patch, a broad shade. None of the
-four is what a detector plants for itself while it learns. A row shows the image AUROC by kind, and their mean, by which
-a choice is made: "own" with the configuration's own score, the others with the same maps read in another way. The
-line's test folder is never read. Tiles are a setting like others.
+frames with a defect planted into them at their own size: a scratch, a spot, a moved patch, a broad shade, and, where it
+is asked for, a faint crack. None of them is what a detector plants for itself while it learns. A row shows the image
+AUROC by kind, and their mean, by which a choice is made: "own" with the configuration's own score, the others with the
+same maps read in another way. The line's test folder is never read. Tiles are a setting like others.
 
     .venv/bin/python tests/benchmarks/planted_defects.py ../shared/data/pcb --detector st_mae --set backbone=embedded
     .venv/bin/python tests/benchmarks/planted_defects.py LINE --detector inp_former --set 'tiles={rows: 2, columns: 2}'
@@ -89,11 +89,28 @@ def shade(frame: Pixels, rng: np.random.Generator) -> Pixels:
     return _changed(frame, soft.astype(np.float32), rng)
 
 
+def crack(frame: Pixels, rng: np.random.Generator) -> Pixels:
+    """Draw a crack: a faint line a pixel or two wide that wanders, over an eighth to a third of the frame."""
+    height, width = frame.shape[:2]
+    side = min(height, width)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    centre_y, centre_x = _place(rng, height, width)
+    angle = rng.uniform(0, np.pi)
+    across = (x - centre_x) * np.sin(angle) - (y - centre_y) * np.cos(angle)
+    along = (x - centre_x) * np.cos(angle) + (y - centre_y) * np.sin(angle)
+    for waves in (4, 9, 23):  # a walk: the finer the bend, the smaller
+        across = across + 0.1 / waves * side * np.sin(along / side * waves * 2 + rng.uniform(0, 2 * np.pi))
+    half = rng.uniform(0.002, 0.004) * side
+    line = np.clip(half + 0.5 - np.abs(across), 0, 1) * (np.abs(along) < rng.uniform(0.06, 0.17) * side)
+    return _changed(frame, line.astype(np.float32), rng, rng.uniform(0.08, 0.2))
+
+
 KINDS: dict[str, Callable[[Pixels, np.random.Generator], Pixels]] = {
     "scratch": scratch,
     "spot": spot,
     "patch": patch,
     "shade": shade,
+    "crack": crack,
 }
 
 
@@ -101,12 +118,17 @@ def _place(rng: np.random.Generator, height: int, width: int) -> tuple[float, fl
     return rng.uniform(0.12, 0.88) * height, rng.uniform(0.12, 0.88) * width
 
 
-def _changed(frame: Pixels, share: NDArray[np.float32], rng: np.random.Generator) -> Pixels:
-    """Move the grey of a place by a part of the frame's own range, away from the nearer end where there is no room."""
+def _changed(
+    frame: Pixels, share: NDArray[np.float32], rng: np.random.Generator, contrast: float | None = None
+) -> Pixels:
+    """Move the grey of a place by a part of the frame's own range, away from the nearer end where there is no room.
+
+    The part is `contrast`, where it is given; else it is drawn.
+    """
     grey = frame.astype(np.float32)
     place = float((grey.mean(axis=2) * share).sum() / max(share.sum(), 1e-6))
     low, high = np.percentile(grey, (1, 99))
-    step = rng.uniform(0.25, 0.5) * max(high - low, 40.0)
+    step = (rng.uniform(0.25, 0.5) if contrast is None else contrast) * max(high - low, 40.0)
     binary = float(np.mean((frame < 16) | (frame > 239))) > 0.95
     if binary:  # a scan of two greys knows no others
         return np.where(share[..., None] > 0.5, 255 - frame, frame).astype(np.uint8)
@@ -181,7 +203,7 @@ def main() -> None:
     parser.add_argument("--detector", required=True)
     parser.add_argument("--config", default="small", help="small, paper or a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="with commas between")
+    parser.add_argument("--kinds", default="scratch,spot,patch,shade", help=f"with commas between: {', '.join(KINDS)}")
     parser.add_argument("--weights", type=Path, default=Path("../shared/weights"))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
