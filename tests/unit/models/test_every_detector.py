@@ -14,10 +14,10 @@ from training.fitting.optimisers import build_optimiser, learning_rate_at
 
 every_detector = pytest.mark.parametrize("variant", sorted(TINY))
 
-# How many times the usual value of the rest a planted defect has, where a detector's specification says so.
+# What specifications promise of a planted defect: that the map is nowhere warmer, and how many times the usual value of
+# the rest it has there. Of the others some are warmest elsewhere, after frames of another seed.
+_WARMEST_AT_A_DEFECT = frozenset({"dadf", "jigsaw_svdd"})
 _CONTRASTS = {"st_mae": 3.0}
-# A global branch says that a whole does not fit, and need not say where.
-_WARMEST_ELSEWHERE = frozenset({"glcf"})
 
 
 def _normal_frames(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
@@ -264,7 +264,7 @@ def test_planted_defect_when_fitted_briefly_then_it_ranks_above_every_normal_fra
     at_defect[map_height // 2 : map_height * 3 // 4, map_width // 4 : map_width // 2] = True
     inside, outside = bad.anomaly_map[:, at_defect], bad.anomaly_map[:, ~at_defect]
     assert (inside.mean(dim=1) > outside.mean(dim=1)).all()
-    if variant not in _WARMEST_ELSEWHERE:
+    if variant in _WARMEST_AT_A_DEFECT:
         assert (inside.amax(dim=1) > outside.amax(dim=1)).all()
     if (contrast := _CONTRASTS.get(variant)) is not None:
         assert (inside.mean(dim=1) > contrast * outside.median(dim=1).values).all()
