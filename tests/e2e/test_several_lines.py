@@ -20,6 +20,7 @@ from tests.fakes import FakeEngine
 from tests.servers import Side, serve_in_thread, wait_until, wait_until_ready
 from tests.tiny_line import GOOD, TINY_RUN, write_line
 from training.__main__ import commands
+from training.measuring.evaluate import ask
 
 CALM, ROUGH = "calm", "rough"
 LONG_S = 600.0
@@ -46,14 +47,27 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(place) -> str:
+def asked() -> set[tuple[str, int]]:
+    """Of which line the run showed frames, and as which line of the network."""
+    return set()
+
+
+@pytest.fixture(scope="module")
+def trained(place, asked) -> str:
     """What the command said that fitted one detector on both lines."""
     torch.set_num_threads(1)
     named = [option for line in (CALM, ROUGH) for option in ("--line", f"{line}={place / line}")]
-    result = _invoke(
-        *("train", *named, "--name", "pair", "--config", place / "run.yaml", "--weights", "untrained"),
-        *("--store", place / "store", "--runs", place / "runs"),
-    )
+
+    def ask_and_note(*arguments, samples, line_index, **options):
+        asked.update((sample.path.relative_to(place).parts[0], line_index) for sample in samples)
+        return ask(*arguments, samples=samples, line_index=line_index, **options)
+
+    with pytest.MonkeyPatch.context() as watched:
+        watched.setattr("training.run.ask", ask_and_note)
+        result = _invoke(
+            *("train", *named, "--name", "pair", "--config", place / "run.yaml", "--weights", "untrained"),
+            *("--store", place / "store", "--runs", place / "runs"),
+        )
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -81,6 +95,11 @@ def test_train_when_given_two_lines_then_the_bundle_keeps_thresholds_golden_fram
         (CALM, ROUGH), GOOD // 2
     )
     assert all(record.metrics["i_auroc"].value is not None for record in manifest.by_line.values())
+
+
+def test_train_when_lines_are_measured_then_each_is_shown_as_itself(trained, asked):
+    """A network that is told which line it sees is calibrated as what it will be asked, under the line's own index."""
+    assert asked == {(CALM, 0), (ROUGH, 1)}
 
 
 def test_train_when_frames_differ_in_size_then_says_so_once(trained):

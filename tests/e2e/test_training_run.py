@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from models.backbones import untrained_weights
 from service.contract.bundle import FITTED_FRAMES_FILE, load_bundle, versions_of
 from service.contract.frames import FrameLimits, decode_image
 from service.contract.golden import read_golden, replay
@@ -313,9 +315,27 @@ def test_export_when_another_precision_is_asked_for_then_the_bundle_is_calibrate
     first, half = load_bundle(finished.bundle), _published(result.output)
     assert (first.manifest.precision, half.manifest.precision) == ("fp32", "fp16")
     assert len(half.model) < len(first.model)
+    policy, calibration, data = half.policies["bottle"], half.calibrations["bottle"], half.manifest.by_line["bottle"]
+    assert not np.array_equal(calibration.scores, first.calibrations["bottle"].scores)
+    for rate, threshold in ((data.review_rate, policy.review_threshold), (data.fail_rate, policy.fail_threshold)):
+        assert threshold == calibration.threshold(rate).value
     assert half.manifest.parity.frames > GOOD // 2 + TEST_GOOD + DEFECTS  # and planted defects
     replay(half, read_golden(half), make_runner(half.model))
     assert read_request(directory) == read_request(finished.directory)  # the next export is none of that precision
+
+
+def test_export_when_the_backbone_has_other_weights_then_refuses(finished, line, tmp_path):
+    """What was fitted on top of one backbone says nothing on top of another, whatever its shape."""
+    directory, frames = _copy_of(finished, line, tmp_path)
+    weights = tmp_path / "other.safetensors"
+    save_file(untrained_weights(TINY_RUN["backbone"], seed=5), weights)
+    keep_request(directory, make_request(frames, tmp_path / "store", weights=weights))
+
+    result = _invoke("export", directory, "--threads", "1")
+
+    assert result.exit_code == 2
+    assert "belongs to a run with another backbone" in result.stderr
+    assert not (tmp_path / "store/bottle").exists()
 
 
 def _copy_of(finished, line, folder):
@@ -461,6 +481,11 @@ def test_evaluate_when_the_line_is_of_mvtec_ad2_then_seg_f1_is_that_of_its_run(t
     """Run and bundle choose the threshold on the same frames, and the page and the terminal tell the figure."""
     torch.set_num_threads(1)
     line = write_mvtec_ad2_line(tmp_path / "vial")
+    pieces = sorted((line / "validation/good").iterdir())
+    for seed, path in enumerate(pieces):  # another light of the same piece
+        path.with_stem(path.stem.replace("regular", "overexposed")).write_bytes(
+            encode(make_frame(72, 80, seed=700 + seed))
+        )
     finished = train(make_request(line, tmp_path / "store"), tmp_path / "run", SilentReporter())
 
     result = _invoke("evaluate", finished.bundle, line, "--output", tmp_path / "figures.json")
@@ -468,6 +493,8 @@ def test_evaluate_when_the_line_is_of_mvtec_ad2_then_seg_f1_is_that_of_its_run(t
     assert result.exit_code == 0, result.output
     figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
     assert figures["seg_f1"]["value"] == pytest.approx(finished.metrics["vial"]["seg_f1"].value, abs=1e-3)
+    data = finished.manifest.by_line["vial"].data
+    assert (data.calibrated_on, data.calibrated_parts) == (2 * len(pieces), len(pieces))  # lights count as views do
     assert "seg_f1" in result.output
     assert "SegF1" in (finished.bundle / "report.html").read_text("utf-8")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from models import DETECTORS
+from models import DETECTORS, build_detector
 from models.backbones import untrained_weights
 from models.detector import Recipe
 from service.contract.bundle import MetricRecord, load_bundle
@@ -288,9 +288,14 @@ def test_control_when_made_then_descents_have_no_step_and_all_else_is_equal(line
 
 def test_count_parameters_when_a_backbone_is_frozen_then_only_all_parameters_hold_it():
     """What a descent changes is told apart from what the network consists of."""
-    trainable, every = count_parameters(_tiny("inp_former-cnn"))
+    config = _tiny("inp_former-cnn")
+    parts = build_detector(config.detector, config.detector_config()).named_parameters()
+    numbers = [(name.startswith("backbone."), parameter.numel()) for name, parameter in parts]
 
-    assert 0 < trainable < every
+    trainable, every = count_parameters(config)
+
+    assert trainable == sum(count for is_frozen, count in numbers if not is_frozen)
+    assert every == sum(count for _, count in numbers)
 
 
 def test_sources_digest_when_detectors_differ_then_it_differs():
