@@ -20,7 +20,7 @@ from service.contract.policy import Policy, ScoreRule, Verdict, inspected_mask, 
 from service.contract.tiling import Run
 from service.errors import FlawlineError, FrameNotComparable
 from training.data.samples import ANOMALOUS, Sample
-from training.measuring.evaluate import Answers, spread
+from training.measuring.answers import Answers, spread
 
 # A golden frame keeps this many times the tolerance between its score and every threshold.
 _CLEARANCE = 2.0

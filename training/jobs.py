@@ -48,7 +48,8 @@ from training.fitting.fit import FitStopped
 from training.fitting.import_checkpoint import keep_released, read_released, tell_softened
 from training.fitting.peers import Peers, meet_peers, process_number, refuse_company
 from training.golden import contrast_asked_for
-from training.measuring.evaluate import Evaluation, ask, evaluate, inspected_share, needs_held_out, to_records
+from training.measuring.answers import ask
+from training.measuring.evaluate import Evaluation, evaluate, inspected_share, needs_held_out, to_records
 from training.progress import Reporter, choose_reporter
 from training.recalibrate import (
     CheckedFrames,

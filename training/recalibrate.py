@@ -50,7 +50,8 @@ from training.data.passed_over import tell_passed_over
 from training.data.samples import ANOMALOUS, NORMAL, Dataset, DatasetFault, Sample, parts_of, refuse_illegible
 from training.data.split import HoldOut, name_parts
 from training.golden import GoldenChooser, carry_golden_over, contrast_asked_for, golden_files
-from training.measuring.evaluate import Answers, Evaluation, ask, evaluate, inspected_share, to_records
+from training.measuring.answers import Answers, ask
+from training.measuring.evaluate import Evaluation, evaluate, inspected_share, to_records
 from training.progress import Reporter
 from training.reporting.report import Fact, LineReport, ReportData, RunFacts, carry_over, collect, render
 

@@ -56,7 +56,8 @@ from training.fitting.import_checkpoint import adopt_released
 from training.fitting.peers import Alone, Peers
 from training.golden import GoldenChooser, GoldenFrame, golden_files, plant_defect
 from training.lines import GatheredLine, GatheredLines, gather_lines, lines_split_by_names
-from training.measuring.evaluate import ask, evaluate, spread
+from training.measuring.answers import ask, spread
+from training.measuring.evaluate import evaluate
 from training.measuring.peaks import mask_without_rim
 from training.progress import Reporter, SilentReporter
 from training.reporting.report import LineReport, ReportData, collect, draw, render

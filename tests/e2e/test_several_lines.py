@@ -20,7 +20,7 @@ from tests.fakes import FakeEngine
 from tests.servers import Side, serve_in_thread, wait_until, wait_until_ready
 from tests.tiny_line import GOOD, TINY_RUN, write_line
 from training.__main__ import commands
-from training.measuring.evaluate import ask
+from training.measuring.answers import ask
 
 CALM, ROUGH = "calm", "rough"
 LONG_S = 600.0

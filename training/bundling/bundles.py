@@ -36,7 +36,8 @@ from training.data.labelled_defects import LabelledDefects
 from training.data.samples import ANOMALOUS, NORMAL
 from training.fitting.fit import FitReport
 from training.lines import GatheredLine
-from training.measuring.evaluate import Answers, Evaluation, to_records, without_test_frames
+from training.measuring.answers import Answers
+from training.measuring.evaluate import Evaluation, to_records, without_test_frames
 from training.reporting.report import Fact, RunFacts
 from training.reproducibility import Provenance
 

@@ -34,7 +34,8 @@ from training.calibrate import Calibrated
 from training.data.loader import load_mask
 from training.data.samples import ANOMALOUS, NORMAL, Sample
 from training.golden import GoldenFrame
-from training.measuring.evaluate import Answers, Evaluation, inspected_share, judge_all, to_records, without_test_frames
+from training.measuring.answers import Answers
+from training.measuring.evaluate import Evaluation, inspected_share, judge_all, to_records, without_test_frames
 from training.measuring.metrics import Curve
 from training.reporting.drawings import draw_histogram, draw_loss, draw_precision_recall, draw_roc
 from training.reporting.pages import render_page

@@ -28,7 +28,8 @@ from training.data.views import views_of
 from training.fitting.checkpoint import has_checkpoint
 from training.fitting.detectors import PreparedDetector, choose_device, prepare_detector
 from training.fitting.fit import CheckpointPlan, FitSettings, fit
-from training.measuring.evaluate import ask, evaluate, needs_held_out, to_records
+from training.measuring.answers import ask
+from training.measuring.evaluate import evaluate, needs_held_out, to_records
 from training.progress import Reporter
 from training.reproducibility import make_deterministic
 

@@ -22,7 +22,7 @@ from tests.tiny_line import write_line
 from training.data.detect import read_dataset
 from training.data.samples import Sample
 from training.golden import GoldenChooser, GoldenFailed, golden_files, plant_defect
-from training.measuring.evaluate import ask
+from training.measuring.answers import ask
 from training.progress import SilentReporter
 
 _RULE = ScoreRule(kind="top_fraction_mean", fraction=TOP_FRACTION)

@@ -29,7 +29,8 @@ from training.bundling.fitted_frames import write_fitted_frames
 from training.data.detect import read_dataset
 from training.data.samples import UNKNOWN, Sample
 from training.golden import contrast_asked_for
-from training.measuring.evaluate import ask, evaluate, to_records
+from training.measuring.answers import ask
+from training.measuring.evaluate import evaluate, to_records
 from training.progress import SilentReporter
 
 GOOD = 24
