@@ -58,7 +58,8 @@ from training.recalibrate import (
     recalibrate,
     tell_other_frames,
 )
-from training.reporting.report import Inspected, LineReport, ReportData, render
+from training.reporting.page_data import Inspected, LineReport, ReportData
+from training.reporting.report import render
 from training.reproduction.published import KindOfSetting, read_published
 from training.run import Beginning, help_to_fit, train
 from training.run_directory import (

@@ -53,7 +53,9 @@ from training.golden import GoldenChooser, carry_golden_over, contrast_asked_for
 from training.measuring.answers import Answers, ask
 from training.measuring.evaluate import Evaluation, evaluate, inspected_share, to_records
 from training.progress import Reporter
-from training.reporting.report import Fact, LineReport, ReportData, RunFacts, carry_over, collect, render
+from training.reporting.collect import carry_over, collect
+from training.reporting.page_data import Fact, LineReport, ReportData, RunFacts
+from training.reporting.report import render
 
 # Of the run's configuration, what another calibration replaces.
 _RATES = ("review_rate", "fail_rate")

@@ -60,7 +60,9 @@ from training.measuring.answers import ask, spread
 from training.measuring.evaluate import evaluate
 from training.measuring.peaks import mask_without_rim
 from training.progress import Reporter, SilentReporter
-from training.reporting.report import LineReport, ReportData, collect, draw, render
+from training.reporting.collect import collect
+from training.reporting.page_data import LineReport, ReportData
+from training.reporting.report import draw, render
 from training.reproducibility import describe_run, make_deterministic
 from training.run_directory import RunRequest, keep_request, keep_results, mask_path
 

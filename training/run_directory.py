@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from service.contract.bundle import LineName, Manifest, line_file
 from training.config import ConfigFault, RunConfig, parse_config
 from training.measuring.answers import Answers
-from training.reporting.report import ReportData
+from training.reporting.page_data import ReportData
 from training.whole_files import write_whole
 
 REPORT_FILE = "report.html"

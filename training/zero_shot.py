@@ -36,7 +36,8 @@ from training.lines import lines_given_up, refuse_taken_lines
 from training.measuring.evaluate import to_records, without_test_frames
 from training.procedural.textures import draw_texture
 from training.progress import Reporter
-from training.reporting.report import Fact, RunFacts, render_zero_shot
+from training.reporting.page_data import Fact, RunFacts
+from training.reporting.report import render_zero_shot
 from training.reproducibility import Provenance, describe_run, make_deterministic
 from training.run_directory import RunRequest
 

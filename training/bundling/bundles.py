@@ -38,7 +38,7 @@ from training.fitting.fit import FitReport
 from training.lines import GatheredLine
 from training.measuring.answers import Answers
 from training.measuring.evaluate import Evaluation, to_records, without_test_frames
-from training.reporting.report import Fact, RunFacts
+from training.reporting.page_data import Fact, RunFacts
 from training.reproducibility import Provenance
 
 _FIRST_VERSION = "1"  # replaced by the store, which alone knows which is free

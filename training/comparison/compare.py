@@ -40,7 +40,7 @@ from training.data.loader import load_frame
 from training.faults import CALLERS, OURS
 from training.measuring.bootstrap import FEWEST_FRAMES
 from training.progress import Reporter, SilentReporter
-from training.reporting.report import VerdictRow
+from training.reporting.page_data import VerdictRow
 from training.run import FinishedRun, train
 from training.run_directory import LineRequest, RunRequest, mask_path
 

@@ -36,8 +36,9 @@ from training.data.detect import read_dataset
 from training.data.loader import load_mask
 from training.data.samples import ANOMALOUS, NORMAL, UNKNOWN, Sample
 from training.measuring.bootstrap import FEWEST_FRAMES, auroc_interval
+from training.reporting.collect import leave_out
+from training.reporting.page_data import HELD_OUT
 from training.reporting.pages import duration, mebibytes, millions, percent, render_page
-from training.reporting.report import leave_out
 
 _DEFECTS_SHOWN, _GOOD_SHOWN = 6, 2
 _PICTURE_PX = 320
@@ -244,7 +245,7 @@ def stopped_shares(cell: Cell) -> tuple[float | None, float | None]:
     """Return the shares of defective and of good test frames that are not `PASS`; None where there are no such."""
 
     def share(is_good: bool) -> float | None:
-        rows = [row for row in cell.verdicts if row.is_good == is_good and row.kind != "good, held out"]
+        rows = [row for row in cell.verdicts if row.is_good == is_good and row.kind != HELD_OUT]
         total = sum(row.total for row in rows)
         return sum(row.review + row.failed for row in rows) / total if total else None
 

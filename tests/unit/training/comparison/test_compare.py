@@ -56,7 +56,7 @@ from training.data.samples import DatasetFault
 from training.measuring.metrics import auroc
 from training.measuring.peaks import mask_without_rim
 from training.progress import SilentReporter
-from training.reporting.report import VerdictRow
+from training.reporting.page_data import VerdictRow
 
 
 def _tiny(variant):

@@ -12,8 +12,9 @@ from service.contract.bundle import FramesRecord, MetricRecord, ParityRecord
 from service.contract.calibration import Calibration
 from service.contract.policy import policy_digest
 from tests.factories import encode, make_frame, make_line_record, make_policy
+from training.reporting.collect import carry_over
 from training.reporting.drawings import draw_histogram, draw_loss, draw_roc
-from training.reporting.report import (
+from training.reporting.page_data import (
     Fact,
     Inspected,
     LineReport,
@@ -23,11 +24,8 @@ from training.reporting.report import (
     Rules,
     RunFacts,
     VerdictRow,
-    carry_over,
-    draw,
-    leave_out,
-    render,
 )
+from training.reporting.report import draw, render
 
 _HOSTILE = "<script>alert(1)</script>"
 
@@ -332,20 +330,6 @@ def test_render_when_a_region_is_inspected_then_says_so_with_its_share_and_the_d
     assert "inside the region of interest. Intervals" in text
     assert "region of interest is inspected" not in _text(_page())
     assert "wholly outside" not in str(Inspected(share=0.5, defects_outside=0))
-
-
-def test_leave_out_when_painted_then_what_is_not_inspected_is_the_dimmed_frame_without_heat():
-    """Heat outside would look like something that was found; a line shows the edge on black and on white frames."""
-    pixels, painted = np.full((40, 60, 3), 100, np.uint8), np.full((40, 60, 3), 200, np.uint8)
-    inspected = np.zeros((8, 8), bool)
-    inspected[:, :4] = True
-
-    leave_out(painted, pixels, inspected, (0.0, 10.0, 40.0, 40.0))
-
-    assert (painted[2:-2, 12:28] == 200).all()
-    assert (painted[:, :8] == 40).all()
-    assert (painted[:, 33:] == 40).all()
-    assert (painted[20, 29:31] > 200).any()
 
 
 def test_render_when_the_rim_sets_the_thresholds_then_says_so_and_what_to_do():
