@@ -18,7 +18,7 @@ from service.contract.policy import ScoreRule
 from training.backbones.weights import ResolvedWeights, resolve_weights
 from training.config import ConfigFault, RunConfig, score_rule_of
 from training.data.labelled_defects import LabelledDefects
-from training.fitting.fit import planned_iterations
+from training.fitting.batches import planned_iterations
 
 
 class _WithBackbone(Protocol):

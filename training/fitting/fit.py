@@ -16,7 +16,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -31,13 +30,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from models.detector import Detector, GradientStage, LineConditioned, PassStage, Recipe, Step
+from models.detector import Detector, GradientStage, LineConditioned, PassStage, Step
 from training.data.loader import FrameSource, LineIndex
+from training.fitting.batch_norms import RunningStatistics
+from training.fitting.batches import orders_of, planned_iterations, taken_ahead
 from training.fitting.checkpoint import (
     LossPoint,
     TrainingState,
     detector_tensors,
-    is_backbone,
     load_checkpoint,
     optimiser_state,
     restore_detector,
@@ -243,7 +243,7 @@ class _Run:
     def _observe(self, stage: PassStage) -> None:
         self._detector.eval()
         with torch.no_grad(), self._reporter.bar(stage.name, len(self._frames)) as bar:
-            for order, pixels in _taken_ahead(self._frames, self._in_order()):
+            for order, pixels in taken_ahead(self._frames, self._in_order()):
                 # Half a pass can't be kept: what was observed may lie anywhere. The checkpoint at its start stands.
                 self._end_if_asked()
                 stage.show(self._images(pixels), self._lines(order))
@@ -280,7 +280,7 @@ class _Run:
         encoded = self._encode_all(stage) if stage.encode is not None and done < total else None
         self._detector.train()
         lines = self._frames.line_index if stage.recipe.balance_lines else np.zeros(len(self._frames), np.int64)
-        orders = _orders(lines, batch, (self._settings.seed, index), range(done, total))
+        orders = orders_of(lines, batch, (self._settings.seed, index), range(done, total))
         with (
             _only_trainable(self._detector, stage.parameters),
             self._reporter.bar(stage.name, total, done) as bar,
@@ -321,7 +321,7 @@ class _Run:
         """
         index, step = place
         optimiser.zero_grad(set_to_none=True)
-        statistics = _RunningStatistics(self._detector) if self._settings.shares > 1 else None
+        statistics = RunningStatistics(self._detector) if self._settings.shares > 1 else None
         terms: dict[str, float] = {}
         for share, (inputs, line_index) in zip(self._own_shares, parts, strict=True):
             # For layers that draw from torch's own generator, such as dropout.
@@ -348,7 +348,7 @@ class _Run:
         return terms
 
     def _average(
-        self, stage: GradientStage, statistics: "_RunningStatistics | None", terms: dict[str, float]
+        self, stage: GradientStage, statistics: RunningStatistics | None, terms: dict[str, float]
     ) -> dict[str, float]:
         """Add the gradients and terms of all processes up, which are weighted already, in one message.
 
@@ -415,7 +415,7 @@ class _Run:
         encoded = torch.empty((len(self._frames), *one.shape[1:]), dtype=one.dtype)
         begin = 0
         with self._reporter.bar(f"{stage.name}: encoding", len(self._frames)) as bar:
-            for _, pixels in _taken_ahead(self._frames, self._in_order()):
+            for _, pixels in taken_ahead(self._frames, self._in_order()):
                 # Nothing was learnt since the last checkpoint, so it stands.
                 self._end_if_asked()
                 encoded[begin : begin + len(pixels)] = self._encode(stage, pixels).cpu()
@@ -442,69 +442,14 @@ class _Run:
             for order in orders:
                 yield encoded[torch.as_tensor(order)].to(self._device), self._lines(order)
             return
-        for order, pixels in _taken_ahead(self._frames, orders):
+        for order, pixels in taken_ahead(self._frames, orders):
             yield self._encode(stage, pixels), self._lines(order)
-
-
-def planned_iterations(recipe: Recipe, frames: int) -> tuple[int, int]:
-    """Return how many iterations a recipe makes of so many frames, and how many frames each one sees.
-
-    The last incomplete batch of an epoch is dropped, unless it is the only one.
-    """
-    batch = min(recipe.batch_size, frames)
-    if recipe.iterations is not None:
-        return recipe.iterations, batch
-    return (recipe.epochs or 0) * (frames // batch), batch
 
 
 def _refuse_other_lines(expected: int, line_index: LineIndex) -> None:
     found = np.unique(line_index).tolist()
     if found != list(range(expected)):
         raise ValueError(f"the detector is conditioned on the lines 0 to {expected - 1}, and the frames show {found}")
-
-
-class _RunningStatistics:
-    """What batch norms learn from the shares of one batch: the mean of what each share alone would have made of them.
-
-    Args:
-        detector: its frozen backbone learns nothing.
-    """
-
-    def __init__(self, detector: nn.Module) -> None:
-        own = [
-            module
-            for name, module in detector.named_modules()
-            if isinstance(module, nn.modules.batchnorm._NormBase) and not is_backbone(name)  # noqa: SLF001  (no other name)
-        ]
-        self._kept = [
-            kept for module in own for kept in (module.running_mean, module.running_var) if isinstance(kept, Tensor)
-        ]
-        self._counters = [
-            module.num_batches_tracked for module in own if isinstance(module.num_batches_tracked, Tensor)
-        ]
-        self._before, self._counted = ([one.clone() for one in ones] for ones in (self._kept, self._counters))
-        # Differences, so that what no share changed stays as it is, to the bit.
-        self.learnt = [torch.zeros_like(kept) for kept in self._kept]
-        self._batches: list[Tensor] = []
-
-    @torch.no_grad()
-    def learn(self, weight: float) -> None:
-        """Note what one share, of so much weight, has changed, and put it back."""
-        for kept, before, learnt in zip(self._kept, self._before, self.learnt, strict=True):
-            learnt.add_(kept - before, alpha=weight)
-            kept.copy_(before)
-        # A batch counts once, in however many shares it comes.
-        self._batches = [now.clone() for now in self._counters]
-        for counter, counted in zip(self._counters, self._counted, strict=True):
-            counter.copy_(counted)
-
-    @torch.no_grad()
-    def apply(self) -> None:
-        """Change the batch norms by what all shares have learnt."""
-        for kept, learnt in zip(self._kept, self.learnt, strict=True):
-            kept.add_(learnt)
-        for counter, batches in zip(self._counters, self._batches, strict=True):
-            counter.copy_(batches)
 
 
 def _refuse_infinite(stage: GradientStage, step: int, terms: Mapping[str, float]) -> None:
@@ -520,50 +465,6 @@ def _refuse_broken(stage: GradientStage) -> None:
     """The loss is looked at before its update, so the very last update needs a look of its own."""
     if not all(bool(torch.isfinite(parameter).all()) for parameter in stage.parameters):
         raise FitFailed(f"The last step of '{stage.name}' left values that are not finite; lower the learning rate.")
-
-
-def _orders(line_index: LineIndex, batch: int, seed: tuple[int, int], steps: Iterable[int]) -> Iterator[Sequence[int]]:
-    """Return the frames of each step; an epoch's order depends on the seed and the epoch alone."""
-    per_epoch = len(line_index) // batch
-    shuffled: tuple[int, list[int]] | None = None
-    for step in steps:
-        epoch, place = divmod(step, per_epoch)
-        if shuffled is None or shuffled[0] != epoch:
-            shuffled = epoch, _shuffle(line_index, np.random.default_rng((*seed, epoch))).tolist()
-        yield shuffled[1][place * batch : (place + 1) * batch]
-
-
-def _shuffle(line_index: LineIndex, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Return as many frames as there are, every line equally often: `(n,)`.
-
-    The lines come in rounds, each line once in a round, so that any batch is as mixed as it can be. A short line begins
-    again within the epoch; of a long one the epoch shows a part. Frames of one line are simply permuted.
-    """
-    lines = np.unique(line_index)
-    rounds = math.ceil(len(line_index) / len(lines))
-    columns = []
-    for line in lines:
-        frames = np.flatnonzero(line_index == line)
-        repeats = math.ceil(rounds / len(frames))
-        columns.append(np.concatenate([generator.permutation(frames) for _ in range(repeats)])[:rounds])
-    mixed = np.stack(columns, axis=1)
-    if len(lines) > 1:
-        mixed = generator.permuted(mixed, axis=1)
-    return mixed.ravel()[: len(line_index)]
-
-
-def _taken_ahead(
-    frames: FrameSource, orders: Iterable[Sequence[int]]
-) -> Iterator[tuple[Sequence[int], NDArray[np.uint8]]]:
-    """Take the frames of one batch while the batch before is worked on."""
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
-        coming: tuple[Sequence[int], Future[NDArray[np.uint8]]] | None = None
-        for order in orders:
-            before, coming = coming, (order, pool.submit(frames.take, order))
-            if before is not None:
-                yield before[0], before[1].result()
-        if coming is not None:
-            yield coming[0], coming[1].result()
 
 
 def _seed_of(*parts: int) -> int:

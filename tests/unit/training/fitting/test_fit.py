@@ -2,10 +2,8 @@
 
 import dataclasses
 import math
-import re
 import signal
 import threading
-from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -14,19 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.detector import AnomalyOutput, GradientStage, PassStage, Recipe
-from training.config import load_config
 from training.data.loader import MemoryFrames
 from training.faults import CALLERS
 from training.fitting.checkpoint import CheckpointRefused, load_checkpoint
-from training.fitting.fit import (
-    CheckpointPlan,
-    FitFailed,
-    FitSettings,
-    FitStopped,
-    FramesRefused,
-    fit,
-    planned_iterations,
-)
+from training.fitting.fit import CheckpointPlan, FitFailed, FitSettings, FitStopped, FramesRefused, fit
 from training.fitting.optimisers import learning_rate_at
 from training.fitting.peers import Alone, PeerLost
 from training.progress import SilentReporter
@@ -444,45 +433,6 @@ def test_fit_of_fewer_frames_than_a_batch_uses_them_all():
 
     assert len([p for p in report.losses if p.stage == "student"]) == 3
     assert {size for name, _, size in detector.told if name == "loss"} == {3}
-
-
-@pytest.mark.parametrize(
-    ("recipe", "frames", "expected"),
-    [
-        ({"epochs": 3}, 10, (6, 4)),
-        ({"epochs": 3}, 8, (6, 4)),
-        ({"epochs": 3}, 3, (3, 3)),
-        ({"iterations": 7}, 10, (7, 4)),
-    ],
-    ids=["last batch dropped", "even", "single small batch", "iterations"],
-)
-def test_planned_iterations_follow_the_recipe(recipe, frames, expected):
-    """Epochs become iterations of full batches."""
-    full = Recipe("adam", 1e-3, 1e-3, 0.0, batch_size=4, **recipe)
-
-    assert planned_iterations(full, frames) == expected
-
-
-@pytest.mark.parametrize(
-    ("frames", "steps", "published"),
-    [
-        (30, (40_000, 30), 18_400),
-        (100, (40_000, 64), 62_400),
-        (127, (40_000, 64), 79_200),
-        (209, (120_000, 64), 130_400),
-    ],
-)
-def test_planned_iterations_of_jigsaws_are_those_that_its_configuration_tells(frames, steps, published):
-    """The paper configuration names its steps beside the published ones, and how to have those from 64 frames on."""
-    recipe = load_config("paper", "jigsaw_svdd").detector_config().recipe
-    instead = dataclasses.replace(recipe, epochs=None, iterations=625 * frames)
-    text = " ".join((files("training") / "configs/jigsaw_svdd.yaml").read_text("utf-8").replace("# ", "").split())
-
-    assert planned_iterations(recipe, frames) == steps
-    assert 400 * (100 * frames // 64) == published
-    assert re.search(rf"{frames} images {steps[0]:,}.{{0,30}}{published:,}", text)
-    if frames >= 64:
-        assert planned_iterations(instead, frames) == (pytest.approx(published, rel=5e-3), 64)
 
 
 def _frames_of_lines(line_index):
