@@ -435,6 +435,21 @@ def test_evaluate_when_a_frame_shows_no_picture_then_it_is_counted_as_the_servic
     assert told["verdicts"]["good"] == {"PASS": 1, "REVIEW": 0, "FAIL": 0, "NO_VERDICT": 1}
 
 
+def test_evaluate_when_nobody_calibrated_the_line_then_ranks_its_frames_and_tells_no_verdict(tmp_path):
+    """The thresholds of its policy only stand where some must stand, and nothing is judged by them."""
+    bundle, figures = make_bundle(tmp_path / "store", calibrated=False), tmp_path / "figures.json"
+
+    done = CliRunner().invoke(commands, ["evaluate", str(bundle), str(_july(tmp_path)), "--output", str(figures)])
+
+    assert done.exit_code == 0, done.output
+    assert "The line is not calibrated, so there are no verdicts" in done.output
+    assert "PASS" not in done.output
+    told = json.loads(figures.read_text())
+    assert told["verdicts"] is None
+    assert (told["policy"]["review_threshold"], told["policy"]["fail_threshold"]) == (None, None)
+    assert (told["data"]["normal"], told["data"]["anomalous"], told["figures"]["i_auroc"]["value"]) == (3, 2, 1.0)
+
+
 def test_evaluate_when_one_line_of_several_is_named_then_its_frames_are_judged_as_that_line(tmp_path):
     """The network is told which line it sees, and the verdicts are those of this line's thresholds."""
     frames = [make_frame(seed=700 + index) for index in range(12)]
