@@ -13,6 +13,8 @@ from service.errors import BundleRefused, EngineFailed
 
 # numpy's name of the type, and the sizes; a size that the graph leaves open is a name or None.
 Signature = Mapping[str, tuple[str, list[int | str | None]]]
+# To compare with this one is quick, and with what it is made from is not.
+_FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Promise:
         if not (
             isinstance(scores, np.ndarray)
             and isinstance(anomaly_maps, np.ndarray)
-            and scores.dtype == anomaly_maps.dtype == np.float32
+            and scores.dtype == anomaly_maps.dtype == _FLOAT32
             and scores.shape == (count,)
             and anomaly_maps.shape == (count, *self.map_shape)
         ):

@@ -15,8 +15,8 @@ Rules:
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate, count, pairwise
+from functools import lru_cache, partial
+from itertools import count
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -172,9 +172,10 @@ class EngineRuns:
             _log.exception("a run failed", extra={"batch_size": len(jobs)})
             return self._run_one_by_one(jobs) if len(jobs) > 1 else self._blame(jobs[0], error)
         ended_at, number = self._clock(), next(self._numbers)
-        first_of = list(accumulate((job.place.weight for job in jobs), initial=0))
         answers: dict[int, Any] = {}
-        for job, (first, end) in zip(jobs, pairwise(first_of), strict=True):
+        end = 0
+        for job in jobs:
+            first, end = end, end + job.place.weight
             result = RunResult(
                 scores=output.scores[first:end],
                 anomaly_maps=output.anomaly_maps[first:end],
@@ -190,7 +191,7 @@ class EngineRuns:
             return RunOutcome(answers, ended_at - began_at, is_engine_lost=False)
         # Admission asks how long frames take side by side. A lone one only tells how long they take at most.
         most_s = started_at - began_at + alone.speedup * (ended_at - started_at)
-        return RunOutcome(answers, most_s if most_s < self._expected_s(first_of[-1]) else None, is_engine_lost=False)
+        return RunOutcome(answers, most_s if most_s < self._expected_s(end) else None, is_engine_lost=False)
 
     def _prepare_one(self, job: Job) -> Exception | None:
         if job.frames is not None:
@@ -223,16 +224,18 @@ class EngineRuns:
 
     def _run_together(self, jobs: Sequence[Job], run: RunBatch) -> EngineOutput:
         inputs = [job.frames for job in jobs if job.frames is not None]
-        frames = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)  # a single frame is not copied
-        line_index = np.repeat(np.array([job.line_index for job in jobs], np.int64), [job.place.weight for job in jobs])
-        # Only a single frame can weigh more than a batch may.
-        runs, first = [], 0
+        lines = [_repeated(job.line_index, job.place.weight) for job in jobs]
+        if len(inputs) == 1:  # a single frame is not copied
+            frames, line_index = inputs[0], lines[0]
+        else:
+            frames, line_index = np.concatenate(inputs), np.concatenate(lines)
+        if len(frames) <= self._most:
+            return _run_once(run, frames, line_index)
+        runs, first = [], 0  # only a single frame can weigh more than a batch may
         for size in run_sizes(len(frames), self._most):
-            runs.append(run(frames[first : first + size], line_index[first : first + size]))
-            if not len(runs[-1].scores) == len(runs[-1].anomaly_maps) == size:
-                raise EngineFailed("The engine answered with another number of frames than it was given.")
+            runs.append(_run_once(run, frames[first : first + size], line_index[first : first + size]))
             first += size
-        return runs[0] if len(runs) == 1 else EngineOutput(*map(np.concatenate, zip(*runs, strict=True)))
+        return EngineOutput(*map(np.concatenate, zip(*runs, strict=True)))
 
     def _run_one_by_one(self, jobs: Sequence[Job]) -> RunOutcome:
         answers: dict[int, Any] = {}
@@ -258,6 +261,21 @@ class EngineRuns:
 def run_sizes(weight: int, max_batch_size: int) -> Iterator[int]:
     """Cut a batch into runs: one, unless it is a frame that weighs more than the largest run."""
     return (min(max_batch_size, weight - first) for first in range(0, weight, max_batch_size))
+
+
+@lru_cache(maxsize=1024)  # numpy takes longer over the one number than over all that is done for a lone frame besides
+def _repeated(line_index: int, weight: int) -> NDArray[np.int64]:
+    """Return a frame's line once for each of its network inputs, to be read only."""
+    indices = np.full(weight, line_index, np.int64)
+    indices.setflags(write=False)
+    return indices
+
+
+def _run_once(run: RunBatch, frames: NDArray[np.uint8], line_index: NDArray[np.int64]) -> EngineOutput:
+    output = run(frames, line_index)
+    if not len(output.scores) == len(output.anomaly_maps) == len(frames):
+        raise EngineFailed("The engine answered with another number of frames than it was given.")
+    return output
 
 
 def _what_comes_of(step: Callable[[], Any]) -> Any:

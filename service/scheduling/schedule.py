@@ -154,11 +154,13 @@ class RunTimes:
         runs, rest = divmod(weight, self.max_batch_size)
         return runs * self._estimates[-1] + (self._estimates[rest - 1] if rest else 0.0)
 
-    @cached_property
+    @property
     def best_weight(self) -> int:
         """The smallest weight that is about as fast, a frame, as the fastest one."""
-        if len(self.seconds) == 1:
-            return 1
+        return 1 if len(self.seconds) == 1 else self._best_weight
+
+    @cached_property
+    def _best_weight(self) -> int:
         known = [(i + 1, s / (i + 1)) for i, s in enumerate(self.seconds) if s is not None]
         if not known:
             return self.max_batch_size
@@ -283,14 +285,13 @@ def decide(
     shares = shares.among(lines)
     over = shares.over(lines)
     in_order = sorted(waiting, key=lambda frame: (frame.priority, frame.line in over, frame.deadline, frame.number))
-    expired = tuple(frame.number for frame in in_order if frame.deadline <= now)
     alive = [frame for frame in in_order if frame.deadline > now]
+    expired = _left_out(in_order, alive)
     run_s = {weight: run_times.of(weight) for weight in {frame.weight for frame in alive}}
     ready = [frame for frame in alive if frame.deadline - run_s[frame.weight] > now]
     if alive and not ready and idle_runners > 0 and busy_runners == 0:
         ready = [max(alive, key=lambda frame: (frame.deadline, frame.number))]
-    kept = {frame.number for frame in ready}
-    refused = tuple(frame.number for frame in alive if frame.number not in kept)
+    refused = _left_out(alive, ready)
     batches = _split(ready, idle_runners, now, run_times)
     gone = sum(len(batch) for batch in batches)  # the first ones
     look_again_at = min((frame.deadline - run_s[frame.weight] for frame in ready[gone:]), default=None)
@@ -343,6 +344,14 @@ def has_room(places: int, taken: int, taken_by_line: int, priority: Priority, *,
     if taken >= places * _SHARE_OF_PLACES[priority]:
         return False
     return not is_shared or taken_by_line < _PLACES_A_FREE_ONE * (places - taken)
+
+
+def _left_out(frames: Sequence[WaitingFrame], kept: Sequence[WaitingFrame]) -> tuple[int, ...]:
+    """Return the numbers of frames that were not kept, in order."""
+    if len(kept) == len(frames):  # as nearly always
+        return ()
+    numbers = {frame.number for frame in kept}
+    return tuple(frame.number for frame in frames if frame.number not in numbers)
 
 
 def _split(
