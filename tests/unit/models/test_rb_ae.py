@@ -204,6 +204,19 @@ def test_reference_is_the_frame_that_is_nearest_to_the_mean_thumbnail():
     assert int(detector.reference_index) == 7
 
 
+def test_reference_when_several_frames_are_near_then_it_is_the_first_of_the_nearest():
+    """A frame that is nearly as near, and a copy of the nearest, come too late, in the same batch or in a later one."""
+    near = (_images(12) * 255).round() / 255
+    frames = torch.cat((near, near.flip(0)))
+    detector = RbAe(TINY["rb_ae"])
+
+    _show(detector, frames)
+
+    thumbnails = frames.numpy().reshape(24, 3, 8, 8, 8, 8).mean(axis=(3, 5))
+    distances = np.square(thumbnails - thumbnails.mean(axis=0)).sum(axis=(1, 2, 3))
+    assert int(detector.reference_index) == distances[:12].argmin()
+
+
 def test_reference_when_one_is_named_then_it_is_that_frame():
     """A person may know better which frame shows a whole period."""
     frames = (_images(12) * 255).round() / 255
@@ -412,6 +425,22 @@ def test_defect_loss_when_written_out_then_adds_pixels_and_repair_to_two_reconst
     ]
     torch.testing.assert_close(terms["discrimination"], 2 * apart)
     torch.testing.assert_close(terms["repair"], 0.3 * sum(distances))
+
+
+@pytest.mark.parametrize("name", ["discrimination", "repair"])
+def test_defect_loss_when_derived_then_pulls_spoilt_frames_and_leaves_good_ones_alone(name):
+    """What defects are held against, features and what was read for them, is no target to be moved."""
+    detector = _build()
+    _unify_statistics(detector)
+    images = _images(3)
+    planted, masks = (one.detach() for one in detector._plant(images, generator_of_step(detector.config.seed, 5)))
+    detector._plant = lambda *_: (planted.requires_grad_(), masks)
+    images.requires_grad_()
+
+    detector.defect_loss(images, 5)[name].backward()
+
+    assert planted.grad.abs().sum() > 0
+    assert images.grad.abs().sum() == 0
 
 
 def _unify_statistics(detector: RbAe) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.backbones import CnnBackbone
+from models.blocks.draws import generator_of_step
 from models.blocks.patches import patchify
 from models.st_mae import StMae, StMaeConfig, _reconstruction_errors, deal_tokens
 from tests.tiny_detectors import TINY, make_detector
@@ -207,6 +208,25 @@ def test_loss_weighs_the_direction():
 
     torch.testing.assert_close(weighted["direction"], 5 * unweighted["direction"])
     torch.testing.assert_close(weighted["distance"], unweighted["distance"])
+
+
+def test_loss_when_written_out_then_compares_each_image_with_what_its_own_deal_rebuilds_in_place():
+    """Tokens are back in raster order before they are compared, each image by the deal that the step drew for it."""
+    detector = make_detector("st_mae")
+    features = _features(3)
+
+    with torch.no_grad():
+        terms = detector.loss(features, 4)
+        patches = patchify(features, 2)
+        orders = deal_tokens(64, 3, generator_of_step(detector.config.seed, 4))
+        rebuilt = torch.cat(
+            [detector._rebuild(one[None], order, _inverse(order)) for one, order in zip(patches, orders, strict=True)]
+        )
+
+    seen, made = patches.double().numpy(), rebuilt.double().numpy()
+    cosines = (seen * made).sum(axis=2) / np.sqrt((seen**2).sum(axis=2) * (made**2).sum(axis=2))
+    assert float(terms["distance"]) == pytest.approx(((made - seen) ** 2).mean(), rel=1e-5)
+    assert float(terms["direction"]) == pytest.approx(5 * (1 - cosines).mean(), rel=1e-5)
 
 
 def test_loss_when_steps_differ_then_deals_differ():
