@@ -67,5 +67,7 @@ def _sample(parent: Path, table: Path, row: Mapping[str, str]) -> Sample:
             raise DatasetFault(
                 f"{table} has a row of {row['object']} whose file {name} lies outside that folder; copy it again."
             )
-    mask = parent / row["mask"] if row["mask"] and label == ANOMALOUS else None
+    if row["mask"] and label == NORMAL:
+        raise DatasetFault(f"{table} calls {row['image']} normal and names a mask of it; mend one of the two.")
+    mask = parent / row["mask"] if row["mask"] else None
     return Sample(parent / row["image"], split, label, GOOD if label == NORMAL else "anomaly", mask)

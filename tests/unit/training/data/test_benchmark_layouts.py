@@ -519,6 +519,14 @@ def _with(name, data=None):
             _with("split_csv/1cls.csv", "object,split,label,image,mask\npcb1,train,normal,a.JPG,\n"),
             "no row of the object 'candle'",
         ),
+        (
+            make_visa,
+            "candle",
+            _with(
+                "split_csv/1cls.csv", "object,split,label,image,mask\ncandle,test,normal,candle/a.JPG,candle/a.png\n"
+            ),
+            "calls candle/a.JPG normal and names a mask of it",
+        ),
         (make_visa, "candle", _without("candle/Data/Images/Normal/0000.JPG"), "0000.JPG is named in .* but does not"),
         (
             make_real_iad,
