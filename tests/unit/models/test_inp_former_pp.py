@@ -403,6 +403,16 @@ def test_planted_defects_when_the_step_changes_then_change():
     assert first != later
 
 
+def test_planted_defects_when_their_opacity_is_set_then_are_as_faint():
+    """The configuration's range is the one that is drawn from."""
+    images = _images(4)
+
+    planted, masks = _build(defect_opacity=(0.1, 0.1))._plant_defects(images, torch.Generator().manual_seed(0))
+
+    assert 0 < float((planted - images).abs().max()) <= 0.1 + 1e-6
+    assert not (planted != images).any(dim=1)[masks == 0].any()
+
+
 def test_labelled_defects_when_given_then_a_share_of_the_batch_learns_from_them():
     """Half of the frames show the donor's colour somewhere, and nothing of it lies outside the mask."""
     detector = _build(labelled_share=0.5)
@@ -481,3 +491,5 @@ def test_config_when_left_alone_then_holds_the_published_values():
     assert (config.mining_exponent, config.coherence_weight, config.top_fraction) == (3.0, 0.2, 0.01)
     assert (config.recipe.learning_rate, config.recipe.epochs, config.recipe.batch_size) == (5e-4, 200, 16)
     assert (config.head_recipe.epochs, config.map_size, config.blur_sigma) == (100, None, None)
+    assert (config.magnitude_weight, config.magnitude_reduction, config.scale_distance) == (1.0, "mean", False)
+    assert (config.schedule, config.head_channels, config.defect_opacity) == ("staged", (256, 64), (0.2, 1.0))

@@ -164,6 +164,23 @@ def test_planted_images_change_inside_their_masks_only():
     assert planted.max() <= 1
 
 
+def test_planted_textures_when_opacity_is_a_range_then_each_shows_a_share_of_its_own():
+    """One share holds all over a defect, and shares cover the range: faint defects are learnt beside clear ones."""
+    images = torch.rand(12, 3, *_SIZE, generator=_generator())
+
+    planted, masks = plant_textures(images, _generator(1), (0.2, 1.0))
+    covered, _ = plant_textures(images, _generator(1), (1.0, 1.0))
+
+    shares = []
+    for image, mixed, whole, mask in zip(images, planted, covered, masks, strict=True):
+        moved = (whole - image)[:, mask == 1]
+        shares.append(float(((mixed - image)[:, mask == 1] * moved).sum() / moved.square().sum()))
+        torch.testing.assert_close(mixed, image + shares[-1] * mask * (whole - image), rtol=0, atol=1e-5)
+    assert all(0.2 <= share <= 1 for share in shares)
+    assert min(shares) < 0.4
+    assert max(shares) > 0.8
+
+
 def test_planted_images_when_the_generator_is_the_same_then_are_the_same():
     """A step can be repeated, whatever was drawn before from torch's own generator."""
     images = torch.rand(2, 3, *_SIZE, generator=_generator())
