@@ -14,7 +14,7 @@ from models.backbones import untrained_weights
 from models.blocks.packing import unpack
 from models.blocks.patches import patchify, unpatchify
 from models.detector import LineConditioned, Recipe
-from models.pnpt import UNKNOWN_LINE, Pnpt, PnptConfig, _CrossAttention, _PatchEmbedding
+from models.pnpt import UNKNOWN_LINE, Pnpt, PnptConfig, _CrossAttention, _distances, _PatchEmbedding
 from tests.plain_networks import (
     array_of,
     attend,
@@ -371,6 +371,18 @@ def test_loss_when_rebuilt_features_are_scaled_copies_then_is_zero():
         terms = detector.loss(encoded, torch.tensor([0, 0]), 0)
 
     assert [float(value) for value in terms.values()] == pytest.approx([0, 0], abs=1e-5)
+
+
+def test_distance_when_features_are_weak_then_is_theirs_and_of_none_at_all_is_one():
+    """The guard of the cosine, a millionth, changes no length that features have, and nothing divides by nothing."""
+    weak = 1e-4 * torch.randn(2, 1, 8, 3, 3, generator=_generator()).abs()
+
+    distance = _distances(*weak)
+
+    np.testing.assert_allclose(
+        distance[0].numpy(), cosine_distances(*(array_of(one)[0] for one in weak)), rtol=0, atol=1e-5
+    )
+    assert (_distances(torch.zeros_like(weak[0]), weak[1]) == 1).all()
 
 
 @pytest.mark.parametrize("stream", ["prior", "sample"])
