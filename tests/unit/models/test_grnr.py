@@ -322,6 +322,27 @@ def test_forward_when_batch_mates_are_odd_then_supports_are_not_shared():
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("border_mode", ["reflect_pad", "crop"])
+def test_features_when_recomputed_in_numpy_then_are_means_of_nine_cells_with_zeros_around(border_mode):
+    """The canvas is the image, mirrored outwards or as it is; what the backbone sees beyond its margin is dropped."""
+    detector = Grnr(replace(TINY["grnr"], image_size=(96, 96), border_mode=border_mode))
+    detector.load_backbone_weights(make_detector("grnr").backbone.network.state_dict())
+    images = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    added, beyond = (16 + 32, 32) if border_mode == "reflect_pad" else (0, 0)
+
+    features = detector.encode(images)
+
+    canvas = np.pad(images.numpy(), ((0, 0), (0, 0), (added, added), (added, added)), mode="reflect")
+    with torch.no_grad():
+        layers = detector.backbone(torch.from_numpy(canvas))
+    for seen, layer, stride in zip(features, layers, detector.backbone.strides, strict=True):
+        padded = np.pad(layer[0].double().numpy(), ((0, 0), (1, 1), (1, 1)))
+        means = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2)).sum(axis=(3, 4)) / 9
+        cells = beyond // stride
+        inner = means[:, cells : means.shape[1] - cells, cells : means.shape[2] - cells]
+        np.testing.assert_allclose(seen[0].numpy(), inner, rtol=0, atol=1e-5)
+
+
 def test_forward_multiplies_both_scales_and_takes_the_largest_value():
     """The fused map is the product of two upsampled grids, and the score is its maximum."""
     detector = make_detector("grnr")
