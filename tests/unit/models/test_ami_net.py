@@ -9,9 +9,10 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.ami_net import AmiNet, _distances, _embed, assign_tokens, find_outliers
+from models.ami_net import AmiNet, AmiNetConfig, _distances, _embed, assign_tokens, find_outliers
 from models.backbones import untrained_weights
 from models.blocks.patches import patchify
+from models.detector import Recipe
 from tests.plain_networks import (
     array_of,
     attend,
@@ -211,25 +212,35 @@ def _smooth_slowly(layers: list[np.ndarray]) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2)).mean(axis=(3, 4))
 
 
-def _measure_slowly(detector: AmiNet, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the centres of an image's tokens `(M, D)` and the distances of its tokens to them `(N, M)`."""
+def _measure_slowly(
+    detector: AmiNet, features: np.ndarray, noise: np.ndarray | float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the centres of an image's noisy tokens `(M, D)` and the distances of its own tokens to them `(N, M)`."""
     kernel, bias = (array_of(one) for one in detector.centre_embedding.parameters())
-    tokens = embed(features, kernel, bias) + positions(detector.token_grid, len(bias))
-    rows = np.concatenate((array_of(detector.centre_queries)[0], tokens))
+    tokens, places = embed(features, kernel, bias), positions(detector.token_grid, len(bias))
+    rows = np.concatenate((array_of(detector.centre_queries)[0], _disturb(tokens, noise) + places))
+    tokens = tokens + places
     centres = normalise(_transform_slowly(rows, detector.centre_blocks)[: _CONFIG.centres], detector.centre_norm)
     return centres, _lengths_times_directions(tokens, centres)
+
+
+def _disturb(tokens: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
+    """Add noise in proportion to each token's length over its width."""
+    return tokens + noise * np.linalg.norm(tokens, axis=1, keepdims=True) / tokens.shape[1]
 
 
 def _lengths_times_directions(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     return np.array([[np.linalg.norm(one - other) * (1 - cosine(one, other)) for other in centres] for one in points])
 
 
-def _inpaint_slowly(detector: AmiNet, features: np.ndarray, masked: np.ndarray) -> np.ndarray:
-    """Return what stands under each token `(N, k k C)` where those that are masked are hidden."""
+def _inpaint_slowly(
+    detector: AmiNet, features: np.ndarray, masked: np.ndarray, noise: np.ndarray | float = 0.0
+) -> np.ndarray:
+    """Return what stands under each token `(N, k k C)` where those that are masked are hidden, and all disturbed."""
     kernel, bias = (array_of(one) for one in detector.patch_embedding.parameters())
     tokens = embed(features, kernel, bias)
     tokens[masked] = array_of(detector.mask_token)[0, 0]
-    rows = _transform_slowly(tokens + positions(detector.token_grid, len(bias)), detector.blocks)
+    rows = _transform_slowly(_disturb(tokens, noise) + positions(detector.token_grid, len(bias)), detector.blocks)
     return linear(normalise(rows, detector.norm), detector.prediction)
 
 
@@ -255,19 +266,26 @@ def test_map_when_recomputed_in_numpy_then_agrees():
     assert 0 < masked.mean() < 1
 
 
-def test_loss_when_recomputed_in_numpy_then_all_four_terms_agree():
-    """Five times the directions, the squared error, compactness, and a tenth of the distance of two other centres."""
-    detector = _detector(jitter=0.0)
+@pytest.mark.parametrize("jitter", [0.0, 6.0])
+def test_loss_when_recomputed_in_numpy_then_all_four_terms_agree(jitter):
+    """Five times the directions, the squared error, compactness, and a tenth of the distance of two other centres.
+
+    Noise lies on the tokens that centres are made of, not on those that are to lie near them, and on what is inpainted.
+    """
+    detector = _detector(jitter=jitter)
     shake(detector.learnable_parameters(), 0.1)
     features = _draw(2, sum(detector.backbone.channels), *detector.feature_grid)
     masked = _draw(2, detector.positions.shape[0]) < 0.5
 
     with torch.no_grad():
-        terms = detector._weigh_terms(features, masked.float(), torch.Generator())
+        terms = detector._weigh_terms(features, masked.float(), torch.Generator().manual_seed(3))
 
+    drawn = torch.Generator().manual_seed(3)
+    shape = (2, detector.positions.shape[0], _CONFIG.token_channels)
+    noises = [jitter * array_of(torch.randn(shape, generator=drawn)) for _ in range(2)]
     directions, errors, scores, spreads = [], [], [], []
-    for image, hidden in zip(array_of(features), masked.numpy(), strict=True):
-        centres, apart = _measure_slowly(detector, image)
+    for image, hidden, of_centres, of_tokens in zip(array_of(features), masked.numpy(), *noises, strict=True):
+        centres, apart = _measure_slowly(detector, image, of_centres)
         scores.append(apart.min(axis=1).mean())
         count = len(centres)
         spreads.append(_lengths_times_directions(centres, centres).sum() / (count * (count - 1)))
@@ -276,7 +294,7 @@ def test_loss_when_recomputed_in_numpy_then_all_four_terms_agree():
             for row in range(0, image.shape[1], 2)
             for column in range(0, image.shape[2], 2)
         ]
-        for seen, made in zip(patches, _inpaint_slowly(detector, image, hidden), strict=True):
+        for seen, made in zip(patches, _inpaint_slowly(detector, image, hidden, of_tokens), strict=True):
             directions.append(1 - cosine(seen, made))
             errors.append(np.mean((seen - made) ** 2))
     expected = {
@@ -407,3 +425,16 @@ def test_detector_when_its_configuration_contradicts_itself_then_refuses(changes
     """The sentence says which value does not fit."""
     with pytest.raises(ValueError, match=message):
         AmiNet(replace(_CONFIG, **changes))
+
+
+def test_config_when_left_alone_then_holds_the_values_of_the_reference_code():
+    """The defaults are those that trained the released models; the mask is the published step."""
+    config = AmiNetConfig()
+
+    assert (config.backbone, config.layers, config.image_size) == ("wide_resnet50_2.tv_in1k", (1, 2, 3), (256, 256))
+    assert (config.patch_size, config.token_channels, config.heads, config.mlp_ratio) == (4, 768, 12, 4)
+    assert (config.blocks, config.centre_blocks, config.centres, config.jitter) == (8, 1, 8, 20.0)
+    assert (config.mask_deviations, config.mask_softness) == (0.5, 0.0)
+    assert (config.direction_weight, config.diversity_weight) == (5.0, 0.1)
+    assert (config.map_size, config.blur_sigma) == ((256, 256), 4.0)
+    assert config.recipe == Recipe("adamw", 1e-4, 1e-4, 0.01, 8, (0.9, 0.95), epochs=300)

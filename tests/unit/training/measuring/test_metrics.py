@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from sklearn import metrics as reference
 
-from training.measuring.bootstrap import bootstrap, histograms, interval
+from training.measuring.bootstrap import PerImage, bootstrap, histograms, interval, one_hot
 from training.measuring.metrics import (
     Curve,
     Metric,
@@ -366,6 +366,19 @@ def test_spro_with_a_partial_cover_over_the_saturation_reaches_one():
     assert found.value == pytest.approx(1.0, abs=1e-12)
 
 
+def test_spro_without_a_limit_is_that_of_the_first_twentieth():
+    """MVTec LOCO's figure ends at a false positive rate of 0.05; a detector that is good later gains nothing by it."""
+    channel = np.zeros((10, 10), bool)
+    channel[0, 0] = True
+    anomaly_map = np.arange(100, 0, -1, dtype=np.float32).reshape(10, 10)
+    anomaly_map[0, 0] = 90.5  # ten of 99 good pixels lie above
+
+    found, late = spro([anomaly_map], [[channel]], [[1]]), spro([anomaly_map], [[channel]], [[1]], 0.3)
+
+    assert found == Metric(0.0)
+    assert late.value > 0.6
+
+
 @pytest.mark.parametrize(
     ("area", "threshold", "relative", "expected"),
     [(100, 0.255, True, 25), (100, 40, False, 40), (30, 40, False, 30), (3, 0.1, True, 1)],
@@ -581,6 +594,18 @@ def test_curves_of_a_missing_class_are_empty():
     found = pixel_curves(maps, masks)
 
     assert all(isinstance(c, Curve) and c.x.size == 0 for c in (found.roc, found.precision_recall, found.pro))
+
+
+def test_bootstrap_draws_a_thousand_times_and_keeps_as_many_images_of_each_label():
+    """Each draw has the good and the defective images' own numbers, so that it has every figure."""
+    anomalous = np.repeat([False, True], [4, 2])
+    own = PerImage(one_hot(np.arange(6), ~anomalous, 6), one_hot(np.arange(6), anomalous, 6), None, None)
+
+    draws = bootstrap(own, anomalous, seed=0)
+
+    assert draws.shape == (1000, 3)
+    assert np.isfinite(draws).all()
+    assert (draws[:, 0] == 0).all()  # the groups of good images come first, whichever are drawn
 
 
 def test_interval_when_draws_are_known_then_leaves_a_fortieth_of_them_out_on_each_side():
