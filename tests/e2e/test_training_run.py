@@ -38,12 +38,14 @@ from tests.tiny_line import (
     write_mvtec_ad2_line,
 )
 from training.__main__ import commands
+from training.bundling.export import GraphRun
 from training.config import ConfigFault
-from training.data.samples import DatasetFault
+from training.data.samples import DatasetFault, Sample
 from training.data.split import RecordingOrder
 from training.fitting.checkpoint import CheckpointRefused, has_checkpoint
 from training.fitting.detectors import prepare_detector, refuse_unseen_defects
 from training.lines import gather_lines
+from training.measuring.answers import ask
 from training.progress import SilentReporter
 from training.run import train
 from training.run_directory import keep_request, read_request
@@ -316,6 +318,9 @@ def test_export_when_another_precision_is_asked_for_then_the_bundle_is_calibrate
     assert (first.manifest.precision, half.manifest.precision) == ("fp32", "fp16")
     assert len(half.model) < len(first.model)
     policy, calibration, data = half.policies["bottle"], half.calibrations["bottle"], half.manifest.by_line["bottle"]
+    held_out = [Sample(Path(file), "train", 0, "good") for file in np.load(directory / "scores.npz")["held_out_files"]]
+    said = ask(GraphRun(half.model), held_out, half.manifest.input, SilentReporter(), title="good frames")
+    np.testing.assert_array_equal(calibration.scores, np.sort(said.scores))
     assert not np.array_equal(calibration.scores, first.calibrations["bottle"].scores)
     for rate, threshold in ((data.review_rate, policy.review_threshold), (data.fail_rate, policy.fail_threshold)):
         assert threshold == calibration.threshold(rate).value
@@ -353,9 +358,32 @@ def test_export_when_a_test_frame_came_since_then_measures_it_with_the_same_netw
     result = _invoke("export", directory, "--threads", "1")
 
     assert result.exit_code == 0, result.output
+    assert "reconstruction" not in result.output  # nothing is fitted again, for hours and to the same end
     again = _published(result.output)
     assert again.model == load_bundle(finished.bundle).model
     assert again.manifest.by_line["bottle"].data.tested_on_normal == TEST_GOOD + 1
+
+
+def test_export_when_one_line_gets_another_region_then_the_others_keep_theirs(line, tmp_path, monkeypatch):
+    """What is not asked for stays as the run was asked for, and nothing is inspected that was left out."""
+    request = make_request(line, tmp_path / "store", tmp_path / "cap", tmp_path / "lid")
+    regions = [tmp_path / "first.png", tmp_path / "second.png", None]
+    lines = [
+        one.model_copy(update={"region_of_interest": mask}) for one, mask in zip(request.lines, regions, strict=True)
+    ]
+    keep_request(tmp_path, request.model_copy(update={"lines": tuple(lines)}))
+    asked = []
+
+    def train_as_stopped(request, *_):
+        asked.append([one.region_of_interest for one in request.lines])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.jobs.train", train_as_stopped)
+
+    _invoke("export", tmp_path)
+    _invoke("export", tmp_path, "--roi", f"cap={tmp_path / 'new.png'}")
+
+    assert asked == [regions, [regions[0], tmp_path / "new.png", None]]
 
 
 @pytest.mark.parametrize("change", ["one more", "one less", "another picture"])

@@ -371,6 +371,11 @@ def test_summarise_when_a_paper_has_several_settings_then_compares_with_that_of_
 
     shown = {(row.metric, row.published) for row in (*found.means, *found.by_category) if row.published is not None}
     assert shown == {value for row in of_setting for value in row.values.items()}
+    of_all = {row.metric: row.published for row in found.means if row.of == "mean over all 15 categories"}
+    published = {
+        metric: value for row in of_setting[::-1] if not row.categories for metric, value in row.values.items()
+    }
+    assert {metric: value for metric, value in of_all.items() if value is not None} == published
 
 
 @pytest.mark.parametrize(
@@ -431,6 +436,9 @@ def test_pages_tell_ours_published_differences_and_failures(tmp_path):
 
     pages = to_markdown(found), to_html(found)
 
+    assert [row.ours.reason for row in found.by_category if row.of == "grid"] == ["grid is <broken>."] * len(
+        found.means
+    )
     for page in pages:
         assert all(text in page for text in ("DADF on MVTec AD, single-class", "91.20", "98.3", "The configuration is"))
         assert "grid is &lt;broken" in page
