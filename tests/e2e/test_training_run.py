@@ -42,7 +42,7 @@ from training.bundling.export import GraphRun
 from training.config import ConfigFault
 from training.data.samples import DatasetFault, Sample
 from training.data.split import RecordingOrder
-from training.fitting.checkpoint import CheckpointRefused, has_checkpoint
+from training.fitting.checkpoint import CheckpointRefused, TrainingState, has_checkpoint, save_checkpoint
 from training.fitting.detectors import prepare_detector, refuse_unseen_defects
 from training.lines import gather_lines
 from training.measuring.answers import ask
@@ -401,6 +401,40 @@ def test_export_when_other_frames_would_be_fitted_on_then_refuses(finished, line
     assert result.exit_code == 2
     assert "another set of fitted frames; put back what was changed" in result.stderr
     assert not (tmp_path / "store").exists()
+
+
+def test_export_when_fitting_is_not_complete_then_says_how_to_complete_it(finished, line, tmp_path):
+    """A network that stopped half-way is published as no detector's, however well its graph agrees with it."""
+    directory, _ = _copy_of(finished, line, tmp_path)
+    record = json.loads((directory / "checkpoint.json").read_text())
+    (directory / "checkpoint.json").write_text(json.dumps(record | {"stage": 0}))
+
+    result = _invoke("export", directory, "--threads", "1")
+
+    assert result.exit_code == 2
+    assert f"complete it first: flawline train --resume {directory}" in result.stderr
+    assert not (tmp_path / "store/bottle").exists()
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_train_command_when_resumed_then_goes_on_where_there_is_something_to_go_on_with(
+    line, tmp_path, monkeypatch, has_begun
+):
+    """Hours that were kept are not spent again, and a run that kept none begins in the same place."""
+    keep_request(tmp_path, make_request(line, tmp_path / "store"))
+    if has_begun:
+        save_checkpoint(tmp_path, TrainingState(0, 5, {}), {})
+    begun = []
+
+    def train_as_stopped(_request, _directory, _reporter, beginning, _peers):
+        begun.append(beginning)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.jobs.train", train_as_stopped)
+
+    _invoke("train", "--resume", tmp_path)
+
+    assert begun == ["resume" if has_begun else "new"]
 
 
 @pytest.mark.parametrize("beginning", ["resume", "export"])

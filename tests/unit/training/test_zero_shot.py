@@ -1,17 +1,20 @@
 """Promises of bundles that no frame of their line has made: what they say of themselves, and what they refuse."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from service.contract.bundle import load_bundle
+from service.contract.bundle import FITTED_FRAMES_FILE, load_bundle
 from service.contract.golden import read_golden, replay
 from service.contract.policy import Verdict, judge
 from service.errors import FrameNotComparable, ParameterInvalid
 from tests.factories import make_bundle, make_input, make_runner
 from tests.tiny_line import TINY_RUN, fit_only, make_config, make_request, write_line
+from training.bundling.fitted_frames import read_fitted_frames
 from training.config import ConfigFault, RunConfig
 from training.fitting.checkpoint import CheckpointRefused, TrainingState, detector_tensors, save_checkpoint
 from training.fitting.detectors import prepare_detector
@@ -206,6 +209,24 @@ def test_export_when_a_run_on_other_lines_is_taken_over_then_maps_show_the_neare
     assert bundle.manifest.hyperparameters["hyperparameters"]["map_source"] == "prototypes"
     assert bundle.manifest.by_line["leather"].data.name == "frames of screws"
     assert "other lines: screws" in bundle.files["report.html"].decode()
+
+
+def test_export_when_frames_were_fitted_on_elsewhere_then_does_not_claim_to_know_them(uncalibrated, measured_by_itself):
+    """Where nothing was fitted, no good frame can have been learnt; of other lines' frames only their run knew."""
+    assert FITTED_FRAMES_FILE not in load_bundle(uncalibrated).files
+    assert read_fitted_frames(load_bundle(measured_by_itself)) == frozenset()
+
+
+def test_export_when_the_run_on_other_lines_is_not_complete_then_is_refused(run, tmp_path):
+    """Prototypes that are half learnt look like learnt ones."""
+    directory = shutil.copytree(run, tmp_path / "run")
+    record = json.loads((directory / "checkpoint.json").read_text())
+    (directory / "checkpoint.json").write_text(json.dumps(record | {"stage": 0}))
+
+    with pytest.raises(ConfigFault, match="complete it first: flawline train --resume"):
+        make_zero_shot(_from_run(directory, tmp_path / "store"), SilentReporter())
+
+    assert not (tmp_path / "store").exists()
 
 
 def test_export_when_the_run_has_a_head_for_its_own_lines_then_the_bundle_does_without(tmp_path):
