@@ -151,7 +151,8 @@ class LiveVersions(ResidentVersions):
         return before.card if before is not None and before.bundle == bundle else None
 
     def _hold_back_newer(self, name: str, version: str) -> None:
-        there = {*self._catalogue.readable_versions(name), *self._catalogue.absent(name)}
+        """Hold back what is newer than a version: also what was live and is gone from the store, if it comes back."""
+        there = {*self._catalogue.readable_versions(name), *self._catalogue.absent(name), *self._history(name).live}
         newer = {stored for stored in there if int(stored) > int(version)}
         self._history(name).held_back |= newer
 

@@ -162,6 +162,8 @@ class Registry(StoreLooks):
     def roll_back(self, name: str) -> str:
         """Make the version live that was live before, or the next older one in the store where none was.
 
+        What is held back is stepped over there: somebody has stepped back from it, and it takes its name.
+
         Returns:
             The version that is live now.
 
@@ -184,10 +186,10 @@ class Registry(StoreLooks):
             before, history = loaded.key.version, self._history(name)
             left = history.live[-1] if history.live else None
             self._go_live(loaded)
+            self._hold_back_newer(name, before)
             if left is not None:
                 history.live = [version for version in history.live if version not in (left, before)] + [before]
                 self._keep_only_what_is_needed(name)
-            self._hold_back_newer(name, before)
             self._choices.choose_version(name, before, self._history(name).held_back)
             return before
 

@@ -108,7 +108,7 @@ class WantedVersions(Ledger):
     def _before(self, name: str) -> str | None:
         """Return the version that was live before, or the next older one in the store where none was.
 
-        Older than the one that should be live, where none is.
+        Older than the one that should be live, where none is. What is held back becomes live by its name alone.
         """
         history = self._histories.get(name, History())
         if len(history.live) > 1:
@@ -117,7 +117,8 @@ class WantedVersions(Ledger):
         if not history.live and not stored:
             return None
         live = history.live[-1] if history.live else self._first(name, stored)
-        older = {version for version in (*stored, *self._catalogue.absent(name)) if int(version) < int(live)}
+        there = {*stored, *self._catalogue.absent(name)} - history.held_back
+        older = {version for version in there if int(version) < int(live)}
         return max(older, key=int, default=None)
 
     def _refuse_to_guess(self) -> None:

@@ -13,6 +13,7 @@ from service.errors import (
     UnknownLine,
     UnknownVersion,
 )
+from service.lines.registry import Registry
 from tests.factories import make_bundle, make_graph
 from tests.servers import wait_until
 from tests.shelves import Shelf
@@ -53,6 +54,39 @@ def test_roll_back_when_the_service_has_just_started_then_takes_the_next_older_o
     assert shelf.serving() == "1"
     with pytest.raises(UnknownVersion, match="no version before"):
         registry.roll_back("demo_line")
+
+
+def test_roll_back_when_nobody_knows_what_was_live_before_then_steps_over_what_somebody_has_stepped_back_from(
+    shelf, tmp_path
+):
+    """A way back leads to nothing that was left on purpose: that takes its name."""
+    (tmp_path / "state").mkdir()
+    shelf.add("2")
+    registry = shelf.load(state_directory=tmp_path / "state")
+    registry.activate("demo_line", "1")
+    shelf.add("3")
+    registry.rescan()
+    registry.close()
+    registry = shelf.load(state_directory=tmp_path / "state")
+
+    assert (shelf.serving(), registry.roll_back("demo_line")) == ("3", "1")
+
+
+@pytest.mark.parametrize("step_back", [Registry.roll_back, lambda registry, name: registry.activate(name, "1")])
+def test_step_back_when_the_live_version_is_gone_then_it_is_held_back_if_it_comes_again(shelf, step_back):
+    """What judged on after it was removed, until somebody chose another one, does not judge again unasked."""
+    registry = shelf.load()
+    shelf.add("2")
+    registry.rescan()
+    away = (shelf.path / "demo_line/2").rename(shelf.path / "demo_line/.2")
+    registry.rescan()
+
+    step_back(registry, "demo_line")
+    registry.rescan()
+    away.rename(shelf.path / "demo_line/2")
+
+    assert registry.rescan().activated == ()
+    assert shelf.serving() == "1"
 
 
 def test_roll_back_when_the_newest_version_was_refused_at_the_start_then_takes_the_one_before_it(shelf):
