@@ -98,6 +98,13 @@ class Catalogue:
         except OSError:
             return False
 
+    def is_here(self, name: str, version: str) -> bool:
+        """Tell whether a version lies in the directory now, as far as anybody can look; asked at each call."""
+        try:
+            return self.folder(name, version).is_dir()
+        except OSError:
+            return False
+
     def names_elsewhere(self) -> set[str]:
         """Return the names of which the store has versions that it could not bring here."""
         return {name for name, _ in self._store.absent()}

@@ -152,14 +152,11 @@ class ResidentVersions(WantedVersions):
                 size_bytes=version.bundle.engine.size_bytes,
                 used_at=self._used_at.get(key, 0.0),
                 is_live=key in live,
-                is_pinned=(key in live and (key.name == name or self._can_not_come_back(key)))
+                is_pinned=(key in live and (key.name == name or not self._catalogue.is_here(*key)))
                 or not self._options.pinned.isdisjoint(version.lines),
             )
             for key, version in state.loaded.items()
         ]
-
-    def _can_not_come_back(self, key: VersionKey) -> bool:
-        return key in self._gone and not self._catalogue.folder(*key).is_dir()
 
     def _weigh(self, loaded: LoadedVersion, held_before: int | None, closed_before: int) -> None:
         """Have an engine that was just loaded say what that took, where it can be seen."""
