@@ -21,6 +21,10 @@ from service.threads import Turns
 
 SHORTEST_RETRY_S = 1.0
 GONE = "It was removed from the store and serves on; put it back, or activate another version."
+GONE_MEANWHILE = (
+    "It was removed from the store while it was not in memory, and can't come back; put it back, or activate another "
+    "version."
+)
 TAKEN_OUT = "It was unloaded by an administrator; load it again."
 
 

@@ -340,11 +340,16 @@ class Registry(StoreLooks):
         return self.serving(line, None)
 
     def _bundle_of(self, line: str) -> str:
-        """Return the name of the bundle that serves a line, or would if it were loaded."""
+        """Return the name of the bundle that serves a line, or would if it were loaded.
+
+        Of one that the store has no longer, the one that serves the line there now, if there is one.
+        """
         state = self._state
         if line in state.live:
             return state.live[line].bundle.manifest.name
-        name = state.not_live[line].bundle if line in state.not_live else self._catalogue.bundle_of(line)
+        name = state.not_live[line].bundle if line in state.not_live else None
+        if name is None or not (self._catalogue.readable_versions(name) or self._catalogue.absent(name)):
+            name = self._catalogue.bundle_of(line) or name
         if name is None:
             self._demand_a_readable_store()
             raise UnknownLine("There is no bundle of this line in the store.")

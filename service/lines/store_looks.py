@@ -11,7 +11,7 @@ from functools import partial
 
 from service.errors import StoreUnreachable
 from service.heap import give_back
-from service.lines.ledger import GONE, TAKEN_OUT
+from service.lines.ledger import GONE, GONE_MEANWHILE, TAKEN_OUT, named
 from service.lines.live import VersionKey
 from service.lines.versions import LoadedVersions
 
@@ -31,7 +31,8 @@ class Rescanned:
         withdrawn: policies that are offered no more, as line and version.
         refused_policies: files of lines that are served which do not hold, with the reason, however often they were
             looked at.
-        gone: live versions that the store has no longer, with what is to be done; they serve on.
+        gone: live versions that the store has no longer, with what is to be done; they serve on, where they are in
+            memory or can come back.
     """
 
     activated: tuple[VersionKey, ...]
@@ -90,7 +91,7 @@ class StoreLooks(LoadedVersions):
             self._let_go_of_gone()
             with self._changing:
                 seen = self._look_at_policies()
-            gone = dict.fromkeys(sorted(self._gone), GONE)
+            gone = {key: self._why_gone(key) for key in sorted(self._gone)}
             return Rescanned(activated, reasons, tuple(seen.offered), tuple(seen.withdrawn), seen.refused, gone)
 
     def try_again(self) -> None:
@@ -129,9 +130,12 @@ class StoreLooks(LoadedVersions):
             for key in () if is_empty else sorted(gone - in_use):
                 self._let_go_of(key)
             for key in sorted((gone & in_use) - self._gone):
-                named = {"bundle": key.name, "version": key.version}
-                _log.error("the live version is gone from the store", extra={**named, "reason": GONE})
+                told = {**named(key), "reason": self._why_gone(key)}
+                _log.error("the live version is gone from the store", extra=told)
             self._gone = frozenset(gone & in_use)
+
+    def _why_gone(self, key: VersionKey) -> str:
+        return GONE if key in self._state.loaded or self._catalogue.is_here(*key) else GONE_MEANWHILE
 
     def _let_go_of(self, key: VersionKey) -> None:
         history, shadow = self._history(key.name), self._state.shadows.get(key.name)
@@ -140,7 +144,7 @@ class StoreLooks(LoadedVersions):
             self._end_shadow(key.name)
         if key in self._state.loaded:
             self._retire((key,))
-            _log.warning("a version is gone from the store", extra={"bundle": key.name, "version": key.version})
+            _log.warning("a version is gone from the store", extra=named(key))
 
     def _left_out(self) -> dict[VersionKey, str]:
         """Return the versions that would become live and could not be brought from the store; each is counted once."""

@@ -272,8 +272,11 @@ class LoadedVersions(LiveVersions):
         wanted = self._catalogue.wanted_of(lines)
         for line in lines:
             live = self._state.live.get(line)
-            if live is not None and live.bundle.manifest.name != name:
-                raise BundleRefused(f"{live.bundle.manifest.name} serves {line} already; remove one.")
+            if live is not None and live.key.name != name:
+                already = f"{live.key.name} serves {line} already"
+                if self._catalogue.is_gone(*live.key):
+                    raise BundleRefused(f"{already}, though it was removed from the store; unload {line}, and load it.")
+                raise BundleRefused(f"{already}; remove one.")
         return wanted
 
     def _load_again(self, name: str) -> None:

@@ -30,8 +30,13 @@ class WantedVersions(Ledger):
             serving.add(self._loading_now)
         befores = ((name, self._before(name)) for name in histories.keys() | chosen.keys())
         previous = {VersionKey(name, before) for name, before in befores if before is not None}
-        in_use = {key for key in judging if not self._taken_out.issuperset(self._catalogue.lines(*key))}
+        in_use = {key for key in judging if any(self._may_judge(key, line) for line in self._catalogue.lines(*key))}
         return Needed(serving, previous, newest_waits=not self._options.activates_newest, in_use=in_use)
+
+    def _may_judge(self, key: VersionKey, line: str) -> bool:
+        """Tell whether a bundle could judge a line: that is not unloaded, and no other bundle has come to serve it."""
+        live = self._state.live.get(line)
+        return line not in self._taken_out and (live is None or live.key.name == key.name)
 
     def _in_use(self) -> set[VersionKey]:
         """Return the versions that lines are judged by, or would be with their next frame."""

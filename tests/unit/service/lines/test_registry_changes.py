@@ -1,5 +1,7 @@
 """Promises of what administrators change: a version is proved, swapped at once, and stepped back from at once."""
 
+import shutil
+
 import pytest
 
 from service.errors import (
@@ -386,6 +388,29 @@ def test_load_line_when_the_newest_version_has_come_to_serve_it_then_takes_that(
 
     assert (shelf.serving("left"), shelf.serving("right")) == ("2", "2")
     registry.close()
+
+
+def test_load_line_when_its_bundle_was_removed_and_another_one_has_it_by_now_then_takes_that(
+    shelf, tmp_path, monkeypatch
+):
+    """A line that moves to another bundle does so when somebody unloads and loads it, and nothing keeps the old one."""
+    (tmp_path / "state").mkdir()
+    registry, needed = shelf.load(state_directory=tmp_path / "state"), []
+    shutil.rmtree(shelf.path / "demo_line")
+    shelf.add("1", "pair", lines=("demo_line", "right"))
+    refused = registry.rescan().refused
+
+    registry.unload_line("demo_line")
+    registry.load_line("demo_line")
+    monkeypatch.setattr(registry._catalogue._store, "refresh", needed.append)
+    registry.rescan()
+
+    assert "removed from the store; unload demo_line, and load it" in refused["pair", "1"]
+    assert {status.line: (status.bundle, status.state) for status in registry.statuses()} == {
+        "demo_line": ("pair", "ready"),
+        "right": ("pair", "ready"),
+    }
+    assert needed[-1].in_use == {("pair", "1")}
 
 
 def test_load_line_when_a_newer_version_lies_there_then_takes_it(shelf):

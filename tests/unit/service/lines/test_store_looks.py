@@ -287,6 +287,16 @@ def test_rescan_when_the_live_version_is_gone_then_it_serves_on_and_that_is_told
     assert f"{told} 1.0" in shelf.metrics()
 
 
+def test_rescan_when_a_line_made_room_and_its_version_is_gone_then_nobody_hears_that_it_serves_on(crowded):
+    """What is in no memory and in no store can't come back until it is put back."""
+    shutil.rmtree(crowded.path / "cap/1")
+
+    gone = crowded.registry.rescan().gone
+
+    assert list(gone) == [("cap", "1")]
+    assert "can't come back" in gone["cap", "1"]
+
+
 def test_rescan_when_the_version_before_is_gone_then_nobody_is_judged_by_it_any_more(shelf):
     """What was revoked answers nobody who names it, and is stepped over on the way back."""
     registry = shelf.load()
