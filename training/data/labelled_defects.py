@@ -81,6 +81,12 @@ def _told_of_bare(root: Path, sample: Sample) -> str:
 def _refuse_known(samples: Iterable[Sample], known: Iterable[Sample]) -> None:
     seen = {_digest(sample.path): sample for sample in known}
     copies = [(sample, seen[digest]) for sample in samples if (digest := _digest(sample.path)) in seen]
+    own = [sample.path for sample, other in copies if other.split == "test" and sample.path.samefile(other.path)]
+    if own:
+        raise DatasetFault(
+            f"{len(own)} labelled defects are test frames of the run, for one {own[0]}; move those that shall be "
+            "learnt from, and their masks, to another folder, or the figures would be measured on what was learnt."
+        )
     if copies:
         raise DatasetFault(
             *(

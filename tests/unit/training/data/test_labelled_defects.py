@@ -102,6 +102,18 @@ def test_defects_when_the_run_knows_a_frame_then_are_refused(root, tmp_path, spl
     assert str(copy) in str(refusal.value)
 
 
+def test_defects_when_they_are_the_lines_own_test_frames_then_one_sentence_says_so(root):
+    """Nobody is told that a file has the content of itself, file by file."""
+    known = [Sample(path, "test", ANOMALOUS, path.parent.name) for path in sorted((root / "test").glob("[hs]*/*"))]
+
+    with pytest.raises(
+        DatasetFault, match=r"are test frames of the run, for one .*0\.png; move .* another folder"
+    ) as refusal:
+        _read(root, known)
+
+    assert str(refusal.value).count("test/hole") == 1
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
