@@ -286,7 +286,9 @@ def export(  # noqa: PLR0917 - typer reads options from a signature; nobody call
 
 @commands.command(epilog="Example:\n\nflawline report store/bottle/3 --output bottle.html")
 def report(
-    source: Annotated[Path, typer.Argument(help="a bundle, or the directory of a finished run")],
+    source: Annotated[
+        Path, typer.Argument(help="a bundle, as store/<name>/<version>, or the directory of a finished run")
+    ],
     output: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
 ) -> None:
     """Write the HTML report of a bundle as it was published, or render that of a run anew."""

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service.contract.bundle import LineName, Manifest, line_file
+from service.contract.bundle import LineName, Manifest, line_file, why_no_bundle
 from training.config import ConfigFault, RunConfig, parse_config
 from training.measuring.answers import Answers
 from training.reporting.page_data import ReportData
@@ -188,9 +188,8 @@ def read_report(directory: Path) -> ReportData:
     try:
         return ReportData.model_validate_json((directory / _REPORT_DATA_FILE).read_bytes())
     except (OSError, ValidationError) as error:
-        raise RunDirectoryFault(
-            f"{directory} holds no report of a finished run; give a bundle, or the directory of a run that ended."
-        ) from error
+        why = why_no_bundle(directory) or "; give a bundle, or the directory of a run that ended"
+        raise RunDirectoryFault(f"{directory} holds no report of a finished run{why}.") from error
 
 
 def _scores(answers: Mapping[str, Answers]) -> bytes:

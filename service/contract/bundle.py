@@ -487,6 +487,15 @@ def _entries_below(path: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in (*folders, *files))
 
 
+def why_no_bundle(path: Path) -> str:
+    """Return why a folder is no bundle, to end a sentence about it; empty where nobody mistook it for one."""
+    if not path.is_dir():  # of a store that is away everything is missing
+        return ", because there is no such folder; give one version's, as in store/line/1"
+    if versions := versions_of(path):
+        return f", because it holds the versions of a bundle; give one of them, as in {path / versions[-1]}"
+    return ""
+
+
 def _read_signature(path: Path) -> bytes | None:
     if not (path / SIGNATURE_FILE).exists():
         return None
@@ -505,9 +514,7 @@ def _read(path: Path, relative: str) -> bytes:
             bundle = f"the bundle {path.parent.name}/{path.name}"
             if file.exists():
                 raise BundleRefused(f"{relative} is no plain file in {bundle}.")
-            # Of a store that is away everything is missing.
-            why = "" if path.is_dir() else ", because there is no such folder; give one version's, as in store/line/1"
-            raise BundleNotLoaded(f"{relative} is missing from {bundle}{why}.")
+            raise BundleNotLoaded(f"{relative} is missing from {bundle}{why_no_bundle(path)}.")
         return file.read_bytes()
     except OSError as error:
         raise BundleNotLoaded(

@@ -261,6 +261,12 @@ def test_loading_when_the_folder_does_not_exist_is_refused(tmp_path):
         load_bundle(tmp_path / "demo_line" / "9")
 
 
+def test_loading_when_the_folder_holds_versions_says_to_give_one(bundle):
+    """The folder of a name is not yet a bundle; whoever stopped there reads what to append."""
+    with pytest.raises(BundleRefused, match=rf"because it holds the versions of a bundle; .* {bundle}\.$"):
+        load_bundle(bundle.parent)
+
+
 def test_loading_when_a_file_is_missing_says_which(bundle):
     """The folder is there, so nobody is sent to look for it."""
     (bundle / "model.onnx").unlink()
