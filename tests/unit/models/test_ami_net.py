@@ -268,10 +268,7 @@ def test_map_when_recomputed_in_numpy_then_agrees():
 
 @pytest.mark.parametrize("jitter", [0.0, 6.0])
 def test_loss_when_recomputed_in_numpy_then_all_four_terms_agree(jitter):
-    """Five times the directions, the squared error, compactness, and a tenth of the distance of two other centres.
-
-    Noise lies on the tokens that centres are made of, not on those that are to lie near them, and on what is inpainted.
-    """
+    """Noise lies on the tokens that centres are made of and on what is inpainted, not on those that centres gather."""
     detector = _detector(jitter=jitter)
     shake(detector.learnable_parameters(), 0.1)
     features = _draw(2, sum(detector.backbone.channels), *detector.feature_grid)
