@@ -428,7 +428,7 @@ def evaluate_bundle(
 
     Intervals are drawn with the bundle's seed, so that on the same frames they are those of its report.
     """
-    bundle, reporter = _open_bundle(path), _reporter()
+    bundle, reporter = load_bundle(path), _reporter()
     manifest = bundle.manifest
     name = _line_of(bundle, line)
     checked, kept_out = _frames_to_test(line_folder, layout, manifest.input, reporter)
@@ -532,7 +532,7 @@ def recalibrate_bundle(
     threads: int,
 ) -> None:
     """Publish a bundle again with one line's thresholds from other good parts and tell the result."""
-    bundle, reporter = _open_bundle(path.resolve()), _reporter()
+    bundle, reporter = load_bundle(path.resolve()), _reporter()
     name = _line_of(bundle, line)
     record = bundle.manifest.by_line[name]
     masks = masks_of([name], regions_of_interest)
@@ -550,20 +550,6 @@ def recalibrate_bundle(
         threads=threads,
     )
     _tell(report, reporter, {"bundle": published, "report": published / REPORT_FILE})
-
-
-def _open_bundle(path: Path) -> Bundle:
-    """Load a bundle, or say which folder is wanted where this one holds none.
-
-    Raises:
-        ParameterInvalid: if there is no manifest in it.
-        BundleRefused, BundleNotLoaded: if the bundle does not hold.
-    """
-    if not (path / MANIFEST_FILE).exists():
-        versions = [int(one.name) for one in path.glob("*") if one.name.isdecimal()]
-        usual = path / str(max(versions)) if versions else "store/bottle/1"
-        raise ParameterInvalid(f"There is no bundle in {path}; give the folder of one version, for example {usual}.")
-    return load_bundle(path)
 
 
 def write_report(source: Path, output: Path) -> None:
