@@ -329,10 +329,11 @@ def test_affinity_when_all_distances_are_scaled_then_so_is_the_merged_one():
     torch.testing.assert_close(merge_by_affinity(3 * distances), 3 * merge_by_affinity(distances))
 
 
-def test_nearest_distances_when_written_out_in_numpy_then_agree():
-    """Loops in float64; to 1e-5, at far and at tiny distances."""
-    bank = torch.rand(40, 16, generator=_generator()) * 2 - 1
-    queries = torch.cat((torch.rand(20, 16, generator=_generator(1)) * 2 - 1, bank[:5] + 1e-4))
+@pytest.mark.parametrize("offset", [0, 100], ids=["around zero", "close together far from zero"])
+def test_nearest_distances_when_written_out_in_numpy_then_agree(offset):
+    """Loops in float64; to 1e-5, at far and at tiny distances, wherever the bank lies."""
+    bank = offset + torch.rand(40, 16, generator=_generator()) * 2 - 1
+    queries = torch.cat((offset + torch.rand(20, 16, generator=_generator(1)) * 2 - 1, bank[:5] + 1e-4))
 
     distances = nearest_distances(queries, bank, 3)
 

@@ -170,6 +170,13 @@ def test_painting_when_attention_answers_the_same_then_the_frame_changes_nothing
     torch.testing.assert_close(dark, bright)
 
 
+def test_attention_when_new_then_is_ten_times_as_sharp_as_a_cosine():
+    """Were it as flat as a cosine, every place would begin by reading the mean of the reference."""
+    sharpnesses = [attention.log_sharpness.exp().item() for attention in RbAe(TINY["rb_ae"]).attentions]
+
+    assert sharpnesses == pytest.approx(3 * [10.0])
+
+
 def test_network_has_the_planned_number_of_parameters():
     """4.69 million in the encoder, 1.04 in attention, with three sharpnesses, 3.82 in the decoder."""
     detector = RbAe(RbAeConfig())

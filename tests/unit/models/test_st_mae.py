@@ -251,6 +251,7 @@ def test_residual_when_written_out_then_is_squared_distance_times_cosine_distanc
     direction = 1 - functional.cosine_similarity(rebuilt, features, dim=1)
     torch.testing.assert_close(residual, distance * direction)
     assert (detector._compare(patchify(features, 2), patchify(features, 2)) == 0).all()
+    assert (detector._compare(patchify(features, 2), 1.01 * patchify(features, 2)) >= 0).all()
 
 
 def test_forward_averages_over_the_kept_deals():

@@ -1,5 +1,7 @@
 """Artificial defects: what is drawn, where it may lie, and that every draw can be repeated."""
 
+import math
+
 import pytest
 import torch
 
@@ -57,6 +59,17 @@ def test_masks_are_binary_and_never_empty():
     assert 0.01 < masks.mean() < 0.4
 
 
+def test_mask_when_drawn_then_is_noise_above_its_threshold_on_a_turned_lattice():
+    """Cells are a power of two along each axis, by itself, and the lattice is turned by up to 90 degrees."""
+    mask = draw_perlin_mask(_SIZE, _generator(3))
+
+    generator = _generator(3)
+    rows, columns = 2 ** torch.randint(0, 6, (2,), generator=generator)
+    turn = math.pi * (float(torch.rand((), generator=generator)) - 0.5)
+    noise = perlin_noise(_SIZE, (int(rows), int(columns)), generator, turn)
+    assert torch.equal(mask, (noise > 0.5).float())
+
+
 def test_mask_when_the_threshold_is_out_of_reach_then_refuses():
     """An impossible setting ends, rather than trying for ever."""
     with pytest.raises(ValueError, match="threshold 2"):
@@ -94,6 +107,20 @@ def test_foreign_pictures_when_opaque_replace_their_area_and_nothing_else():
     assert torch.equal(planted[empty], images[empty])
     assert planted.min() >= 0
     assert planted.max() <= 1
+
+
+def test_foreign_pictures_when_a_frame_is_flat_then_some_of_its_defects_come_from_the_frame_beside_it():
+    """Drawn textures have soft grain and a flat frame gives none; only the other frame is as rough as this."""
+    flat, rough = torch.full((3, *_SIZE), 0.5), torch.rand(1, *_SIZE, generator=_generator()).round().expand(3, -1, -1)
+    images = torch.stack((flat, rough + torch.tensor([0.0, -1e-3, 1e-3])[:, None, None])).clamp(0, 1)
+
+    rough_ones = 0
+    for seed in range(30):
+        planted, masks = plant_foreign_pictures(images, _generator(seed))
+        beside = planted[0].diff(dim=2).abs()[:, masks[0, :, 1:] * masks[0, :, :-1] > 0]
+        rough_ones += bool(beside.numel()) and bool(beside.mean() > 0.3)
+
+    assert 3 <= rough_ones <= 15
 
 
 @pytest.mark.parametrize("count", [1, 3])

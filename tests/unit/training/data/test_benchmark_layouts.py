@@ -411,7 +411,7 @@ def test_read_magnetic_tile_draws_the_same_fifth_of_every_exposure(tmp_path):
     first, second = read_dataset(root), read_dataset(root)
 
     tested = [s for s in first.test if s.label == NORMAL]
-    assert sorted(s.path.name[:4] for s in tested) == ["exp1", "exp2"]
+    assert sorted(s.path.stem for s in tested) == ["exp1_num_3", "exp2_num_3"]  # the draw, not the first ones
     assert all(s.path.suffix == ".jpg" and not s.mask_paths for s in tested)
     assert first.samples == second.samples
     assert {s.kind for s in first.test if s.label == ANOMALOUS} == {"blowhole", "crack"}
