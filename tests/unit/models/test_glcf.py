@@ -209,6 +209,18 @@ def test_calibration_when_its_own_frames_are_judged_then_maps_have_mean_zero_and
     torch.testing.assert_close(spread, torch.ones(2, 2).double(), rtol=0, atol=1e-5)
 
 
+def test_calibration_when_good_maps_are_flat_then_maps_stay_finite():
+    """A branch whose two sides agree everywhere has no spread to divide by."""
+    detector = make_detector("glcf").eval()
+    detector._distance_maps = lambda encoded: torch.zeros(len(encoded), 2, 2, 64, 64)
+
+    detector.observe(_images(2))
+    detector.finish()
+
+    assert (detector.deviations > 0).all()
+    assert torch.isfinite(detector(_images(2)).anomaly_map).all()
+
+
 def test_calibration_when_no_frames_were_observed_then_refuses():
     """An empty folder never leaves half-made statistics."""
     with pytest.raises(RuntimeError, match="no frames"):
