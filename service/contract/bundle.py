@@ -16,6 +16,7 @@ against the verified graph. Nothing here is ever unpickled.
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -418,11 +419,25 @@ def promised_lines(path: Path, name: str) -> tuple[str, ...]:
 
 
 def versions_of(directory: Path) -> list[str]:
-    """Return the versions of one name in a store, oldest first; half-written ones have other names."""
-    if not directory.is_dir():
+    """Return the versions of one name in a store, oldest first; half-written ones have other names.
+
+    Raises:
+        OSError: if it can't be told, so that nobody takes for removed what a volume does not show for a while.
+    """
+    try:
+        entries = list(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    names = [entry.name for entry in directory.iterdir() if entry.is_dir()]
-    return sorted((name for name in names if name.isascii() and name.isdigit() and name[0] != "0"), key=int)
+    numbered = [entry for entry in entries if entry.name.isascii() and entry.name.isdigit() and entry.name[0] != "0"]
+    return sorted((entry.name for entry in numbered if _is_folder(entry)), key=int)
+
+
+def _is_folder(path: Path) -> bool:
+    """Tell whether a path is a folder; `Path.is_dir` of Python 3.13 and later denies it where nobody may look."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def newest_bundles(store: Path) -> dict[str, Path]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -472,6 +473,20 @@ def test_loading_a_policy_when_it_is_missing_or_wrong_is_refused_by_name(tmp_pat
 
     with pytest.raises(BundleRefused, match=r"7\.json"):
         load_policy(tmp_path / "7.json")
+
+
+def test_versions_when_nobody_may_look_at_them_then_that_is_said_whatever_a_python_takes_for_no_folder(
+    tmp_path, monkeypatch
+):
+    """What can't be seen is not gone: Python 3.13 and later call it no folder, without a word."""
+    monkeypatch.setattr(Path, "is_dir", os.path.isdir)
+    store = tmp_path / "demo_line"
+    (store / "1").mkdir(parents=True)
+    store.chmod(0o444)
+
+    with rights_of_an_ordinary_user(), pytest.raises(PermissionError):
+        versions_of(store)
+    store.chmod(0o700)
 
 
 def test_versions_when_a_store_holds_more_than_bundles_are_whole_numbers_oldest_first(tmp_path):
