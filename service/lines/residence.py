@@ -133,9 +133,12 @@ class ResidentVersions(WantedVersions):
         size = loaded.bundle.engine.size_bytes
         leaving = make_room(self._residents(loaded.key.name), self._options.budget_bytes, size)
         if leaving is None:
+            live = {serving.key for serving in self._state.live.values()}
+            away = sorted(key.name for key in live if not self._catalogue.is_here(*key))
             raise BundleNotLoaded(
                 f"Its engine takes {size} bytes, and the memory budget has no room for it beside what must stay; raise "
                 "FLAWLINE_MEMORY_BUDGET_BYTES, or pin fewer lines."
+                + (f" What is not in the store stays as well: {', '.join(away)}." if away else "")
             )
         self._unload(leaving)
 

@@ -26,6 +26,7 @@ def test_memory_when_the_live_version_is_gone_then_it_makes_no_room_since_it_cou
     crowded.want("cap")
 
     assert crowded.line_states() == {"cap": "unloaded", "plate": "ready"}
+    assert "not in the store stays as well: plate." in crowded.registry.status("cap").reason
 
 
 @in_loop
