@@ -43,6 +43,7 @@ from training.comparison.page import (
     TABLE_COLUMNS,
     Result,
     Settings,
+    _means,
     as_good_as_best,
     pair_controls,
     ranked,
@@ -453,6 +454,24 @@ def test_table_when_shown_then_every_figure_stands_under_its_name():
         "graph": "1.0 MiB",
         "ms a frame": "12.5",
     }
+
+
+def test_means_when_a_detector_lacks_a_line_then_it_has_none():
+    """A mean over fewer lines is another figure, and the easiest line alone would win."""
+    good = [0.0, 1.0, 2.0, 3.0]
+    found = {("dadf", "bottle"): [2.5, 4.0], ("dadf", "cap"): [1.5, 4.0], ("grnr", "bottle"): [4.0, 5.0]}
+    found |= {("glcf", "bottle"): [2.5, 4.0], ("glcf", "cap"): [4.0, 5.0]}
+    results = []
+    for (detector, line), defective in found.items():
+        of_line = _result(detector, _cell(good, defective, line=line))
+        results.append(dataclasses.replace(of_line, plan=dataclasses.replace(of_line.plan, line=line)))
+
+    means = [(name, of, pytest.approx(mean)) for name, of, mean in _means(results)]
+
+    assert means == [
+        ("glcf", {"bottle": 0.875, "cap": 1.0}, 0.9375),
+        ("dadf", {"bottle": 0.875, "cap": 0.75}, 0.8125),
+    ]
 
 
 def test_pair_controls_when_there_are_several_lines_and_detectors_then_each_has_its_own():
