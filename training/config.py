@@ -308,11 +308,11 @@ def _refuse_other_products(detector: str, product: Product | None, judged: Colle
     if product is None:
         raise ConfigFault(
             f"{begin}; if this line shows one, say so with --product {min(judged)}, else take another detector, for "
-            "example --detector inp_former."
+            "example inp_former."
         )
     raise ConfigFault(
         f"{begin}, and this line is said to show an {product}, whose outline would count as a defect; take another "
-        "detector, for example --detector inp_former."
+        "detector, for example inp_former."
     )
 
 

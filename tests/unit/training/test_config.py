@@ -89,7 +89,7 @@ def test_to_yaml_when_read_again_then_is_the_same_run():
 
 @pytest.mark.parametrize(
     ("product", "words"),
-    [("null", "say so with --product texture"), ("object", "take another detector, for example --detector inp_former")],
+    [("null", "say so with --product texture"), ("object", "take another detector, for example inp_former")],
 )
 def test_load_config_when_a_texture_detector_is_offered_another_product_then_says_what_to_do(product, words):
     """A detector that judges textures only is refused before any work, unless the line is said to show one."""
