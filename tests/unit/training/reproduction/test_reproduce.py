@@ -180,8 +180,11 @@ def test_reproduce_when_stopped_keeps_what_is_finished_and_goes_on_where_it_stoo
 
     kept = [path.name for path in sorted(tmp_path.rglob("*.json")) if path.parent.name == "seed-1"]
     stood = list((tmp_path / "unfinished").iterdir())
-    resumed = reproduce(_plan(dataset), _UNTRAINED, tmp_path, SilentReporter())
+    again = _Watcher()
+    resumed = reproduce(_plan(dataset), _UNTRAINED, tmp_path, again)
 
+    assert any("grid, seed 1, reconstruction" in name for name in watcher.figures)
+    assert not any("grid, seed 1, reconstruction" in name for name in again.figures)  # both steps had been kept
     assert kept == ["bottle.json"]
     assert len(stood) == 1
     assert [cell.figures for cell in resumed] == [cell.figures for cell in finished[1]]
