@@ -181,7 +181,7 @@ def comparison_rows(comparisons: Iterable[Comparison]) -> list[tuple[str, str, s
             row.of,
             _TITLES.get(row.metric, row.metric),
             str(row.ours),
-            "none known" if row.published is None else f"{row.published:g}",
+            "none known" if row.published is None else f"{row.published}",
             "" if row.published is None or row.ours.value is None else f"{row.ours.value - row.published:+.2f}",
             row.source,
         )
@@ -349,7 +349,7 @@ def _document(
     metrics = list(dict.fromkeys(row.metric for row in found.by_category))
     by_category: dict[str, list[str]] = {}
     for row in found.by_category:
-        published = "" if row.published is None else f" (published {row.published:g})"
+        published = "" if row.published is None else f" (published {row.published})"
         by_category.setdefault(row.of, []).append(f"{row.ours}{published}")
     heads = ("category", *(_TITLES.get(metric, metric) for metric in metrics))
     yield table(heads, [(name, *cells) for name, cells in by_category.items()])

@@ -31,6 +31,8 @@ from training.progress import SilentReporter
 from training.reproduction.measure import Equipment
 from training.reproduction.pages import (
     COMPARISON_COLUMNS,
+    Comparison,
+    Figure,
     comparison_rows,
     differences_of_configuration,
     summarise,
@@ -655,3 +657,10 @@ def test_reproduce_command_with_a_failed_category_ends_with_one(dataset, tmp_pat
 
     assert answer.exit_code == 1
     assert "Replace the file" in (tmp_path / "out/reproduction.md").read_text()
+
+
+def test_comparison_when_a_published_figure_ends_in_zero_then_is_told_with_its_decimal():
+    """71.0 of a paper is known to a tenth; 71 would look as if it were not."""
+    rows = comparison_rows([Comparison(of="a", metric="p_ap", ours=Figure(value=None, reason="why"), published=71.0)])
+
+    assert rows[0][3] == "71.0"
