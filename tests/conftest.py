@@ -11,11 +11,14 @@ import os
 import random
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests import run_folder
 
 _ROOT = Path(__file__).resolve().parent
 _KINDS = {
@@ -118,7 +121,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _kind_of(item: pytest.Item) -> str:
-    return item.path.relative_to(_ROOT).parts[0] if item.path.is_relative_to(_ROOT) else ""
+    return _folder_of(item.path)
+
+
+@cache
+def _folder_of(file: Path) -> str:
+    return file.relative_to(_ROOT).parts[0] if file.is_relative_to(_ROOT) else ""
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +141,13 @@ def _quiet_room() -> None:
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed_all(0)
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shared_by_all_processes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Say where the processes of this run find what another one has made."""
+    own = tmp_path_factory.getbasetemp()
+    run_folder.folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 def _refuse_network(event: str, arguments: Sequence[object]) -> None:

@@ -57,6 +57,16 @@ TINY_RUN: dict[str, Any] = {
     "golden_frames": 4,
 }
 
+# A network that is not fitted: it is the same in every run, so that all of them export it once.
+TINY_GRNR: dict[str, Any] = {
+    "detector": "grnr",
+    "backbone": "test_resnet",
+    "input": TINY_RUN["input"],
+    "hyperparameters": {"layers": [1, 2], "margin": 16, "context": 32, "support": 10},
+    "hold_out": {"fraction": 0.5},
+    "golden_frames": 4,
+}
+
 
 def write_line(
     folder: Path,

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ REASONED_WAIVER = re.compile(r"# (noqa: [A-Z]+\d+(, ?[A-Z]+\d+)*|type: ignore\[[
 TEST_SUPPORT = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("*.py"))
 
 
+@cache
 def promises_in(file):
     """Return the test functions of a file, those of classes included."""
     return [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import one_export
+from tests import one_export, run_folder
 from tests.tiny_detectors import make_detector
 
 
@@ -53,6 +53,7 @@ def test_export_when_a_network_differs_in_one_number_or_setting_then_is_not_take
     """Runs get the graph of their own network, though one of equal networks is exported for all."""
     exported = []
     monkeypatch.setattr(one_export, "_kept", {})
+    monkeypatch.setattr(run_folder, "folder", None)
     monkeypatch.setattr(one_export, "export_graph", lambda detector: exported.append(detector) or b"graph")
     # PNPT has a hook, which torch numbers through the whole process.
     first, equal, fitted, set_otherwise = (make_detector("pnpt") for _ in range(4))
@@ -64,3 +65,21 @@ def test_export_when_a_network_differs_in_one_number_or_setting_then_is_not_take
         one_export.export_once(detector)
 
     assert exported == [first, fitted, set_otherwise]
+
+
+def test_export_when_another_process_has_made_it_then_is_taken_from_there_unless_it_is_wanted_anew(
+    monkeypatch, tmp_path
+):
+    """Two processes of one run of the tests export an equal network once, and a test that repeats an export gets it."""
+    exported = []
+    monkeypatch.setattr(one_export, "export_graph", lambda detector: exported.append(detector) or b"graph")
+    monkeypatch.setattr(run_folder, "folder", tmp_path)
+    for _process in range(2):
+        monkeypatch.setattr(one_export, "_kept", {})
+        assert one_export.export_once(make_detector("pnpt")) == b"graph"
+    assert len(exported) == 1
+
+    one_export.forget_exports()
+    one_export.export_once(make_detector("pnpt"))
+
+    assert len(exported) == 2

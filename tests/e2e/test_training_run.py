@@ -29,6 +29,7 @@ from tests.tiny_line import (
     DEFECTS,
     GOOD,
     TEST_GOOD,
+    TINY_GRNR,
     TINY_RUN,
     fit_only,
     fitted_tensors,
@@ -39,7 +40,7 @@ from tests.tiny_line import (
 )
 from training.__main__ import commands
 from training.bundling.export import GraphRun
-from training.config import ConfigFault
+from training.config import ConfigFault, RunConfig
 from training.data.samples import DatasetFault, Sample
 from training.data.split import RecordingOrder
 from training.fitting.checkpoint import CheckpointRefused, TrainingState, has_checkpoint, save_checkpoint
@@ -548,7 +549,8 @@ def test_evaluate_when_the_line_is_of_mvtec_ad2_then_seg_f1_is_that_of_its_run(t
         path.with_stem(path.stem.replace("regular", "overexposed")).write_bytes(
             encode(make_frame(72, 80, seed=700 + seed))
         )
-    finished = train(make_request(line, tmp_path / "store"), tmp_path / "run", SilentReporter())
+    config = RunConfig.model_validate(TINY_GRNR | {"product": "texture"})
+    finished = train(make_request(line, tmp_path / "store", config=config), tmp_path / "run", SilentReporter())
 
     result = _invoke("evaluate", finished.bundle, line, "--output", tmp_path / "figures.json")
 

@@ -21,6 +21,7 @@ from tests.factories import (
     write_policy,
 )
 from tests.servers import ServerProcess
+from tests.tiny_line import TINY_GRNR
 from training.__main__ import commands
 
 INSPECT = "/v1/lines/demo_line/inspect"
@@ -125,19 +126,10 @@ def test_open_inference_when_a_frame_is_measured_by_itself_then_the_parameters_s
     assert "not calibrated" in refused.json()["error"]
 
 
-_TINY = {
-    "detector": "grnr",
-    "backbone": "test_resnet",
-    "input": {"height": 64, "width": 64, "resize_height": 64, "resize_width": 64},
-    "hyperparameters": {"layers": [1, 2], "margin": 16, "context": 32, "support": 10},
-    "golden_frames": 4,
-}
-
-
 def test_export_when_a_line_is_new_then_the_server_takes_it_and_calibrating_it_makes_it_ordinary(tmp_path):
     """From the command line: exported by name, served and refused, calibrated with good parts, served with verdicts."""
     config, good, store = tmp_path / "tiny.yaml", tmp_path / "good", tmp_path / "store"
-    config.write_text(json.dumps(_TINY))
+    config.write_text(json.dumps(TINY_GRNR))
     good.mkdir()
     for index in range(24):
         (good / f"{index:02d}.png").write_bytes(encode(make_frame(seed=index)))

@@ -91,9 +91,9 @@ _SHALLOW: Mapping[str, Mapping[str, Any]] = {
     "dadf": {"blocks": 1, "flow_steps": 2},  # subnets of both kinds
     "glcf": {"encoder_blocks": 1, "decoder_blocks": 1, "level_depths": (1, 1)},
     "inp_former-cnn": {"decoder_blocks": 1},
-    "inp_former-vit": {"decoder_blocks": 2},  # one for each group of layers
+    "inp_former-vit": {"layers": (1, 2), "decoder_blocks": 2},  # one for each group of layers
     "inp_former_pp-cnn": {"decoder_blocks": 1},
-    "inp_former_pp-vit": {"decoder_blocks": 2},
+    "inp_former_pp-vit": {"layers": (1, 2), "decoder_blocks": 2},
     "st_mae": {"encoder_blocks": 1, "decoder_blocks": 1},
 }
 

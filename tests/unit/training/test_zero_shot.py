@@ -13,7 +13,7 @@ from service.contract.golden import read_golden, replay
 from service.contract.policy import Verdict, judge
 from service.errors import FrameNotComparable, ParameterInvalid
 from tests.factories import make_bundle, make_input, make_runner
-from tests.tiny_line import TINY_RUN, fit_only, make_config, make_request, write_line
+from tests.tiny_line import TINY_GRNR, TINY_RUN, fit_only, make_config, make_request, write_line
 from training.bundling.fitted_frames import read_fitted_frames
 from training.config import ConfigFault, RunConfig
 from training.fitting.checkpoint import CheckpointRefused, TrainingState, detector_tensors, save_checkpoint
@@ -23,16 +23,7 @@ from training.recalibrate import read_good_folder, recalibrate
 from training.run_directory import read_request
 from training.zero_shot import ZeroShotRequest, generate_frames, make_zero_shot, zero_shot_config
 
-_TINY_GRNR = RunConfig.model_validate(
-    {
-        "detector": "grnr",
-        "backbone": "test_resnet",
-        "product": "texture",
-        "input": {"height": 64, "width": 64, "resize_height": 64, "resize_width": 64},
-        "hyperparameters": {"layers": [1, 2], "margin": 16, "context": 32, "support": 10},
-        "golden_frames": 4,
-    }
-)
+_TINY_GRNR = RunConfig.model_validate(TINY_GRNR | {"product": "texture"})
 
 _TINY_PP = TINY_RUN["hyperparameters"] | {
     "head_channels": [16, 8],

@@ -61,14 +61,15 @@ from training.reporting.page_data import VerdictRow
 
 
 def _tiny(variant):
-    """Return the run of a tiny detector whose descents are cut to two steps."""
+    """Return the run of a tiny detector whose descents are cut to two steps, and its decoder to one block."""
     own = TINY[variant]
     brief = {
         field.name: dataclasses.replace(getattr(own, field.name), iterations=2, epochs=None, warmup_iterations=0)
         for field in dataclasses.fields(own)
         if isinstance(getattr(own, field.name), Recipe)
     }
-    values = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(own, **brief))))
+    shallow = {"decoder_blocks": 1} if hasattr(own, "decoder_blocks") else {}
+    values = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(own, **brief, **shallow))))
     side = values["image_size"][0]
     derived = {"backbone", "image_size", "lines", "seed"}
     return RunConfig.model_validate(
