@@ -305,7 +305,7 @@ async def _item(
     try:
         frame, context = usable(upload), context_of(request)
         caller.spend_frame()
-        found = find_for(caller, context, line, options.bundle_version, options.policy)
+        found = counted.found = find_for(caller, context, line, options.bundle_version, options.policy)
         asked = _ask(request, line, options, frame, index)
         return await context.pipeline.inspect_by(found, asked, tell_digest=counted.noting_digest(index))
     except FlawlineError as error:

@@ -1,6 +1,8 @@
 """The moments in which the service must say no, or too late: loading, full, stuck, left alone, told to stop."""
 
 import asyncio
+import json
+import logging
 import re
 import socket
 import threading
@@ -18,6 +20,7 @@ from service.app import create_app
 from service.contract.bundle import Bundle
 from service.engines.engine import Engine
 from service.errors import EngineFailed
+from service.observability.log import JsonLines
 from service.settings import Settings
 from tests.factories import encode, make_bundle, make_frame
 from tests.fakes import FakeEngine
@@ -228,6 +231,37 @@ def test_body_when_another_version_becomes_live_while_it_comes_then_that_one_ans
 
     assert (answer.status_code, answer.json()["verdict"]) == (200, "PASS")
     assert answer.json()["bundle"]["version"] == "2"
+
+
+def test_body_of_several_frames_when_another_version_becomes_live_while_it_comes_then_the_log_names_that_one(
+    store, caplog
+):
+    """Of a frame without a verdict is told what was to judge it then, and not what was live when it began to come."""
+    app = create_app(Settings(store_directory=store))
+    registry = app.state.context.registry
+    registry.load()
+    asked = httpx.Request("POST", f"http://test{INSPECT}-batch", files=[("frames", GOOD[:-40])])
+
+    async def body() -> AsyncIterator[bytes]:
+        yield asked.read()[:100]
+        make_bundle(store, version="2")
+        await asyncio.to_thread(registry.rescan)
+        yield asked.read()[100:]
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+            kind = {"Content-Type": asked.headers["Content-Type"]}
+            answer = await http.post(asked.url, content=body(), headers=kind)
+            assert answer.json()["items"][0]["code"] == "unreadable_frame"
+            await http.get("/metrics")
+
+    with caplog.at_level(logging.INFO, "flawline.inspections"):
+        asyncio.run(ask())
+    registry.close()
+
+    lines = (json.loads(JsonLines().format(record)) for record in caplog.records)
+    [told] = [line for line in lines if line.get("code") == "unreadable_frame"]
+    assert (told["verdict"], told["bundle_version"]) == ("NO_VERDICT", "2")
 
 
 def test_caller_when_it_hangs_up_then_its_frame_is_dropped_and_counted(store):
