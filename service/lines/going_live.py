@@ -152,7 +152,8 @@ class LiveVersions(ResidentVersions):
 
     def _hold_back_newer(self, name: str, version: str) -> None:
         """Hold back what is newer than a version: also what was live and is gone from the store, if it comes back."""
-        there = {*self._catalogue.readable_versions(name), *self._catalogue.absent(name), *self._history(name).live}
+        there = {*self._catalogue.readable_versions(name), *self._catalogue.absent(name)}
+        there |= {*self._history(name).live, *self._gone_of(name)}
         newer = {stored for stored in there if int(stored) > int(version)}
         self._history(name).held_back |= newer
 

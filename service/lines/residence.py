@@ -72,8 +72,10 @@ class ResidentVersions(WantedVersions):
             _log.info("shadow off", extra={"bundle": name})
 
     def _keep_only_what_is_needed(self, name: str) -> None:
-        """Retire the versions of a bundle that are neither live nor kept nor in the shadow."""
-        live, shadow = self._history(name).live, self._state.shadows.get(name)
+        """Retire the versions of a bundle that are not live, kept or in the shadow; what is gone is not kept."""
+        history, shadow = self._history(name), self._state.shadows.get(name)
+        gone = self._gone_of(name)
+        history.live = live = [one for one in history.live[:-1] if one not in gone] + history.live[-1:]
         kept = set(live[-2:] if self._options.keeps_previous else live[-1:])
         if shadow is not None:
             kept.add(shadow.key.version)

@@ -113,7 +113,8 @@ class WantedVersions(Ledger):
     def _before(self, name: str) -> str | None:
         """Return the version that was live before, or the next older one in the store where none was.
 
-        Older than the one that should be live, where none is. What is held back becomes live by its name alone.
+        Older than the one that should be live, where none is. What is held back becomes live by its name alone, and
+        what is gone from the store not at all.
         """
         history = self._histories.get(name, History())
         if len(history.live) > 1:
@@ -122,9 +123,12 @@ class WantedVersions(Ledger):
         if not history.live and not stored:
             return None
         live = history.live[-1] if history.live else self._first(name, stored)
-        there = {*stored, *self._catalogue.absent(name)} - history.held_back
+        there = {*stored, *self._catalogue.absent(name)} - history.held_back - self._gone_of(name)
         older = {version for version in there if int(version) < int(live)}
         return max(older, key=int, default=None)
+
+    def _gone_of(self, name: str) -> set[str]:
+        return {key.version for key in self._gone if key.name == name}
 
     def _refuse_to_guess(self) -> None:
         """Change nothing where nobody knows what administrators chose.

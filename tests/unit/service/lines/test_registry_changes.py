@@ -91,6 +91,27 @@ def test_step_back_when_the_live_version_is_gone_then_it_is_held_back_if_it_come
     assert shelf.serving() == "1"
 
 
+@pytest.mark.parametrize("is_mirrored", [False, True])
+def test_roll_back_when_the_version_before_judged_on_though_it_was_gone_then_steps_over_it(
+    shelf, monkeypatch, is_mirrored
+):
+    """Whoever took a revoked version out of use does not meet it again, before anybody looks at the store once more."""
+    registry = shelf.load()
+    for version in ("2", "3"):
+        shelf.add(version)
+    registry.activate("demo_line", "2")
+    if is_mirrored:
+        monkeypatch.setattr(registry._catalogue._store, "gone", lambda: {("demo_line", "2")})
+    else:
+        shutil.rmtree(shelf.path / "demo_line/2")
+    registry.rescan()
+    registry.activate("demo_line", "3")
+
+    with pytest.raises(UnknownVersion):
+        shelf.serving(version="2")
+    assert registry.roll_back("demo_line") == "1"
+
+
 def test_roll_back_when_the_newest_version_was_refused_at_the_start_then_takes_the_one_before_it(shelf):
     """The way out of a line that is down because of its newest version."""
     shelf.add_broken("2")
