@@ -238,10 +238,12 @@ class LastLive:
 
     Attributes:
         versions: by name of the bundle, as far as they are kept.
+        is_known: whether what was kept before this start could be read, or none was.
     """
 
     def __init__(self, directory: Path | None) -> None:
         self.versions: Mapping[str, str] = {}
+        self.is_known = True
         self._file = None if directory is None else directory / LAST_LIVE_FILE
 
     def recall(self) -> None:
@@ -250,6 +252,7 @@ class LastLive:
             try:
                 self.versions = _read(self._file, _Live).versions
             except _Unreadable as error:
+                self.is_known = False
                 _log.warning("which versions were live last is not known", extra={"reason": error.sentence})
 
     def note(self, bundle: str, version: str) -> None:

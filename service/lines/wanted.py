@@ -30,8 +30,14 @@ class WantedVersions(Ledger):
             serving.add(self._loading_now)
         befores = ((name, self._before(name)) for name in histories.keys() | chosen.keys())
         previous = {VersionKey(name, before) for name, before in befores if before is not None}
+        if self._choices.why_unknown is not None or (self._is_loading and not self._last_live.is_known):
+            judging |= self._all_here()  # any of them may be what judged
         in_use = {key for key in judging if any(self._may_judge(key, line) for line in self._catalogue.lines(*key))}
         return Needed(serving, previous, newest_waits=not self._options.activates_newest, in_use=in_use)
+
+    def _all_here(self) -> set[VersionKey]:
+        names = self._catalogue.names()
+        return {VersionKey(name, version) for name in names for version in self._catalogue.readable_versions(name)}
 
     def _may_judge(self, key: VersionKey, line: str) -> bool:
         """Tell whether a bundle could judge a line: that is not unloaded, and no other bundle has come to serve it."""

@@ -10,6 +10,8 @@ from service.errors import (
     StoreUnreachable,
     UnknownVersion,
 )
+from service.lines.choices import CHOICES_FILE, LAST_LIVE_FILE
+from service.stores.directory import DirectoryStore
 from tests.rights import rights_of_an_ordinary_user
 from tests.shelves import Shelf
 
@@ -340,6 +342,22 @@ def test_rescan_when_an_unloaded_version_is_gone_then_its_line_comes_back_by_ano
 
     assert "flawline_live_version_in_store{" not in told
     assert shelf.serving() == "1"
+
+
+@pytest.mark.parametrize("file", [CHOICES_FILE, LAST_LIVE_FILE])
+def test_start_when_nobody_knows_what_was_live_before_then_the_store_may_remove_nothing(
+    shelf, tmp_path, monkeypatch, file
+):
+    """What lies in no bucket any more may be what judges, and this the last copy: a disk that forgot deletes none."""
+    needed = []
+    monkeypatch.setattr(DirectoryStore, "refresh", lambda _store, asked: needed.append(asked))
+    shelf.add("2")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / file).write_text("{")
+
+    shelf.load(state_directory=tmp_path / "state")
+
+    assert needed[0].in_use == {("demo_line", "1"), ("demo_line", "2")}
 
 
 def test_start_when_the_version_that_was_live_is_gone_then_an_older_one_is_taken_and_told(shelf, tmp_path, caplog):
