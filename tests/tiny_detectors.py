@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+import tests.early_mismatch
 import tests.one_registry  # noqa: F401 - for its effect
 from models import build_detector
 from models.ami_net import AmiNetConfig

@@ -10,6 +10,7 @@ import safetensors.torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import tests.early_mismatch
 import tests.one_export
 import tests.one_registry  # noqa: F401 - for its effect
 from tests.factories import encode, make_frame

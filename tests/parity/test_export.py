@@ -11,12 +11,14 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnxscript.rewriter._matcher import SimplePatternMatcher
 from torch import nn
 from torch.nn import functional
 
 from models.detector import AnomalyOutput, LineConditioned, PassStage
 from service.contract.graph import opset_of, verify_graph
 from service.contract.policy import Policy, ScoreRule
+from tests import early_mismatch
 from tests.factories import make_frame, make_policy, make_self_policy
 from tests.tiny_detectors import TINY, make_detector
 from training.bundling.export import DetectorRun, ExportFailed, GraphRun, check_parity, export_graph
@@ -60,6 +62,14 @@ class _Offsets(_Brightness):
         """Judge images `(B, 3, H, W)` of lines `(B,)`."""
         anomaly_map = super().forward(images).anomaly_map - self.usual.index_select(0, line_index)[:, None, None]
         return AnomalyOutput(anomaly_map, anomaly_map.flatten(1).amax(dim=1))
+
+
+class _Roundabout(_Brightness):
+    """Brightness on a way that the optimiser shortens."""
+
+    def forward(self, images):
+        """Judge images `(B, 3, H, W)`."""
+        return super().forward(images.permute(0, 2, 3, 1).permute(0, 3, 1, 2))
 
 
 @cache
@@ -147,6 +157,14 @@ def test_export_graph_when_run_then_is_silent_and_tells_nothing_of_this_machine(
     assert b"/" not in b"".join(node.SerializeToString() for node in onnx.load_from_string(model).graph.node)
     assert b".py" not in model
     assert _graph_of(_Brightness) == model
+
+
+def test_export_graph_when_the_optimiser_tries_every_pattern_on_every_node_then_gives_the_same_graph(monkeypatch):
+    """What spares tests that time (`tests/early_mismatch.py`) changes no graph."""
+    spared = _graph_of(_Roundabout)
+    monkeypatch.setattr(SimplePatternMatcher, "match", early_mismatch.match_all)
+
+    assert export_graph(_Roundabout()) == spared
 
 
 def test_export_graph_when_read_then_has_the_names_and_shapes_of_the_contract():
