@@ -257,6 +257,7 @@ class Registry(StoreLooks):
 
         Raises:
             UnknownLine: if the store has no such line.
+            UnknownVersion: if it has not the version that an administrator chose.
             StoreUnreachable: if the store can't be read now.
             BundleRefused: if its bundle does not hold; nothing has changed then.
             EngineFailed: if the device does not take it; nothing has changed then.
@@ -267,6 +268,9 @@ class Registry(StoreLooks):
             live = self._history(name).live
             key = self._newer(name, asks_again=True) or (VersionKey(name, live[-1]) if live else None)
             if key is None:
+                stored = self._catalogue.readable_versions(name)
+                if stored and (first := self._first(name, stored)) not in stored:
+                    raise UnknownVersion(self._why_chosen_is_missing(name, first))
                 raise UnknownLine("There is no bundle of this line in the store.")
             return key
 

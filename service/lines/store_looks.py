@@ -139,7 +139,9 @@ class StoreLooks(LoadedVersions):
 
     def _let_go_of(self, key: VersionKey) -> None:
         history, shadow = self._history(key.name), self._state.shadows.get(key.name)
-        history.live = [version for version in history.live if version != key.version]
+        # Where it was to serve, what its lines come back by is decided as at a start: no look steps back.
+        was_last = history.live[-1:] == [key.version]
+        history.live = [] if was_last else [version for version in history.live if version != key.version]
         if shadow is not None and shadow.key == key:
             self._end_shadow(key.name)
         if key in self._state.loaded:

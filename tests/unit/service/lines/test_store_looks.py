@@ -344,6 +344,23 @@ def test_rescan_when_an_unloaded_version_is_gone_then_its_line_comes_back_by_ano
     assert shelf.serving() == "1"
 
 
+def test_rescan_when_the_chosen_version_of_an_unloaded_line_is_away_for_a_while_then_it_comes_back_by_no_other(shelf):
+    """One look at a volume that hides it must not step back: what would judge is as it was chosen."""
+    registry = shelf.load(activates_newest=False)
+    shelf.add("2")
+    registry.activate("demo_line", "2")
+    registry.unload_line("demo_line")
+    away = (shelf.path / "demo_line/2").rename(shelf.path / "demo_line/.2")
+    registry.rescan()
+
+    with pytest.raises(UnknownVersion, match="chose version 2, which is not in the store"):
+        registry.load_line("demo_line")
+    away.rename(shelf.path / "demo_line/2")
+    registry.load_line("demo_line")
+
+    assert shelf.serving() == "2"
+
+
 @pytest.mark.parametrize("file", [CHOICES_FILE, LAST_LIVE_FILE])
 def test_start_when_nobody_knows_what_was_live_before_then_the_store_may_remove_nothing(
     shelf, tmp_path, monkeypatch, file
