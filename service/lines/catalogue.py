@@ -87,6 +87,10 @@ class Catalogue:
         """Return the versions of a name that the store has but could not bring here, each with why, in a sentence."""
         return {version: why for (known, version), why in self._store.absent().items() if known == name}
 
+    def removed(self, name: str) -> set[str]:
+        """Return the versions of a name that lie in the directory and in the store no longer."""
+        return {version for known, version in self._store.gone() if known == name}
+
     def is_gone(self, name: str, version: str) -> bool:
         """Tell whether the store has a version no longer; False where nobody can tell, as while it can't be read."""
         if (name, version) in self._store.gone():

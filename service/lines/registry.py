@@ -310,7 +310,8 @@ class Registry(StoreLooks):
 
     def _stored(self, name: str, version: str) -> VersionKey:
         key = VersionKey(name, version)
-        if key not in self._state.loaded and version not in self._catalogue.readable_versions(name):
+        stored = {*self._catalogue.readable_versions(name)} - self._catalogue.removed(name)
+        if key not in self._state.loaded and version not in stored:
             self._demand_a_readable_store()
             why = self._catalogue.absent(name).get(version)
             if why is not None:

@@ -129,7 +129,7 @@ class WantedVersions(Ledger):
         if not history.live and not stored:
             return None
         live = history.live[-1] if history.live else self._first(name, stored)
-        there = {*stored, *self._catalogue.absent(name)} - history.held_back - self._gone_of(name)
+        there = {*stored, *self._catalogue.absent(name)} - self._catalogue.removed(name) - history.held_back
         older = {version for version in there if int(version) < int(live)}
         return max(older, key=int, default=None)
 

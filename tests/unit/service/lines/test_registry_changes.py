@@ -16,6 +16,7 @@ from service.errors import (
     UnknownVersion,
 )
 from service.lines.registry import Registry
+from service.stores.directory import DirectoryStore
 from tests.factories import make_bundle, make_graph
 from tests.servers import wait_until
 from tests.shelves import Shelf
@@ -109,6 +110,19 @@ def test_roll_back_when_the_version_before_judged_on_though_it_was_gone_then_ste
 
     with pytest.raises(UnknownVersion):
         shelf.serving(version="2")
+    assert registry.roll_back("demo_line") == "1"
+
+
+def test_change_when_a_version_lies_in_the_mirror_alone_then_it_is_none_of_the_store(shelf, monkeypatch):
+    """What the mirror kept for a start that took a newer one is not tried, activated or stepped back to."""
+    monkeypatch.setattr(DirectoryStore, "gone", lambda _store: {("demo_line", "2")})
+    for version in ("2", "3"):
+        shelf.add(version)
+    registry = shelf.load()
+
+    for change in (registry.activate, registry.start_shadow):
+        with pytest.raises(UnknownVersion, match="no such version"):
+            change("demo_line", "2")
     assert registry.roll_back("demo_line") == "1"
 
 
