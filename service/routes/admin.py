@@ -164,7 +164,7 @@ async def activate_policy(request: Request, line: str, version: Annotated[Name, 
     return _changed(registry, line)
 
 
-@router.post("/v1/lines/{line}/load", responses=responses(*_CHANGE, "unknown_line"))
+@router.post("/v1/lines/{line}/load", responses=responses(*_CHANGE, "unknown_line", "unknown_version"))
 async def load(request: Request, line: str) -> ChangedLineAnswer:
     """Serve a line that is not, or take the newest version of its bundle that is not held back."""
     return _changed(await _load(request, line), line)
