@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models import DETECTORS, build_detector
 from models.detector import AnomalyOutput, Detector, GradientStage, PassStage
+from tests.benchmarks.gpu_detectors import steps_of
 from tests.tiny_detectors import TINY, make_detector
 from training.fitting.optimisers import build_optimiser, learning_rate_at
 
@@ -180,6 +181,16 @@ def test_descent_gives_a_gradient_to_its_parameters_and_to_no_other_tensor(varia
             touched = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
             assert touched == (id(parameter) in listed), name
         detector.zero_grad()
+
+
+@every_detector
+def test_stages_when_in_bfloat16_then_every_loss_gradient_map_and_score_is_finite(variant):
+    """What `gpu_detectors.py` asks of the paper's sizes on a GPU; nothing may want one type of numbers."""
+    detector = make_detector(variant)
+
+    costs = steps_of(detector, torch.device("cpu"), most=4)
+
+    assert [cost.stage for cost in costs[:-1]] == [stage.name for stage in detector.stages()]
 
 
 @every_detector
