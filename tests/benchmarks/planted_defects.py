@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,13 +46,8 @@ _FRACTIONS = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 def scratch(frame: Pixels, rng: np.random.Generator) -> Pixels:
     """Draw a thin line, darker or lighter than what it crosses, over an eighth to a third of the frame."""
-    height, width = frame.shape[:2]
-    side = min(height, width)
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    centre_y, centre_x = _place(rng, height, width)
-    angle = rng.uniform(0, np.pi)
-    across = (x - centre_x) * np.sin(angle) - (y - centre_y) * np.cos(angle)
-    along = (x - centre_x) * np.cos(angle) + (y - centre_y) * np.sin(angle)
+    side = min(frame.shape[:2])
+    across, along = _straight(frame, rng)
     across = across + 0.02 * side * np.sin(along / side * rng.uniform(5, 15))
     line = (np.abs(across) < rng.uniform(0.004, 0.009) * side) & (np.abs(along) < rng.uniform(0.06, 0.17) * side)
     return _changed(frame, line.astype(np.float32), rng)
@@ -91,13 +87,8 @@ def shade(frame: Pixels, rng: np.random.Generator) -> Pixels:
 
 def crack(frame: Pixels, rng: np.random.Generator) -> Pixels:
     """Draw a crack: a faint line a pixel or two wide that wanders, over an eighth to a third of the frame."""
-    height, width = frame.shape[:2]
-    side = min(height, width)
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    centre_y, centre_x = _place(rng, height, width)
-    angle = rng.uniform(0, np.pi)
-    across = (x - centre_x) * np.sin(angle) - (y - centre_y) * np.cos(angle)
-    along = (x - centre_x) * np.cos(angle) + (y - centre_y) * np.sin(angle)
+    side = min(frame.shape[:2])
+    across, along = _straight(frame, rng)
     for waves in (4, 9, 23):  # a walk: the finer the bend, the smaller
         across = across + 0.1 / waves * side * np.sin(along / side * waves * 2 + rng.uniform(0, 2 * np.pi))
     half = rng.uniform(0.002, 0.004) * side
@@ -112,6 +103,17 @@ KINDS: dict[str, Callable[[Pixels, np.random.Generator], Pixels]] = {
     "shade": shade,
     "crack": crack,
 }
+
+
+def _straight(frame: Pixels, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Lay a straight line anywhere; return each pixel's distance across and along it, `(H, W)`, from its middle."""
+    height, width = frame.shape[:2]
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    centre_y, centre_x = _place(rng, height, width)
+    angle = rng.uniform(0, np.pi)
+    across = (x - centre_x) * np.sin(angle) - (y - centre_y) * np.cos(angle)
+    along = (x - centre_x) * np.cos(angle) + (y - centre_y) * np.sin(angle)
+    return across, along
 
 
 def _place(rng: np.random.Generator, height: int, width: int) -> tuple[float, float]:
